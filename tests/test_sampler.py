@@ -1,0 +1,300 @@
+import itertools
+import json
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, TensorDataset
+
+from c2r import InputError
+from c2r.sampler import MixedCGRealSampler
+
+RATIOS = st.sampled_from([0.2, 0.25, 0.05, 0.5, 0.75, 0.0, 1.0, 0.001, 0.37]) | st.floats(0, 1)
+
+
+def global_batches(count, *args, num_processes=1, **kwargs):
+    """The first batches over all processes: a list of lists of each process's indices."""
+    samplers = [
+        MixedCGRealSampler(*args, **kwargs, num_processes=num_processes, process_index=process)
+        for process in range(num_processes)
+    ]
+    iterators = [iter(sampler) for sampler in samplers]
+    return [[next(iterator) for iterator in iterators] for _ in range(count)]
+
+
+def flat(batch):
+    return list(itertools.chain.from_iterable(batch))
+
+
+@given(RATIOS, st.integers(1, 64), st.integers(1, 8), st.integers(0, 2**31))
+def test_share_never_strays_more_than_one_sample(ratio, batch_size, num_processes, seed):
+    drawn = cg = 0
+    batches = global_batches(12, 50, 7, cg_ratio=ratio, batch_size=batch_size, seed=seed, num_processes=num_processes)
+    for batch in batches:
+        assert [len(part) for part in batch] == [batch_size] * num_processes
+        drawn += batch_size * num_processes
+        cg += sum(index >= 50 for index in flat(batch))
+        assert abs(cg - Fraction(str(ratio)) * drawn) <= Fraction(1, 2)
+
+
+def test_a_decimal_ratio_is_exact_in_the_long_run():
+    sampler = MixedCGRealSampler(11, 3, cg_ratio=0.1)
+    cg = sum(sampler.sample_batch(1)[0] >= 11 for _ in range(10000))
+    assert cg == 1000
+    assert sampler.realised_cg_share == 0.1
+
+
+@given(RATIOS, st.lists(st.tuples(RATIOS, st.integers(1, 5)), max_size=8), st.integers(1, 5))
+def test_share_holds_since_each_change_and_over_all_changes(first, changes, batch_size):
+    sampler = MixedCGRealSampler(20, 20, cg_ratio=first, batch_size=batch_size)
+    due, cg_total = Fraction(0), 0
+    for ratio, count in [(first, 3), *changes]:
+        sampler.set_cg_ratio(ratio)
+        assert sampler.cg_ratio == ratio
+        cg = 0
+        for drawn in range(1, count + 1):
+            cg += sum(index >= 20 for index in sampler.sample_batch(batch_size))
+            assert abs(cg - Fraction(str(ratio)) * drawn * batch_size) <= 1
+        cg_total += cg
+        due += Fraction(str(ratio)) * count * batch_size
+        assert abs(cg_total - due) <= Fraction(1, 2)
+
+
+def test_setting_the_ratio_after_every_batch_does_not_starve_cg():
+    sampler = MixedCGRealSampler(10, 10, cg_ratio=0.2)
+    cg = 0
+    for _ in range(100):
+        cg += sampler.sample_batch(1)[0] >= 10
+        sampler.set_cg_ratio(0.2)
+    assert cg == 20
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 6), st.integers(1, 4), st.integers(0, 99))
+def test_epochs_of_each_domain_have_no_repeats_over_all_processes(num_real, num_cg, batch_size, num_processes, seed):
+    batches = global_batches(
+        40, num_real, num_cg, cg_ratio=0.4, batch_size=batch_size, num_processes=num_processes, seed=seed
+    )
+    drawn = flat(flat(batches))
+    for domain, length in [
+        ([index for index in drawn if index < num_real], num_real),
+        ([index - num_real for index in drawn if index >= num_real], num_cg),
+    ]:
+        # Places are shuffled within a global batch, so epochs are cut by count, not by order.
+        counts = Counter(domain)
+        epochs, rest = divmod(len(domain), length)
+        assert set(counts) <= set(range(length))
+        assert sum(counts.values()) == epochs * length + rest
+        assert all(epochs <= counts[index] <= epochs + 1 for index in range(length))
+
+
+def test_epochs_have_different_orders():
+    sampler = MixedCGRealSampler(50, 0, cg_ratio=0)
+    first, second = ([sampler.sample_batch(1)[0] for _ in range(50)] for _ in range(2))
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+    assert first != list(range(50))
+
+
+def test_seeds_give_different_orders_and_one_seed_the_same():
+    def order(seed):
+        return global_batches(5, 100, 30, batch_size=4, seed=seed)
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+
+
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 99))
+def test_processes_share_the_batch_of_one_process(batch_size, num_processes, seed):
+    several = global_batches(10, 40, 9, batch_size=batch_size, num_processes=num_processes, seed=seed)
+    one = global_batches(10, 40, 9, batch_size=batch_size * num_processes, seed=seed)
+    assert [flat(batch) for batch in several] == [flat(batch) for batch in one]
+
+
+@pytest.mark.parametrize(("ratio", "batch_size", "num_processes"), [(0.25, 1, 4), (0.5, 1, 2), (0.125, 2, 4)])
+def test_cg_reaches_every_process_and_place_of_the_batch_alike(ratio, batch_size, num_processes):
+    batches = global_batches(800, 90, 9, cg_ratio=ratio, batch_size=batch_size, num_processes=num_processes)
+    places = Counter(place for batch in batches for place, index in enumerate(flat(batch)) if index >= 90)
+    expected = 800 * ratio
+    assert len(places) == batch_size * num_processes
+    assert all(0.75 * expected < count < 1.25 * expected for count in places.values())
+
+
+def test_one_domain_alone():
+    assert all(index < 5 for batch in global_batches(9, 5, 0, cg_ratio=0) for index in flat(batch))
+    assert all(index >= 0 for batch in global_batches(9, 0, 5, cg_ratio=1) for index in flat(batch))
+
+
+class Run:
+    """A training loop that draws ahead by `prefetch` batches as a DataLoader does, changes the share and saves."""
+
+    def __init__(self, state=None, **options):
+        self.sampler = MixedCGRealSampler(17, 5, **options)
+        if state is not None:
+            self.sampler.load_state_dict(json.loads(json.dumps(state)))
+        self.iterator = iter(self.sampler)
+        self.queue = []
+
+    def step(self, prefetch):
+        while len(self.queue) <= prefetch:
+            self.queue.append(next(self.iterator))
+        self.sampler.mark_consumed()
+        return self.queue.pop(0)
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(0, 6),
+    st.dictionaries(st.integers(0, 14), RATIOS, max_size=4),
+    st.integers(0, 15),
+    st.integers(0, 99),
+)
+@settings(max_examples=200)
+def test_resume_at_any_step_gives_the_uninterrupted_batches(batch_size, prefetch, changes, saved_at, seed):
+    options = {"batch_size": batch_size, "seed": seed}
+    run, batches, states = Run(**options), [], []
+    for step in range(16):
+        states.append(run.sampler.state_dict())
+        batches.append(run.step(prefetch))
+        if step in changes:
+            run.sampler.set_cg_ratio(changes[step])
+    state = states[saved_at]
+    # Whatever the resumed run prefetches, and whatever changes were in flight when it was saved.
+    for resumed_prefetch in {0, prefetch}:
+        run = Run(state, **options)
+        again = []
+        for step in range(saved_at, 16):
+            again.append(run.step(resumed_prefetch))
+            if step in changes and resumed_prefetch == prefetch:
+                run.sampler.set_cg_ratio(changes[step])
+            elif step in changes:
+                break  # the next change would come after fewer drawn batches than it did in the first run
+        assert again == batches[saved_at : saved_at + len(again)]
+        if resumed_prefetch == prefetch:
+            assert run.sampler.state_dict()["position"]["batches"] == 16
+
+
+def test_a_change_in_flight_is_part_of_the_state():
+    run = Run(batch_size=2, cg_ratio=0.0)
+    for _ in range(3):
+        run.step(prefetch=4)
+    run.sampler.set_cg_ratio(1.0)
+    state = run.sampler.state_dict()
+    resumed = Run(state, batch_size=2, cg_ratio=0.0)
+    batches = [resumed.step(prefetch=0) for _ in range(8)]
+    assert [sum(index >= 17 for index in batch) for batch in batches] == [0, 0, 0, 0, 2, 2, 2, 2]
+    assert batches == [run.step(prefetch=4) for _ in range(8)]
+
+
+def test_share_and_state_count_only_consumed_batches():
+    run = Run(cg_ratio=0.5, batch_size=2)
+    assert run.sampler.realised_cg_share == 0
+    start = run.sampler.state_dict()
+    iterator = iter(run.sampler)
+    for _ in range(5):
+        next(iterator)
+    assert run.sampler.state_dict() == start
+    run.sampler.mark_consumed()
+    assert run.sampler.realised_cg_share == 0.5
+    assert run.sampler.state_dict()["position"]["batches"] == 1
+
+
+def test_a_new_iterator_starts_behind_the_last_consumed_batch():
+    run = Run(batch_size=3)
+    first = [run.step(prefetch=3) for _ in range(2)]
+    rest = [*run.queue]
+    run.iterator, run.queue = iter(run.sampler), []
+    assert [run.step(prefetch=1) for _ in range(3)] == rest
+    assert first != rest[:2]
+
+
+def test_resume_with_another_batch_size_goes_on_with_the_epoch():
+    sampler = MixedCGRealSampler(12, 0, cg_ratio=0)
+    seen = flat(sampler.sample_batch(2) for _ in range(3))
+    resumed = MixedCGRealSampler(12, 0, cg_ratio=0, batch_size=3, num_processes=2)
+    resumed.load_state_dict(sampler.state_dict())
+    other = MixedCGRealSampler(12, 0, cg_ratio=0, batch_size=3, num_processes=2, process_index=1)
+    other.load_state_dict(sampler.state_dict())
+    assert sorted(seen + resumed.sample_batch(3) + other.sample_batch(3)) == list(range(12))
+
+
+def loaded_batches(sampler, num_batches, change_at=None, states=None):
+    """Batches through a real DataLoader with two workers, the share raised after batch `change_at`."""
+    dataset = TensorDataset(torch.arange(sampler.num_real + sampler.num_cg))
+    iterator = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=2))
+    for step in range(num_batches):
+        (indices,) = next(iterator)
+        sampler.mark_consumed()
+        if step == change_at:
+            sampler.set_cg_ratio(0.8)
+        if states is not None:
+            states.append(sampler.state_dict())
+        yield indices.tolist()
+
+
+def test_resume_with_prefetching_workers_and_a_changed_share():
+    states = []
+    batches = list(loaded_batches(MixedCGRealSampler(30, 12, 0.25, 4), 14, change_at=5, states=states))
+    assert sum(index >= 30 for index in flat(batches[10:])) == pytest.approx(0.8 * 16, abs=1)
+    for saved_at in (6, 7, 11):  # the first two with batches in flight that have the old share
+        sampler = MixedCGRealSampler(30, 12, 0.25, 4)
+        sampler.load_state_dict(states[saved_at - 1])
+        assert list(loaded_batches(sampler, 14 - saved_at)) == batches[saved_at:]
+
+
+def test_resume_before_the_change_with_prefetching_workers():
+    states = []
+    batches = list(loaded_batches(MixedCGRealSampler(30, 12, 0.25, 4), 14, change_at=5, states=states))
+    sampler = MixedCGRealSampler(30, 12, 0.25, 4)
+    sampler.load_state_dict(states[3])
+    assert list(loaded_batches(sampler, 10, change_at=1)) == batches[4:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cg_dataset": 0}, r"^--cg_dataset has no clips, but --cg_ratio is 0.2"),
+        ({"real_dataset": 0}, r"^--real_dataset has no clips, but --cg_ratio is 0.2"),
+        ({"cg_ratio": 1.01}, r"^--cg_ratio is 1.01: it must be a number in \[0, 1\]"),
+        ({"cg_ratio": -0.1}, r"^--cg_ratio is -0.1"),
+        ({"cg_ratio": float("nan")}, r"^--cg_ratio is nan"),
+        ({"cg_ratio": "a fifth"}, r"^--cg_ratio is a fifth"),
+        ({"batch_size": 0}, r"^--train_batch_size is 0"),
+    ],
+)
+def test_bad_options_are_named_in_one_line(arguments, message):
+    with pytest.raises(InputError, match=message) as error:
+        MixedCGRealSampler(**{"real_dataset": [1, 2], "cg_dataset": [1]} | arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_a_share_the_datasets_cannot_give_is_refused_also_later():
+    sampler = MixedCGRealSampler(5, 0, cg_ratio=0)
+    with pytest.raises(InputError, match="--cg_dataset"):
+        sampler.set_cg_ratio(0.1)
+    assert sampler.cg_ratio == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"seed": 1}, "^--seed"), ({"real_dataset": 6}, "^--real_dataset"), ({"cg_dataset": 4}, "^--cg_dataset")],
+)
+def test_a_state_of_other_data_is_refused(changed, message):
+    arguments = {"real_dataset": 5, "cg_dataset": 3}
+    with pytest.raises(InputError, match=message):
+        MixedCGRealSampler(**arguments | changed).load_state_dict(MixedCGRealSampler(**arguments).state_dict())
+
+
+def test_misuse_is_an_error():
+    sampler = MixedCGRealSampler(5, 3)
+    with pytest.raises(RuntimeError, match="more often"):
+        sampler.mark_consumed()
+    next(iter(sampler))
+    with pytest.raises(RuntimeError, match="in flight"):
+        sampler.sample_batch(1)
+    with pytest.raises(ValueError, match="process_index is 2"):
+        MixedCGRealSampler(5, 3, num_processes=2, process_index=2)
+    with pytest.raises(InputError, match="--train_batch_size"):
+        MixedCGRealSampler(5, 3).sample_batch(0)
