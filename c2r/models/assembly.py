@@ -110,14 +110,14 @@ def load_pipeline_part(name_or_path, part, torch_dtype=None):
     if part == "tokenizer":
         return AutoTokenizer.from_pretrained(where)
     if part == "scheduler":
-        return getattr(diffusers, _read_json(where / "scheduler_config.json")["_class_name"]).from_pretrained(where)
+        return getattr(diffusers, read_json(where / "scheduler_config.json")["_class_name"]).from_pretrained(where)
     if part == "vae":
         require_class(where, "AutoencoderKLWan")
         model, info = AutoencoderKLWan.from_pretrained(
             where, torch_dtype=torch_dtype, use_safetensors=True, output_loading_info=True
         )
     elif part == "text_encoder":
-        if _read_json(where / "config.json").get("model_type") != "umt5":
+        if read_json(where / "config.json").get("model_type") != "umt5":
             raise InputError(f"{where}: not a UMT5 text encoder; give a Diffusers pipeline folder of Wan 2.1 T2V")
         model, info = load_transformers_model(UMT5EncoderModel, where, torch_dtype)
     else:
@@ -145,13 +145,13 @@ def require_complete(where, missing, unfit):
 
 def require_class(folder, class_name):
     """Check `_class_name` of a Diffusers model folder; returns its config."""
-    config = _read_json(Path(folder) / "config.json")
+    config = read_json(Path(folder) / "config.json")
     if config.get("_class_name") != class_name:
         raise InputError(f"{folder}: this is a {config.get('_class_name')}, but a {class_name} is needed")
     return config
 
 
-def _read_json(path):
+def read_json(path):
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:

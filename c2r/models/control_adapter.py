@@ -1,0 +1,99 @@
+"""The control adapter: DINOv3's patch features to control tokens on the backbone's token grid."""
+
+import logging
+
+import torch.nn.functional as F
+from diffusers.models.normalization import FP32LayerNorm
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+class TemporalDownsample(nn.Module):
+    """Depthwise convolution over time: F = stride·k + 1 frames to T = k + 1 latent frames, starting as a mean.
+
+    A kernel of 2·stride + 1 centred on every stride-th frame, so neighbouring latent frames overlap.
+    """
+
+    def __init__(self, feature_dim, stride):
+        super().__init__()
+        self.conv = nn.Conv3d(
+            feature_dim,
+            feature_dim,
+            kernel_size=(2 * stride + 1, 1, 1),
+            stride=(stride, 1, 1),
+            padding=(stride, 0, 0),
+            groups=feature_dim,
+            bias=False,
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.constant_(self.conv.weight, 1 / self.conv.kernel_size[0])
+
+    def forward(self, control_features):
+        """(B, F, h, w, Dd) -> (B, T, h, w, Dd)."""
+        control_features = control_features.to(self.conv.weight.dtype)  # the extractor's dtype may be another
+        return self.conv(control_features.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+
+
+class ControlAdapter(nn.Module):
+    """Brings control features from pixel frames to latent frames and from DINOv3's width to the backbone's.
+
+    Temporal convolution, resampling in space where the two grids differ, LayerNorm, Linear. The shape and the initial
+    values are those of the released C2R adapter.
+
+    Args:
+        feature_dim: Dd, DINOv3's width.
+        dim: D, the backbone's width.
+        temporal_stride: pixel frames per latent frame of the VAE.
+    """
+
+    def __init__(self, feature_dim, dim, temporal_stride=4):
+        super().__init__()
+        self.temporal_stride = temporal_stride
+        self.temporal_downsample = TemporalDownsample(feature_dim, temporal_stride)
+        # In fp32 whatever the weights are; all-zero features (a blank control) become its bias.
+        self.norm = FP32LayerNorm(feature_dim)
+        self.proj = nn.Linear(feature_dim, dim)
+        self._resampling_reported = False
+
+    def reset_parameters(self):
+        for module in (self.temporal_downsample, self.norm, self.proj):
+            module.reset_parameters()
+
+    def forward(self, control_features, token_grid):
+        """Control tokens in the order of the backbone's tokens.
+
+        Args:
+            control_features: (B, F, h', w', Dd).
+            token_grid: (T, h, w), the backbone's token grid.
+
+        Returns:
+            (B, T·h·w, D).
+
+        Raises:
+            ValueError: if F frames are not T latent frames.
+        """
+        num_frames, latent_frames = control_features.shape[1], token_grid[0]
+        expected = self.temporal_stride * (latent_frames - 1) + 1
+        if num_frames != expected:
+            raise ValueError(
+                f"control features have {num_frames} frames, but {latent_frames} latent frames need {expected} "
+                f"({self.temporal_stride}·{latent_frames - 1} + 1)"
+            )
+        features = self.temporal_downsample(control_features)  # (B, T, h', w', Dd)
+        if features.shape[2:4] != tuple(token_grid[1:]):
+            features = self._resample(features, token_grid[1:])
+        return self.proj(self.norm(features.flatten(1, 3)))  # (B, N, D)
+
+    def _resample(self, features, grid):
+        """(B, T, h', w', Dd) -> (B, T, h, w, Dd), bilinear."""
+        if not self._resampling_reported:
+            self._resampling_reported = True
+            logger.info(
+                "Control features on a %dx%d grid are resampled to the %dx%d token grid", *features.shape[2:4], *grid
+            )
+        frames = features.flatten(0, 1).permute(0, 3, 1, 2)  # (B·T, Dd, h', w')
+        frames = F.interpolate(frames, size=tuple(grid), mode="bilinear", align_corners=False)
+        return frames.permute(0, 2, 3, 1).unflatten(0, features.shape[:2])

@@ -1,0 +1,112 @@
+"""Frozen DINOv3: control frames to patch features."""
+
+import torch
+from torch import nn
+from transformers import DINOv3ViTModel
+
+from c2r import InputError
+from c2r.models.assembly import freeze, load_transformers_model, read_json, require_complete, resolve_model_folder
+
+
+class DINOv3FeatureExtractor(nn.Module):
+    """Patch features of a DINOv3 ViT that no training ever changes.
+
+    It stays in eval mode after `train()` and runs without autograd and outside autocast, in its weights' dtype, so the
+    features of a frame do not depend on the code around it.
+
+    Args:
+        model: `DINOv3ViTModel`. It is frozen.
+        image_mean, image_std: three numbers each, of RGB in [0, 1].
+        chunk_size: frames that go through the model at once; bounds the memory, not the result.
+
+    Attributes:
+        feature_dim: Dd, the width of a patch feature.
+        patch_size: pixels along one side of a patch.
+    """
+
+    def __init__(self, model, image_mean, image_std, chunk_size=16):
+        super().__init__()
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1")
+        if len(image_mean) != 3 or len(image_std) != 3:
+            raise ValueError(f"image_mean {image_mean} and image_std {image_std} must have three numbers each")
+        self.model = freeze(model)
+        # Plain numbers: as buffers they would be rounded by `.to(torch.bfloat16)`.
+        self.image_mean = tuple(float(mean) for mean in image_mean)
+        self.image_std = tuple(float(std) for std in image_std)
+        self.chunk_size = chunk_size
+        self.feature_dim = model.config.hidden_size
+        self.patch_size = model.config.patch_size
+        # One class token and the registers stand before the patches (4 in the released weights, 0 by default).
+        self.num_prefix_tokens = 1 + model.config.num_register_tokens
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, torch_dtype=None, chunk_size=16):
+        """Load from a folder or hub name that holds config.json, preprocessor_config.json and safetensors weights.
+
+        Args:
+            name_or_path: for instance `facebook/dinov3-vitb16-pretrain-lvd1689m`, whose access is restricted.
+            torch_dtype: dtype of the weights and the features; None is fp32.
+
+        Raises:
+            InputError: not found, no access, not a DINOv3 ViT, or incomplete.
+        """
+        folder = resolve_model_folder(name_or_path)
+        model_type = read_json(folder / "config.json").get("model_type")
+        if model_type != "dinov3_vit":
+            raise InputError(f"{name_or_path}: model type is {model_type}, but a DINOv3 ViT (dinov3_vit) is needed")
+        preprocessor = read_json(folder / "preprocessor_config.json")
+        if not {"image_mean", "image_std"} <= preprocessor.keys():
+            raise InputError(f"{folder}/preprocessor_config.json: has no image_mean and image_std; download it anew")
+        model, info = load_transformers_model(DINOv3ViTModel, folder, torch_dtype)
+        require_complete(folder, info["missing_keys"], info["mismatched_keys"])
+        return cls(model, preprocessor["image_mean"], preprocessor["image_std"], chunk_size)
+
+    @property
+    def dtype(self):
+        return self.model.dtype
+
+    @property
+    def device(self):
+        return self.model.device
+
+    def train(self, mode=True):
+        """Stay in eval mode: in training mode DINOv3 jitters its position embedding."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, control_frames):
+        """Patch features of every frame.
+
+        Args:
+            control_frames: (B, F, 3, H, W) floats in [0, 1], RGB; H and W multiples of `patch_size`.
+
+        Returns:
+            (B, F, h, w, Dd) in the weights' dtype, h = H / patch_size, w = W / patch_size.
+
+        Raises:
+            ValueError: if the shape or the dtype is another.
+        """
+        if control_frames.ndim != 5 or control_frames.shape[2] != 3 or not control_frames.is_floating_point():
+            raise ValueError(
+                f"control frames are {tuple(control_frames.shape)} {control_frames.dtype}: "
+                "expected (B, F, 3, H, W) floats in [0, 1]"
+            )
+        batch_size, num_frames, _, height, width = control_frames.shape
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"control frames are {height}x{width}: height and width must be multiples of "
+                f"DINOv3's patch size {self.patch_size}"
+            )
+        chunks = control_frames.flatten(0, 1).split(self.chunk_size)  # (B·F, 3, H, W)
+        with torch.autocast(control_frames.device.type, enabled=False):
+            control_features = torch.cat([self._patches(chunk) for chunk in chunks])  # (B·F, h·w, Dd)
+        grid = (height // self.patch_size, width // self.patch_size)
+        return control_features.unflatten(1, grid).unflatten(0, (batch_size, num_frames))
+
+    def _patches(self, frames):
+        """(n, 3, H, W) in [0, 1] -> (n, h·w, Dd). transformers' own image processor would need torchvision."""
+        channels = zip(frames.float().unbind(1), self.image_mean, self.image_std)
+        pixel_values = torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
+        tokens = self.model(pixel_values.to(self.dtype)).last_hidden_state  # (n, 1 + registers + h·w, Dd)
+        return tokens[:, self.num_prefix_tokens :]
