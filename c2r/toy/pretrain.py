@@ -1,0 +1,349 @@
+"""Train the toy's base models from nothing, off line: what Wan and DINOv3 bring along for a real run.
+
+`python -m c2r.toy --train` runs the stages in order and writes `weights/`; each stage is skipped when its weights
+are there already. `weights/README.md` has the figures of the shipped ones.
+"""
+
+import json
+import multiprocessing
+import time
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from einops import rearrange
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from torch import nn
+from torch.nn import functional as F
+from transformers import DINOv3ViTConfig, DINOv3ViTModel, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from c2r import flow_matching
+from c2r.toy import city
+from c2r.toy.people import PeopleFinder
+
+NUM_FRAMES, HEIGHT, WIDTH = 9, 96, 160
+LATENT_CHANNELS, TEXT_DIM, PROMPT_LENGTH = 16, 64, 16
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HELD_OUT = 32  # scenes at the end that no stage trains on
+
+
+def _render_one(seed):
+    clips = city.render(city.make_scene(seed), num_frames=NUM_FRAMES, height=HEIGHT, width=WIDTH)
+    return np.stack([clips[look] for look in city.LOOKS]), clips["kinds"]
+
+
+def render_scenes(work_dir, num_scenes, first_seed=10_000_000):
+    """Render scenes once into memory-mapped files.
+
+    Returns:
+        clips (n, 3 looks, F, H, W, 3) uint8, kinds (n, F, H, W) uint8, seeds.
+    """
+    seeds = range(first_seed, first_seed + num_scenes)
+    clips_path, kinds_path = work_dir / f"clips_{num_scenes}.npy", work_dir / f"kinds_{num_scenes}.npy"
+    if not kinds_path.exists():
+        shape = (num_scenes, len(city.LOOKS), NUM_FRAMES, HEIGHT, WIDTH, 3)
+        clips = np.lib.format.open_memmap(work_dir / "clips.part.npy", "w+", np.uint8, shape)
+        kinds = np.empty((num_scenes, NUM_FRAMES, HEIGHT, WIDTH), np.uint8)
+        with multiprocessing.Pool() as pool:
+            for i, (clip, kind) in enumerate(pool.imap(_render_one, seeds, chunksize=8)):
+                clips[i], kinds[i] = clip, kind
+        clips.flush()
+        (work_dir / "clips.part.npy").rename(clips_path)
+        np.save(kinds_path, kinds)
+    return np.load(clips_path, mmap_mode="r"), np.load(kinds_path), list(seeds)
+
+
+def fit(name, parameters, draw_loss, steps, learning_rate, on_log=None, log_every=100):
+    """AdamW with warm-up and a cosine to zero over `draw_loss(step) -> scalar`, gradients clipped at norm 1."""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.03)
+    started, total = time.time(), 0.0
+    for step in range(steps):
+        loss = draw_loss(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        total += loss.item()
+        if (step + 1) % log_every == 0:
+            line = f"{name} step {step + 1}/{steps} loss {total / log_every:.4f} {time.time() - started:.0f} s"
+            print(line + (f" {on_log()}" if on_log else ""), flush=True)
+            total = 0.0
+
+
+def to_pixel_values(clips):
+    """(..., F, H, W, 3) uint8 -> (..., 3, F, H, W) in [-1, 1]."""
+    return rearrange(torch.from_numpy(np.ascontiguousarray(clips)).float() / 127.5 - 1, "... f h w c -> ... c f h w")
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB of pixel values in [-1, 1]."""
+    return (10 * torch.log10(4 / (a - b).square().mean())).item()
+
+
+def train_vae(folder, clips, kinds, steps):
+    """A real AutoencoderKLWan with Wan's factors, 8x in space and 4x in time, 16 channels."""
+    vae = AutoencoderKLWan(
+        base_dim=16,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2, 3],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        patch_size=2,
+        in_channels=12,
+        out_channels=12,
+        scale_factor_spatial=8,
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+    )
+    rng, train = np.random.default_rng(0), len(clips) - HELD_OUT
+    held_out = to_pixel_values(clips[-8:, 2])
+
+    def draw_loss(step, crop=64):
+        batch, people = [], []
+        for _ in range(4):
+            # The real look matters most: it is what users look at.
+            i, look, flip = rng.integers(train), rng.choice(3, p=(0.15, 0.25, 0.6)), rng.choice((-1, 1))
+            y, x = rng.integers(HEIGHT - crop + 1), rng.integers(WIDTH - crop + 1)
+            window = (slice(y, y + crop), slice(x, x + crop))
+            batch.append(clips[i, look][:, *window][:, :, ::flip])
+            people.append(kinds[i][:, *window][:, :, ::flip] == city.PERSON)
+        pixel_values, people = to_pixel_values(np.stack(batch)), torch.from_numpy(np.stack(people))[:, None]
+        posterior = vae.encode(pixel_values).latent_dist
+        error = vae.decode(posterior.sample()).sample - pixel_values
+        error = (error.abs() + 2 * error.square()) * (1 + 2 * people)
+        kl = (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean() / 2
+        return error.mean() + 3e-4 * kl
+
+    @torch.no_grad()
+    def on_log():
+        return f"held-out PSNR {psnr(vae.decode(vae.encode(held_out).latent_dist.mean).sample, held_out):.2f} dB"
+
+    fit("vae", vae.parameters(), draw_loss, steps, 3e-3, on_log, log_every=100)
+    with torch.no_grad():
+        batches = (to_pixel_values(clips[i : i + 4, 2]) for i in range(0, 120, 4))
+        latents = torch.cat([vae.encode(pixel_values).latent_dist.mean for pixel_values in batches])
+    vae.register_to_config(
+        latents_mean=latents.mean((0, 2, 3, 4)).tolist(), latents_std=latents.std((0, 2, 3, 4)).tolist()
+    )
+    vae.half().save_pretrained(folder)
+
+
+def make_text_encoder(folder):
+    """A UMT5 with random weights and a word-level tokenizer: enough to tell the captions apart."""
+    scenes = [city.make_scene(seed) for seed in range(500)]
+    captions = (city.caption(scene, look) for scene in scenes for look in city.LOOKS)
+    words = {word for caption in captions for word in caption.replace(",", " , ").split()}
+    vocab = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *sorted(words)])}
+    tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", vocab["</s>"])])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=PROMPT_LENGTH,
+    ).save_pretrained(folder / "tokenizer")
+    torch.manual_seed(1)
+    config = UMT5Config(vocab_size=len(vocab), d_model=TEXT_DIM, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+    UMT5EncoderModel(config).half().save_pretrained(folder / "text_encoder")
+
+
+def train_dinov3(folder, clips, kinds, steps):
+    """A DINOv3ViT whose features agree between the three looks of one frame and tell people from the rest.
+
+    This stands in for DINOv3's invariance to the domain: real DINOv3 brings it along from its own pretraining.
+    """
+    torch.manual_seed(0)
+    model = DINOv3ViTModel(
+        DINOv3ViTConfig(
+            patch_size=16,
+            hidden_size=96,
+            intermediate_size=192,
+            num_hidden_layers=4,
+            num_attention_heads=3,
+            num_register_tokens=4,
+            image_size=HEIGHT,
+            pos_embed_rescale=None,
+        )
+    ).train()
+    cells = 8  # kinds are predicted on 8 x 8 cells in each 16 x 16 patch
+    head = nn.Linear(96, 4 * cells * cells)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    rng, train = np.random.default_rng(0), len(clips) - HELD_OUT
+    weights = torch.tensor([1.0, 1.0, 1.0, 4.0]).view(1, 4, 1, 1)
+
+    def patches(frames):
+        pixel_values = (torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 255 - mean) / std
+        return model(pixel_values).last_hidden_state[:, 1 + model.config.num_register_tokens :]
+
+    def targets(maps):
+        one_hot = F.one_hot(torch.from_numpy(np.stack(maps)).long(), 4).permute(0, 3, 1, 2).float()
+        return F.avg_pool2d(one_hot, 16 // cells)
+
+    def predict(features):
+        grid = rearrange(head(features), "b (h w) c -> b c h w", w=WIDTH // 16)
+        return F.pixel_shuffle(grid, cells).log_softmax(1)
+
+    def draw_loss(step):
+        first, second, maps = [], [], []
+        for _ in range(8):
+            a, b = rng.choice(3, 2, replace=False)
+            i, t, flip = rng.integers(train), rng.integers(NUM_FRAMES), rng.choice((-1, 1))
+            first.append(clips[i, a, t][:, ::flip])
+            second.append(clips[i, b, t][:, ::flip])
+            maps.append(kinds[i, t][:, ::flip])
+        features = patches(first + second)
+        target = targets(maps).repeat(2, 1, 1, 1)
+        classify = -(target * predict(features) * weights).sum(1).mean()
+        return classify + 2 * F.mse_loss(features[:8], features[8:])
+
+    fit("dinov3", [*model.parameters(), *head.parameters()], draw_loss, steps, 2e-3, log_every=250)
+    model.eval().half().save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": IMAGE_MEAN, "image_std": IMAGE_STD}))
+
+
+def train_people_finder(folder, clips, kinds, vae, steps):
+    """The report's measure: a small network that finds people in pixels and knows nothing of the other models."""
+    torch.manual_seed(0)
+    finder = PeopleFinder()
+    rng, train = np.random.default_rng(0), len(clips) - HELD_OUT
+
+    @torch.no_grad()
+    def decoded(clip):  # generated videos come out of the VAE, so half of the examples do too
+        pixel_values = to_pixel_values(clip)[None]
+        return vae.decode(vae.encode(pixel_values).latent_dist.mean).sample[0]
+
+    pool = [(to_pixel_values(clips[i, 2]), decoded(clips[i, 2]), kinds[i]) for i in range(min(train, 300))]
+
+    def draw_loss(step):
+        frames, maps = [], []
+        for _ in range(16):
+            true, through_vae, kind = pool[rng.integers(len(pool))]
+            t, flip = rng.integers(NUM_FRAMES), rng.random() < 0.5
+            frame = (true if rng.random() < 0.5 else through_vae)[:, t]
+            frame = frame + 0.1 * rng.random() * torch.randn_like(frame)
+            people = torch.from_numpy(kind[t] == city.PERSON).float()[None]
+            frames.append(frame.flip(-1) if flip else frame)
+            maps.append(people.flip(-1) if flip else people)
+        target = F.avg_pool2d(torch.stack(maps), finder.cell)[:, 0]
+        return F.binary_cross_entropy_with_logits(finder(torch.stack(frames)), target)
+
+    fit("people", finder.parameters(), draw_loss, steps, 4e-3, log_every=100)
+    finder.save_pretrained(folder)
+
+
+@torch.no_grad()
+def encode_scenes(work_dir, clips, seeds, vae, text_encoder, tokenizer):
+    """Latents of the three looks and their mirror images, and the prompt embeddings.
+
+    Returns:
+        latents (n, 3, 2, C, T, h, w) normalised, prompt_embeds (n, 3, L, D), the empty prompt's (L, D).
+    """
+    path = work_dir / f"latents_{len(clips)}.pt"
+    if not path.exists():
+        mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+        rows = []
+        for clip in clips:
+            pixel_values = to_pixel_values(clip)
+            both = torch.cat([pixel_values, pixel_values.flip(-1)])
+            latents = (vae.encode(both).latent_dist.mean - mean) / std
+            rows.append(latents.unflatten(0, (2, 3)).transpose(0, 1).half())
+        torch.save(torch.stack(rows), path)
+    latents = torch.load(path, weights_only=True)
+
+    def embed(prompts):
+        tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
+        hidden = text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        return hidden * tokens.attention_mask[..., None]
+
+    captions = [[city.caption(city.make_scene(seed), look) for look in city.LOOKS] for seed in seeds]
+    return latents, torch.stack([embed(row) for row in captions]), embed([""])[0]
+
+
+def train_base(folder, latents, prompt_embeds, empty_prompt, steps, shift=3.0):
+    """A WanTransformer3DModel that knows the toy world loosely: all looks, a third each, with their captions."""
+    torch.manual_seed(0)
+    transformer = WanTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        text_dim=TEXT_DIM,
+        freq_dim=64,
+        ffn_dim=384,
+        num_layers=8,
+        rope_max_seq_len=64,
+    )
+    train = len(latents) - HELD_OUT
+    generator = torch.Generator().manual_seed(0)
+
+    def loss_of(clean, prompts, u):
+        noise = torch.randn(clean.shape, generator=generator)
+        sigmas = flow_matching.shift_sigmas(u, shift)
+        noisy_latents = flow_matching.add_noise(clean, noise, sigmas)
+        timesteps = flow_matching.timesteps_from_sigmas(sigmas)
+        velocity_pred = transformer(noisy_latents, timesteps, prompts, return_dict=False)[0]
+        return flow_matching.velocity_loss(velocity_pred, flow_matching.velocity_target(clean, noise)).mean()
+
+    def draw_loss(step, batch=8):
+        i = torch.randint(train, (batch,), generator=generator)
+        look, mirror = (torch.randint(n, (batch,), generator=generator) for n in (3, 2))
+        prompts = prompt_embeds[i, look].clone()
+        prompts[torch.rand(batch, generator=generator) < 0.1] = empty_prompt
+        u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+        return loss_of(latents[i, look, mirror].float(), prompts, u)
+
+    @torch.no_grad()
+    def on_log():
+        state = generator.get_state()
+        generator.manual_seed(1)
+        u = torch.linspace(0.05, 0.95, HELD_OUT)
+        held_out = ((latents[train:, look, 0].float(), prompt_embeds[train:, look]) for look in range(3))
+        losses = [loss_of(clean, prompts, u).item() for clean, prompts in held_out]
+        generator.set_state(state)
+        return "held-out " + ", ".join(f"{look} {loss:.4f}" for look, loss in zip(city.LOOKS, losses))
+
+    fit("base", transformer.parameters(), draw_loss, steps, 2e-3, on_log, log_every=250)
+    transformer.half().save_pretrained(folder)
+
+
+def train(folder, work_dir, num_scenes=2000, vae_steps=3000, dinov3_steps=3000, people_steps=800, base_steps=8000):
+    """Train what is missing in `folder`."""
+    work_dir.mkdir(parents=True, exist_ok=True)
+    model, dinov3 = folder / "model", folder / "dinov3"
+    clips, kinds, seeds = render_scenes(work_dir, num_scenes)
+    if not (model / "vae/config.json").exists():
+        train_vae(model / "vae", clips, kinds, vae_steps)
+    if not (model / "tokenizer/tokenizer.json").exists():
+        make_text_encoder(model)
+    if not (dinov3 / "config.json").exists():
+        train_dinov3(dinov3, clips, kinds, dinov3_steps)
+    vae = AutoencoderKLWan.from_pretrained(model / "vae", torch_dtype=torch.float32)
+    if not (folder / "people_finder/config.json").exists():
+        train_people_finder(folder / "people_finder", clips, kinds, vae, people_steps)
+    if not (model / "transformer/config.json").exists():
+        text_encoder = UMT5EncoderModel.from_pretrained(model / "text_encoder", dtype=torch.float32)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(model / "tokenizer")
+        train_base(
+            model / "transformer",
+            *encode_scenes(work_dir, clips, seeds, vae, text_encoder, tokenizer),
+            base_steps,
+        )
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(model / "scheduler")
+    index = {
+        "_class_name": "WanPipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": [None, None],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    (model / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,104 @@
+"""Validation: the loss on held-out clips under fixed noise, and the control gain.
+
+Noise and noise levels belong to the clip, not to the step or the process: the number moves only when the model does,
+and two runs can be compared.
+"""
+
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from c2r import flow_matching
+from c2r.training import seeded_generator
+
+# Quantiles of the uniform density at which each clip is noised: the mid-points of four equal strata.
+QUANTILES = (0.125, 0.375, 0.625, 0.875)
+
+
+def spread_over_files(clips, count):
+    """Up to `count` clips from as many files as possible: the first windows of all files before second windows."""
+    return sorted(clips, key=lambda clip: clip.window)[:count]
+
+
+@torch.no_grad()
+def clip_losses(dataset, predict_velocity, accelerator, flow_shift, batch_size=1):
+    """Flow-matching loss of each clip, the mean over QUANTILES. Call it on every process.
+
+    Args:
+        dataset: a `ClipDataset`; its `latents_mean` is what is noised.
+        predict_velocity: `(noisy_latents, timesteps, batch) -> velocity_pred`; `batch` is the collated clips, so that
+            the caller takes prompts and control from it.
+        accelerator: each process takes its share of the clips.
+        flow_shift: shift of the noise levels.
+        batch_size: clips in one forward pass.
+
+    Returns:
+        (len(dataset),) fp32 on CPU, in the dataset's order, the same on every process.
+    """
+    # Every process runs equally many batches, or a sharded model's collectives would hang: the last shares are filled
+    # up with clips that another process counts.
+    per_process = -(-len(dataset) // accelerator.num_processes)
+    positions = [accelerator.process_index * per_process + i for i in range(per_process)]
+    loader = DataLoader(
+        Subset(dataset, [p % len(dataset) for p in positions]), batch_size=batch_size, collate_fn=dataset.collate
+    )
+    losses = torch.zeros(len(dataset), device=accelerator.device)
+    for first, batch in zip(range(0, per_process, batch_size), loader):
+        latents = batch["latents_mean"]
+        total = torch.zeros(len(latents), device=accelerator.device)
+        for quantile in QUANTILES:
+            noise = torch.stack(
+                [
+                    torch.randn(clip.shape, generator=seeded_generator("validation", name, quantile))
+                    for clip, name in zip(latents, batch["name"])
+                ]
+            )
+            sigmas = flow_matching.shift_sigmas(torch.full((len(latents),), quantile), flow_shift)
+            noisy_latents = flow_matching.add_noise(latents, noise, sigmas).to(accelerator.device)
+            timesteps = flow_matching.timesteps_from_sigmas(sigmas).to(accelerator.device)
+            velocity_pred = predict_velocity(noisy_latents, timesteps, batch)
+            target = flow_matching.velocity_target(latents, noise).to(accelerator.device)
+            total += flow_matching.velocity_loss(velocity_pred, target) / len(QUANTILES)
+        for position, loss in zip(positions[first : first + batch_size], total):
+            if position < len(dataset):
+                losses[position] = loss
+    return accelerator.reduce(losses, reduction="sum").cpu()
+
+
+def other_control_index(clips):
+    """For each clip, the index of another one of its domain, from another file where there is one.
+
+    With another clip's control the model must do worse, or it has not learned to follow the control: a real clip that
+    is its own control can lower the loss by leaking its look alone.
+    """
+    chosen = []
+    for i, clip in enumerate(clips):
+        same_domain = [j for j in range(i + 1 - len(clips), i) if clips[j].domain == clip.domain]
+        other_file = [j for j in same_domain if clips[j].file != clip.file]
+        chosen.append((other_file or same_domain or [i])[0] % len(clips))
+    return chosen
+
+
+def control_metrics(right, other, domains):
+    """Phase 2's numbers from the clips' losses.
+
+    Args:
+        right, other: (n,) losses with the clip's own control and with another clip's.
+        domains: n of "real" or "cg".
+
+    Returns:
+        dict: `loss` (the mean of the domains' means, so that no domain outweighs the other), `loss_real`, `loss_cg`,
+        `loss_other_control`, and `control_gain` = loss_other_control − loss: 0 means that control is ignored.
+    """
+
+    def by_domain(losses):
+        groups = {d: [x for x, domain in zip(losses.tolist(), domains) if domain == d] for d in ("real", "cg")}
+        return {d: sum(group) / len(group) for d, group in groups.items() if group}
+
+    own, others = by_domain(right), by_domain(other)
+    loss, loss_other = (sum(means.values()) / len(means) for means in (own, others))
+    return {
+        "loss": loss,
+        **{f"loss_{domain}": value for domain, value in own.items()},
+        "loss_other_control": loss_other,
+        "control_gain": loss_other - loss,
+    }

@@ -1,0 +1,284 @@
+"""Phase 2: ground the control on mixed CG and real video, over the frozen backbone of phase 1.
+
+    accelerate launch train_phase2.py --resume_backbone_from outputs/phase1/best \\
+        --real_dataset data/real --cg_dataset data/cg --cg_ratio 0.2 --output_dir outputs/phase2
+
+Trains the control adapter, the ControlNet blocks and their projector MLPs on frozen DINOv3 features. CG samples are
+pairs (coarse control, fine target); real clips are their own control. best/ and final/ hold the ControlNet alone and
+name the backbone that it belongs to.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from torch.utils.data import ConcatDataset, DataLoader
+from tqdm import tqdm
+
+from c2r import InputError, flow_matching
+from c2r.checkpoint import find_checkpoint, register_trainable_weights, save_checkpoint
+from c2r.data.dataset import ClipDataset
+from c2r.data.manifest import read_manifest
+from c2r.encode import encode_missing
+from c2r.models.assembly import check_transformer, fingerprint, freeze, load_transformer, save_phase
+from c2r.models.controlnet import C2RControlNet
+from c2r.models.dinov3 import DINOv3FeatureExtractor
+from c2r.models.transformer import C2RTransformer
+from c2r.sampler import MixedCGRealSampler
+from c2r.training import (
+    LoopState,
+    StepLog,
+    add_common_options,
+    build_accelerator,
+    build_contract,
+    build_optimizer,
+    frozen_dtype,
+    make_noisy_batch,
+    parse_options,
+    run,
+)
+from c2r.validation import clip_losses, control_metrics, other_control_index, spread_over_files
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_options(
+        parser,
+        train_batch_size=1,
+        gradient_accumulation_steps=1,
+        max_train_steps=15_000,
+        learning_rate=5e-6,
+    )
+    group = parser.add_argument_group("phase 2")
+    group.add_argument(
+        "--resume_backbone_from",
+        required=True,
+        help="the backbone: a phase 1 best/ or final/, a Diffusers transformer folder or a .safetensors file",
+    )
+    group.add_argument("--cg_dataset", help="folder with CG pairs: metadata.csv with file_name, control_name, text")
+    group.add_argument("--cg_ratio", type=float, default=0.2, help="share of CG samples, exact over the run")
+    group.add_argument("--dinov3", default="facebook/dinov3-vitb16-pretrain-lvd1689m", help="a folder or a hub id")
+    group.add_argument("--control_layers", type=int, default=15, help="number of ControlNet blocks")
+    group.add_argument(
+        "--control_stride", type=int, default=1, help="1 injects after the first blocks, 3 after every third"
+    )
+    group.add_argument("--conditioning_scale", type=float, default=1.0, help="multiplies the residuals")
+    group.add_argument(
+        "--control_dropout", type=float, default=0.1, help="share of samples trained with blank control"
+    )
+    return parser
+
+
+def main():
+    # ------------------------------------------------------------------------------------------ options, accelerator
+    args = parse_options(build_parser())
+    if args.cg_ratio > 0 and args.cg_dataset is None:
+        raise InputError(
+            f"--cg_ratio {args.cg_ratio}: needs --cg_dataset, a folder with CG pairs; or give --cg_ratio 0"
+        )
+    accelerator = build_accelerator(args)
+    set_seed(args.seed, device_specific=True)
+    device, weight_dtype = accelerator.device, frozen_dtype(accelerator)
+    resume_path = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    check_transformer(args.resume_backbone_from, args.pretrained_model_name_or_path)
+
+    # ---------------------------------------------------------------------------------------------------------- data
+    real = read_manifest(args.real_dataset, "real", args)
+    cg = read_manifest(args.cg_dataset, "cg", args) if args.cg_ratio > 0 else None
+    manifests = [real, cg] if cg else [real]
+    if accelerator.is_main_process:
+        for manifest in manifests:
+            manifest.report()
+    validation_clips = [
+        clip for manifest in manifests for clip in spread_over_files(manifest.held_out, args.num_validation_clips)
+    ]
+    encode_missing([clip for manifest in manifests for clip in manifest.train] + validation_clips, args, accelerator)
+    real_dataset = ClipDataset(real.train, args, with_control=True)
+    cg_dataset = ClipDataset(cg.train if cg else [], args, with_control=True)
+    validation_dataset = ClipDataset(validation_clips, args, with_control=True)
+    other_control = other_control_index(validation_clips)
+    sampler = MixedCGRealSampler(
+        real_dataset,
+        cg_dataset,
+        cg_ratio=args.cg_ratio,
+        batch_size=args.train_batch_size,
+        seed=args.seed,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+    )
+    # Not prepared by Accelerate: the sampler has given this process its share already.
+    train_loader = DataLoader(
+        ConcatDataset([real_dataset, cg_dataset]),
+        batch_sampler=sampler,
+        num_workers=args.dataloader_num_workers,
+        collate_fn=real_dataset.collate,
+        pin_memory=device.type == "cuda",
+    )
+
+    # ------------------------------------------------------------------------------------------- models and optimizer
+    dinov3 = DINOv3FeatureExtractor.from_pretrained(args.dinov3, torch_dtype=weight_dtype).to(device)
+    backbone = load_transformer(
+        args.resume_backbone_from, args.pretrained_model_name_or_path, torch_dtype=weight_dtype
+    )
+    freeze(backbone)
+    backbone_before = fingerprint(backbone.state_dict().items())
+    controlnet = C2RControlNet.from_transformer(
+        backbone, args.control_layers, args.control_stride, feature_dim=dinov3.feature_dim
+    )
+    controlnet.to(torch.float32).requires_grad_(True).train()
+    # One module: an engine such as DeepSpeed wraps one.
+    model = C2RTransformer(backbone, controlnet)
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    optimizer, lr_scheduler = build_optimizer(controlnet.parameters(), args, device)
+    register_trainable_weights(accelerator, controlnet)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    state = LoopState()
+    accelerator.register_for_checkpointing(lr_scheduler, sampler, state)
+
+    # -------------------------------------------------------------------------------------------------------- resume
+    # The checkpoint decides over weights, optimizer, schedule, sampler and step; the command line over all the rest.
+    if resume_path is not None:
+        accelerator.load_state(str(resume_path))
+        accelerator.print(f"resumed from {resume_path} at step {state.global_step}")
+    elif args.resume_from_checkpoint:
+        accelerator.print(f"no checkpoint in {args.output_dir} yet: starting at step 0")
+
+    def control_features_of(control_frames):
+        """(B, F, 3, H, W) uint8 -> (B, F, h, w, Dd), without a graph."""
+        return dinov3(control_frames.to(device).float() / 255)
+
+    # ---------------------------------------------------------------------------------------------------- validation
+    def validate():
+        model.eval()
+
+        def losses(control_frames_of):
+            def predict_velocity(noisy_latents, timesteps, batch):
+                control_features = control_features_of(control_frames_of(batch))
+                with accelerator.autocast():
+                    return model(
+                        noisy_latents,
+                        timesteps,
+                        batch["prompt_embeds"].to(device),
+                        control_features,
+                        args.conditioning_scale,
+                    )
+
+            return clip_losses(
+                validation_dataset, predict_velocity, accelerator, args.flow_shift, args.train_batch_size
+            )
+
+        def other_control_frames(batch):
+            return torch.stack([validation_dataset.control_frames(other_control[i]) for i in batch["index"]])
+
+        right = losses(lambda batch: batch["control_frames"])
+        other = losses(other_control_frames)
+        model.train()
+        metrics = control_metrics(right, other, [clip.domain for clip in validation_clips])
+        # Before the first step the ControlNet is silent: its loss is the backbone's own, without control.
+        metrics["loss_no_control"] = state.metrics.get("loss_no_control", metrics["loss"])
+        metrics["cg_share"] = sampler.realised_cg_share
+        state.metrics = metrics
+        accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, state.global_step)
+        accelerator.print(
+            f"step {state.global_step}: validation loss {metrics['loss']:.4f}, control gain {metrics['control_gain']:.4f}"
+        )
+        if metrics["loss"] < state.best_validation_loss:
+            state.best_validation_loss = metrics["loss"]
+            save("best")
+
+    def save(name):
+        if accelerator.is_main_process:
+            contract = build_contract(
+                args,
+                state,
+                phase=2,
+                base_model=args.pretrained_model_name_or_path,
+                manifests=manifests,
+                backbone=args.resume_backbone_from,
+                backbone_sha256=backbone_before,
+                dinov3=args.dinov3,
+            )
+            save_phase(Path(args.output_dir) / name, accelerator.unwrap_model(model).controlnet, contract)
+        accelerator.wait_for_everyone()
+
+    if state.global_step == 0:
+        validate()
+
+    # ------------------------------------------------------------------------------------------------------ training
+    progress = tqdm(
+        total=args.max_train_steps,
+        initial=state.global_step,
+        desc="phase 2",
+        disable=not accelerator.is_local_main_process,
+    )
+    micro_step = state.global_step * args.gradient_accumulation_steps
+    step_log = StepLog(accelerator)
+    batches = iter(train_loader)
+    while state.global_step < args.max_train_steps:
+        batch = next(batches)
+        sampler.mark_consumed()
+        noisy = make_noisy_batch(
+            batch,
+            args,
+            empty_prompt_embeds=real_dataset.empty_prompt_embeds,
+            global_step=state.global_step,
+            micro_step=micro_step,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            device=device,
+        )
+        control_features = control_features_of(batch["control_frames"])  # (B, F, h, w, Dd)
+        # A blank control goes through the branch as zero features: guidance needs to know what no control looks like.
+        control_features[noisy.dropped_control] = 0
+        with accelerator.accumulate(model):
+            with accelerator.autocast():
+                velocity_pred = model(
+                    noisy.noisy_latents,
+                    noisy.timesteps,
+                    noisy.prompt_embeds,
+                    control_features,
+                    args.conditioning_scale,
+                )
+            losses = noisy.weights * flow_matching.velocity_loss(velocity_pred, noisy.velocity_target)  # (B,)
+            loss = losses.mean()
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(controlnet.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        micro_step += 1
+        step_log.add(losses, noisy.sigmas, batch["domain"])
+        if not accelerator.sync_gradients:
+            continue
+        lr_scheduler.step()
+        state.global_step += 1
+
+        # One optimizer step is done: log, and at their steps validate and save.
+        logs = step_log.finish(
+            learning_rate=lr_scheduler.get_last_lr()[0],
+            grad_norm=float(grad_norm),
+            cg_share=sampler.realised_cg_share,
+        )
+        accelerator.log(logs, state.global_step)
+        progress.set_postfix(loss=f"{logs['train/loss']:.4f}", cg=f"{logs['train/cg_share']:.3f}")
+        progress.update()
+        last = state.global_step == args.max_train_steps
+        if state.global_step % args.validation_steps == 0 or last:
+            validate()
+        if state.global_step % args.checkpointing_steps == 0 or last:
+            save_checkpoint(accelerator, args.output_dir, state.global_step, args.checkpoints_total_limit)
+    progress.close()
+
+    # ---------------------------------------------------------------------------------------------------- final save
+    backbone_after = fingerprint(backbone.state_dict().items())
+    if backbone_after != backbone_before:
+        raise RuntimeError(f"the frozen backbone has changed: {backbone_before} before, {backbone_after} after")
+    save("final")
+    accelerator.print(f"final/ and best/ (validation loss {state.best_validation_loss:.4f}) are in {args.output_dir}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main)
