@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from c2r import InputError, flow_matching
+from c2r import flow_matching
 from c2r.checkpoint import find_checkpoint, register_trainable_weights, save_checkpoint
 from c2r.data.dataset import ClipDataset
 from c2r.data.manifest import read_manifest

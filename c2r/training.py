@@ -5,6 +5,7 @@ import hashlib
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -334,12 +335,12 @@ SIGMA_BINS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 class StepLog:
-    """The numbers of one optimizer step: losses over its micro-batches and all processes, by domain and noise level."""
+    """The numbers of one optimizer step over all micro-batches and processes; losses by domain and noise level."""
 
     def __init__(self, accelerator):
         self.accelerator = accelerator
         self._names = ["loss", "loss_real", "loss_cg"]
-        self._names += [f"loss_sigma_{low}-{high}" for low, high in zip(SIGMA_BINS, SIGMA_BINS[1:])]
+        self._names += [f"loss_sigma_{low}-{high}" for low, high in pairwise(SIGMA_BINS)]
         self._reset()
 
     def _reset(self):
@@ -356,7 +357,7 @@ class StepLog:
             self._sums[1].index_add_(0, columns, torch.ones_like(losses))
 
     def finish(self, **numbers):
-        """The step's numbers by their TensorBoard names, `numbers` added; starts the next step. Every process calls it."""
+        """The step's numbers by their TensorBoard names, with `numbers`; starts the next step. Call on every process."""
         sums, samples = self.accelerator.reduce(self._sums.to(self.accelerator.device).float(), reduction="sum").cpu()
         logs = {f"train/{k}": (sums[i] / samples[i]).item() for i, k in enumerate(self._names) if samples[i]}
         logs["train/samples_per_second"] = samples[0].item() / (time.perf_counter() - self._started)
