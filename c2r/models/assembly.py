@@ -6,155 +6,282 @@ the config or the safetensors header already tells.
 """
 
 import json
-import re
-from contextlib import contextmanager
+import math
+import os
+import platform
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import accelerate
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKLWan
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from transformers import AutoTokenizer, UMT5EncoderModel
+from accelerate import init_empty_weights
+from diffusers import WanTransformer3DModel
 
 from c2r import InputError
+from c2r.models.controlnet import C2RControlNet
+from c2r.models.parts import freeze, load_pipeline_part, require_class, require_complete, resolve_model_folder
+from c2r.models.transformer import C2RTransformer
+from c2r.models.weights import (
+    WeightIndex,
+    atomic_folder,
+    fingerprint,
+    fingerprint_files,
+    read_json,
+    restore_folder,
+)
 
-PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5"]
+__all__ = [
+    "PhaseContract",
+    "atomic_folder",
+    "fingerprint",
+    "fingerprint_files",
+    "fingerprint_transformer",
+    "freeze",
+    "load_controlnet",
+    "load_for_generation",
+    "load_pipeline_part",
+    "load_transformer",
+    "locate_transformer",
+    "read_contract",
+    "resolve_model_folder",
+    "restore_folder",
+    "save_phase",
+]
+
+CONTRACT = "c2r.json"
 
 
-def resolve_model_folder(name_or_path, subfolders=None):
-    """The local folder of a model: a path as it is, or a Hugging Face hub name through the hub's cache.
+def locate_transformer(source, base=None):
+    """Where the weights of a Wan backbone are, checked against its config without reading them.
 
     Args:
-        name_or_path: a local folder, or a hub name like `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`.
-        subfolders: the parts that are needed; only these are downloaded, and each must be there. None: everything.
+        source: a Diffusers pipeline folder, a transformer folder, best/ or final/ of phase 1, a hub name, or a single
+            .safetensors file with Diffusers' or Wan's original names.
+        base: pipeline or transformer folder or hub name whose config a single file has.
 
     Returns:
-        `Path` of the folder that holds the model (and each of `subfolders`).
+        path (folder or file), config (dict).
 
     Raises:
-        InputError: no such folder or hub model, no access to a gated one, hub out of reach, a part missing.
+        InputError: nothing there, another architecture, or weights that do not fit the config.
     """
-    name, folder = str(name_or_path), Path(name_or_path)
-    if folder.is_file():
-        raise InputError(f"{name}: this is a file, but a model folder is needed; give the folder that holds it")
-    if not folder.is_dir():
-        # `outputs/phase1` looks like a hub name too: where its first half is a local folder, it is a mistyped path.
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(".") or folder.parent.is_dir():
-            raise InputError(f"{name}: no such model folder; check the path")
-        folder = _download(name, subfolders)
-    for subfolder in subfolders or []:
-        if not (folder / subfolder).is_dir():
-            raise InputError(f"{name}: has no {subfolder}/; give a Diffusers pipeline folder of Wan 2.1 T2V")
-    return folder
-
-
-def _download(name, subfolders):
-    # Files of the top folder (config, preprocessor_config.json) are small and always come along.
-    patterns = None if subfolders is None else ["*.json", *(f"{subfolder}/*" for subfolder in subfolders)]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=PICKLES))
-    except GatedRepoError:
-        raise InputError(
-            f"{name}: access to these weights is restricted; ask for it at https://huggingface.co/{name}, "
-            "then log in with `hf auth login`"
-        ) from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise InputError(f"{name}: no local folder and no Hugging Face model has this name; check it") from None
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(
-            f"{name}: not a local folder, and it cannot be had from the Hugging Face hub ({reason}); "
-            "check the connection, or download it first and give its folder"
-        ) from None
-
-
-def freeze(module):
-    """Switch gradients off and evaluation on; returns the module."""
-    return module.requires_grad_(False).eval()
-
-
-@contextmanager
-def whole_weights():
-    """Load transformers' models whole, although the process trains with ZeRO-3.
-
-    Once a ZeRO-3 config is set, transformers shards every model while it loads it. The frozen models that we load
-    from it stand outside the training engine, so nothing would ever gather their weights again.
-    """
-    integration = transformers.integrations.deepspeed
-    if not integration.is_deepspeed_zero3_enabled():
-        yield
-        return
-    config = integration._hf_deepspeed_config_weak_ref()
-    integration.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        integration.set_hf_deepspeed_config(config)
-
-
-def load_pipeline_part(name_or_path, part, torch_dtype=None):
-    """One part of a Diffusers pipeline folder, ready for use: models frozen and in eval mode.
-
-    Args:
-        name_or_path: pipeline folder or hub name; only this part is downloaded.
-        part: "vae", "text_encoder", "tokenizer" or "scheduler". The transformer has `load_transformer`.
-        torch_dtype: dtype of a model's weights; None is fp32. What the model itself keeps in fp32 stays so.
-
-    Raises:
-        InputError: folder or part missing, another architecture, weights missing or of another shape.
-    """
-    folder = resolve_model_folder(name_or_path, [part])
-    where = folder / part
-    if part == "tokenizer":
-        return AutoTokenizer.from_pretrained(where)
-    if part == "scheduler":
-        return getattr(diffusers, read_json(where / "scheduler_config.json")["_class_name"]).from_pretrained(where)
-    if part == "vae":
-        require_class(where, "AutoencoderKLWan")
-        model, info = AutoencoderKLWan.from_pretrained(
-            where, torch_dtype=torch_dtype, use_safetensors=True, output_loading_info=True
-        )
-    elif part == "text_encoder":
-        if read_json(where / "config.json").get("model_type") != "umt5":
-            raise InputError(f"{where}: not a UMT5 text encoder; give a Diffusers pipeline folder of Wan 2.1 T2V")
-        model, info = load_transformers_model(UMT5EncoderModel, where, torch_dtype)
+    path = Path(source)
+    if path.suffix == ".safetensors" or path.is_file():
+        if path.suffix != ".safetensors" or not path.is_file():
+            raise InputError(f"{source}: no such .safetensors file; give one, or a model folder")
+        if base is None:
+            raise InputError(f"{source}: a single file has no config; name the model that it is a version of as base")
+        config = _transformer_config(base)
     else:
-        raise ValueError(f"part is {part!r}, not one of vae, text_encoder, tokenizer, scheduler")
-    require_complete(where, info["missing_keys"], [*info["mismatched_keys"]])
-    return freeze(model)
+        restore_folder(path)
+        path = resolve_model_folder(source, None if path.is_dir() else ["transformer"])
+        path = path / "transformer" if (path / "transformer").is_dir() else path
+        config = _check_transformer_config(path)
+    _require_fitting(path, WanTransformer3DModel, config)
+    return path, config
 
 
-def load_transformers_model(model_class, folder, torch_dtype=None):
-    """`model_class.from_pretrained`, whole and from safetensors alone; returns (model, loading info)."""
-    with whole_weights():
-        return model_class.from_pretrained(
-            folder, dtype=torch_dtype or torch.float32, use_safetensors=True, output_loading_info=True
+def _transformer_config(base):
+    folder = Path(base)
+    if not folder.is_dir():
+        folder = resolve_model_folder(base, [])
+    return _check_transformer_config(folder / "transformer" if (folder / "transformer").is_dir() else folder)
+
+
+def _check_transformer_config(folder):
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"{folder}: no transformer here; give a Wan 2.1 pipeline folder, or best/ or final/ of phase 1"
         )
-
-
-def require_complete(where, missing, unfit):
-    """Raise an InputError that names some of the weights that are missing or of another shape, if there are any."""
-    for names, what in ((missing, "missing"), (unfit, "unexpected or of another shape")):
-        names = sorted(str(name) for name in names)
-        if names:
-            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise InputError(f"{where}: weights are {what}: {some}; the file is damaged or of another model")
-
-
-def require_class(folder, class_name):
-    """Check `_class_name` of a Diffusers model folder; returns its config."""
-    config = read_json(Path(folder) / "config.json")
-    if config.get("_class_name") != class_name:
-        raise InputError(f"{folder}: this is a {config.get('_class_name')}, but a {class_name} is needed")
+    config = require_class(folder, "WanTransformer3DModel")
+    if config.get("image_dim") or config.get("added_kv_proj_dim"):
+        raise InputError(f"{folder}: this is an image-to-video model; give a text-to-video one (Wan 2.1 T2V)")
     return config
 
 
-def read_json(path):
+def _require_fitting(path, model_class, config):
+    """Compare the names and shapes in the files' headers with those of a model of this config."""
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in model_class.from_config(config).state_dict().items()}
+    found = WeightIndex(path).shapes()
+    unfit = [f"{name} {shape}" for name, shape in found.items() if expected.get(name, shape) != shape]
+    unknown = [name for name in found if name not in expected]
+    require_complete(path, [name for name in expected if name not in found], unfit + unknown)
+
+
+def load_transformer(source, base=None, torch_dtype=None):
+    """The Wan backbone, in eval mode, its parameters trainable.
+
+    Args:
+        source, base: see `locate_transformer`.
+        torch_dtype: dtype of the weights; None is fp32. With torch.bfloat16 the time embedder, the norms and the
+            modulation tables stay in fp32, as WanTransformer3DModel declares, from a folder and from a single file.
+
+    Raises:
+        InputError: see `locate_transformer`; raised before weights are read.
+    """
+    path, config = locate_transformer(source, base)
+    torch_dtype = torch_dtype or torch.float32
+    if path.is_dir():
+        return WanTransformer3DModel.from_pretrained(path, torch_dtype=torch_dtype, use_safetensors=True)
+    # Not from_single_file: in bf16 it would not keep those in fp32, and in fp32 a 14B file needs 57 GB.
+    with init_empty_weights():
+        transformer = WanTransformer3DModel.from_config(config)
+    keep = set(transformer._keep_in_fp32_modules)
+    transformer.load_state_dict(
+        {
+            name: tensor.to(torch.float32 if keep.intersection(name.split(".")) else torch_dtype)
+            for name, tensor in WeightIndex(path).tensors()
+        },
+        assign=True,
+    )
+    return transformer.requires_grad_(True).eval()
+
+
+def load_controlnet(folder, torch_dtype=None):
+    """The control branch of a phase 2 folder, in eval mode, its parameters trainable; None is fp32."""
+    restore_folder(folder)
+    config = require_class(folder, "C2RControlNet")
+    _require_fitting(folder, C2RControlNet, config)
+    return C2RControlNet.from_pretrained(folder, torch_dtype=torch_dtype or torch.float32, use_safetensors=True)
+
+
+def fingerprint_transformer(source, base=None):
+    """`fingerprint_files` of a backbone, wherever `load_transformer` finds it: what a phase 2 contract records."""
+    return fingerprint_files(locate_transformer(source, base)[0])
+
+
+def library_versions():
+    modules = {"torch": torch, "diffusers": diffusers, "transformers": transformers, "accelerate": accelerate}
+    return {"python": platform.python_version()} | {name: module.__version__ for name, module in modules.items()}
+
+
+@dataclass(frozen=True)
+class PhaseContract:
+    """What a phase hands to the next one and to generation: the `c2r.json` of best/ and final/.
+
+    Models are named by hub name or path. In the file a local path is relative to the folder, so that the folders of
+    both phases can be moved together; in memory it is ready for use.
+    """
+
+    phase: int  #: 1 or 2
+    base_model: str  #: the Wan pipeline of VAE, text encoder and scheduler
+    step: int  #: optimizer updates so far
+    validation_loss: float | None = None
+    dataset_fingerprints: dict = field(default_factory=dict)  #: {dataset: fingerprint}
+    versions: dict = field(default_factory=library_versions)
+    height: int | None = None  #: pixels, of training
+    width: int | None = None
+    num_frames: int | None = None
+    fps: float | None = None
+    weights_sha256: str | None = None  #: of this folder's weights; `save_phase` fills it in
+    backbone: str | None = None  #: phase 2: the backbone it was trained on, from here on
+    backbone_sha256: str | None = None  #: `fingerprint_transformer(backbone)`
+    dinov3: str | None = None
+
+    def __post_init__(self):
+        if self.phase not in (1, 2):
+            raise ValueError(f"phase is {self.phase!r}: it must be 1 or 2")
+        absent = [name for name in ("backbone", "backbone_sha256", "dinov3") if getattr(self, name) is None]
+        if self.phase == 2 and absent:
+            raise ValueError(f"a phase 2 contract needs {', '.join(absent)}")
+        if self.validation_loss is not None and not math.isfinite(self.validation_loss):
+            raise ValueError(f"validation_loss is {self.validation_loss}: a model like that must not be saved")
+
+
+PATHS = ("base_model", "backbone", "dinov3")
+
+
+def save_phase(folder, model, contract, state_dict=None):
+    """Write best/ or final/ of a phase: model, config and contract; complete or absent (see `atomic_folder`).
+
+    Call it on one process. The phase 1 folder also loads with `WanTransformer3DModel.from_pretrained`.
+
+    Args:
+        folder: where; an older one is replaced.
+        model: `WanTransformer3DModel` (phase 1) or `C2RControlNet` (phase 2).
+        contract: `PhaseContract`; local paths in it are relative to the current directory.
+        state_dict: the model's weights where the module itself does not hold them: gathered from a sharded engine, or
+            averaged. None: the model's own.
+
+    Returns:
+        the contract with `weights_sha256`.
+
+    Raises:
+        TypeError: if the model is not the phase's.
+    """
+    model_class = {1: WanTransformer3DModel, 2: C2RControlNet}[contract.phase]
+    if not isinstance(model, model_class):
+        raise TypeError(f"phase {contract.phase} saves a {model_class.__name__}, not a {type(model).__name__}")
+    if state_dict is not None:
+        with init_empty_weights():
+            model = model_class.from_config(model.config)
+        model.load_state_dict(state_dict, assign=True)
+    folder = Path(os.path.realpath(folder))
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        contract = replace(contract, weights_sha256=fingerprint_files(temporary))
+        stored = asdict(contract) | {name: _relative(getattr(contract, name), folder) for name in PATHS}
+        (temporary / CONTRACT).write_text(json.dumps(stored, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return contract
+
+
+def _relative(name, folder):
+    """A local path relative to `folder`, always with a leading dot, so that it is no hub name; others as they are."""
+    if name is None or not os.path.exists(name):
+        return name
+    path = os.path.relpath(os.path.realpath(name), folder)
+    return path if path.startswith("..") else f"./{path}"
+
+
+def read_contract(folder):
+    """The contract of a phase's best/ or final/, its local paths ready for use.
+
+    Raises:
+        InputError: no folder, no contract in it, or one of another version.
+    """
+    restore_folder(folder)
+    path = Path(folder) / CONTRACT
+    if not path.is_file():
+        raise InputError(f"{folder}: has no {CONTRACT}; give best/ or final/ of a phase, or check the path")
+    stored = read_json(path)
+    unknown = sorted(stored.keys() - {entry.name for entry in fields(PhaseContract)})
+    if unknown:
+        raise InputError(f"{path}: unknown entries {', '.join(unknown)}; it was written by another version")
+    for name in PATHS:
+        if (stored.get(name) or "").startswith("."):
+            stored[name] = os.path.realpath(Path(folder) / stored[name])
     try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; the model folder is incomplete or of another kind") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); the model folder is damaged") from None
+        return PhaseContract(**stored)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}; it is damaged or was written by another version") from None
+
+
+def load_for_generation(folder, backbone=None, torch_dtype=None):
+    """The trained model of a phase's best/ or final/, frozen.
+
+    Args:
+        folder: of phase 1 or 2.
+        backbone: phase 2: where its backbone is, if not where the contract says; see `load_transformer`.
+        torch_dtype: dtype of the weights; None is fp32.
+
+    Returns:
+        model (`WanTransformer3DModel` of phase 1, `C2RTransformer` of phase 2), contract.
+
+    Raises:
+        InputError: a part is missing, or the backbone is not the one that the ControlNet was trained on.
+    """
+    contract = read_contract(folder)
+    if contract.phase == 1:
+        return freeze(load_transformer(folder, torch_dtype=torch_dtype)), contract
+    source = backbone or contract.backbone
+    found = fingerprint_transformer(source, contract.base_model)
+    if found != contract.backbone_sha256:
+        raise InputError(
+            f"{source}: not the backbone of {folder}: its fingerprint is {found}, the ControlNet was trained on "
+            f"{contract.backbone_sha256}; give the right one as backbone"
+        )
+    transformer = load_transformer(source, contract.base_model, torch_dtype)
+    return freeze(C2RTransformer(transformer, load_controlnet(folder, torch_dtype))), contract

@@ -37,13 +37,12 @@ def injection_layers(control_layers, control_stride, num_layers):
     """
     options = f"--control_layers {control_layers} --control_stride {control_stride}"
     if control_layers < 1 or control_stride < 1:
-        raise InputError(
-            f"--control_layers {control_layers} --control_stride {control_stride}: must both be at least 1"
-        )
+        raise InputError(f"{options}: both must be at least 1")
     last = (control_layers - 1) * control_stride
     if last >= num_layers:
         raise InputError(
-            f"{options}: the last residual would follow block {last}, but the backbone has blocks 0 to {num_layers - 1}; lower one of the two"
+            f"{options}: the last residual would follow block {last}, but the backbone has blocks 0 to "
+            f"{num_layers - 1}; lower one of the two"
         )
     return list(range(0, last + 1, control_stride))
 

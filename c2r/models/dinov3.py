@@ -5,7 +5,8 @@ from torch import nn
 from transformers import DINOv3ViTModel
 
 from c2r import InputError
-from c2r.models.assembly import freeze, load_transformers_model, read_json, require_complete, resolve_model_folder
+from c2r.models.parts import freeze, load_transformers_model, require_complete, resolve_model_folder
+from c2r.models.weights import read_json
 
 
 class DINOv3FeatureExtractor(nn.Module):
