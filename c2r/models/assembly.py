@@ -43,7 +43,7 @@ __all__ = [
     "load_for_generation",
     "load_pipeline_part",
     "load_transformer",
-    "locate_transformer",
+    "check_transformer",
     "read_contract",
     "resolve_model_folder",
     "restore_folder",
@@ -53,8 +53,8 @@ __all__ = [
 CONTRACT = "c2r.json"
 
 
-def locate_transformer(source, base=None):
-    """Where the weights of a Wan backbone are, checked against its config without reading them.
+def check_transformer(source, base=None):
+    """Check a Wan backbone by its config and its files' headers, before any weight is read.
 
     Args:
         source: a Diffusers pipeline folder, a transformer folder, best/ or final/ of phase 1, a hub name, or a single
@@ -62,7 +62,7 @@ def locate_transformer(source, base=None):
         base: pipeline or transformer folder or hub name whose config a single file has.
 
     Returns:
-        path (folder or file), config (dict).
+        path of the folder or file that holds the weights, its config (dict).
 
     Raises:
         InputError: nothing there, another architecture, or weights that do not fit the config.
@@ -115,14 +115,14 @@ def load_transformer(source, base=None, torch_dtype=None):
     """The Wan backbone, in eval mode, its parameters trainable.
 
     Args:
-        source, base: see `locate_transformer`.
+        source, base: see `check_transformer`.
         torch_dtype: dtype of the weights; None is fp32. With torch.bfloat16 the time embedder, the norms and the
             modulation tables stay in fp32, as WanTransformer3DModel declares, from a folder and from a single file.
 
     Raises:
-        InputError: see `locate_transformer`; raised before weights are read.
+        InputError: see `check_transformer`; raised before weights are read.
     """
-    path, config = locate_transformer(source, base)
+    path, config = check_transformer(source, base)
     torch_dtype = torch_dtype or torch.float32
     if path.is_dir():
         return WanTransformer3DModel.from_pretrained(path, torch_dtype=torch_dtype, use_safetensors=True)
@@ -150,7 +150,7 @@ def load_controlnet(folder, torch_dtype=None):
 
 def fingerprint_transformer(source, base=None):
     """`fingerprint_files` of a backbone, wherever `load_transformer` finds it: what a phase 2 contract records."""
-    return fingerprint_files(locate_transformer(source, base)[0])
+    return fingerprint_files(check_transformer(source, base)[0])
 
 
 def library_versions():
@@ -170,12 +170,14 @@ class PhaseContract:
     base_model: str  #: the Wan pipeline of VAE, text encoder and scheduler
     step: int  #: optimizer updates so far
     validation_loss: float | None = None
+    metrics: dict = field(default_factory=dict)  #: the other numbers of the last validation
     dataset_fingerprints: dict = field(default_factory=dict)  #: {dataset: fingerprint}
     versions: dict = field(default_factory=library_versions)
     height: int | None = None  #: pixels, of training
     width: int | None = None
     num_frames: int | None = None
     fps: float | None = None
+    flow_shift: float | None = None
     weights_sha256: str | None = None  #: of this folder's weights; `save_phase` fills it in
     backbone: str | None = None  #: phase 2: the backbone it was trained on, from here on
     backbone_sha256: str | None = None  #: `fingerprint_transformer(backbone)`
