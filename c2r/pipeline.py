@@ -1,0 +1,318 @@
+"""Generation: a WanPipeline that follows a coarse video."""
+
+from functools import partial
+
+import torch
+from diffusers import WanPipeline
+from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+
+from c2r import InputError
+from c2r.models.transformer import C2RTransformer
+
+#: The text scale of each kind of guidance, where the caller names none: the released C2R's, and Wan's own.
+DEFAULT_GUIDANCE_SCALE = {"apg": 10.0, "cfg": 5.0}
+APG_MOMENTUM = -0.5
+
+
+class C2RPipeline(WanPipeline):
+    """Coarse video and prompt in, video out. Without a coarse video it generates what a WanPipeline does.
+
+    Offloading, VAE tiling and the like are diffusers' own: `enable_model_cpu_offload()`, `vae.enable_tiling()`.
+    To free the text encoder for good, encode with a pipeline of tokenizer and text encoder alone, and pass the
+    embeddings to one without them.
+
+    Args:
+        tokenizer, text_encoder, vae, scheduler: as in WanPipeline; None where a call does not need them.
+        transformer: `C2RTransformer`, or the bare `WanTransformer3DModel` of phase 1 (no control then).
+        transformer_2, boundary_ratio, expand_timesteps: a Wan 2.2 folder's; they must have no effect.
+        dinov3: `DINOv3FeatureExtractor`, needed for control.
+
+    Raises:
+        ValueError: if the parts are Wan 2.2's.
+    """
+
+    model_cpu_offload_seq = "text_encoder->dinov3->transformer->vae"
+    _optional_components = ["transformer", "transformer_2", "dinov3"]  # noqa: RUF012 (diffusers' convention)
+
+    def __init__(
+        self,
+        tokenizer,
+        text_encoder,
+        vae,
+        scheduler,
+        transformer=None,
+        transformer_2=None,
+        boundary_ratio=None,
+        expand_timesteps=False,
+        dinov3=None,
+    ):
+        if transformer_2 is not None or boundary_ratio is not None or expand_timesteps:
+            raise ValueError("these are parts of a Wan 2.2 pipeline: C2RPipeline is for Wan 2.1 text to video")
+        super().__init__(tokenizer, text_encoder, vae, scheduler, transformer)
+        self.register_modules(dinov3=dinov3)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt=None,
+        control_video=None,
+        negative_prompt=None,
+        height=None,
+        width=None,
+        num_frames=None,
+        num_inference_steps=50,
+        guidance="apg",
+        guidance_scale=None,
+        control_guidance_scale=1.0,
+        conditioning_scale=1.0,
+        control_guidance_start=0.0,
+        control_guidance_end=1.0,
+        generator=None,
+        latents=None,
+        prompt_embeds=None,
+        negative_prompt_embeds=None,
+        output_type="np",
+    ):
+        """Generate one video per prompt.
+
+        Args:
+            prompt: str or list of B; or `prompt_embeds`.
+            control_video: (F, 3, H, W) in [0, 1], floats, one for all prompts; or (B, F, 3, H, W), or a list of B.
+                None: the backbone alone.
+            negative_prompt: what ∅ stands for in the text term; None is the empty prompt, as in training.
+            height, width, num_frames: pixels and pixel frames (4k + 1); default: the control video's, else 480×832×81.
+            num_inference_steps: steps of the scheduler.
+            guidance: "apg" or "cfg", see `guided_velocity`.
+            guidance_scale: s_t ≥ 0; 1 is no text guidance, None is DEFAULT_GUIDANCE_SCALE[guidance].
+            control_guidance_scale: s_c ≥ 0; 1 takes the control as it is and saves a forward pass per step.
+            conditioning_scale: multiplies the control residuals.
+            control_guidance_start, control_guidance_end: fractions of the steps between which control is on; the
+                backbone runs alone outside.
+            generator: `torch.Generator`, or a list of B.
+            latents: (B, C, T, h, w), the noise to start from, instead of one drawn from the generator.
+            prompt_embeds, negative_prompt_embeds: (B, L, D_text), instead of the prompts.
+            output_type: "np" (B, F, H, W, 3) in [0, 1], "pt" (B, F, 3, H, W), "pil" lists, or "latent".
+
+        Returns:
+            `WanPipelineOutput` with `frames`.
+
+        Raises:
+            ValueError: for arguments that do not fit each other or the models.
+        """
+        # 1. Check the arguments.
+        control_frames = _stacked(control_video)
+        default_size = (
+            (81, 480, 832) if control_frames is None else (control_frames.shape[1], *control_frames.shape[3:])
+        )
+        num_frames, height, width = (
+            default if size is None else size for size, default in zip((num_frames, height, width), default_size)
+        )
+        self.check_inputs(prompt, negative_prompt, height, width, prompt_embeds, negative_prompt_embeds)
+        self._check_size(num_frames, height, width)
+        if guidance not in DEFAULT_GUIDANCE_SCALE:
+            raise ValueError(f"guidance is {guidance!r}: it must be one of {', '.join(DEFAULT_GUIDANCE_SCALE)}")
+        if guidance_scale is None:
+            guidance_scale = DEFAULT_GUIDANCE_SCALE[guidance]
+        if not 0 <= control_guidance_start < control_guidance_end <= 1:
+            raise ValueError(
+                f"control_guidance_start is {control_guidance_start}, control_guidance_end {control_guidance_end}: "
+                "they must be in ascending order in [0, 1]"
+            )
+        if isinstance(prompt, str):
+            prompt = [prompt]
+        batch_size = len(prompt if prompt_embeds is None else prompt_embeds)
+        if control_frames is not None:
+            self._check_control(control_frames, batch_size, (num_frames, height, width))
+        needs_negative = guidance_scale != 1 or (control_frames is not None and control_guidance_scale != 1)
+        if needs_negative and negative_prompt_embeds is None and self.text_encoder is None:
+            raise ValueError("negative_prompt_embeds is missing: this guidance needs it, and there is no text encoder")
+
+        # 2. Encode the prompts and the control video.
+        device, dtype = self._execution_device, self.transformer.dtype
+        self._guidance_scale = guidance_scale  # what WanPipeline's properties show
+        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+            prompt,
+            negative_prompt,
+            do_classifier_free_guidance=needs_negative,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            max_sequence_length=max_sequence_length(self.tokenizer),
+            device=device,
+        )
+        # By what `guided_velocity` asks for: with the prompt or not, with control or not.
+        prompts = {
+            with_prompt: None if embeds is None else embeds.to(device, dtype)
+            for with_prompt, embeds in [(True, prompt_embeds), (False, negative_prompt_embeds)]
+        }
+        no_controls = {True: None, False: None}
+        if control_frames is not None:
+            features = self.dinov3(control_frames.to(device)).to(dtype)
+            features = features.expand(batch_size, *features.shape[1:])
+            # ∅ is a blank control, not the backbone alone: it is what control dropout trains.
+            controls = {True: features, False: torch.zeros_like(features)}
+
+        # 3. Start from noise.
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self.scheduler.set_begin_index(0)
+        latents = self.prepare_latents(
+            batch_size,
+            self.transformer.config.in_channels,
+            height,
+            width,
+            num_frames,
+            torch.float32,
+            device,
+            generator,
+            latents,
+        )
+
+        # 4. Denoise.
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        momentum_buffer = MomentumBuffer(APG_MOMENTUM) if guidance == "apg" else None
+        for step, timestep in enumerate(self.progress_bar(timesteps)):
+            control_on = control_frames is not None and _is_on(
+                step, len(timesteps), control_guidance_start, control_guidance_end
+            )
+            predict = partial(
+                self._predict_velocity,
+                latents.to(dtype),
+                timestep.expand(batch_size),
+                prompts,
+                controls if control_on else no_controls,
+                conditioning_scale,
+            )
+            velocity = guided_velocity(
+                predict, guidance_scale, control_guidance_scale if control_on else 1, momentum_buffer
+            )
+            latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+
+        # 5. Decode.
+        if output_type == "latent":
+            frames = latents
+        else:
+            frames = self.video_processor.postprocess_video(self.decode_latents(latents), output_type)
+        self.maybe_free_model_hooks()
+        return WanPipelineOutput(frames=frames)
+
+    @torch.no_grad()
+    def decode_latents(self, latents):
+        """Normalised latents (B, C, T, h, w) -> pixel values (B, 3, F, H, W), nominally in [−1, 1]."""
+        vae = self.vae
+        latents = latents.to(self._execution_device, vae.dtype)
+        mean, std = (
+            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        return vae.decode(latents * std + mean, return_dict=False)[0]
+
+    def _predict_velocity(
+        self, noisy_latents, timesteps, prompts, controls, conditioning_scale, with_control, with_prompt
+    ):
+        """(B, C, T, h, w) fp32: the guidance scales differences, and with them half precision's rounding."""
+        if isinstance(self.transformer, C2RTransformer):
+            velocity = self.transformer(
+                noisy_latents, timesteps, prompts[with_prompt], controls[with_control], conditioning_scale
+            )
+        else:
+            velocity = self.transformer(noisy_latents, timesteps, prompts[with_prompt], return_dict=False)[0]
+        return velocity.float()
+
+    def _check_size(self, num_frames, height, width):
+        """WanPipeline rounds such sizes and goes on; then the control video would no longer fit."""
+        if num_frames < 1 or num_frames % self.vae_scale_factor_temporal != 1:
+            raise ValueError(
+                f"num_frames is {num_frames}: it must be a multiple of {self.vae_scale_factor_temporal} plus 1"
+            )
+        for name, size, patch in zip(("height", "width"), (height, width), self.transformer.config.patch_size[1:]):
+            if size < 1 or size % (self.vae_scale_factor_spatial * patch):
+                raise ValueError(f"{name} is {size}: it must be a multiple of {self.vae_scale_factor_spatial * patch}")
+
+    def _check_control(self, control_frames, batch_size, size):
+        if not isinstance(self.transformer, C2RTransformer) or self.dinov3 is None:
+            raise ValueError("control_video is given, but this pipeline has no ControlNet and DINOv3: load phase 2")
+        if not control_frames.is_floating_point() or control_frames.shape[2] != 3:
+            raise ValueError(
+                f"control_video is {tuple(control_frames.shape)} {control_frames.dtype}: "
+                "expected (F, 3, H, W) floats in [0, 1]"
+            )
+        if control_frames.shape[0] not in (1, batch_size):
+            raise ValueError(f"there are {len(control_frames)} control videos for {batch_size} prompts")
+        if (control_frames.shape[1], *control_frames.shape[3:]) != size:
+            raise ValueError(
+                f"control_video has {control_frames.shape[1]} frames of {control_frames.shape[3]}x"
+                f"{control_frames.shape[4]}: resize and cut it to num_frames, height, width = {size}"
+            )
+
+
+# v = v(∅,∅) + s_c·[v(c,∅) − v(∅,∅)] + s_t·[v(c,t) − v(c,∅)]. Source: the released C2R
+def guided_velocity(predict, guidance_scale, control_guidance_scale=1.0, momentum_buffer=None):
+    """Guide by control and by text; predictions whose weight is zero are not computed.
+
+    With a momentum buffer the text term goes through adaptive projected guidance with η = 0: of the difference only
+    what is orthogonal to v(c,t) is kept, which lets the scale be high without oversaturation.
+
+    Args:
+        predict: `(with_control, with_prompt) -> velocity` (B, C, T, h, w) fp32, two bools.
+        guidance_scale: s_t, of the text; 1 is no text guidance, with or without momentum.
+        control_guidance_scale: s_c, of the control.
+        momentum_buffer: diffusers' `MomentumBuffer`, one for all steps of a video; None is plain classifier-free
+            guidance.
+
+    Returns:
+        (B, C, T, h, w) fp32.
+
+    Source: Sadat et al. 2024 (APG), algorithm 1.
+    """
+    if momentum_buffer is None or guidance_scale in (0, 1):
+        weights = {
+            (False, False): 1 - control_guidance_scale,
+            (True, False): control_guidance_scale - guidance_scale,
+            (True, True): guidance_scale,
+        }
+        return sum(weight * predict(*conditions) for conditions, weight in weights.items() if weight != 0)
+    control_only, both = predict(True, False), predict(True, True)
+    velocity = normalized_guidance(both, control_only, guidance_scale, momentum_buffer, eta=0.0)
+    if control_guidance_scale != 1:
+        velocity = velocity + (1 - control_guidance_scale) * (predict(False, False) - control_only)
+    return velocity
+
+
+def with_flow_shift(scheduler, flow_shift):
+    """A scheduler of the same class with this shift of the noise levels.
+
+    Args:
+        scheduler: Wan's own UniPC, or any flow-matching scheduler of diffusers.
+        flow_shift: see `flow_matching.shift_sigmas`.
+
+    Raises:
+        InputError: if the scheduler knows no shift.
+    """
+    for name in ("flow_shift", "shift"):
+        if name in scheduler.config:
+            return type(scheduler).from_config(scheduler.config, **{name: flow_shift})
+    raise InputError(f"--flow_shift: {type(scheduler).__name__} has no shift; use the scheduler of a Wan 2.1 folder")
+
+
+def max_sequence_length(tokenizer):
+    """Tokens of a padded prompt: Wan's 512, or fewer where the tokenizer says so (some say 1e30 for "no limit")."""
+    return 512 if tokenizer is None else min(512, tokenizer.model_max_length)
+
+
+def _stacked(control_video):
+    """None, (F, 3, H, W), (B, F, 3, H, W) or a list of (F, 3, H, W) -> (B or 1, F, 3, H, W) or None."""
+    if control_video is None:
+        return None
+    if isinstance(control_video, (list, tuple)):
+        control_video = torch.stack(list(control_video))
+    if control_video.ndim == 4:
+        control_video = control_video[None]
+    if control_video.ndim != 5:
+        raise ValueError(f"control_video has shape {tuple(control_video.shape)}: expected (F, 3, H, W)")
+    return control_video
+
+
+def _is_on(step, num_steps, start, end):
+    # As diffusers' ControlNet pipelines count: a step is on if all of it lies between the two fractions.
+    return step / num_steps >= start and (step + 1) / num_steps <= end
