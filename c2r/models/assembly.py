@@ -35,6 +35,7 @@ from c2r.models.weights import (
 __all__ = [
     "PhaseContract",
     "atomic_folder",
+    "check_transformer",
     "fingerprint",
     "fingerprint_files",
     "fingerprint_transformer",
@@ -43,7 +44,6 @@ __all__ = [
     "load_for_generation",
     "load_pipeline_part",
     "load_transformer",
-    "check_transformer",
     "read_contract",
     "resolve_model_folder",
     "restore_folder",
