@@ -19,7 +19,7 @@ from c2r.checkpoint import find_checkpoint, register_trainable_weights, save_che
 from c2r.data.dataset import ClipDataset
 from c2r.data.manifest import read_manifest
 from c2r.encode import encode_missing
-from c2r.models.assembly import check_transformer, load_transformer, save_phase
+from c2r.models.assembly import load_transformer, locate_transformer, save_phase
 from c2r.sampler import MixedCGRealSampler
 from c2r.training import (
     LoopState,
@@ -56,7 +56,7 @@ def main():
     device = accelerator.device
     resume_path = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     transformer_source = args.dit_path or args.pretrained_model_name_or_path
-    check_transformer(transformer_source, args.pretrained_model_name_or_path)
+    locate_transformer(transformer_source, args.pretrained_model_name_or_path)
 
     # ---------------------------------------------------------------------------------------------------------- data
     manifest = read_manifest(args.real_dataset, "real", args)
@@ -114,7 +114,8 @@ def main():
 
         losses = clip_losses(validation_dataset, predict_velocity, accelerator, args.flow_shift, args.train_batch_size)
         model.train()
-        state.metrics = {"loss": losses.mean().item()}
+        loss = losses.mean().item()
+        state.metrics = {"loss": loss, "loss_at_start": state.metrics.get("loss_at_start", loss)}
         accelerator.log({f"validation/{k}": v for k, v in state.metrics.items()}, state.global_step)
         accelerator.print(f"step {state.global_step}: validation loss {state.metrics['loss']:.4f}")
         if state.metrics["loss"] < state.best_validation_loss:

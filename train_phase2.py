@@ -21,7 +21,13 @@ from c2r.checkpoint import find_checkpoint, register_trainable_weights, save_che
 from c2r.data.dataset import ClipDataset
 from c2r.data.manifest import read_manifest
 from c2r.encode import encode_missing
-from c2r.models.assembly import check_transformer, fingerprint, freeze, load_transformer, save_phase
+from c2r.models.assembly import (
+    fingerprint,
+    fingerprint_transformer,
+    load_transformer,
+    locate_transformer,
+    save_phase,
+)
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.transformer import C2RTransformer
@@ -81,7 +87,8 @@ def main():
     set_seed(args.seed, device_specific=True)
     device, weight_dtype = accelerator.device, frozen_dtype(accelerator)
     resume_path = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    check_transformer(args.resume_backbone_from, args.pretrained_model_name_or_path)
+    locate_transformer(args.resume_backbone_from, args.pretrained_model_name_or_path)
+    backbone_sha256 = fingerprint_transformer(args.resume_backbone_from, args.pretrained_model_name_or_path)
 
     # ---------------------------------------------------------------------------------------------------------- data
     real = read_manifest(args.real_dataset, "real", args)
@@ -121,8 +128,7 @@ def main():
     backbone = load_transformer(
         args.resume_backbone_from, args.pretrained_model_name_or_path, torch_dtype=weight_dtype
     )
-    freeze(backbone)
-    backbone_before = fingerprint(backbone.state_dict().items())
+    weights_before = fingerprint(backbone.state_dict().items())
     controlnet = C2RControlNet.from_transformer(
         backbone, args.control_layers, args.control_stride, feature_dim=dinov3.feature_dim
     )
@@ -198,7 +204,7 @@ def main():
                 base_model=args.pretrained_model_name_or_path,
                 manifests=manifests,
                 backbone=args.resume_backbone_from,
-                backbone_sha256=backbone_before,
+                backbone_sha256=backbone_sha256,
                 dinov3=args.dinov3,
             )
             save_phase(Path(args.output_dir) / name, accelerator.unwrap_model(model).controlnet, contract)
@@ -273,9 +279,9 @@ def main():
     progress.close()
 
     # ---------------------------------------------------------------------------------------------------- final save
-    backbone_after = fingerprint(backbone.state_dict().items())
-    if backbone_after != backbone_before:
-        raise RuntimeError(f"the frozen backbone has changed: {backbone_before} before, {backbone_after} after")
+    weights_after = fingerprint(backbone.state_dict().items())
+    if weights_after != weights_before:
+        raise RuntimeError(f"the frozen backbone has changed: {weights_before} before, {weights_after} after")
     save("final")
     accelerator.print(f"final/ and best/ (validation loss {state.best_validation_loss:.4f}) are in {args.output_dir}")
     accelerator.end_training()

@@ -32,6 +32,12 @@ def register_trainable_weights(accelerator, trainable):
 
     def load(models, folder):
         saved = type(trainable).from_pretrained(Path(folder) / "model", torch_dtype=trainable.dtype)
+        for name, value in trainable.config.items():
+            if not name.startswith("_") and saved.config.get(name) != value:
+                raise InputError(
+                    f"{folder}: was written with {name} {saved.config.get(name)}, but this run has {value}; "
+                    "resume with the same options, or choose another --output_dir"
+                )
         trainable.load_state_dict(saved.state_dict(), strict=True)
         models.clear()
 

@@ -357,7 +357,7 @@ class StepLog:
             self._sums[1].index_add_(0, columns, torch.ones_like(losses))
 
     def finish(self, **numbers):
-        """The step's numbers by their TensorBoard names, with `numbers`; starts the next step. Call on every process."""
+        """The numbers by their TensorBoard names, with those given; starts the next step. Call on every process."""
         sums, samples = self.accelerator.reduce(self._sums.to(self.accelerator.device).float(), reduction="sum").cpu()
         logs = {f"train/{k}": (sums[i] / samples[i]).item() for i, k in enumerate(self._names) if samples[i]}
         logs["train/samples_per_second"] = samples[0].item() / (time.perf_counter() - self._started)

@@ -1,0 +1,187 @@
+"""See the main job work, on a CPU and without downloads: both phases on the toy city, then coarse video to real.
+
+    python -m c2r.quickstart
+
+Every step runs the command that a user would type, and prints it. Interrupted and run again, it goes on where it was.
+It ends with report.png and a table, also in report.json.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch.nn import functional as F
+
+from c2r import InputError
+from c2r.data.video import read_window
+from c2r.toy import city
+from c2r.toy.people import PeopleFinder, people_correlation, people_map
+from c2r.training import run
+
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = Path(__file__).parent / "toy/weights"
+SHOWN_SCENES, SHOWN_FRAMES = 5, (0, 4, 8)
+
+
+def run_step(title, command, done):
+    """Print and run one command, unless the file `done` shows that it has been completed before."""
+    print(f"\n== {title}\n$ {shlex.join(command)}", flush=True)
+    if Path(done).exists():
+        print("done already", flush=True)
+        return
+    # What a user types on the shell, run by the interpreter that runs us: the same virtual environment.
+    if command[0] == "accelerate":
+        command = [sys.executable, "-m", "accelerate.commands.launch", *command[2:]]
+    elif command[0] == "python":
+        command = [sys.executable, *command[1:]]
+    started = time.time()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    code = subprocess.run(command, env=environment).returncode
+    if code != 0:
+        raise InputError(f"step '{title}' ended with exit status {code}; its message is above")
+    print(f"-- {title}: {time.time() - started:.0f} s", flush=True)
+
+
+def people_correlations(toy, videos):
+    """How well the people of each video stand where its scene has them, and where another scene has them.
+
+    Args:
+        toy: the content of toy.json.
+        videos: one path per test scene.
+
+    Returns:
+        (own, other): means over the scenes of the correlation with the scene's own people, and with each other
+        scene's. The truth comes from the renderer; what is in the video, from a network that looks at pixels only.
+    """
+    finder = PeopleFinder.from_pretrained(WEIGHTS / "people_finder", torch_dtype=torch.float32)
+    truths, found = [], []
+    for scene, path in zip(toy["test"], videos):
+        kinds = city.render(
+            city.make_scene(scene["seed"]), (), toy["num_frames"], toy["fps"], toy["height"], toy["width"]
+        )["kinds"]
+        truths.append(F.avg_pool2d(torch.from_numpy(kinds == city.PERSON).float()[:, None], finder.cell)[:, 0])
+        found.append(people_map(finder, read_clip(toy, path) / 127.5 - 1))
+    table = [[people_correlation(a, b) for b in truths] for a in found]
+    own = [table[i][i] for i in range(len(table))]
+    other = [table[i][j] for i in range(len(table)) for j in range(len(table)) if i != j]
+    return float(np.mean(own)), float(np.mean(other))
+
+
+def read_clip(toy, path):
+    """(F, 3, H, W) float in [0, 255]: one of the toy's clips."""
+    frames = read_window(path, 0.0, toy["num_frames"], toy["fps"], toy["height"], toy["width"])
+    return torch.as_tensor(frames).float()
+
+
+def draw_report(toy, columns, path):
+    """Write the contact sheet: a row per scene, a few frames in each column.
+
+    Args:
+        toy: the content of toy.json.
+        columns: {title: one video path per test scene}.
+        path: the PNG.
+    """
+    gap, header, caption = 10, 18, 16
+    clip_width = toy["width"] * len(SHOWN_FRAMES)
+    row_height = toy["height"] + caption
+    size = ((clip_width + gap) * len(columns) - gap, header + row_height * SHOWN_SCENES)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, (title, videos) in enumerate(columns.items()):
+        x = column * (clip_width + gap)
+        draw.text((x + 2, 3), title, fill="black")
+        for row in range(SHOWN_SCENES):
+            y = header + row * row_height
+            if column == 0:
+                draw.text((x + 2, y), toy["test"][row]["prompt"], fill="black")
+            frames = read_clip(toy, videos[row]).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            shown = np.concatenate([frames[i] for i in SHOWN_FRAMES], axis=1)
+            sheet.paste(Image.fromarray(shown), (x, y + caption))
+    sheet.save(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="quickstart")
+    args = parser.parse_args()
+    started = time.time()
+    out = Path(args.output_dir)
+    toy_dir, phase1, phase2 = out / "toy", out / "outputs/phase1", out / "outputs/phase2"
+    launch = ["accelerate", "launch", "--config_file", str(ROOT / "accelerate_configs/cpu.yaml")]
+
+    run_step("toy data", ["python", "-m", "c2r.toy", "--output_dir", str(toy_dir)], toy_dir / "toy.json")
+    toy = json.loads((toy_dir / "toy.json").read_text())
+    size = [f"--{name}={toy[name]}" for name in ("height", "width", "num_frames", "fps")]
+    for domain in ("real", "cg"):
+        encode = ["-m", "c2r.encode", "--dataset", str(toy_dir / "data" / domain), "--domain", domain, *size]
+        encode += ["--pretrained_model_name_or_path", str(toy_dir / "model"), "--dataloader_num_workers", "0"]
+        run_step(f"encode the {domain} clips", [*launch, *encode], phase2 / "final/c2r.json")
+    config = ["--config", str(toy_dir / "phase1.yaml"), "--output_dir", str(phase1)]
+    resume = ["--resume_from_checkpoint", "latest"]
+    run_step(
+        "phase 1: adapt the backbone to real video",
+        [*launch, str(ROOT / "train_phase1.py"), *config, *resume],
+        phase1 / "final/c2r.json",
+    )
+    config = ["--config", str(toy_dir / "phase2.yaml"), "--output_dir", str(phase2)]
+    backbone = ["--resume_backbone_from", str(phase1 / "best")]
+    run_step(
+        "phase 2: ground the control",
+        [*launch, str(ROOT / "train_phase2.py"), *config, *backbone, *resume],
+        phase2 / "final/c2r.json",
+    )
+    prompts = [f"--prompt={scene['prompt']}" for scene in toy["test"]]
+    controls = [f"--control_video={scene['control_video']}" for scene in toy["test"]]
+    sampling = ["--num_inference_steps=20", "--guidance=cfg", "--guidance_scale=2", "--seed=0"]
+    videos = {}
+    for name, model, extra in (("before", phase1 / "best", []), ("generated", phase2 / "best", controls)):
+        videos[name] = [out / f"videos/{name}-{i}.mp4" for i in range(len(prompts))]
+        generate = ["python", "-m", "c2r.generate", "--model", str(model), *sampling, *prompts, *extra]
+        run_step(
+            f"generate with {model}",
+            [*generate, "--output", str(out / f"videos/{name}.mp4")],
+            videos[name][-1],
+        )
+
+    print("\n== report", flush=True)
+    truths = [scene["truth"] for scene in toy["test"]]
+    columns = {
+        "coarse control": [scene["control_video"] for scene in toy["test"]],
+        "before phase 2 (no control)": videos["before"],
+        "generated": videos["generated"],
+        "truth": truths,
+    }
+    draw_report(toy, columns, out / "report.png")
+    metrics = {
+        phase: json.loads((path / "best/c2r.json").read_text())["metrics"]
+        for phase, path in (("1", phase1), ("2", phase2))
+    }
+    people = {name: people_correlations(toy, paths) for name, paths in (*videos.items(), ("truth", truths))}
+    table = {
+        "phase 1: validation loss before the first step": metrics["1"]["loss_at_start"],
+        "phase 1: validation loss": metrics["1"]["loss"],
+        "phase 2: validation loss, right control": metrics["2"]["loss"],
+        "phase 2: validation loss, another clip's control": metrics["2"]["loss_other_control"],
+        "phase 2: validation loss, no control": metrics["2"]["loss_no_control"],
+        "people correlation, own scene": people["generated"][0],
+        "people correlation, other scenes": people["generated"][1],
+        "people correlation before phase 2, own scene": people["before"][0],
+        "people correlation of the true clips (ceiling)": people["truth"][0],
+        "CG share of the samples in phase 2": metrics["2"]["cg_share"],
+    }
+    (out / "report.json").write_text(json.dumps(table, indent=2) + "\n")
+    for name, value in table.items():
+        print(f"{name:52s} {value:8.4f}")
+    print(f"\n{out / 'report.png'} shows the clips; the whole took {time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    run(main)

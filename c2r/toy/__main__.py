@@ -1,0 +1,153 @@
+"""Write the toy: its base models, a dataset of real clips, one of CG pairs, test scenes, and a config for each phase.
+
+python -m c2r.toy --output_dir toy
+
+toy/model/            a Diffusers pipeline folder: VAE, UMT5, tokenizer, scheduler and a base Wan DiT
+toy/dinov3/           a DINOv3ViT
+toy/data/real/        metadata.csv and train/*.mp4
+toy/data/cg/          metadata.csv and train/*.mp4, each pair a coarse and a fine video
+toy/test/             scenes that are in neither: coarse video and its truth, listed in toy.json
+toy/phase1.yaml       options for train_phase1.py --config; phase2.yaml for train_phase2.py
+toy/toy.json          height, width, num_frames, fps and the test scenes; written last
+"""
+
+import argparse
+import csv
+import json
+import multiprocessing
+import shutil
+from importlib import resources
+from pathlib import Path
+
+import yaml
+from tqdm import tqdm
+
+from c2r.data.video import write_video
+from c2r.toy import city
+from c2r.training import run
+
+HEIGHT, WIDTH, NUM_FRAMES, FPS = 96, 160, 9, 8
+VIDEO_FRAMES = 2 * NUM_FRAMES  # two windows a video
+FIRST_SEED = {"real": 1_000_000, "cg": 2_000_000, "test": 3_000_000}
+
+SHARED_OPTIONS = {
+    "height": HEIGHT,
+    "width": WIDTH,
+    "num_frames": NUM_FRAMES,
+    "fps": FPS,
+    "train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+    "dataloader_num_workers": 0,
+    "lr_warmup_steps": 10,
+    "lr_scheduler": "cosine",
+    "checkpointing_steps": 50,
+    "checkpoints_total_limit": 2,
+    "validation_steps": 100,
+    "num_validation_clips": 16,
+}
+PHASE1_OPTIONS = SHARED_OPTIONS | {"learning_rate": 5e-4, "max_train_steps": 100}
+PHASE2_OPTIONS = SHARED_OPTIONS | {
+    "learning_rate": 1e-3,
+    "max_train_steps": 250,
+    "control_layers": 4,
+    "control_stride": 1,
+    "cg_ratio": 0.2,
+}
+
+
+def _render_files(job):
+    seed, num_frames, files = job
+    clips = city.render(city.make_scene(seed), tuple(files), num_frames, FPS, HEIGHT, WIDTH)
+    for look, path in files.items():
+        write_video(path, clips[look], FPS)
+
+
+def _render_all(jobs, description):
+    with multiprocessing.Pool() as pool:
+        for _ in tqdm(pool.imap_unordered(_render_files, jobs), total=len(jobs), desc=description):
+            pass
+
+
+def _write_metadata(folder, columns, rows):
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def write_toy(folder, num_real=96, num_cg=32, num_test=8):
+    """Write everything that the module's docstring lists; a folder that is complete already is left alone."""
+    folder = Path(folder)
+    if (folder / "toy.json").exists():
+        print(f"{folder} is complete already")
+        return
+    real, cg, test = folder / "data/real", folder / "data/cg", folder / "test"
+    for path in (real / "train", cg / "train", test):
+        path.mkdir(parents=True, exist_ok=True)
+    with resources.as_file(resources.files("c2r.toy") / "weights") as weights:
+        for part in ("model", "dinov3"):
+            shutil.copytree(weights / part, folder / part, dirs_exist_ok=True)
+
+    seeds = {
+        name: range(start, start + count)
+        for (name, start), count in zip(FIRST_SEED.items(), (num_real, num_cg, num_test))
+    }
+    jobs = [(seed, VIDEO_FRAMES, {"real": real / f"train/{seed}.mp4"}) for seed in seeds["real"]]
+    _render_all(jobs, "real videos")
+    rows = [(f"{seed}.mp4", city.caption(city.make_scene(seed))) for seed in seeds["real"]]
+    _write_metadata(real / "train", ("file_name", "text"), rows)
+
+    jobs = [
+        (seed, VIDEO_FRAMES, {"cg": cg / f"train/{seed}_fine.mp4", "coarse": cg / f"train/{seed}_coarse.mp4"})
+        for seed in seeds["cg"]
+    ]
+    _render_all(jobs, "CG pairs")
+    rows = [(f"{s}_fine.mp4", f"{s}_coarse.mp4", city.caption(city.make_scene(s), "cg")) for s in seeds["cg"]]
+    _write_metadata(cg / "train", ("file_name", "control_name", "text"), rows)
+
+    jobs = [
+        (seed, NUM_FRAMES, {"real": test / f"{seed}_truth.mp4", "coarse": test / f"{seed}_coarse.mp4"})
+        for seed in seeds["test"]
+    ]
+    _render_all(jobs, "test scenes")
+
+    for phase, options in (("phase1", PHASE1_OPTIONS), ("phase2", PHASE2_OPTIONS)):
+        paths = {"pretrained_model_name_or_path": str(folder / "model"), "real_dataset": str(real)}
+        if phase == "phase2":
+            paths |= {"cg_dataset": str(cg), "dinov3": str(folder / "dinov3")}
+        (folder / f"{phase}.yaml").write_text(yaml.safe_dump(paths | options, sort_keys=False))
+    scenes = [
+        {
+            "seed": seed,
+            "prompt": city.caption(city.make_scene(seed)),
+            "control_video": str(test / f"{seed}_coarse.mp4"),
+            "truth": str(test / f"{seed}_truth.mp4"),
+        }
+        for seed in seeds["test"]
+    ]
+    toy = {"height": HEIGHT, "width": WIDTH, "num_frames": NUM_FRAMES, "fps": FPS, "test": scenes}
+    (folder / "toy.json").write_text(json.dumps(toy, indent=2) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="toy")
+    parser.add_argument("--num_real", type=int, default=96, help="real videos, two clips each")
+    parser.add_argument("--num_cg", type=int, default=32, help="CG pairs, two clips each")
+    parser.add_argument(
+        "--train",
+        action="store_true",
+        help="train the base models from nothing (hours) into output_dir/weights, instead of writing the shipped ones",
+    )
+    args = parser.parse_args()
+    if args.train:
+        from c2r.toy import pretrain
+
+        pretrain.train(Path(args.output_dir) / "weights", Path(args.output_dir) / "work")
+    else:
+        write_toy(args.output_dir, args.num_real, args.num_cg)
+
+
+if __name__ == "__main__":
+    run(main)

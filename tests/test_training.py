@@ -1,0 +1,186 @@
+import argparse
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from c2r import InputError, flow_matching
+from c2r.training import StepLog, add_common_options, make_noisy_batch, parse_options, seeded_generator
+
+REQUIRED = ["--real_dataset", "data", "--output_dir", "out"]
+
+
+def options(argv=(), **defaults):
+    parser = argparse.ArgumentParser()
+    phase = {
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_train_steps": 10,
+        "learning_rate": 1e-3,
+    }
+    add_common_options(parser, **phase | defaults)
+    return parse_options(parser, [*REQUIRED, *argv])
+
+
+def test_command_line_wins_over_config_over_defaults(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("learning_rate: 1e-5\nheight: 64\nreal_dataset: other\ngradient_checkpointing: false\n")
+    args = options(["--config", str(config), "--height", "32"])
+    assert args.learning_rate == 1e-5  # YAML reads 1e-5 as a string
+    assert args.height == 32
+    assert args.width == 832
+    assert args.gradient_checkpointing is False
+    assert args.real_dataset == "data"
+
+
+def test_config_can_give_required_options(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("real_dataset: a\noutput_dir: b\n")
+    parser = argparse.ArgumentParser()
+    add_common_options(
+        parser, **dict.fromkeys(("train_batch_size", "gradient_accumulation_steps", "max_train_steps"), 1)
+    )
+    parser.set_defaults(learning_rate=1.0)
+    args = parse_options(parser, ["--config", str(config)])
+    assert (args.real_dataset, args.output_dir) == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("hieght: 64", "'hieght'"),
+        ("height: tall", "height"),
+        ("gradient_checkpointing: 3", "gradient_checkpointing"),
+        ("lr_scheduler: cosin", "lr_scheduler"),
+        ("- a list", "option: value"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_bad_config_is_one_line(tmp_path, text, part):
+    config = tmp_path / "c.yaml"
+    config.write_text(text)
+    with pytest.raises(InputError, match=part) as error:
+        options(["--config", str(config)])
+    assert "\n" not in str(error.value)
+    assert str(config) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("height", 100),
+        ("width", 0),
+        ("num_frames", 16),
+        ("train_batch_size", 0),
+        ("max_train_steps", -1),
+        ("fps", 0),
+        ("prompt_dropout", 1.5),
+        ("learning_rate", -1),
+        ("checkpoints_total_limit", 0),
+    ],
+)
+def test_bad_values_name_their_option(name, value):
+    with pytest.raises(InputError, match=f"--{name} {value}"):
+        options([f"--{name}={value}"])
+
+
+def test_seeded_generators_depend_on_every_part():
+    draws = {torch.rand((), generator=seeded_generator(*parts)).item() for parts in ((0, 0), (0, 1), (1, 0), ("0", 0))}
+    assert len(draws) == 4
+    assert torch.equal(
+        torch.rand(3, generator=seeded_generator(5, "a")), torch.rand(3, generator=seeded_generator(5, "a"))
+    )
+
+
+def batch(size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (size, 4, 2, 4, 6)
+    return {
+        "latents_mean": torch.randn(shape, generator=generator),
+        "latents_logvar": torch.randn(shape, generator=generator),
+        "prompt_embeds": torch.ones(size, 5, 3),
+    }
+
+
+def draw(args, size=2, **changed):
+    where = {"global_step": 3, "micro_step": 6, "process_index": 0, "num_processes": 2}
+    return make_noisy_batch(
+        batch(size), args, empty_prompt_embeds=torch.zeros(5, 3), device=torch.device("cpu"), **where | changed
+    )
+
+
+def test_noisy_batch_is_consistent_and_repeatable():
+    args = options()
+    noisy = draw(args)
+    sigmas = noisy.sigmas.view(-1, 1, 1, 1, 1)
+    # x_sigma - sigma * v = x0 and x_sigma + (1 - sigma) * v = noise, so the two ends are recovered.
+    latents = noisy.noisy_latents - sigmas * noisy.velocity_target
+    noise = noisy.noisy_latents + (1 - sigmas) * noisy.velocity_target
+    torch.testing.assert_close(flow_matching.add_noise(latents, noise, noisy.sigmas), noisy.noisy_latents)
+    spread = (latents - batch(2)["latents_mean"]) / torch.exp(0.5 * batch(2)["latents_logvar"])
+    assert 0.8 < spread.std() < 1.2  # a sample of the distribution, not its mean
+    torch.testing.assert_close(noisy.timesteps, 1000 * noisy.sigmas)
+    assert torch.equal(draw(args).noisy_latents, noisy.noisy_latents)
+
+
+@pytest.mark.parametrize("changed", [{"process_index": 1}, {"micro_step": 7}, {"global_step": 4}])
+def test_noise_differs_between_ranks_and_steps(changed):
+    args = options()
+    assert not torch.equal(draw(args, **changed).noisy_latents, draw(args).noisy_latents)
+
+
+def test_sigmas_of_a_global_step_are_stratified():
+    args = options()
+    parts = [draw(args, process_index=p, micro_step=6 + m).sigmas for p in range(2) for m in range(2)]
+    shifted = torch.cat(parts).double()
+    uniform = shifted / (3 - 2 * shifted)  # undo shift 3
+    assert sorted((uniform * 8).long().tolist()) == list(range(8))
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 1.0), (1.0, 0.0)])
+def test_prompt_dropout_replaces_by_the_empty_prompt(share, expected):
+    noisy = draw(options([f"--prompt_dropout={share}"]))
+    assert (noisy.prompt_embeds == expected).all()
+
+
+def test_dropouts_are_live_and_have_their_share():
+    args = options()
+    args.control_dropout = 0.3
+    drawn = [draw(args, size=8, micro_step=2 * i) for i in range(200)]
+    prompts = torch.cat([noisy.prompt_embeds[:, 0, 0] == 0 for noisy in drawn]).float().mean()
+    controls = torch.cat([noisy.dropped_control for noisy in drawn]).float().mean()
+    assert 0.07 < prompts < 0.13
+    assert 0.26 < controls < 0.34
+
+
+def test_flow_options_change_the_draw():
+    plain = draw(options())
+    assert not torch.equal(draw(options(["--flow_shift=5"])).sigmas, plain.sigmas)
+    for scheme, option in (
+        ("logit_normal", "--logit_mean=1"),
+        ("logit_normal", "--logit_std=2"),
+        ("mode", "--mode_scale=0.5"),
+    ):
+        base = draw(options([f"--weighting_scheme={scheme}"])).sigmas
+        assert not torch.equal(base, plain.sigmas)
+        assert not torch.equal(draw(options([f"--weighting_scheme={scheme}", option])).sigmas, base)
+    assert not torch.equal(draw(options(["--weighting_scheme=cosmap"])).weights, plain.weights)
+
+
+def test_step_log_groups_losses():
+    log = StepLog(Accelerator(cpu=True))
+    log.add(torch.tensor([1.0, 3.0]), torch.tensor([0.1, 1.0]), torch.tensor([0, 1]))
+    log.add(torch.tensor([5.0, 7.0]), torch.tensor([0.25, 0.2]), torch.tensor([0, 0]))
+    logs = log.finish(learning_rate=0.5)
+    assert logs.pop("train/samples_per_second") > 0
+    assert logs == {
+        "train/loss": 4.0,
+        "train/loss_real": pytest.approx(13 / 3),
+        "train/loss_cg": 3.0,
+        "train/loss_sigma_0.0-0.25": 4.0,
+        "train/loss_sigma_0.25-0.5": 5.0,
+        "train/loss_sigma_0.75-1.0": 3.0,
+        "train/learning_rate": 0.5,
+    }
+    log.add(torch.tensor([2.0]), torch.tensor([0.6]), torch.tensor([1]))
+    assert log.finish()["train/loss"] == 2.0

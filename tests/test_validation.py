@@ -1,0 +1,95 @@
+from dataclasses import dataclass
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils.data import default_collate
+
+from c2r import flow_matching
+from c2r.training import seeded_generator
+from c2r.validation import QUANTILES, clip_losses, control_metrics, other_control_index, spread_over_files
+
+
+@dataclass(frozen=True)
+class Clip:
+    file: str
+    window: int
+    domain: str = "real"
+
+
+class Latents(torch.utils.data.Dataset):
+    """Clips of random latents, in the form of `ClipDataset`."""
+
+    collate = staticmethod(default_collate)
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        latents = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(index))
+        return {"latents_mean": latents, "name": f"clip {index}", "index": index}
+
+
+def test_losses_are_those_of_the_fixed_noise():
+    dataset = Latents(3)
+
+    def predict_zero(noisy_latents, timesteps, batch):
+        return torch.zeros_like(noisy_latents)
+
+    losses = clip_losses(dataset, predict_zero, Accelerator(cpu=True), 3.0)
+    for index, loss in enumerate(losses):
+        clip = dataset[index]
+        expected = [
+            flow_matching.velocity_target(
+                clip["latents_mean"],
+                torch.randn(4, 2, 4, 4, generator=seeded_generator("validation", clip["name"], quantile)),
+            )
+            .square()
+            .mean()
+            for quantile in QUANTILES
+        ]
+        torch.testing.assert_close(loss, torch.stack(expected).mean())
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 8])
+def test_losses_do_not_depend_on_the_batch_size(batch_size):
+    def predict(noisy_latents, timesteps, batch):
+        return noisy_latents * timesteps.view(-1, 1, 1, 1, 1) / 1000
+
+    accelerator = Accelerator(cpu=True)
+    single = clip_losses(Latents(5), predict, accelerator, 3.0)
+    assert len(set(single.tolist())) == 5
+    torch.testing.assert_close(clip_losses(Latents(5), predict, accelerator, 3.0, batch_size), single)
+    assert not torch.equal(clip_losses(Latents(5), predict, accelerator, 5.0), single)
+
+
+def test_other_control_is_another_file_of_the_same_domain():
+    clips = [Clip("a", 0), Clip("a", 1), Clip("b", 0), Clip("x", 0, "cg"), Clip("x", 1, "cg"), Clip("y", 0, "cg")]
+    others = other_control_index(clips)
+    for clip, other in zip(clips, others):
+        assert clips[other].domain == clip.domain
+        assert clips[other].file != clip.file
+
+
+def test_other_control_falls_back_to_another_window_then_to_itself():
+    assert other_control_index([Clip("a", 0), Clip("a", 1)]) == [1, 0]
+    assert other_control_index([Clip("a", 0), Clip("x", 0, "cg")]) == [0, 1]
+
+
+def test_clips_are_spread_over_files():
+    clips = [Clip("a", 0), Clip("a", 1), Clip("a", 2), Clip("b", 0)]
+    assert spread_over_files(clips, 2) == [Clip("a", 0), Clip("b", 0)]
+
+
+def test_control_metrics_weigh_the_domains_alike():
+    metrics = control_metrics(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([2.0, 4.0, 9.0]), ["real", "real", "cg"])
+    assert metrics == {
+        "loss": 3.5,
+        "loss_real": 2.0,
+        "loss_cg": 5.0,
+        "loss_other_control": 6.0,
+        "control_gain": 2.5,
+    }
