@@ -1,0 +1,345 @@
+"""C2RTransformer: the backbone's output bit for bit, residuals in their places, gradients where they belong."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+from c2r.models.controlnet import C2RControlBlock, C2RControlNet
+from c2r.models.transformer import C2RTransformer
+from tests.tiny import FEATURE_DIM, LATENT_CHANNELS, TEXT_DIM, tiny_transformer
+
+
+def tiny_model(control_layers=2, control_stride=1, trained=False, seed=0, **overrides):
+    transformer = tiny_transformer(seed, **overrides)
+    model = C2RTransformer(
+        transformer, C2RControlNet.from_transformer(transformer, control_layers, control_stride, FEATURE_DIM)
+    )
+    if trained:
+        for block in model.controlnet.control_blocks:
+            torch.nn.init.normal_(block.projector[2].weight)
+            torch.nn.init.normal_(block.projector[2].bias)
+    return model
+
+
+def tiny_inputs(batch_size=2, latent_frames=2, height=48, width=32, prompt_length=7, dtype=torch.float32, seed=1):
+    """noisy_latents, timesteps, prompt_embeds, control_features for height x width pixels."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    return (
+        draw(batch_size, LATENT_CHANNELS, latent_frames, height // 8, width // 8),
+        1000 * torch.rand(batch_size, generator=generator),
+        draw(batch_size, prompt_length, TEXT_DIM),
+        draw(batch_size, 4 * (latent_frames - 1) + 1, height // 16, width // 16, FEATURE_DIM),
+    )
+
+
+def backbone_output(model, noisy_latents, timesteps, prompt_embeds):
+    return model.transformer(noisy_latents, timesteps, prompt_embeds, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("conditioning_scale", [1.0, 0.0, -0.7, 30, torch.tensor([0.3, 0.0])])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fresh_control_keeps_the_backbones_output_bit_for_bit(dtype, checkpointing, conditioning_scale):
+    model = tiny_model(control_layers=2, control_stride=2).to(dtype)
+    noisy_latents, timesteps, prompt_embeds, control_features = tiny_inputs(dtype=dtype)
+    expected = backbone_output(model, noisy_latents, timesteps, prompt_embeds)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+
+    velocity_pred = model(noisy_latents, timesteps, prompt_embeds, control_features, conditioning_scale)
+
+    assert velocity_pred.requires_grad  # so checkpointing had something to do
+    assert velocity_pred.dtype == dtype
+    assert torch.equal(velocity_pred, expected)
+    assert torch.equal(model(noisy_latents, timesteps, prompt_embeds, None, conditioning_scale), expected)
+
+
+def test_no_features_means_no_control_even_when_it_is_trained():
+    model = tiny_model(trained=True)
+    noisy_latents, timesteps, prompt_embeds, control_features = tiny_inputs()
+    expected = backbone_output(model, noisy_latents, timesteps, prompt_embeds)
+    assert torch.equal(model(noisy_latents, timesteps, prompt_embeds), expected)
+    assert not torch.equal(model(noisy_latents, timesteps, prompt_embeds, control_features), expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fp32_control_and_bf16_backbone_run_together_under_autocast(tmp_path, checkpointing):
+    model = tiny_model()
+    model.transformer.save_pretrained(tmp_path)
+    # from_pretrained leaves time embedder, norms and modulation tables in fp32, unlike `.to(torch.bfloat16)`
+    model.transformer = type(model.transformer).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    model.transformer.requires_grad_(False)
+    assert {p.dtype for p in model.controlnet.parameters()} == {torch.float32}
+    assert {p.dtype for p in model.transformer.parameters()} == {torch.float32, torch.bfloat16}
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    noisy_latents, timesteps, prompt_embeds, control_features = tiny_inputs()  # fp32, as the training loop has them
+
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = backbone_output(model, noisy_latents, timesteps, prompt_embeds.bfloat16())
+        velocity_pred = model(noisy_latents, timesteps, prompt_embeds.bfloat16(), control_features.bfloat16())
+    velocity_pred.float().square().mean().backward()
+
+    assert torch.equal(velocity_pred, expected)
+    last = model.controlnet.control_blocks[1].projector[2]
+    assert last.weight.grad.dtype == torch.float32
+    assert last.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(("control_layers", "control_stride"), [(4, 1), (2, 1), (2, 3), (1, 1)])
+def test_residuals_land_after_their_blocks(control_layers, control_stride):
+    """Against the backbone's own forward with hooks, and the control branch run beforehand instead of interleaved."""
+    model = tiny_model(control_layers, control_stride, trained=True)
+    noisy_latents, timesteps, prompt_embeds, control_features = tiny_inputs()
+    scale = 0.6
+    backbone, controlnet = model.transformer, model.controlnet
+
+    seen = []
+    first = backbone.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args))
+    backbone_output(model, noisy_latents, timesteps, prompt_embeds)
+    first.remove()
+    _, *shared = seen[0]
+    state = controlnet.control_adapter(control_features, (2, 3, 2))
+    hooks = []
+    for index, control_block in zip(range(0, 4, control_stride), controlnet.control_blocks):
+        state, residual = control_block(state, *shared)
+        hooks.append(
+            backbone.blocks[index].register_forward_hook(lambda _, args, output, r=residual: output + scale * r)
+        )
+    expected = backbone_output(model, noisy_latents, timesteps, prompt_embeds)
+    for hook in hooks:
+        hook.remove()
+
+    assert len(hooks) == control_layers
+    assert torch.equal(model(noisy_latents, timesteps, prompt_embeds, control_features, scale), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sample_with_scale_zero_is_the_backbones(dtype):
+    model = tiny_model(trained=True).to(dtype)
+    noisy_latents, timesteps, prompt_embeds, control_features = tiny_inputs(batch_size=3, dtype=dtype)
+    scales = torch.tensor([1.0, 0.0, 0.7])
+    velocity_pred = model(noisy_latents, timesteps, prompt_embeds, control_features, scales)
+    expected = backbone_output(model, noisy_latents, timesteps, prompt_embeds)
+    assert torch.equal(velocity_pred[1], expected[1])
+    for sample, scale in ((0, 1.0), (2, 0.7)):  # and a tensor of scales means the same as floats
+        alone = model(noisy_latents, timesteps, prompt_embeds, control_features, scale)
+        assert torch.equal(velocity_pred[sample], alone[sample])
+        assert not torch.equal(velocity_pred[sample], expected[sample])
+
+
+@pytest.mark.parametrize("latent_frames", [1, 2, 4])
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (16, 80), (48, 32)])
+@pytest.mark.parametrize(("batch_size", "prompt_length"), [(1, 16), (3, 2)])
+def test_any_video_size_batch_and_prompt_length(latent_frames, height, width, batch_size, prompt_length):
+    model = tiny_model(trained=True)
+    inputs = tiny_inputs(batch_size, latent_frames, height, width, prompt_length)
+    with torch.no_grad():
+        velocity_pred = model(*inputs)
+        assert velocity_pred.shape == inputs[0].shape
+        assert velocity_pred.isfinite().all()
+        # each sample is its own: nothing leaks across the batch
+        last = model(*(tensor[-1:] for tensor in inputs))
+    torch.testing.assert_close(velocity_pred[-1:], last, atol=1e-5, rtol=1e-4)
+
+
+def test_a_blank_control_goes_through_the_branch():
+    """Control dropout replaces features by zeros: finite, with gradients, and not the same as no control."""
+    model = tiny_model(trained=True)
+    noisy_latents, timesteps, prompt_embeds, control_features = tiny_inputs()
+    velocity_pred = model(noisy_latents, timesteps, prompt_embeds, torch.zeros_like(control_features))
+    velocity_pred.square().mean().backward()
+    assert velocity_pred.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in model.trainable_parameters())
+    assert not torch.equal(velocity_pred, model(noisy_latents, timesteps, prompt_embeds))
+
+
+def test_first_steps_of_phase_2_train_every_control_parameter_and_nothing_else():
+    model = tiny_model(control_layers=3)
+    model.enable_gradient_checkpointing()
+    model.train()
+    inputs = tiny_inputs()
+    target = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(2))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-3)
+
+    def step():
+        """Names of the parameters that got a gradient other than zero."""
+        optimizer.zero_grad()
+        (model(*inputs) - target).square().mean().backward()
+        optimizer.step()
+        return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.count_nonzero() > 0}
+
+    control = {name for name, _ in model.named_parameters() if name.startswith("controlnet.")}
+    last = {name for name in control if ".projector.2." in name}
+    # r = W2·gelu(W1·c) + b2 with W2 = 0: dL/dW2 and dL/db2 are not zero, but dL/dc = W1'·gelu'·W2'·dL/dr is, and so is
+    # everything behind it (W1, the cloned block, the adapter) until the first update has moved W2.
+    assert step() == last
+    # From then on every control parameter learns: no bias of a cloned block is without effect, not even the keys'
+    # (softmax would cancel it, but an RMS norm stands between).
+    assert step() == control
+
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("transformer."))
+    assert all(not torch.equal(after[name], before[name]) for name in control)
+    assert len(model.trainable_parameters()) == len(control)
+    assert all(parameter.grad is None for parameter in model.transformer.parameters())
+
+
+def test_train_leaves_the_backbone_in_eval_mode():
+    model = tiny_model().train()
+    assert model.controlnet.training
+    assert not any(module.training for module in model.transformer.modules())
+
+
+@pytest.mark.parametrize("control_stride", [1, 2])
+def test_checkpointing_changes_no_gradient(control_stride):
+    inputs = tiny_inputs()
+    grads = []
+    for checkpointing in (False, True):
+        model = tiny_model(2, control_stride, trained=True)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model(*inputs).square().mean().backward()
+        grads.append([parameter.grad for parameter in model.trainable_parameters()])
+        assert all(grad is not None for grad in grads[-1])
+    assert all(torch.equal(plain, checkpointed) for plain, checkpointed in zip(*grads))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_graph_before_the_first_residual_and_recomputation_only_behind_it(checkpointing):
+    model = tiny_model(control_layers=2, control_stride=2, trained=True)  # residuals after blocks 0 and 2
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    runs, graph = {}, {}
+    for name, module in model.named_modules():
+        if (name.startswith("transformer.blocks.") and name.count(".") == 2) or isinstance(module, C2RControlBlock):
+            # before, not after: a recomputation stops as soon as it has what the backward pass needs
+            def count(module, args, name=name):
+                runs[name] = runs.get(name, 0) + 1
+
+            def look(module, args, output, name=name):
+                graph.setdefault(name, (output[0] if isinstance(output, tuple) else output).requires_grad)
+
+            module.register_forward_pre_hook(count)
+            module.register_forward_hook(look)
+    model(*tiny_inputs()).square().mean().backward()
+    assert graph == {
+        "transformer.blocks.0": False,
+        "transformer.blocks.1": True,
+        "transformer.blocks.2": True,
+        "transformer.blocks.3": True,
+        "controlnet.control_blocks.0": True,
+        "controlnet.control_blocks.1": True,
+    }
+    assert runs == {name: 2 if checkpointing and has_graph else 1 for name, has_graph in graph.items()}
+
+
+def test_without_autograd_nothing_is_checkpointed():
+    model = tiny_model(trained=True)
+    inputs = tiny_inputs()
+    model.enable_gradient_checkpointing()
+    with torch.no_grad():
+        checkpointed = model(*inputs)
+    model.disable_gradient_checkpointing()
+    assert torch.equal(checkpointed, model(*inputs))
+
+
+def test_gradients_agree_with_finite_differences():
+    """The whole path in float64: loss along a random direction of the control parameters."""
+    model = tiny_model(control_layers=1, trained=True, num_layers=2)
+    model.double()
+    inputs = tiny_inputs(1, 1, 16, 16, 2, dtype=torch.float64)
+    # diffusers' blocks compute in fp32 inside, so the difference quotient is only good to some 1e-3
+    parameters = model.trainable_parameters()
+    direction = [torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) for i, p in enumerate(parameters)]
+    loss = model(*inputs).square().mean()
+    grads = torch.autograd.grad(loss, parameters)
+    slope = sum((grad * along).sum() for grad, along in zip(grads, direction)).item()
+
+    def loss_at(step):
+        with torch.no_grad():
+            for parameter, along in zip(parameters, direction):
+                parameter += step * along
+            loss = model(*inputs).square().mean().item()
+            for parameter, along in zip(parameters, direction):
+                parameter -= step * along
+        return loss
+
+    step = 1e-4
+    assert (loss_at(step) - loss_at(-step)) / (2 * step) == pytest.approx(slope, rel=1e-2)
+
+
+def test_wrong_shapes_are_named():
+    model = tiny_model()
+    noisy_latents, timesteps, prompt_embeds, control_features = tiny_inputs()
+    with pytest.raises(ValueError, match=r"noisy latents have shape \(2, 4, 2, 5, 4\)"):
+        model(noisy_latents[:, :, :, :5], timesteps, prompt_embeds, control_features)
+    with pytest.raises(ValueError, match=r"conditioning_scale has shape \(3,\)"):
+        model(noisy_latents, timesteps, prompt_embeds, control_features, torch.ones(3))
+    with pytest.raises(ValueError, match="4 frames, but 2 latent frames need 5"):
+        model(noisy_latents, timesteps, prompt_embeds, control_features[:, :4])
+    other = tiny_transformer(num_layers=5)
+    with pytest.raises(ValueError, match="num_layers 4, this one has 5"):
+        C2RTransformer(other, model.controlnet)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_trace_into_one_graph_each(checkpointing):
+    """Dynamo and AOTAutograd without a backend's kernels: a graph break fails here."""
+    inputs = tiny_inputs()
+    results = []
+    for compiled in (False, True):
+        model = tiny_model(trained=True, num_layers=2)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        if compiled:
+            model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+        velocity_pred = model(*inputs)
+        velocity_pred.square().mean().backward()
+        results.append([velocity_pred, *(parameter.grad for parameter in model.trainable_parameters())])
+    for eager, compiled in zip(*results):
+        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor():
+    inputs = tiny_inputs()
+    model = tiny_model(trained=True, num_layers=2)
+    expected = model(*inputs)
+    model.compile_repeated_blocks(fullgraph=True)
+    velocity_pred = model(*inputs)
+    velocity_pred.square().mean().backward()
+    torch.testing.assert_close(velocity_pred, expected, atol=1e-4, rtol=1e-3)
+    assert all(parameter.grad.isfinite().all() for parameter in model.trainable_parameters())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sharded_by_fsdp2(tmp_path, checkpointing):
+    """One rank shards as many do: a parameter read outside a hooked forward would be a DTensor and raise."""
+    inputs = tiny_inputs()
+    expected = tiny_model(trained=True)
+    expected(*inputs).square().mean().backward()
+    model = tiny_model(trained=True)
+    model.load_state_dict(expected.state_dict())
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for module in reversed(list(model.modules())):
+            if type(module).__name__ in model._no_split_modules:
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        velocity_pred = model(*inputs)
+        velocity_pred.square().mean().backward()
+        torch.testing.assert_close(velocity_pred, expected(*inputs))
+        for sharded, whole in zip(model.trainable_parameters(), expected.trainable_parameters(), strict=True):
+            torch.testing.assert_close(sharded.grad.full_tensor(), whole.grad)
+    finally:
+        dist.destroy_process_group()
