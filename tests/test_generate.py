@@ -1,0 +1,254 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+
+from c2r import InputError
+from c2r.data.video import probe, read_window, write_video
+from c2r.generate import build_parser, complete_options, encode_prompts, load_pipeline, main, read_control
+from c2r.models.assembly import PhaseContract, fingerprint_transformer, read_contract, save_phase
+from c2r.models.controlnet import C2RControlNet
+from c2r.training import run
+from tests import tiny
+
+FRAMES, HEIGHT, WIDTH, FPS = 5, 32, 48, 8.0
+SIZE = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "fps": FPS}
+
+
+def write_noise(path, seed, num_frames=12, fps=FPS):
+    frames = np.random.default_rng(seed).integers(0, 256, (num_frames, 4, 6, 3), dtype=np.uint8)
+    write_video(path, frames.repeat(16, 1).repeat(16, 2), fps)  # blocks of colour: they survive the codec
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """base/, dinov3/, phase1/, phase2/ (its residuals are not zero), coarse0.mp4 and coarse1.mp4."""
+    folder = tmp_path_factory.mktemp("models")
+    base, dinov3 = str(folder / "base"), str(folder / "dinov3")
+    tiny.save_tiny_pipeline(base)
+    tiny.save_tiny_dinov3(dinov3)
+    phase1, transformer = folder / "phase1", tiny.tiny_transformer(seed=5)
+    save_phase(phase1, transformer, PhaseContract(phase=1, base_model=base, step=1, **SIZE))
+    torch.manual_seed(1)
+    controlnet = C2RControlNet.from_transformer(transformer, control_layers=2, feature_dim=tiny.FEATURE_DIM)
+    for control_block in controlnet.control_blocks:
+        torch.nn.init.normal_(control_block.projector[2].weight, std=0.5)
+    contract = PhaseContract(
+        phase=2,
+        base_model=base,
+        step=1,
+        **SIZE,
+        flow_shift=2.0,
+        backbone=str(phase1),
+        backbone_sha256=fingerprint_transformer(phase1),
+        dinov3=dinov3,
+    )
+    save_phase(folder / "phase2", controlnet, contract)
+    for i in range(2):
+        write_noise(folder / f"coarse{i}.mp4", seed=i)
+    return folder
+
+
+def options(folder, phase=2, control=True, **changed):
+    """A command line; None leaves an option out, True is a flag, a list repeats it."""
+    given = {
+        "model": folder / f"phase{phase}",
+        "prompt": "the street",
+        "control_video": folder / "coarse0.mp4" if control else None,
+        "num_inference_steps": 2,
+    } | changed
+    arguments = []
+    for name, value in given.items():
+        for one in value if isinstance(value, list) else [value]:
+            arguments += [] if one is None else [f"--{name}"] if one is True else [f"--{name}={one}"]
+    return arguments
+
+
+def generated(folder, output, **changed):
+    """Run the command; the frames it wrote, (F, 3, H, W) as floats."""
+    main(options(folder, output=output, **changed))
+    info = probe(output)
+    num_frames = info.frames_at(changed.get("fps", FPS))
+    height, width = changed.get("height", HEIGHT), changed.get("width", WIDTH)
+    return torch.as_tensor(read_window(output, 0.0, num_frames, changed.get("fps", FPS), height, width)).float()
+
+
+def parsed(folder, **changed):
+    args = build_parser().parse_args(options(folder, output="out.mp4", **changed))
+    complete_options(args, read_contract(args.model))
+    return args
+
+
+def distance(a, b):
+    return (a - b).abs().mean().item()
+
+
+def test_control_prompt_and_seed_decide_the_video(folder, tmp_path):
+    video = generated(folder, tmp_path / "new" / "out.mp4")
+    assert video.shape == (FRAMES, 3, HEIGHT, WIDTH)
+    assert distance(video, generated(folder, tmp_path / "again.mp4")) == 0
+    for name, changed in {
+        "seed": {"seed": 1},
+        "control": {"control_video": folder / "coarse1.mp4"},
+        "none": {"control_video": None},
+        "scale": {"conditioning_scale": 0.3},
+        "shift": {"flow_shift": 9},
+    }.items():
+        assert distance(video, generated(folder, tmp_path / f"{name}.mp4", **changed)) > 0.5, name
+
+
+def test_the_control_is_the_start_of_the_video_at_the_given_rate(folder):
+    control = read_control(parsed(folder, num_frames=9), folder / "coarse0.mp4")
+    assert control.shape == (9, 3, HEIGHT, WIDTH)
+    assert 0 <= control.min() < 0.2 < 0.8 < control.max() <= 1
+    assert distance(control[0], control[1]) > 0.1
+    half_rate = read_control(parsed(folder, fps=FPS / 2), folder / "coarse0.mp4")
+    assert torch.equal(half_rate, control[::2])
+
+
+def test_several_videos_are_the_single_ones(folder, tmp_path):
+    prompts, controls = ["rain", "dusk"], [folder / "coarse0.mp4", folder / "coarse1.mp4"]
+    main(options(folder, output=tmp_path / "all.mp4", prompt=prompts, control_video=controls))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all-0.mp4", "all-1.mp4"]
+    for i in range(2):
+        together = torch.as_tensor(read_window(tmp_path / f"all-{i}.mp4", 0.0, FRAMES, FPS, HEIGHT, WIDTH)).float()
+        alone = generated(folder, tmp_path / "one.mp4", prompt=prompts[i], control_video=controls[i])
+        assert distance(together, alone) == 0
+
+
+@pytest.mark.parametrize("many", ["prompt", "control_video"])
+def test_one_prompt_or_one_control_serves_all(folder, tmp_path, many):
+    values = {"prompt": ["rain", "dusk"], "control_video": [folder / "coarse0.mp4", folder / "coarse1.mp4"]}
+    main(options(folder, output=tmp_path / "all.mp4", **{many: values[many]}))
+    frames = [np.asarray(read_window(tmp_path / f"all-{i}.mp4", 0.0, FRAMES, FPS, HEIGHT, WIDTH)) for i in range(2)]
+    assert (frames[0] != frames[1]).any()
+
+
+def test_size_options_override_the_models(folder, tmp_path):
+    video = generated(folder, tmp_path / "out.mp4", height=48, width=32, num_frames=9, fps=6.0)
+    assert video.shape == (9, 3, 48, 32)
+    assert probe(tmp_path / "out.mp4").rate == pytest.approx(6)
+
+
+def test_phase_1_generates_what_a_stock_pipeline_does(folder, tmp_path):
+    arguments = {"guidance": "cfg", "guidance_scale": 5, "negative_prompt": "rain", "seed": 3}
+    video = generated(folder, tmp_path / "out.mp4", phase=1, control=False, **arguments)
+    stock = WanPipeline.from_pretrained(
+        folder / "base", transformer=WanTransformer3DModel.from_pretrained(folder / "phase1")
+    )
+    frames = stock(
+        "the street",
+        "rain",
+        HEIGHT,
+        WIDTH,
+        FRAMES,
+        num_inference_steps=2,
+        guidance_scale=5.0,
+        generator=torch.Generator().manual_seed(3),
+        max_sequence_length=tiny.PROMPT_LENGTH,
+    ).frames[0]
+    write_video(tmp_path / "stock.mp4", (frames * 255).round().astype(np.uint8), FPS)
+    expected = torch.as_tensor(read_window(tmp_path / "stock.mp4", 0.0, FRAMES, FPS, HEIGHT, WIDTH)).float()
+    assert distance(video, expected) < 0.1
+
+
+def test_the_text_encoder_is_gone_before_the_rest_is_loaded(folder):
+    args = parsed(folder, prompt=["rain", "a street"], vae_tiling=True)
+    (rain, empty), (street, same) = encode_prompts(args, "cpu", torch.float32)
+    assert rain.shape == (1, tiny.PROMPT_LENGTH, tiny.TEXT_DIM)
+    assert (rain[0, 2:] == 0).all()  # one word, </s>, then zeros
+    assert (street[0, 2] != 0).any()
+    assert empty is same
+    pipeline = load_pipeline(args, "cpu", torch.float32)
+    assert pipeline.text_encoder is None
+    assert pipeline.vae.use_tiling
+    assert pipeline.scheduler.shift == 2.0  # the contract's
+    assert not any(
+        p.requires_grad for m in (pipeline.transformer, pipeline.dinov3, pipeline.vae) for p in m.parameters()
+    )
+
+
+def test_weights_have_the_asked_dtype_but_the_vae_stays_fp32(folder):
+    pipeline = load_pipeline(parsed(folder), "cpu", torch.bfloat16)
+    assert {pipeline.transformer.dtype, pipeline.dinov3.dtype} == {torch.bfloat16}
+    assert pipeline.vae.dtype == torch.float32
+    assert load_pipeline(parsed(folder, control=False), "cpu", torch.float32).dinov3 is None
+
+
+def test_a_moved_backbone_is_named_and_another_refused(folder, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(folder / "phase1", moved)
+    generated(folder, tmp_path / "out.mp4", backbone=moved)
+    other = tmp_path / "other"
+    save_phase(other, tiny.tiny_transformer(seed=6), read_contract(folder / "phase1"))
+    with pytest.raises(InputError) as error:
+        main(options(folder, output=tmp_path / "refused.mp4", backbone=other))
+    assert fingerprint_transformer(other) in str(error.value)
+    assert fingerprint_transformer(moved) in str(error.value)
+    assert not (tmp_path / "refused.mp4").exists()
+
+
+@pytest.fixture(scope="module")
+def unreadable(folder, tmp_path_factory):
+    """The models with damaged text encoder weights: who reads them before the input is checked fails otherwise."""
+    copy = tmp_path_factory.mktemp("unreadable") / "models"
+    shutil.copytree(folder, copy)
+    (copy / "base/text_encoder/model.safetensors").write_bytes(b"damaged")
+    write_noise(copy / "short.mp4", seed=2, num_frames=3)
+    (copy / "text.mp4").write_text("no video")
+    return copy
+
+
+BAD_INPUT = [
+    ({"model": "{}/base"}, "has no c2r.json"),
+    ({"model": "{}/absent"}, "{}/absent"),
+    ({"control_video": "{}/absent.mp4"}, "{}/absent.mp4"),
+    ({"control_video": "{}/text.mp4"}, "{}/text.mp4: cannot be decoded"),
+    ({"control_video": "{}/short.mp4"}, "{}/short.mp4: gives 3 frames at 8 fps, but --num_frames is 5"),
+    ({"num_frames": 13}, "coarse0.mp4: gives 12 frames"),
+    ({"phase": 1}, "phase 1 has no control"),
+    ({"pretrained_model_name_or_path": "{}/dinov3"}, "has no tokenizer/"),
+    ({"dinov3": "{}/absent"}, "{}/absent"),
+    ({"backbone": "{}/absent"}, "{}/absent"),
+    ({"backbone": "{}/dinov3"}, "{}/dinov3"),
+    ({"output": "out.avi"}, "--output out.avi"),
+    ({"output": "{}/text.mp4/out.mp4"}, "its folder cannot be made"),
+    ({"output": "{}/coarse0.mp4"}, "would overwrite --control_video"),
+    ({"height": 40}, "--height is 40"),
+    ({"width": 0}, "--width is 0"),
+    ({"num_frames": 4}, "--num_frames is 4"),
+    ({"num_inference_steps": 0}, "--num_inference_steps is 0"),
+    ({"fps": 0}, "--fps is 0"),
+    ({"fps": "nan"}, "--fps is nan"),
+    ({"flow_shift": -1}, "--flow_shift is -1"),
+    ({"guidance_scale": -1}, "--guidance_scale is -1"),
+    ({"conditioning_scale": "inf"}, "--conditioning_scale is inf"),
+    ({"control_guidance_start": 0.8, "control_guidance_end": 0.2}, "--control_guidance_start 0.8"),
+    ({"prompt": ["a", "b", "c"], "control_video": ["{}/coarse0.mp4", "{}/coarse1.mp4"]}, "given 2 times, --prompt 3"),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), BAD_INPUT)
+def test_bad_input_is_one_line_before_any_weight_is_read(unreadable, tmp_path, changed, message):
+    def here(value):
+        return [here(v) for v in value] if isinstance(value, list) else str(value).replace("{}", str(unreadable))
+
+    changed = {name: value if name == "phase" else here(value) for name, value in changed.items()}
+    with pytest.raises(InputError) as error:
+        main(options(unreadable, **{"output": tmp_path / "out.mp4"} | changed))
+    assert here(message) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_offloading_from_no_gpu_is_refused(folder, tmp_path):
+    with pytest.raises(InputError, match=r"^--cpu_offload"):
+        main(options(folder, output=tmp_path / "out.mp4", cpu_offload=True))
+
+
+def test_the_command_ends_with_one_line(tmp_path):
+    with pytest.raises(SystemExit, match=r"^error: .*phase2: has no c2r\.json"):
+        run(lambda: main(options(tmp_path, output=tmp_path / "out.mp4")))
