@@ -137,8 +137,10 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         """
         layers = injection_layers(control_layers, control_stride, transformer.config.num_layers)
         shared = {name: transformer.config[name] for name in SHARED_CONFIG}
+        # By keyword: diffusers takes what is given by position for a default, and drops it in `from_config`.
+        options = {"injection_layers": layers, "feature_dim": feature_dim, "temporal_stride": temporal_stride}
         with torch.device("meta"):  # the clones need no random weights first: at 14B they are 5 billion
-            controlnet = cls(layers, feature_dim=feature_dim, temporal_stride=temporal_stride, **shared)
+            controlnet = cls(**options, **shared)
         controlnet.to_empty(device=transformer.device)
         controlnet.control_adapter.reset_parameters()
         for control_block, block in zip(controlnet.control_blocks, transformer.blocks):

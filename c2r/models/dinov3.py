@@ -47,7 +47,8 @@ class DINOv3FeatureExtractor(nn.Module):
 
         Args:
             name_or_path: for instance `facebook/dinov3-vitb16-pretrain-lvd1689m`, whose access is restricted.
-            torch_dtype: dtype of the weights and the features; None is fp32.
+            torch_dtype: dtype of the weights and the features; None is fp32. Give it here: `.to(dtype)` later would
+                round the frequencies of the position embedding too.
 
         Raises:
             InputError: not found, no access, not a DINOv3 ViT, or incomplete.

@@ -1,0 +1,90 @@
+"""ControlAdapter: time, space, width, and the order of the tokens."""
+
+import logging
+
+import pytest
+import torch
+
+from c2r.models.control_adapter import ControlAdapter
+
+
+@pytest.mark.parametrize("num_frames", [1, 5, 9, 81])
+def test_any_4k_plus_1_frames(num_frames):
+    adapter = ControlAdapter(feature_dim=6, dim=8)
+    latent_frames = (num_frames - 1) // 4 + 1
+    tokens = adapter(torch.randn(2, num_frames, 2, 3, 6), (latent_frames, 2, 3))
+    assert tokens.shape == (2, latent_frames * 6, 8)
+
+
+@pytest.mark.parametrize(("num_frames", "latent_frames"), [(4, 1), (5, 1), (5, 3), (8, 2), (80, 21)])
+def test_other_frame_counts_are_refused(num_frames, latent_frames):
+    adapter = ControlAdapter(feature_dim=6, dim=8)
+    with pytest.raises(ValueError, match=f"have {num_frames} frames, but {latent_frames} latent frames need"):
+        adapter(torch.randn(1, num_frames, 2, 3, 6), (latent_frames, 2, 3))
+
+
+def test_starts_as_the_mean_of_nine_frames_around_every_fourth():
+    adapter = ControlAdapter(feature_dim=3, dim=8)
+    features = torch.randn(1, 17, 2, 2, 3)
+    downsampled = adapter.temporal_downsample(features)
+    assert downsampled.shape == (1, 5, 2, 2, 3)
+    torch.testing.assert_close(downsampled[:, 2], features[:, 4:13].mean(1))
+    torch.testing.assert_close(downsampled[:, 0], features[:, :5].sum(1) / 9)  # zeros beyond the ends
+
+
+def test_channels_and_places_stay_apart_until_the_projection():
+    adapter = ControlAdapter(feature_dim=3, dim=8)
+    features = torch.zeros(1, 5, 2, 2, 3)
+    features[:, :, 1, 0, 2] = 1
+    downsampled = adapter.temporal_downsample(features)
+    assert downsampled.nonzero()[:, 2:].unique(dim=0).tolist() == [[1, 0, 2]]
+
+
+def test_tokens_are_in_the_backbones_order():
+    """Frame by frame, row by row: the order of patch_embedding(...).flatten(2)."""
+    adapter = ControlAdapter(feature_dim=4, dim=8)
+    features = torch.randn(1, 9, 2, 3, 4)
+    tokens = adapter(features, (3, 2, 3)).unflatten(1, (3, 2, 3))
+    changed = features.clone()
+    changed[:, :, 1, 2] += torch.randn(4)
+    difference = (adapter(changed, (3, 2, 3)).unflatten(1, (3, 2, 3)) - tokens).abs().amax(-1)[0]
+    assert difference[:, 1, 2].min() > 0
+    difference[:, 1, 2] = 0
+    assert difference.max() == 0
+
+
+def test_another_grid_is_resampled_and_reported_once(caplog):
+    adapter = ControlAdapter(feature_dim=4, dim=8)
+    # linear in the rows' positions, so bilinear resampling keeps the mean of every place
+    rows = torch.arange(4.0).view(1, 1, 4, 1, 1).expand(2, 5, 4, 6, 4)
+    with caplog.at_level(logging.INFO, logger="c2r.models.control_adapter"):
+        halved = adapter._resample(rows, (2, 3))
+        adapter._resample(rows, (2, 3))
+        tokens = adapter(torch.randn(2, 5, 4, 6, 4), (2, 2, 3))
+    assert halved[..., 0].unique().tolist() == [0.5, 2.5]
+    assert tokens.shape == (2, 12, 8)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Control features on a 4x6 grid are resampled to the 2x3 token grid"
+    ]
+
+
+def test_the_same_grid_is_not_resampled(caplog):
+    adapter = ControlAdapter(feature_dim=4, dim=8)
+    with caplog.at_level(logging.INFO, logger="c2r.models.control_adapter"):
+        adapter(torch.randn(1, 5, 2, 3, 4), (2, 2, 3))
+    assert not caplog.records
+
+
+def test_zero_features_are_finite_in_value_and_gradient():
+    adapter = ControlAdapter(feature_dim=4, dim=8)
+    tokens = adapter(torch.zeros(1, 5, 2, 3, 4), (2, 2, 3))
+    tokens.square().sum().backward()
+    assert tokens.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in adapter.parameters())
+
+
+@pytest.mark.parametrize("feature_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_features_of_another_dtype_are_taken(feature_dtype, weight_dtype):
+    adapter = ControlAdapter(feature_dim=4, dim=8).to(weight_dtype)
+    assert adapter(torch.randn(1, 5, 2, 3, 4).to(feature_dtype), (2, 2, 3)).dtype == weight_dtype
