@@ -21,7 +21,7 @@ CODECS = {
     "h264.avi": ("libx264", "yuv420p", {}),
     "h264_422_10bit.mkv": ("libx264", "yuv422p10le", {}),
     "vp9.webm": ("libvpx-vp9", "yuv420p", {"cpu-used": "8", "deadline": "realtime"}),
-    "mpeg4.avi": ("mpeg4", "yuv420p", {"bf": "2"}),
+    "mpeg4.avi": ("mpeg4", "yuv420p", {"bf": "2", "qmin": "1", "qmax": "2"}),
     "prores.mov": ("prores_ks", "yuv422p10le", {}),
     "ffv1.mkv": ("ffv1", "yuv444p", {}),
     "full_range.avi": ("mjpeg", "yuvj420p", {}),
