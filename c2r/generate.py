@@ -158,11 +158,12 @@ def complete_options(args, contract):
                 f"{path}: gives {available} frames at {args.fps:g} fps, but --num_frames is {args.num_frames}; "
                 "give a longer video, or lower --num_frames"
             )
-    resolve_model_folder(args.pretrained_model_name_or_path, ["tokenizer", "text_encoder", "vae", "scheduler"])
     if contract.phase == 2:
         check_transformer(args.backbone or contract.backbone, contract.base_model)
     if args.control_video:
         resolve_model_folder(args.dinov3)
+    # Last: of all that may have to be downloaded, the text encoder is the largest.
+    resolve_model_folder(args.pretrained_model_name_or_path, ["tokenizer", "text_encoder", "vae", "scheduler"])
 
 
 def read_control(args, path):

@@ -47,6 +47,12 @@ def test_a_decimal_ratio_is_exact_in_the_long_run():
     assert sampler.realised_cg_share == 0.1
 
 
+def test_a_decimal_ratio_is_taken_as_written():
+    sampler = MixedCGRealSampler(11, 3, cg_ratio=0.3)  # the float is a little below 3/10: half a sample would be lost
+    assert sum(sampler.sample_batch(1)[0] >= 11 for _ in range(5)) == 2
+    assert MixedCGRealSampler(11, 3, cg_ratio="1/3").cg_ratio == pytest.approx(1 / 3)
+
+
 @given(RATIOS, st.lists(st.tuples(RATIOS, st.integers(1, 5)), max_size=8), st.integers(1, 5))
 def test_share_holds_since_each_change_and_over_all_changes(first, changes, batch_size):
     sampler = MixedCGRealSampler(20, 20, cg_ratio=first, batch_size=batch_size)
