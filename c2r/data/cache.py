@@ -1,0 +1,170 @@
+"""The cache of latents and prompt embeddings: one safetensors file per window, named by what it was made from.
+
+    <cache>/clips/ab/abcd….safetensors     latents_mean, latents_logvar, prompt_embeds of one window
+    <cache>/prompts/ef/efab….safetensors   prompt_embeds of one caption, and of the empty prompt
+    <cache>/undecodable/….json             a file that failed to decode: the manifest drops it, with this reason
+
+Whatever changes the content changes the name, so nothing here is ever out of date; folders may be deleted at any time.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from c2r import InputError
+from c2r.models.parts import resolve_model_folder
+
+MIB = 2**20
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".model"}
+CLIP_TENSORS = {"latents_mean", "latents_logvar", "prompt_embeds"}
+PROMPT_TENSORS = {"prompt_embeds"}
+
+
+def cache_folder(dataset_folder, cache_dir=None) -> Path:
+    """`--cache_dir`, or .c2r_cache in the dataset's folder."""
+    return Path(cache_dir) if cache_dir else Path(dataset_folder) / ".c2r_cache"
+
+
+def digest(value) -> str:
+    """SHA-256 hex of anything JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def encoder_fingerprint(folder: Path) -> str:
+    """SHA-256 hex of a model folder: its configs and vocabularies whole, of each weight file name, size, first MiB and
+    last MiB.
+
+    Hashing all of the text encoder's 11 GB would take longer than to load it, at each start. A safetensors file begins
+    with the names, shapes and places of its tensors, and retrained weights differ in every MiB.
+    """
+    content = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in WEIGHT_SUFFIXES:
+            size = path.stat().st_size
+            content.update(f"{path.name} {size}\n".encode())
+            with open(path, "rb") as file:
+                content.update(file.read(MIB))
+                file.seek(max(0, size - MIB))
+                content.update(file.read(MIB))
+        elif path.suffix in (".json", ".txt"):
+            content.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return content.hexdigest()
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What a cached clip depends on besides its source: its shape in pixels, frames and time, and the encoders."""
+
+    height: int
+    width: int
+    num_frames: int
+    fps: float
+    vae: str
+    text_encoder: str
+
+    @classmethod
+    def from_options(cls, options):
+        """From a command's options: height, width, num_frames, fps, pretrained_model_name_or_path.
+
+        Raises:
+            InputError: a size that the model cannot take, or no such model.
+        """
+        check_clip_shape(options)
+        parts = ["vae", "text_encoder", "tokenizer"]
+        folder = resolve_model_folder(options.pretrained_model_name_or_path, parts)
+        vae, text_encoder, tokenizer = (encoder_fingerprint(folder / part) for part in parts)
+        return cls(
+            options.height,
+            options.width,
+            options.num_frames,
+            float(options.fps),
+            vae,
+            digest([text_encoder, tokenizer]),
+        )
+
+
+def check_clip_shape(options):
+    """Raise InputError for a height, width, num_frames or fps that Wan's VAE and patches cannot take."""
+    for name in ("height", "width"):
+        value = getattr(options, name)
+        if value < 16 or value % 16:
+            raise InputError(f"--{name} {value}: must be divisible by 16; try {max(16, round(value / 16) * 16)}")
+    if options.num_frames < 1 or options.num_frames % 4 != 1:
+        nearest = max(1, options.num_frames // 4 * 4 + 1)
+        raise InputError(f"--num_frames {options.num_frames}: must be 4k + 1; try {nearest}")
+    if options.fps <= 0:
+        raise InputError(f"--fps {options.fps}: must be above 0")
+
+
+def clip_path(cache_dir, clip, settings: CacheSettings) -> Path:
+    """Where the latents and prompt embeddings of one window are, or will be."""
+    source = [clip.name, clip.size, clip.mtime_ns, clip.window, clip.text]
+    key = digest([source, asdict(settings)])
+    return Path(cache_dir) / "clips" / key[:2] / f"{key}.safetensors"
+
+
+def prompt_path(cache_dir, text, settings: CacheSettings) -> Path:
+    """Where the embeddings of one caption are, or will be; the empty one serves prompt dropout."""
+    key = digest([text, settings.text_encoder])
+    return Path(cache_dir) / "prompts" / key[:2] / f"{key}.safetensors"
+
+
+def undecodable_path(cache_dir, clip_or_file) -> Path:
+    """Where it is noted that a file (as it is now) failed to decode; for anything with name, size and mtime_ns."""
+    key = digest([clip_or_file.name, clip_or_file.size, clip_or_file.mtime_ns])
+    return Path(cache_dir) / "undecodable" / f"{key}.json"
+
+
+def write_atomic(path: Path, data: bytes):
+    """Write a file so that it is complete or absent, whenever the process dies.
+
+    The temporary file has a name of its own and is never read, so what a killed process leaves does no harm.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # before the rename, or a power failure could leave the name without its content
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors, metadata):
+    """Write tensors (on any device) and their provenance (a dict) atomically."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, save(tensors, metadata={"c2r": json.dumps(metadata, sort_keys=True)}))
+
+
+def is_complete(path: Path, names) -> bool:
+    """Whether a cache file is there with its tensors `names` and in its full length. Reads its header alone."""
+    try:
+        with safe_open(path, framework="pt") as file:  # refuses a file whose length its header does not explain
+            return set(file.keys()) == set(names)
+    except (SafetensorError, OSError):
+        return False
+
+
+def load_tensors(path: Path):
+    """(tensors, provenance) of a cache file.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("c2r", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118, it is no dict
+    except (SafetensorError, OSError) as error:
+        state = "damaged" if path.exists() else "missing"
+        raise InputError(f"{path}: this cached clip is {state}; run python -m c2r.encode again") from error

@@ -1,0 +1,96 @@
+"""ClipDataset: what a training step needs of a clip, from the cache and, for control, from the video itself."""
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from torch.utils.data import Dataset, default_collate
+
+from c2r.data.cache import CacheSettings, cache_folder, clip_path, load_tensors, prompt_path
+from c2r.data.manifest import Clip, clips_fingerprint
+from c2r.data.video import read_window
+
+DOMAINS = {"real": 0, "cg": 1}
+
+
+class ClipDataset(Dataset):
+    """Encoded clips (see `c2r.encode`), of one dataset folder or of several.
+
+    Args:
+        clips: list of `Clip`.
+        options: has height, width, num_frames, fps, pretrained_model_name_or_path, and perhaps cache_dir; the same
+            as at encoding.
+        with_control: also decode the control frames: the coarse video of a CG pair, a real clip's own video.
+
+    An item is a dict; C, T, h, w are the latents' channels, frames, height and width, L and D_text the length that the
+    prompt is padded to and the text encoder's width:
+        latents_mean, latents_logvar: (C, T, h, w) fp32, the distribution of the normalised latents.
+        prompt_embeds: (L, D_text) fp32, zeros behind the prompt's end.
+        control_frames: (F, 3, H, W) uint8 RGB in [0, 255]; only with_control.
+        domain: 0 real, 1 CG.
+        name: the clip's file and window.
+        index: its place in this dataset.
+
+    Raises:
+        InputError: from an item: not encoded, or a video that cannot be decoded; it names the file.
+    """
+
+    collate = staticmethod(default_collate)
+
+    def __init__(self, clips: list[Clip], options, with_control=False):
+        self.clips = clips
+        self.with_control = with_control
+        self.cache_dir = getattr(options, "cache_dir", None)
+        self.settings = CacheSettings.from_options(options)
+
+    def __len__(self):
+        return len(self.clips)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 hex of the clips."""
+        return clips_fingerprint(self.clips)
+
+    def _cache_of(self, clip) -> Path:
+        return cache_folder(clip.folder, self.cache_dir)
+
+    @cached_property
+    def _empty_prompt(self):
+        clip = self.clips[0]
+        tensors, metadata = load_tensors(prompt_path(self._cache_of(clip), "", self.settings))
+        return tensors["prompt_embeds"].float(), metadata["max_sequence_length"]
+
+    @property
+    def max_sequence_length(self) -> int:
+        """L: what prompts are padded to, as in WanPipeline."""
+        return self._empty_prompt[1]
+
+    @property
+    def empty_prompt_embeds(self) -> torch.Tensor:
+        """(L, D_text) fp32: what a dropped prompt is replaced by."""
+        return self._padded(self._empty_prompt[0])
+
+    def _padded(self, prompt_embeds):
+        return F.pad(prompt_embeds, (0, 0, 0, self.max_sequence_length - len(prompt_embeds)))
+
+    def control_frames(self, index) -> torch.Tensor:
+        """(F, 3, H, W) uint8 RGB: the control of one clip."""
+        clip, shape = self.clips[index], self.settings
+        file = clip.control_file or clip.file
+        return read_window(file, clip.start, shape.num_frames, shape.fps, shape.height, shape.width)
+
+    def __getitem__(self, index):
+        clip = self.clips[index]
+        tensors, _ = load_tensors(clip_path(self._cache_of(clip), clip, self.settings))
+        item = {
+            "latents_mean": tensors["latents_mean"].float(),
+            "latents_logvar": tensors["latents_logvar"].float(),
+            "prompt_embeds": self._padded(tensors["prompt_embeds"].float()),
+            "domain": DOMAINS[clip.domain],
+            "name": f"{clip.name}#{clip.window}",
+            "index": index,
+        }
+        if self.with_control:
+            item["control_frames"] = self.control_frames(index)
+        return item

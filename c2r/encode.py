@@ -1,0 +1,285 @@
+"""Fill the cache: VAE latents and UMT5 prompt embeddings of every clip that has none yet.
+
+    accelerate launch -m c2r.encode --dataset data/real
+    accelerate launch -m c2r.encode --dataset data/cg --domain cg
+
+Each process takes its share. Killed and started again, it goes on where it was. The training scripts do the same for
+whatever is missing when they start.
+"""
+
+import argparse
+import gc
+import json
+import time
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, gather_object
+from diffusers import WanPipeline
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from c2r import InputError
+from c2r.data.cache import (
+    CLIP_TENSORS,
+    PROMPT_TENSORS,
+    CacheSettings,
+    cache_folder,
+    clip_path,
+    is_complete,
+    load_tensors,
+    prompt_path,
+    save_tensors,
+    undecodable_path,
+    write_atomic,
+)
+from c2r.data.manifest import Source, read_manifest
+from c2r.data.video import read_window
+from c2r.models.parts import load_pipeline_part
+from c2r.training import run
+
+# What Wan was trained with, and the most that WanPipeline pads a prompt to.
+MAX_SEQUENCE_LENGTH = 512
+
+
+def encode_missing(clips, options, accelerator):
+    """Encode the clips that the cache lacks; returns when every process has done its share. Call it on every process.
+
+    The text encoder is loaded only if a prompt is missing, the VAE only if latents are, and each is freed again.
+
+    Args:
+        clips: list of `Clip`, the same on every process.
+        options: has height, width, num_frames, fps, pretrained_model_name_or_path, dataloader_num_workers, and
+            perhaps cache_dir.
+        accelerator: an `Accelerator`: whose device, and which share.
+
+    Raises:
+        InputError: files failed to decode. All others are encoded by then, and the failures noted: the next
+            `read_manifest` drops them with their reasons.
+    """
+    settings = CacheSettings.from_options(options)
+    folder_of = {clip.folder: cache_folder(clip.folder, getattr(options, "cache_dir", None)) for clip in clips}
+    # Shares are cut from all that there is, not from what is missing: a process that looks a little later would see
+    # others' files and cut differently.
+    by_path = {clip_path(folder_of[clip.folder], clip, settings): clip for clip in clips}
+    missing = {path: clip for path, clip in by_path.items() if not is_complete(path, CLIP_TENSORS)}
+    damaged = sum(path.exists() for path in missing)
+    if damaged and accelerator.is_main_process:
+        print(f"{damaged} damaged files in the cache: these clips are encoded anew", flush=True)
+    texts = {prompt_path(cache_dir, "", settings): "" for cache_dir in folder_of.values()}
+    texts |= {prompt_path(folder_of[clip.folder], clip.text, settings): clip.text for clip in missing.values()}
+
+    my_texts = [item for item in _share(texts, accelerator) if not is_complete(item[0], PROMPT_TENSORS)]
+    if my_texts:
+        _encode_prompts(my_texts, options, settings, accelerator)
+    accelerator.wait_for_everyone()
+
+    my_clips = [item for item in _share(by_path, accelerator) if item[0] in missing]
+    failures = _encode_clips(my_clips, options, settings, folder_of, accelerator) if my_clips else []
+    accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        failures = gather_object(failures)
+    if failures:
+        raise InputError(
+            f"{len(failures)} of {len(by_path)} clips cannot be decoded, the first: {failures[0]}; they are noted in "
+            "the cache: run the same command again to go on without these files"
+        )
+
+
+def _share(items, accelerator):
+    return list(items.items())[accelerator.process_index :: accelerator.num_processes]
+
+
+def _provenance(options, **more):
+    return {"encoders": str(options.pretrained_model_name_or_path), **more}
+
+
+def _free():
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# ----------------------------------------------------------------------------------------------------------- prompts
+
+
+@torch.no_grad()
+def _encode_prompts(texts, options, settings, accelerator):
+    device = accelerator.device
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    source = options.pretrained_model_name_or_path
+    pipeline = WanPipeline(
+        tokenizer=load_pipeline_part(source, "tokenizer"),
+        text_encoder=load_pipeline_part(source, "text_encoder", torch_dtype=dtype).to(device),
+        vae=None,
+        scheduler=None,
+    )
+    max_sequence_length = min(MAX_SEQUENCE_LENGTH, pipeline.tokenizer.model_max_length)
+    # One at a time: padded to 512 tokens a prompt fills the device by itself, and no result depends on its batch.
+    for path, text in tqdm(texts, desc="prompts", unit="prompt", disable=not accelerator.is_main_process):
+        prompt_embeds, _ = pipeline.encode_prompt(
+            text, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length, device=device
+        )  # (1, max_sequence_length, D_text), zeros behind the prompt
+        length = len(pipeline.tokenizer(prompt_clean(text), truncation=True, max_length=max_sequence_length).input_ids)
+        metadata = _provenance(
+            options, text=text, max_sequence_length=max_sequence_length, text_encoder=settings.text_encoder
+        )
+        save_tensors(path, {"prompt_embeds": prompt_embeds[0, :length]}, metadata)
+    del pipeline
+    _free()
+
+
+# ------------------------------------------------------------------------------------------------------------- clips
+
+
+class _Windows(Dataset):
+    """The clips' pixels; decoding runs in the data loader's workers while the VAE encodes."""
+
+    def __init__(self, clips, settings):
+        self.clips = clips
+        self.settings = settings
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, index):
+        """(index, (F, 3, H, W) uint8, None), or (index, None, (which of the two files failed, why))."""
+        clip, shape = self.clips[index], self.settings
+        # The coarse video is not encoded, but a pair whose control fails must not be found out in the midst of
+        # training.
+        for file in filter(None, (clip.control_file, clip.file)):
+            try:
+                frames = read_window(file, clip.start, shape.num_frames, shape.fps, shape.height, shape.width)
+            except InputError as error:
+                return index, None, (file == clip.control_file, str(error))
+        return index, frames, None
+
+
+def _one_item(items):
+    return items[0]
+
+
+@torch.no_grad()
+def _encode_clips(items, options, settings, folder_of, accelerator):
+    """Encode this process's clips; returns one line for each that failed."""
+    device = accelerator.device
+    # fp32, as the pipeline decodes: in bf16 the latents lose more than the source's 8 bits.
+    vae = load_pipeline_part(options.pretrained_model_name_or_path, "vae", torch_dtype=torch.float32).to(device)
+    loader = DataLoader(
+        _Windows([clip for _, clip in items], settings),
+        batch_size=1,
+        collate_fn=_one_item,
+        num_workers=options.dataloader_num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    failures, started = [], time.perf_counter()
+    with tqdm(total=len(items), desc="clips", unit="clip", disable=not accelerator.is_main_process) as bar:
+        for done, (index, frames, failure) in enumerate(loader, start=1):
+            path, clip = items[index]
+            if failure is None:
+                _encode_clip(vae, path, clip, frames.to(device), options, settings, folder_of[clip.folder])
+            else:
+                failures.append(failure[1])
+                _note_undecodable(clip, *failure, folder_of[clip.folder])
+            bar.set_postfix_str(f"all processes {accelerator.num_processes * done / _since(started):.2f} clips/s")
+            bar.update()
+    del vae
+    _free()
+    return failures
+
+
+def _since(started):
+    return max(time.perf_counter() - started, 1e-9)
+
+
+def _encode_clip(vae, path, clip, frames, options, settings, cache_dir):
+    mean, logvar = encode_frames(vae, frames)
+    if not (mean.isfinite().all() and logvar.isfinite().all()):
+        raise InputError(f"{options.pretrained_model_name_or_path}: its VAE gives NaN for {clip.file}; check the VAE")
+    prompt, _ = load_tensors(prompt_path(cache_dir, clip.text, settings))
+    metadata = _provenance(
+        options,
+        file=clip.name,
+        size=clip.size,
+        mtime_ns=clip.mtime_ns,
+        window=clip.window,
+        start=clip.start,
+        text=clip.text,
+        settings=vars(settings),
+    )
+    # The log-variance says how much noise to add: half precision is plenty.
+    save_tensors(path, {"latents_mean": mean, "latents_logvar": logvar.half(), **prompt}, metadata)
+
+
+def encode_frames(vae, frames):
+    """The distribution of a clip's normalised latents, z' = (z − latents_mean) / latents_std per channel.
+
+    Args:
+        vae: AutoencoderKLWan.
+        frames: (F, 3, H, W) uint8 RGB on the VAE's device; F = 4k + 1.
+
+    Returns:
+        mean and log-variance of z', each (C, T, H/8, W/8) fp32; WanPipeline undoes the normalisation before decoding.
+    """
+    pixel_values = frames.to(vae.dtype).div(127.5).sub(1).permute(1, 0, 2, 3)[None]  # (1, 3, F, H, W) in [-1, 1]
+    distribution = vae.encode(pixel_values).latent_dist
+    shift, scale = (
+        torch.tensor(statistic, device=frames.device, dtype=torch.float32).view(-1, 1, 1, 1)
+        for statistic in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    mean = (distribution.mean[0].float() - shift) / scale
+    logvar = distribution.logvar[0].float() - 2 * scale.log()  # Var[z'] = Var[z] / latents_std²
+    return mean, logvar
+
+
+def _note_undecodable(clip, in_control, reason, cache_dir):
+    if in_control:
+        source = Source(clip.folder, clip.control_name, clip.control_size, clip.control_mtime_ns)
+    else:
+        source = Source(clip.folder, clip.name, clip.size, clip.mtime_ns)
+    note = {"file": source.name, "reason": reason}
+    write_atomic(undecodable_path(cache_dir, source), json.dumps(note).encode())
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True, help="folder with videos and metadata.csv")
+    parser.add_argument("--domain", choices=("real", "cg"), default="real", help="cg: pairs, with control_name")
+    parser.add_argument(
+        "--pretrained_model_name_or_path",
+        default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        help="Wan 2.1 in Diffusers' layout, a folder or a hub id: VAE, UMT5 and tokenizer are read",
+    )
+    parser.add_argument("--cache_dir", help="default: .c2r_cache in the dataset's folder")
+    parser.add_argument("--height", type=int, default=480, help="pixels, divisible by 16")
+    parser.add_argument("--width", type=int, default=832, help="pixels, divisible by 16")
+    parser.add_argument("--num_frames", type=int, default=81, help="frames of a clip, 4k + 1")
+    parser.add_argument("--fps", type=float, default=16.0, help="frame rate that the clips are resampled to")
+    parser.add_argument(
+        "--dataloader_num_workers", type=int, default=4, help="decoders per process; 0 decodes between two clips"
+    )
+    return parser
+
+
+def main():
+    args = build_parser().parse_args()
+    # A process that has less to do waits for the others, longer than the ten minutes it would by default.
+    process_group = InitProcessGroupKwargs(
+        timeout=timedelta(days=7), backend=None if torch.cuda.is_available() else "gloo"
+    )
+    accelerator = Accelerator(kwargs_handlers=[process_group])
+    manifest = read_manifest(args.dataset, args.domain, args)
+    if accelerator.is_main_process:
+        manifest.report()
+    encode_missing(manifest.clips, args, accelerator)
+    accelerator.print(f"all {len(manifest.clips)} clips are in {manifest.cache_dir}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,321 @@
+"""Dataset folders as users make them, good and bad: what is kept, what is dropped and why, what is held out."""
+
+import csv
+import json
+import os
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from c2r import InputError
+from c2r.data.manifest import is_held_out, read_manifest
+from c2r.data.video import write_video
+from tests.videos import counter_frames, encode_video
+
+OPTIONS = SimpleNamespace(height=48, width=64, num_frames=9, fps=16, cache_dir=None)
+
+
+def write_metadata(folder, rows, name="metadata.csv"):
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    if name.endswith("csv"):
+        with open(folder / name, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+    elif name.endswith("jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        Dataset.from_list(rows).to_parquet(folder / name)
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    """Bytes of an mp4 of 20 frames: two windows of 9."""
+    path = tmp_path_factory.mktemp("video") / "a.mp4"
+    write_video(path, counter_frames(20), 16)
+    return path.read_bytes()
+
+
+def add(folder, video, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(video)
+
+
+def reasons(manifest):
+    return {row.file: row.reason for row in manifest.dropped}
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
+@pytest.mark.parametrize(
+    ("metadata", "videos", "prefix"),
+    [
+        (".", ".", ""),
+        ("train", "train", ""),
+        (".", "train", ""),
+        (".", "train", "train/"),
+        (".", "sub dir", "sub dir/"),
+    ],
+)
+def test_every_layout_and_format(tmp_path, video, name, metadata, videos, prefix):
+    add(tmp_path / videos, video, "a.mp4", "b.mp4")
+    rows = [{"file_name": f"{prefix}a.mp4", "text": "a street"}, {"file_name": f"{prefix}b.mp4", "text": ""}]
+    write_metadata(tmp_path / metadata, rows, name)
+    manifest = read_manifest(tmp_path, "real", OPTIONS)
+    where = "" if videos == "." else f"{videos}/"
+    assert [(c.name, c.window, c.start, c.text) for c in manifest.clips] == [
+        (f"{where}a.mp4", 0, 0.0, "a street"),
+        (f"{where}a.mp4", 1, 9 / 16, "a street"),
+        (f"{where}b.mp4", 0, 0.0, ""),
+        (f"{where}b.mp4", 1, 9 / 16, ""),
+    ]
+    assert manifest.dropped == []
+    assert all(os.path.samefile(c.file, tmp_path / c.name) and c.control_file is None for c in manifest.clips)
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
+def test_captions_stay_text(tmp_path, video, name):
+    texts = ["NA", "007", "null", "1e5", "ça, «rue»", 'said "hi"', "two\nlines", "", " padded ", "True"]
+    names = [f"{n}.mp4" for n in range(len(texts))]
+    add(tmp_path, video, *names)
+    write_metadata(tmp_path, [{"file_name": n, "text": t, "extra": 1} for n, t in zip(names, texts)], name)
+    assert [c.text for c in read_manifest(tmp_path, "real", OPTIONS).clips if c.window == 0] == texts
+
+
+def test_a_byte_order_mark_and_numeric_columns(tmp_path, video):
+    add(tmp_path, video, "007", "8")
+    (tmp_path / "metadata.csv").write_text("\ufefffile_name,text\n007,12\n8,\n", encoding="utf-8")
+    assert [(c.name, c.text) for c in read_manifest(tmp_path, "real", OPTIONS).clips if not c.window] == [
+        ("007", "12"),
+        ("8", ""),
+    ]
+
+
+def test_an_edit_is_seen_at_once_and_nothing_is_written_at_home(tmp_path, video, monkeypatch):
+    monkeypatch.setenv("HOME", "/nonexistent")
+    add(tmp_path, video, "a.mp4", "b.mp4")
+    for text in ("first", "other"):
+        (tmp_path / "metadata.csv").write_text(f"file_name,text\na.mp4,{text}\n")
+        assert {c.text for c in read_manifest(tmp_path, "real", OPTIONS).clips} == {text}
+
+
+def test_no_row_is_dropped_silently(tmp_path, video, capsys):
+    data = tmp_path / "data"
+    add(data, video, "good.mp4", "twice.mp4")
+    add(tmp_path, video, "outside.mp4")
+    encode_video(data / "short.mp4", counter_frames(8))
+    (data / "text.mp4").write_text("no video")
+    noise = np.random.default_rng(0).integers(0, 255, (64, 48, 64, 3), np.uint8)
+    write_video(data / "cut.mp4", noise, 16)
+    (data / "cut.mp4").write_bytes((data / "cut.mp4").read_bytes()[:-50_000])
+    Image.fromarray(noise[0]).save(data / "image.png")
+    (data / "link.mp4").symlink_to(tmp_path / "outside.mp4")
+    names = ["good.mp4", "twice.mp4", "twice.mp4", "short.mp4", "text.mp4", "cut.mp4", "image.png", "link.mp4"]
+    names += ["../outside.mp4", str(tmp_path / "outside.mp4"), "gone.mp4", "", "sub/../good.mp4"]
+    write_metadata(data, [{"file_name": name, "text": "a"} for name in names])
+    manifest = read_manifest(data, "real", OPTIONS)
+    assert [c.name for c in manifest.clips if c.window == 0] == ["good.mp4", "twice.mp4", "twice.mp4", "good.mp4"]
+    assert reasons(manifest) == {
+        "short.mp4": "shorter than 9 frames at 16 fps",
+        "text.mp4": "cannot be decoded",
+        "cut.mp4": "cannot be decoded",
+        "image.png": "single images",
+        "link.mp4": "outside the dataset folder",
+        "../outside.mp4": "outside the dataset folder",
+        str(tmp_path / "outside.mp4"): "outside the dataset folder",
+        "gone.mp4": "file not found",
+        "": "without a file name",
+    }
+    assert len(manifest.dropped) + 4 == len(names)
+    manifest.report()
+    printed = capsys.readouterr().out
+    assert "kept 8 clips of 2 files" in printed
+    assert "dropped 9 rows: 3 outside the dataset folder, 2 cannot be decoded, 1 " in printed
+    with open(data / ".c2r_cache/manifest-real-data.csv", newline="") as file:
+        listed = list(csv.DictReader(file))
+    assert len(listed) == 8 + 9
+    assert {row["use"] for row in listed} == {"train", "held out", "dropped"}
+    assert any(row["file_name"] == "cut.mp4" and "cut off" in row["reason"] for row in listed)
+
+
+def test_images_are_clips_where_a_clip_is_one_frame(tmp_path, video):
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    Image.new("RGB", (64, 48)).save(tmp_path / "b.jpg")
+    add(tmp_path, video, "c.mp4")
+    write_metadata(tmp_path, [{"file_name": n, "text": ""} for n in ("a.png", "b.jpg", "c.mp4")])
+    options = SimpleNamespace(**vars(OPTIONS) | {"num_frames": 1})
+    names = [c.name for c in read_manifest(tmp_path, "real", options).clips]
+    assert names == ["a.png", "b.jpg"] + ["c.mp4"] * 20
+
+
+def test_windows_follow_the_rate(tmp_path):
+    write_video(tmp_path / "a.mp4", counter_frames(25), 24)
+    write_metadata(tmp_path, [{"file_name": "a.mp4", "text": ""}])
+    for fps, windows in ((24, 2), (16, 1), (48, 5), (8, 1)):
+        options = SimpleNamespace(**vars(OPTIONS) | {"fps": fps})
+        assert len(read_manifest(tmp_path, "real", options).clips) == windows
+    with pytest.raises(InputError, match=r"none of its 1 rows.*shorter than 9 frames at 4 fps"):
+        read_manifest(tmp_path, "real", SimpleNamespace(**vars(OPTIONS) | {"fps": 4}))
+
+
+def test_cg_pairs_that_disagree_are_dropped(tmp_path, video):
+    add(tmp_path, video, "fine.mp4", "coarse.mp4")
+    half = counter_frames(20)[:, ::2, ::2]
+    encode_video(tmp_path / "half_size.webm", half, codec="libvpx-vp9")
+    write_video(tmp_path / "longer.mp4", counter_frames(24), 16)
+    write_video(tmp_path / "one_more.mp4", counter_frames(21), 16)
+    write_video(tmp_path / "faster.mp4", counter_frames(30), 24)
+    write_video(tmp_path / "ntsc.mp4", counter_frames(20), 16 * 1000 / 1001)
+    write_video(tmp_path / "wide.mp4", counter_frames(20, 48, 72), 16)
+    encode_video(tmp_path / "turned.mp4", counter_frames(20, 64, 48), rotation=90)
+    encode_video(tmp_path / "sideways.mp4", counter_frames(20), rotation=90)
+    Image.new("RGB", (64, 48)).save(tmp_path / "image.png")
+    controls = {
+        "coarse.mp4": None,
+        "half_size.webm": None,
+        "one_more.mp4": None,
+        "ntsc.mp4": None,
+        "turned.mp4": None,
+        "longer.mp4": "pairs of different lengths",
+        "faster.mp4": "pairs of different frame rates",
+        "wide.mp4": "pairs of different aspect ratios",
+        "sideways.mp4": "pairs of different aspect ratios",
+        "image.png": "pairs of an image and a video",
+        "gone.mp4": "file not found",
+        "": "without a file name",
+        "../coarse.mp4": "file not found",
+    }
+    for control, reason in controls.items():
+        rows = [{"file_name": "fine.mp4", "control_name": c, "text": ""} for c in ("coarse.mp4", control)]
+        write_metadata(tmp_path, rows)
+        manifest = read_manifest(tmp_path, "cg", OPTIONS)
+        assert [row.reason for row in manifest.dropped] == ([reason] if reason else []), control
+        assert [c.control_name for c in manifest.clips if c.window == 1] == ["coarse.mp4"] + [control] * (not reason)
+    # As real data the same folder needs no control.
+    assert read_manifest(tmp_path, "real", OPTIONS).clips[0].control_file is None
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda d: None, r"no such dataset folder; check"),
+        (lambda d: d.mkdir(), r"has no metadata\.csv.*; add"),
+        (
+            lambda d: write_metadata(d, [{"file": "a.mp4", "text": ""}]),
+            r"csv: has no column file_name.*file, ",
+        ),
+        (lambda d: write_metadata(d, [{"file_name": "a.mp4"}]), r"metadata\.csv: has no column text.*; add"),
+        (lambda d: write_metadata(d, [{"file_name": "a.mp4", "text": ""}]), r"none of its 1 rows.*1 file not found"),
+        (lambda d: d.mkdir() or (d / "metadata.csv").write_text("file_name,text\n"), r"metadata\.csv: has no rows"),
+        (lambda d: d.mkdir() or (d / "metadata.csv").write_text(""), r"metadata\.csv: cannot be read \(No columns"),
+        (lambda d: d.mkdir() or (d / "metadata.csv").write_text("a,b\n1,2,3\n4\n5,6,7,8\n"), r"metadata\.csv: "),
+        (lambda d: d.mkdir() or (d / "metadata.csv").write_bytes(b"file_name,text\n\xff\xfe,b\n"), r"csv: cannot be"),
+        (lambda d: d.mkdir() or (d / "metadata.jsonl").write_text("{'file_name': 1}\n"), r"jsonl: cannot be read"),
+        (lambda d: d.mkdir() or (d / "metadata.parquet").write_text("hi"), r"parquet: cannot be read"),
+    ],
+)
+def test_bad_folders_end_in_one_line(tmp_path, prepare, message, capfd):
+    prepare(tmp_path / "data")
+    with pytest.raises(InputError, match=message) as error:
+        read_manifest(tmp_path / "data", "real", OPTIONS)
+    assert str(tmp_path / "data") in str(error.value)
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_other_one_line_errors(tmp_path, video):
+    add(tmp_path, video, "a.mp4")
+    write_metadata(tmp_path, [{"file_name": "a.mp4", "text": ""}])
+    with pytest.raises(InputError, match=r"no column control_name.*coarse"):
+        read_manifest(tmp_path, "cg", OPTIONS)
+    for option, value in (("height", 50), ("width", 0), ("num_frames", 8), ("fps", 0)):
+        with pytest.raises(InputError, match=f"--{option} {value}: must be"):
+            read_manifest(tmp_path, "real", SimpleNamespace(**vars(OPTIONS) | {option: value}))
+    write_metadata(tmp_path, [{"file_name": "a.mp4", "text": ""}], "metadata.jsonl")
+    with pytest.raises(InputError, match=r"metadata\.csv and metadata\.jsonl; keep one"):
+        read_manifest(tmp_path, "real", OPTIONS)
+
+
+def test_held_out_files_are_the_same_whatever_else_is_there(tmp_path, video):
+    names = [f"{n}.mp4" for n in range(40)]
+    add(tmp_path, video, *names)
+    write_metadata(tmp_path, [{"file_name": n, "text": ""} for n in names])
+    manifest = read_manifest(tmp_path, "real", OPTIONS)
+    held_out = {c.name for c in manifest.held_out}
+    assert held_out == {n for n in names if is_held_out(n)}
+    assert 1 <= len(held_out) <= 8
+    assert held_out.isdisjoint(c.name for c in manifest.train)
+    assert len(manifest.held_out) == 2 * len(held_out)  # both windows
+    # Reordered and with fewer files, each of them stays on its side.
+    write_metadata(tmp_path, [{"file_name": n, "text": ""} for n in names[::-1][10:]])
+    again = read_manifest(tmp_path, "real", OPTIONS)
+    assert {c.name for c in again.held_out} == held_out & set(names[::-1][10:])
+    assert manifest.fingerprint != again.fingerprint
+
+
+def test_two_files_are_one_for_each_side(tmp_path, video):
+    for a, b in (("a.mp4", "b.mp4"), ("x1.mp4", "x7.mp4")):
+        folder = tmp_path / a
+        add(folder, video, a, b)
+        write_metadata(folder, [{"file_name": n, "text": ""} for n in (a, b)])
+        manifest = read_manifest(folder, "real", OPTIONS)
+        assert len(manifest.held_out) == len(manifest.train) == 2
+    write_metadata(folder, [{"file_name": a, "text": ""}])
+    assert read_manifest(folder, "real", OPTIONS).held_out == []
+
+
+@given(st.sets(st.text(min_size=1), min_size=2, max_size=30), st.floats(0, 1))
+def test_the_hash_is_stable_and_grows_with_the_fraction(names, fraction):
+    for name in names:
+        assert not is_held_out(name, 0)
+        assert is_held_out(name, 1)
+        assert is_held_out(name, fraction) <= is_held_out(name, min(1, fraction + 0.1))
+    assert is_held_out("train/0.mp4", 0.5) == is_held_out("train/0.mp4", 0.5)
+
+
+def test_the_hash_never_changes():
+    # Another hash would move held-out clips of an older run into training.
+    assert [n for n in range(100) if is_held_out(f"{n}.mp4")] == [7, 8, 70, 71, 82]
+
+
+@pytest.mark.parametrize("own_metadata", [True, False])
+def test_a_validation_folder_is_used_instead_of_the_hash(tmp_path, video, own_metadata):
+    add(tmp_path, video, "train/a.mp4", "train/b.mp4", "validation/c.mp4")
+    if own_metadata:
+        write_metadata(tmp_path / "train", [{"file_name": n, "text": ""} for n in ("a.mp4", "b.mp4")])
+        write_metadata(tmp_path / "validation", [{"file_name": "c.mp4", "text": ""}])
+    else:
+        rows = [{"file_name": n, "text": ""} for n in ("train/a.mp4", "train/b.mp4", "validation/c.mp4")]
+        write_metadata(tmp_path, rows)
+    manifest = read_manifest(tmp_path, "real", OPTIONS)
+    assert {c.name for c in manifest.held_out} == {"validation/c.mp4"}
+    assert {c.name for c in manifest.train} == {"train/a.mp4", "train/b.mp4"}
+    (tmp_path / "validation/c.mp4").unlink()
+    with pytest.raises(InputError, match="validation/ gives no usable clip"):
+        read_manifest(tmp_path, "real", OPTIONS)
+
+
+def test_probes_are_kept_until_the_file_changes(tmp_path, video, monkeypatch):
+    add(tmp_path, video, "a.mp4", "b.mp4")
+    write_metadata(tmp_path, [{"file_name": n, "text": ""} for n in ("a.mp4", "b.mp4")])
+    first = read_manifest(tmp_path, "real", OPTIONS)
+    looked_into = []
+    monkeypatch.setattr("c2r.data.manifest.probe", lambda path: looked_into.append(path.name) or 1 / 0)
+    assert read_manifest(tmp_path, "real", OPTIONS) == first
+    assert looked_into == []
+    monkeypatch.undo()
+    time.sleep(0.01)
+    write_video(tmp_path / "a.mp4", counter_frames(9), 16)
+    second = read_manifest(tmp_path, "real", OPTIONS)
+    assert [c.name for c in second.clips] == ["a.mp4", "b.mp4", "b.mp4"]
+    assert second.fingerprint != first.fingerprint
+    (tmp_path / ".c2r_cache/probes.json").write_text('{"trunca')
+    assert read_manifest(tmp_path, "real", OPTIONS) == second
