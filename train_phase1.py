@@ -19,7 +19,7 @@ from c2r.checkpoint import find_checkpoint, register_trainable_weights, save_che
 from c2r.data.dataset import ClipDataset
 from c2r.data.manifest import read_manifest
 from c2r.encode import encode_missing
-from c2r.models.assembly import load_transformer, locate_transformer, save_phase
+from c2r.models.assembly import check_transformer, load_transformer, save_phase
 from c2r.sampler import MixedCGRealSampler
 from c2r.training import (
     LoopState,
@@ -56,7 +56,7 @@ def main():
     device = accelerator.device
     resume_path = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     transformer_source = args.dit_path or args.pretrained_model_name_or_path
-    locate_transformer(transformer_source, args.pretrained_model_name_or_path)
+    check_transformer(transformer_source, args.pretrained_model_name_or_path)
 
     # ---------------------------------------------------------------------------------------------------------- data
     manifest = read_manifest(args.real_dataset, "real", args)

@@ -22,10 +22,10 @@ from c2r.data.dataset import ClipDataset
 from c2r.data.manifest import read_manifest
 from c2r.encode import encode_missing
 from c2r.models.assembly import (
+    check_transformer,
     fingerprint,
     fingerprint_transformer,
     load_transformer,
-    locate_transformer,
     save_phase,
 )
 from c2r.models.controlnet import C2RControlNet
@@ -87,7 +87,7 @@ def main():
     set_seed(args.seed, device_specific=True)
     device, weight_dtype = accelerator.device, frozen_dtype(accelerator)
     resume_path = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    locate_transformer(args.resume_backbone_from, args.pretrained_model_name_or_path)
+    check_transformer(args.resume_backbone_from, args.pretrained_model_name_or_path)
     backbone_sha256 = fingerprint_transformer(args.resume_backbone_from, args.pretrained_model_name_or_path)
 
     # ---------------------------------------------------------------------------------------------------------- data

@@ -5,6 +5,7 @@ import hashlib
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
@@ -187,6 +188,10 @@ def run(main):
 # ----------------------------------------------------------------------------------------------------- accelerator
 
 
+# A process that has encoded its share waits for the others, longer than the ten minutes it would by default.
+ENCODING_TIMEOUT = timedelta(days=1)
+
+
 def build_accelerator(args):
     """The Accelerator of a run, its logs in `output_dir`/logs."""
     output_dir = Path(args.output_dir)
@@ -194,15 +199,12 @@ def build_accelerator(args):
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output_dir {output_dir}: cannot be created ({error.strerror})") from error
-    handlers = []
-    if not torch.cuda.is_available():
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
-        kwargs_handlers=handlers,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=ENCODING_TIMEOUT)],
         # The schedulers here count optimizer steps; Accelerate would advance a prepared one once per process.
         step_scheduler_with_optimizer=False,
     )

@@ -91,5 +91,5 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
     controlnet = C2RControlNet.from_transformer(tiny_transformer(), 3, 1, feature_dim=FEATURE_DIM)
     register_trainable_weights(other, controlnet)
     other.prepare(C2RTransformer(tiny_transformer(), controlnet))
-    with pytest.raises(InputError, match="control_layers"):
+    with pytest.raises(InputError, match=r"injection_layers \[0, 1\]"):
         other.load_state(str(tmp_path / "checkpoint-1"))

@@ -1,0 +1,49 @@
+"""Folders that several tests share: tiny models and small video datasets."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from c2r.data.video import write_video
+from tests.tiny import save_tiny_dinov3, save_tiny_pipeline
+
+SIZE = {"height": 32, "width": 48, "num_frames": 5, "fps": 8}
+
+
+def noise_video(seed, num_frames=10):
+    """(F, H, W, 3) uint8: coloured blocks that move."""
+    rng = np.random.default_rng(seed)
+    frame = rng.integers(0, 256, (4, 6, 3)).repeat(8, 0).repeat(8, 1)
+    return np.stack([np.roll(frame, 2 * i, axis=1) for i in range(num_frames)]).astype(np.uint8)
+
+
+def write_dataset(folder, names, texts, controls=None):
+    """Write random videos and their metadata.csv; returns the folder."""
+    folder.mkdir(parents=True)
+    columns = ["file_name", "text"] + (["control_name"] if controls else [])
+    rows = zip(names, texts, *([controls] if controls else []))
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+    for i, name in enumerate([*names, *(controls or [])]):
+        write_video(folder / name, noise_video(i), SIZE["fps"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """A folder with pipeline/ and dinov3/ of tiny random models."""
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny_pipeline(folder / "pipeline")
+    save_tiny_dinov3(folder / "dinov3")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_datasets(tmp_path_factory):
+    """A folder with real/ (five videos, two clips each) and cg/ (three pairs)."""
+    folder = tmp_path_factory.mktemp("data")
+    texts = ["a street", "the city at night", "red brick", "", "two people on a street"]
+    write_dataset(folder / "real", [f"r{i}.mp4" for i in range(5)], texts)
+    write_dataset(folder / "cg", [f"f{i}.mp4" for i in range(3)], texts[:3], [f"c{i}.mp4" for i in range(3)])
+    return folder

@@ -1,0 +1,232 @@
+"""The commands as a user types them, in processes of their own, on tiny models and real video files."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from c2r.data.video import probe
+from tests.conftest import SIZE
+from tests.tiny import PROMPT_LENGTH
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs/cpu.yaml")]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def start(*command):
+    """Run one Python command; returns its exit status, output and errors."""
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=300
+    )
+
+
+def succeed(*command):
+    done = start(*command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def shared(tiny_models, small_datasets):
+    options = {
+        "pretrained_model_name_or_path": tiny_models / "pipeline",
+        "real_dataset": small_datasets / "real",
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "dataloader_num_workers": 1,
+        "learning_rate": 1e-3,
+        "lr_warmup_steps": 2,
+        "validation_steps": 2,
+        "num_validation_clips": 2,
+        "checkpointing_steps": 2,
+        **SIZE,
+    }
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def phase1(tiny_models, small_datasets, out, *extra):
+    return [*LAUNCH, "train_phase1.py", *shared(tiny_models, small_datasets), f"--output_dir={out}", *extra]
+
+
+def phase2(tiny_models, small_datasets, backbone, out, *extra):
+    options = [
+        *shared(tiny_models, small_datasets),
+        f"--resume_backbone_from={backbone}",
+        f"--cg_dataset={small_datasets / 'cg'}",
+        f"--dinov3={tiny_models / 'dinov3'}",
+        "--control_layers=2",
+        "--control_stride=2",
+        "--cg_ratio=0.25",
+        f"--output_dir={out}",
+    ]
+    return [*LAUNCH, "train_phase2.py", *options, *extra]
+
+
+@pytest.fixture(scope="module")
+def first(tiny_models, small_datasets, tmp_path_factory):
+    """A finished phase 1 of four steps."""
+    out = tmp_path_factory.mktemp("run") / "phase1"
+    done = succeed(*phase1(tiny_models, small_datasets, out, "--max_train_steps=4"))
+    return out, done
+
+
+@pytest.fixture(scope="module")
+def second(first, tiny_models, small_datasets, tmp_path_factory):
+    """A finished phase 2 of four steps."""
+    out = tmp_path_factory.mktemp("run") / "phase2"
+    done = succeed(*phase2(tiny_models, small_datasets, first[0] / "final", out, "--max_train_steps=4"))
+    return out, done
+
+
+def weights(folder):
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def scalars(out):
+    events = EventAccumulator(str(out / "logs")).Reload()
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_phase1_trains_and_exports(first, tiny_models):
+    out, done = first
+    assert "kept 10 clips of 5 files" in done.stdout
+    trained, start_weights = weights(out / "final"), weights(tiny_models / "pipeline/transformer")
+    assert trained.keys() == start_weights.keys()
+    unchanged = [name for name in trained if torch.equal(trained[name], start_weights[name])]
+    assert unchanged == []
+    WanTransformer3DModel.from_pretrained(out / "best")
+    contract = json.loads((out / "final/c2r.json").read_text())
+    assert contract["phase"] == 1
+    assert contract["step"] == 4
+    assert contract["num_frames"] == SIZE["num_frames"]
+
+
+def test_phase1_logs(first):
+    logged = scalars(first[0])
+    assert len(logged["train/loss"]) == 4
+    assert len(logged["validation/loss"]) == 3  # before the first step, at 2 and at 4
+    assert logged["train/learning_rate"][:2] == pytest.approx([5e-4, 1e-3])
+    assert {"train/grad_norm", "train/samples_per_second", "train/loss_real"} <= logged.keys()
+    assert "train/loss_cg" not in logged
+
+
+def test_phase1_weights_work_in_a_stock_pipeline(first, tiny_models):
+    transformer = WanTransformer3DModel.from_pretrained(first[0] / "best")
+    pipeline = WanPipeline.from_pretrained(tiny_models / "pipeline", transformer=transformer)
+    size = {name: SIZE[name] for name in ("height", "width", "num_frames")}
+    pipeline.set_progress_bar_config(disable=True)
+    frames = pipeline("a street", num_inference_steps=2, max_sequence_length=PROMPT_LENGTH, **size).frames
+    assert frames.shape == (1, 5, 32, 48, 3)
+
+
+def test_phase2_trains_and_exports(second, first):
+    out, _ = second
+    contract = json.loads((out / "best/c2r.json").read_text())
+    assert contract["phase"] == 2
+    assert contract["metrics"].keys() >= {"loss_real", "loss_cg", "control_gain", "loss_no_control", "cg_share"}
+    final = json.loads((out / "final/c2r.json").read_text())
+    assert final["metrics"]["cg_share"] == 0.25  # 4 of 16 samples
+    config = json.loads((out / "final/config.json").read_text())
+    assert config["injection_layers"] == [0, 2]
+    before = weights(out / "checkpoint-2/model")
+    after = weights(out / "checkpoint-4/model")
+    assert not same(before, after)
+    assert same(after, weights(out / "final"))
+    logged = scalars(out)
+    assert {"train/loss_cg", "train/loss_real", "train/cg_share", "validation/control_gain"} <= logged.keys()
+    # Silent before the first step: whose control it is makes no difference, and it is the backbone's own loss.
+    assert logged["validation/control_gain"][0] == 0
+    assert logged["validation/control_gain"][-1] != 0
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_resumed_in_the_middle_is_bit_identical(phase, first, second, tiny_models, small_datasets, tmp_path):
+    def command(*extra):
+        if phase == 1:
+            return phase1(tiny_models, small_datasets, tmp_path, *extra)
+        return phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, *extra)
+
+    uninterrupted = (first if phase == 1 else second)[0]
+    # What a run that was killed between steps 2 and 4 has left.
+    shutil.copytree(uninterrupted / "checkpoint-2", tmp_path / "checkpoint-2")
+    done = succeed(*command("--max_train_steps=4", "--resume_from_checkpoint=latest"))
+    assert "resumed from" in done.stdout
+    assert same(weights(tmp_path / "final"), weights(uninterrupted / "final"))
+    assert scalars(tmp_path)["train/loss"] == scalars(uninterrupted)["train/loss"][2:]
+
+
+def test_latest_without_a_checkpoint_starts_anew_and_says_so(tiny_models, small_datasets, tmp_path):
+    done = succeed(
+        *phase1(tiny_models, small_datasets, tmp_path, "--max_train_steps=1", "--resume_from_checkpoint=latest")
+    )
+    assert "starting at step 0" in done.stdout
+
+
+def test_phase2_starts_from_every_kind_of_backbone(first, tiny_models, small_datasets, tmp_path):
+    single_file = first[0] / "best/diffusion_pytorch_model.safetensors"
+    for i, backbone in enumerate((tiny_models / "pipeline/transformer", single_file)):
+        out = tmp_path / str(i)
+        succeed(*phase2(tiny_models, small_datasets, backbone, out, "--max_train_steps=1"))
+        assert (out / "final/c2r.json").exists()
+
+
+def test_generate_from_both_phases(first, second, small_datasets, tmp_path):
+    control = small_datasets / "cg/c0.mp4"
+    for name, model, extra in (
+        ("plain.mp4", first[0] / "best", []),
+        ("controlled.mp4", second[0] / "final", [f"--control_video={control}"]),
+    ):
+        succeed(
+            "-m",
+            "c2r.generate",
+            f"--model={model}",
+            "--prompt=a street",
+            f"--output={tmp_path / name}",
+            "--num_inference_steps=2",
+            *extra,
+        )
+        assert probe(tmp_path / name).frames_at(SIZE["fps"]) == SIZE["num_frames"]
+
+
+def test_two_processes_train(first, tiny_models, small_datasets, tmp_path):
+    command = phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, "--max_train_steps=2")
+    command.insert(len(LAUNCH), "--multi_gpu")
+    command = [*command[: len(LAUNCH)], "--num_processes=2", "--cpu", *command[len(LAUNCH) + 1 :]]
+    succeed(*command)
+    final = json.loads((tmp_path / "final/c2r.json").read_text())
+    assert final["metrics"]["cg_share"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("option", "part"),
+    [
+        ("--resume_backbone_from=nowhere/best", "nowhere/best"),
+        ("--cg_dataset=nowhere", "nowhere"),
+        ("--dinov3=nowhere", "nowhere"),
+        ("--control_layers=9", "--control_layers 9"),
+        ("--height=33", "--height 33"),
+        ("--resume_from_checkpoint=checkpoint-77", "checkpoint-77"),
+        ("--cg_ratio=1.5", "--cg_ratio 1.5"),
+    ],
+)
+def test_bad_input_is_one_line(option, part, first, tiny_models, small_datasets, tmp_path):
+    command = phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, option)
+    # Without the launcher, which adds a traceback of its own.
+    done = start(*command[len(LAUNCH) :])
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert part in lines[0]
+    assert "Traceback" not in done.stderr
