@@ -26,16 +26,17 @@ from c2r.models.transformer import C2RTransformer
 from c2r.models.weights import (
     WeightIndex,
     atomic_folder,
+    complete_folder,
     fingerprint,
     fingerprint_files,
     read_json,
-    restore_folder,
 )
 
 __all__ = [
     "PhaseContract",
     "atomic_folder",
     "check_transformer",
+    "complete_folder",
     "fingerprint",
     "fingerprint_files",
     "fingerprint_transformer",
@@ -46,7 +47,6 @@ __all__ = [
     "load_transformer",
     "read_contract",
     "resolve_model_folder",
-    "restore_folder",
     "save_phase",
 ]
 
@@ -75,8 +75,8 @@ def check_transformer(source, base=None):
             raise InputError(f"{source}: a single file has no config; name the model that it is a version of as base")
         config = _transformer_config(base)
     else:
-        restore_folder(path)
-        path = resolve_model_folder(source, None if path.is_dir() else ["transformer"])
+        path = complete_folder(path)
+        path = path if path.is_dir() else resolve_model_folder(source, ["transformer"])
         path = path / "transformer" if (path / "transformer").is_dir() else path
         config = _check_transformer_config(path)
     _require_fitting(path, WanTransformer3DModel, config)
@@ -142,7 +142,7 @@ def load_transformer(source, base=None, torch_dtype=None):
 
 def load_controlnet(folder, torch_dtype=None):
     """The control branch of a phase 2 folder, in eval mode, its parameters trainable; None is fp32."""
-    restore_folder(folder)
+    folder = complete_folder(folder)
     config = require_class(folder, "C2RControlNet")
     _require_fitting(folder, C2RControlNet, config)
     return C2RControlNet.from_pretrained(folder, torch_dtype=torch_dtype or torch.float32, use_safetensors=True)
@@ -244,8 +244,8 @@ def read_contract(folder):
     Raises:
         InputError: no folder, no contract in it, or one of another version.
     """
-    restore_folder(folder)
-    path = Path(folder) / CONTRACT
+    folder = complete_folder(folder)
+    path = folder / CONTRACT
     if not path.is_file():
         raise InputError(f"{folder}: has no {CONTRACT}; give best/ or final/ of a phase, or check the path")
     stored = read_json(path)
@@ -254,7 +254,7 @@ def read_contract(folder):
         raise InputError(f"{path}: unknown entries {', '.join(unknown)}; it was written by another version")
     for name in PATHS:
         if (stored.get(name) or "").startswith("."):
-            stored[name] = os.path.realpath(Path(folder) / stored[name])
+            stored[name] = os.path.realpath(folder / stored[name])
     try:
         return PhaseContract(**stored)
     except (TypeError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 import logging
 
+import torch
 import torch.nn.functional as F
 from diffusers.models.normalization import FP32LayerNorm
 from torch import nn
@@ -33,7 +34,8 @@ class TemporalDownsample(nn.Module):
 
     def forward(self, control_features):
         """(B, F, h, w, Dd) -> (B, T, h, w, Dd)."""
-        control_features = control_features.to(self.conv.weight.dtype)  # the extractor's dtype may be another
+        if not torch.is_autocast_enabled(control_features.device.type):
+            control_features = control_features.to(self.conv.weight.dtype)  # the extractor's dtype may be another
         return self.conv(control_features.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
 
 

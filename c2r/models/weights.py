@@ -110,15 +110,18 @@ def atomic_folder(folder):
     """Write a folder aside and put it in place when it is complete: `with atomic_folder(path) as temporary: ...`.
 
     Whenever the process dies, `folder` is the old one, the new one or absent, never half of one. It is absent only
-    between two renames, while the complete old folder stands beside it as `.<name>.old`; the next `atomic_folder` or
-    `restore_folder` puts that back. (One rename cannot replace a folder that is not empty.)
+    between two renames, while the complete old folder stands beside it as `.<name>.old`: `complete_folder` finds it
+    there, and the next `atomic_folder` puts it back. (One rename cannot replace a folder that is not empty.) One
+    process at a time may write.
 
     Yields:
         the temporary folder to write into. If the body raises, it is removed and `folder` stays as it was.
     """
     folder = Path(os.path.abspath(folder))
     temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
-    restore_folder(folder)
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     temporary.mkdir(parents=True)
     try:
@@ -135,16 +138,14 @@ def atomic_folder(folder):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def restore_folder(folder):
-    """Finish or undo a replacement by `atomic_folder` that was killed between its renames."""
-    folder = Path(os.path.abspath(folder))
-    old = folder.with_name(f".{folder.name}.old")
-    if not old.exists():
-        return
-    if folder.exists():
-        shutil.rmtree(old)
-    else:
-        old.rename(folder)
+def complete_folder(folder):
+    """`folder`, or the old one beside it if `atomic_folder` was killed, or is just now, between its renames.
+
+    A reader only looks and moves nothing: the writer may be alive.
+    """
+    folder = Path(folder)
+    old = folder.with_name(f".{folder.name}.old") if folder.name else folder
+    return old if old.exists() and not folder.exists() else folder
 
 
 def _sync(path):

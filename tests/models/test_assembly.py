@@ -32,7 +32,7 @@ from c2r.models.assembly import (
 )
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.transformer import C2RTransformer
-from c2r.models.weights import atomic_folder, restore_folder
+from c2r.models.weights import atomic_folder, complete_folder
 from tests.tiny import FEATURE_DIM, save_tiny_pipeline, tiny_transformer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -486,15 +486,18 @@ def test_a_kill_at_any_rename_leaves_a_complete_folder(tmp_path, monkeypatch, re
     assert os.waitpid(child, 0)[1] == 0
 
     assert folder.exists() == (renames_done != 1)
-    restore_folder(folder)
+    assert (complete_folder(folder) / "file").read_text() == ("new" if renames_done == 2 else "old")
+    with pytest.raises(FileNotFoundError), atomic_folder(folder) as temporary:  # the next writer, which fails
+        (temporary / "no/such/folder").touch()
     assert (folder / "file").read_text() == ("new" if renames_done == 2 else "old")
-    with atomic_folder(folder) as temporary:
-        assert not list(temporary.iterdir())
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
-def test_readers_restore_a_best_that_was_being_replaced(phases):
+def test_readers_find_a_best_that_is_being_replaced_and_move_nothing(phases):
     for name in ("phase1", "phase2"):
         (phases / name / "best").rename(phases / name / ".best.old")
-    model, _ = load_for_generation(phases / "phase2/best")
+    model, contract = load_for_generation(phases / "phase2/best")
     assert isinstance(model, C2RTransformer)
+    assert contract.base_model == os.path.realpath(phases / "model")
+    assert not (phases / "phase1/best").exists()
+    assert not (phases / "phase2/best").exists()

@@ -320,13 +320,18 @@ def test_compiled_by_inductor():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_sharded_by_fsdp2(tmp_path, checkpointing):
+@pytest.mark.parametrize("backbone_dtype", [torch.float32, torch.bfloat16])
+def test_sharded_by_fsdp2(tmp_path, backbone_dtype, checkpointing):
     """One rank shards as many do: a parameter read outside a hooked forward would be a DTensor and raise."""
     inputs = tiny_inputs()
-    expected = tiny_model(trained=True)
-    expected(*inputs).square().mean().backward()
-    model = tiny_model(trained=True)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=backbone_dtype == torch.bfloat16)
+    expected, model = tiny_model(trained=True), tiny_model(trained=True)
     model.load_state_dict(expected.state_dict())
+    for one in (expected, model):
+        one.transformer.to(backbone_dtype)
+    with autocast:
+        expected_velocity = expected(*inputs)
+    expected_velocity.square().mean().backward()
     if checkpointing:
         model.enable_gradient_checkpointing()
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -336,9 +341,10 @@ def test_sharded_by_fsdp2(tmp_path, checkpointing):
             if type(module).__name__ in model._no_split_modules:
                 fully_shard(module, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        velocity_pred = model(*inputs)
+        with autocast:
+            velocity_pred = model(*inputs)
         velocity_pred.square().mean().backward()
-        torch.testing.assert_close(velocity_pred, expected(*inputs))
+        torch.testing.assert_close(velocity_pred, expected_velocity)
         for sharded, whole in zip(model.trainable_parameters(), expected.trainable_parameters(), strict=True):
             torch.testing.assert_close(sharded.grad.full_tensor(), whole.grad)
     finally:
