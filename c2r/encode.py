@@ -11,7 +11,6 @@ import argparse
 import gc
 import json
 import time
-from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
@@ -38,7 +37,7 @@ from c2r.data.cache import (
 from c2r.data.manifest import Source, read_manifest
 from c2r.data.video import read_window
 from c2r.models.parts import load_pipeline_part
-from c2r.training import run
+from c2r.training import ENCODING_TIMEOUT, run
 
 # What Wan was trained with, and the most that WanPipeline pads a prompt to.
 MAX_SEQUENCE_LENGTH = 512
@@ -268,11 +267,7 @@ def build_parser():
 
 def main():
     args = build_parser().parse_args()
-    # A process that has less to do waits for the others, longer than the ten minutes it would by default.
-    process_group = InitProcessGroupKwargs(
-        timeout=timedelta(days=7), backend=None if torch.cuda.is_available() else "gloo"
-    )
-    accelerator = Accelerator(kwargs_handlers=[process_group])
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=ENCODING_TIMEOUT)])
     manifest = read_manifest(args.dataset, args.domain, args)
     if accelerator.is_main_process:
         manifest.report()
