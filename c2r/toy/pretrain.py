@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from einops import rearrange
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -241,22 +242,17 @@ def train_people_finder(folder, clips, kinds, vae, steps):
 
 @torch.no_grad()
 def encode_scenes(work_dir, clips, seeds, vae, text_encoder, tokenizer):
-    """Latents of the three looks and their mirror images, and the prompt embeddings.
+    """Latents and prompt embeddings of the three looks of each scene.
 
     Returns:
-        latents (n, 3, 2, C, T, h, w) normalised, prompt_embeds (n, 3, L, D), the empty prompt's (L, D).
+        latents (n, 3, C, T, h, w) normalised, prompt_embeds (n, 3, L, D), the empty prompt's (L, D).
     """
-    path = work_dir / f"latents_{len(clips)}.pt"
+    path = work_dir / f"latents_{len(clips)}.safetensors"
     if not path.exists():
         mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
-        rows = []
-        for clip in clips:
-            pixel_values = to_pixel_values(clip)
-            both = torch.cat([pixel_values, pixel_values.flip(-1)])
-            latents = (vae.encode(both).latent_dist.mean - mean) / std
-            rows.append(latents.unflatten(0, (2, 3)).transpose(0, 1).half())
-        torch.save(torch.stack(rows), path)
-    latents = torch.load(path, weights_only=True)
+        rows = [(vae.encode(to_pixel_values(clip)).latent_dist.mean - mean) / std for clip in clips]
+        save_file({"latents": torch.stack(rows).half()}, path)
+    latents = load_file(path)["latents"]
 
     def embed(prompts):
         tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
@@ -294,18 +290,18 @@ def train_base(folder, latents, prompt_embeds, empty_prompt, steps, shift=3.0):
 
     def draw_loss(step, batch=8):
         i = torch.randint(train, (batch,), generator=generator)
-        look, mirror = (torch.randint(n, (batch,), generator=generator) for n in (3, 2))
+        look = torch.randint(3, (batch,), generator=generator)
         prompts = prompt_embeds[i, look].clone()
         prompts[torch.rand(batch, generator=generator) < 0.1] = empty_prompt
         u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
-        return loss_of(latents[i, look, mirror].float(), prompts, u)
+        return loss_of(latents[i, look].float(), prompts, u)
 
     @torch.no_grad()
     def on_log():
         state = generator.get_state()
         generator.manual_seed(1)
         u = torch.linspace(0.05, 0.95, HELD_OUT)
-        held_out = ((latents[train:, look, 0].float(), prompt_embeds[train:, look]) for look in range(3))
+        held_out = ((latents[train:, look].float(), prompt_embeds[train:, look]) for look in range(3))
         losses = [loss_of(clean, prompts, u).item() for clean, prompts in held_out]
         generator.set_state(state)
         return "held-out " + ", ".join(f"{look} {loss:.4f}" for look, loss in zip(city.LOOKS, losses))
@@ -314,27 +310,27 @@ def train_base(folder, latents, prompt_embeds, empty_prompt, steps, shift=3.0):
     transformer.half().save_pretrained(folder)
 
 
-def train(folder, work_dir, num_scenes=2000, vae_steps=3000, dinov3_steps=3000, people_steps=800, base_steps=8000):
-    """Train what is missing in `folder`."""
+def train(folder, work_dir, num_scenes=2000, base_scenes=1000):
+    """Train what is missing in `folder`; renderings and latents are kept in `work_dir`."""
     work_dir.mkdir(parents=True, exist_ok=True)
     model, dinov3 = folder / "model", folder / "dinov3"
     clips, kinds, seeds = render_scenes(work_dir, num_scenes)
     if not (model / "vae/config.json").exists():
-        train_vae(model / "vae", clips, kinds, vae_steps)
+        train_vae(model / "vae", clips, kinds, steps=2200)
     if not (model / "tokenizer/tokenizer.json").exists():
         make_text_encoder(model)
     if not (dinov3 / "config.json").exists():
-        train_dinov3(dinov3, clips, kinds, dinov3_steps)
+        train_dinov3(dinov3, clips, kinds, steps=3000)
     vae = AutoencoderKLWan.from_pretrained(model / "vae", torch_dtype=torch.float32)
     if not (folder / "people_finder/config.json").exists():
-        train_people_finder(folder / "people_finder", clips, kinds, vae, people_steps)
+        train_people_finder(folder / "people_finder", clips, kinds, vae, steps=800)
     if not (model / "transformer/config.json").exists():
         text_encoder = UMT5EncoderModel.from_pretrained(model / "text_encoder", dtype=torch.float32)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(model / "tokenizer")
         train_base(
             model / "transformer",
-            *encode_scenes(work_dir, clips, seeds, vae, text_encoder, tokenizer),
-            base_steps,
+            *encode_scenes(work_dir, clips[-base_scenes:], seeds[-base_scenes:], vae, text_encoder, tokenizer),
+            steps=6000,
         )
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(model / "scheduler")
     index = {
