@@ -310,7 +310,6 @@ def to_rgb(frame, sample_aspect_ratio, height, width) -> np.ndarray:
         height=covering_height,
         format="rgb24",
         src_colorspace=Colorspace.ITU709 if unnamed_hd else None,
-        dst_color_range=ColorRange.JPEG,
         interpolation=INTERPOLATION,
         threads=1,
     ).to_ndarray()  # (covering_height, covering_width, 3)
