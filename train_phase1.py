@@ -124,7 +124,9 @@ def main():
 
     def save(name):
         if accelerator.is_main_process:
-            contract = build_contract(args, state, phase=1, base_model=transformer_source, manifests=[manifest])
+            contract = build_contract(
+                args, state, phase=1, base_model=args.pretrained_model_name_or_path, manifests=[manifest]
+            )
             save_phase(Path(args.output_dir) / name, accelerator.unwrap_model(model), contract)
         accelerator.wait_for_everyone()
 
