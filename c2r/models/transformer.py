@@ -125,12 +125,9 @@ class C2RTransformer(nn.Module):
     def _run(self, block, hidden_states, *shared):
         """`block(hidden_states, *shared)`, checkpointed where there is a graph.
 
-        The backbone's blocks before the first residual have none: nothing in them or before them is trained.
+        Before the first residual there is none: the backbone is frozen, so its hidden states need no gradient yet.
         """
-        needs_graph = torch.is_grad_enabled() and (
-            hidden_states.requires_grad or any(parameter.requires_grad for parameter in block.parameters())
-        )
-        if not (self.gradient_checkpointing and needs_graph):
+        if not (self.gradient_checkpointing and hidden_states.requires_grad):
             return block(hidden_states, *shared)
         # No random numbers are drawn in a block (Wan's dropout is 0), so there is no RNG state to keep.
         return checkpoint(block, hidden_states, *shared, use_reentrant=False, preserve_rng_state=False)

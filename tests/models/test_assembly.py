@@ -195,6 +195,7 @@ def test_fingerprint_sees_names_dtypes_shapes_and_every_byte():
         tensors | {"a": torch.tensor([0.0, 1, 2, 3, 4, 5.0000005])},
         tensors | {"b": torch.tensor(1.0, dtype=torch.float64)},
         tensors | {"c": torch.ones(2, dtype=torch.float16)},
+        tensors | {"c": tensors["c"].view(torch.int16)},  # the same bytes
         {name.upper(): tensor for name, tensor in tensors.items()},
         tensors | {"d": torch.zeros(0)},
     ]
@@ -468,7 +469,7 @@ def test_a_kill_at_any_rename_leaves_a_complete_folder(tmp_path, monkeypatch, re
     folder = tmp_path / "best"
     with atomic_folder(folder) as temporary:
         (temporary / "file").write_text("old")
-    renames, rename = [], Path.rename
+    renames, rename, rmtree = [], Path.rename, shutil.rmtree
 
     def killed(self, target):
         renames.append(target)
@@ -479,7 +480,7 @@ def test_a_kill_at_any_rename_leaves_a_complete_folder(tmp_path, monkeypatch, re
     child = os.fork()
     if child == 0:
         monkeypatch.setattr(Path, "rename", killed)
-        monkeypatch.setattr(shutil, "rmtree", lambda *args, **options: os._exit(0) if len(renames) == 2 else None)
+        monkeypatch.setattr(shutil, "rmtree", lambda *a, **o: os._exit(0) if len(renames) == 2 else rmtree(*a, **o))
         with atomic_folder(folder) as temporary:
             (temporary / "file").write_text("new")
         os._exit(1)

@@ -46,10 +46,10 @@ def test_tokens_are_in_the_backbones_order():
     features = torch.randn(1, 9, 2, 3, 4)
     tokens = adapter(features, (3, 2, 3)).unflatten(1, (3, 2, 3))
     changed = features.clone()
-    changed[:, :, 1, 2] += torch.randn(4)
+    changed[:, :, 0, 1] += torch.randn(4)
     difference = (adapter(changed, (3, 2, 3)).unflatten(1, (3, 2, 3)) - tokens).abs().amax(-1)[0]
-    assert difference[:, 1, 2].min() > 0
-    difference[:, 1, 2] = 0
+    assert difference[:, 0, 1].min() > 0
+    difference[:, 0, 1] = 0
     assert difference.max() == 0
 
 

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
+from c2r.models import transformer as transformer_module
 from c2r.models.controlnet import C2RControlBlock, C2RControlNet
 from c2r.models.transformer import C2RTransformer
 from tests.tiny import FEATURE_DIM, LATENT_CHANNELS, TEXT_DIM, tiny_transformer
@@ -212,11 +213,18 @@ def test_checkpointing_changes_no_gradient(control_stride):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_no_graph_before_the_first_residual_and_recomputation_only_behind_it(checkpointing):
+def test_no_graph_before_the_first_residual_and_recomputation_only_behind_it(monkeypatch, checkpointing):
     model = tiny_model(control_layers=2, control_stride=2, trained=True)  # residuals after blocks 0 and 2
     if checkpointing:
         model.enable_gradient_checkpointing()
-    runs, graph = {}, {}
+    runs, graph, checkpointed = {}, {}, []
+    checkpoint = transformer_module.checkpoint
+
+    def counted(block, *args, **options):
+        checkpointed.append(block)
+        return checkpoint(block, *args, **options)
+
+    monkeypatch.setattr(transformer_module, "checkpoint", counted)
     for name, module in model.named_modules():
         if (name.startswith("transformer.blocks.") and name.count(".") == 2) or isinstance(module, C2RControlBlock):
             # before, not after: a recomputation stops as soon as it has what the backward pass needs
@@ -237,6 +245,7 @@ def test_no_graph_before_the_first_residual_and_recomputation_only_behind_it(che
         "controlnet.control_blocks.0": True,
         "controlnet.control_blocks.1": True,
     }
+    assert len(checkpointed) == (5 if checkpointing else 0)
     assert runs == {name: 2 if checkpointing and has_graph else 1 for name, has_graph in graph.items()}
 
 
