@@ -32,7 +32,7 @@ from c2r.training import (
     parse_options,
     run,
 )
-from c2r.validation import clip_losses, spread_over_files
+from c2r.validation import choose_validation_clips, clip_losses
 
 
 def build_parser():
@@ -63,7 +63,7 @@ def main():
     if accelerator.is_main_process:
         manifest.report()
     train_clips = manifest.train
-    validation_clips = spread_over_files(manifest.held_out, args.num_validation_clips)
+    validation_clips = choose_validation_clips(manifest, args.num_validation_clips)
     encode_missing([*train_clips, *validation_clips], args, accelerator)
     train_dataset = ClipDataset(train_clips, args)
     validation_dataset = ClipDataset(validation_clips, args)

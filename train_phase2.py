@@ -44,7 +44,7 @@ from c2r.training import (
     parse_options,
     run,
 )
-from c2r.validation import clip_losses, control_metrics, other_control_index, spread_over_files
+from c2r.validation import choose_validation_clips, clip_losses, control_metrics, other_control_index
 
 
 def build_parser():
@@ -98,7 +98,7 @@ def main():
         for manifest in manifests:
             manifest.report()
     validation_clips = [
-        clip for manifest in manifests for clip in spread_over_files(manifest.held_out, args.num_validation_clips)
+        clip for manifest in manifests for clip in choose_validation_clips(manifest, args.num_validation_clips)
     ]
     encode_missing([clip for manifest in manifests for clip in manifest.train] + validation_clips, args, accelerator)
     real_dataset = ClipDataset(real.train, args, with_control=True)

@@ -7,16 +7,24 @@ and two runs can be compared.
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from c2r import flow_matching
+from c2r import InputError, flow_matching
 from c2r.training import seeded_generator
 
 # Quantiles of the uniform density at which each clip is noised: the mid-points of four equal strata.
 QUANTILES = (0.125, 0.375, 0.625, 0.875)
 
 
-def spread_over_files(clips, count):
-    """Up to `count` clips from as many files as possible: the first windows of all files before second windows."""
-    return sorted(clips, key=lambda clip: clip.window)[:count]
+def choose_validation_clips(manifest, count):
+    """Up to `count` held-out clips from as many files as possible: first windows before second ones.
+
+    Raises:
+        InputError: if the dataset holds none out.
+    """
+    if not manifest.held_out:
+        raise InputError(
+            f"{manifest.folder}: no clip is left to validate on; add a second video, or a validation/ folder"
+        )
+    return sorted(manifest.held_out, key=lambda clip: clip.window)[:count]
 
 
 @torch.no_grad()

@@ -119,10 +119,10 @@ def test_shipped_dinov3_agrees_between_the_looks(weights):
 def test_write_toy_is_complete_and_leaves_a_finished_folder_alone(tmp_path, weights):
     from c2r.toy.__main__ import write_toy
 
-    write_toy(tmp_path, num_real=2, num_cg=1, num_test=1)
+    write_toy(tmp_path, num_real=2, num_cg=1)
     toy = json.loads((tmp_path / "toy.json").read_text())
     assert toy["height"] == 96
     assert {path.name for path in tmp_path.iterdir()} >= {"model", "dinov3", "data", "test", "phase1.yaml"}
     before = (tmp_path / "data/real/train/metadata.csv").stat().st_mtime_ns
-    write_toy(tmp_path, num_real=2, num_cg=1, num_test=1)
+    write_toy(tmp_path, num_real=2, num_cg=1)
     assert (tmp_path / "data/real/train/metadata.csv").stat().st_mtime_ns == before

@@ -5,9 +5,9 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import default_collate
 
-from c2r import flow_matching
+from c2r import InputError, flow_matching
 from c2r.training import seeded_generator
-from c2r.validation import QUANTILES, clip_losses, control_metrics, other_control_index, spread_over_files
+from c2r.validation import QUANTILES, choose_validation_clips, clip_losses, control_metrics, other_control_index
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,17 @@ def test_other_control_falls_back_to_another_window_then_to_itself():
     assert other_control_index([Clip("a", 0), Clip("x", 0, "cg")]) == [0, 1]
 
 
-def test_clips_are_spread_over_files():
+@dataclass
+class HeldOut:
+    held_out: list
+    folder: str = "data/real"
+
+
+def test_validation_clips_come_from_many_files():
     clips = [Clip("a", 0), Clip("a", 1), Clip("a", 2), Clip("b", 0)]
-    assert spread_over_files(clips, 2) == [Clip("a", 0), Clip("b", 0)]
+    assert choose_validation_clips(HeldOut(clips), 2) == [Clip("a", 0), Clip("b", 0)]
+    with pytest.raises(InputError, match="data/real"):
+        choose_validation_clips(HeldOut([]), 2)
 
 
 def test_control_metrics_weigh_the_domains_alike():

@@ -28,7 +28,7 @@ from c2r.training import run
 
 HEIGHT, WIDTH, NUM_FRAMES, FPS = 96, 160, 9, 8
 VIDEO_FRAMES = 2 * NUM_FRAMES  # two windows a video
-FIRST_SEED = {"real": 1_000_000, "cg": 2_000_000, "test": 3_000_000}
+NUM_VALIDATION, NUM_TEST = 6, 8
 
 SHARED_OPTIONS = {
     "height": HEIGHT,
@@ -44,7 +44,7 @@ SHARED_OPTIONS = {
     "checkpointing_steps": 50,
     "checkpoints_total_limit": 2,
     "validation_steps": 100,
-    "num_validation_clips": 16,
+    "num_validation_clips": 12,
 }
 PHASE1_OPTIONS = SHARED_OPTIONS | {"learning_rate": 5e-4, "max_train_steps": 100}
 PHASE2_OPTIONS = SHARED_OPTIONS | {
@@ -63,69 +63,66 @@ def _render_files(job):
         write_video(path, clips[look], FPS)
 
 
-def _render_all(jobs, description):
+def _render_all(jobs, folder):
     with multiprocessing.Pool() as pool:
-        for _ in tqdm(pool.imap_unordered(_render_files, jobs), total=len(jobs), desc=description):
+        for _ in tqdm(pool.imap_unordered(_render_files, jobs), total=len(jobs), desc=str(folder)):
             pass
 
 
 def _write_metadata(folder, columns, rows):
     with open(folder / "metadata.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(rows)
+        csv.writer(file).writerows([columns, *rows])
 
 
-def write_toy(folder, num_real=96, num_cg=32, num_test=8):
+def _write_real(folder, seeds):
+    _render_all([(seed, VIDEO_FRAMES, {"real": folder / f"{seed}.mp4"}) for seed in seeds], folder)
+    rows = [(f"{seed}.mp4", city.caption(city.make_scene(seed))) for seed in seeds]
+    _write_metadata(folder, ("file_name", "text"), rows)
+
+
+def _write_cg(folder, seeds):
+    files = {seed: {"cg": folder / f"{seed}_fine.mp4", "coarse": folder / f"{seed}_coarse.mp4"} for seed in seeds}
+    _render_all([(seed, VIDEO_FRAMES, files[seed]) for seed in seeds], folder)
+    rows = [(f"{s}_fine.mp4", f"{s}_coarse.mp4", city.caption(city.make_scene(s), "cg")) for s in seeds]
+    _write_metadata(folder, ("file_name", "control_name", "text"), rows)
+
+
+def _write_test(folder, seeds):
+    """Returns the scenes as toy.json lists them."""
+    files = {seed: {"real": folder / f"{seed}_truth.mp4", "coarse": folder / f"{seed}_coarse.mp4"} for seed in seeds}
+    _render_all([(seed, NUM_FRAMES, files[seed]) for seed in seeds], folder)
+    return [
+        {
+            "seed": seed,
+            "prompt": city.caption(city.make_scene(seed)),
+            "control_video": str(files[seed]["coarse"]),
+            "truth": str(files[seed]["real"]),
+        }
+        for seed in seeds
+    ]
+
+
+def write_toy(folder, num_real=96, num_cg=32):
     """Write everything that the module's docstring lists; a folder that is complete already is left alone."""
     folder = Path(folder)
     if (folder / "toy.json").exists():
         print(f"{folder} is complete already")
         return
-    real, cg, test = folder / "data/real", folder / "data/cg", folder / "test"
-    for path in (real / "train", cg / "train", test):
-        path.mkdir(parents=True, exist_ok=True)
     with resources.as_file(resources.files("c2r.toy") / "weights") as weights:
         for part in ("model", "dinov3"):
             shutil.copytree(weights / part, folder / part, dirs_exist_ok=True)
-
-    seeds = {
-        name: range(start, start + count)
-        for (name, start), count in zip(FIRST_SEED.items(), (num_real, num_cg, num_test))
-    }
-    jobs = [(seed, VIDEO_FRAMES, {"real": real / f"train/{seed}.mp4"}) for seed in seeds["real"]]
-    _render_all(jobs, "real videos")
-    rows = [(f"{seed}.mp4", city.caption(city.make_scene(seed))) for seed in seeds["real"]]
-    _write_metadata(real / "train", ("file_name", "text"), rows)
-
-    jobs = [
-        (seed, VIDEO_FRAMES, {"cg": cg / f"train/{seed}_fine.mp4", "coarse": cg / f"train/{seed}_coarse.mp4"})
-        for seed in seeds["cg"]
-    ]
-    _render_all(jobs, "CG pairs")
-    rows = [(f"{s}_fine.mp4", f"{s}_coarse.mp4", city.caption(city.make_scene(s), "cg")) for s in seeds["cg"]]
-    _write_metadata(cg / "train", ("file_name", "control_name", "text"), rows)
-
-    jobs = [
-        (seed, NUM_FRAMES, {"real": test / f"{seed}_truth.mp4", "coarse": test / f"{seed}_coarse.mp4"})
-        for seed in seeds["test"]
-    ]
-    _render_all(jobs, "test scenes")
+    real, cg, test = folder / "data/real", folder / "data/cg", folder / "test"
+    _write_real(real / "train", range(1_000_000, 1_000_000 + num_real))
+    _write_real(real / "validation", range(1_500_000, 1_500_000 + NUM_VALIDATION))
+    _write_cg(cg / "train", range(2_000_000, 2_000_000 + num_cg))
+    _write_cg(cg / "validation", range(2_500_000, 2_500_000 + NUM_VALIDATION))
+    scenes = _write_test(test, range(3_000_000, 3_000_000 + NUM_TEST))
 
     for phase, options in (("phase1", PHASE1_OPTIONS), ("phase2", PHASE2_OPTIONS)):
         paths = {"pretrained_model_name_or_path": str(folder / "model"), "real_dataset": str(real)}
         if phase == "phase2":
             paths |= {"cg_dataset": str(cg), "dinov3": str(folder / "dinov3")}
         (folder / f"{phase}.yaml").write_text(yaml.safe_dump(paths | options, sort_keys=False))
-    scenes = [
-        {
-            "seed": seed,
-            "prompt": city.caption(city.make_scene(seed)),
-            "control_video": str(test / f"{seed}_coarse.mp4"),
-            "truth": str(test / f"{seed}_truth.mp4"),
-        }
-        for seed in seeds["test"]
-    ]
     toy = {"height": HEIGHT, "width": WIDTH, "num_frames": NUM_FRAMES, "fps": FPS, "test": scenes}
     (folder / "toy.json").write_text(json.dumps(toy, indent=2) + "\n")
 
