@@ -21,7 +21,7 @@ LATENT_CHANNELS = 4
 TEXT_DIM = 24
 FEATURE_DIM = 32
 PROMPT_LENGTH = 16
-WORDS = "a the street city rain night dusk red brick people three two cars on and with".split()
+WORDS = "a the street city rain night dusk red brick people three two cars on and with".split()  # noqa: SIM905
 
 
 def tiny_transformer(seed=0, **overrides):
