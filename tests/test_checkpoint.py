@@ -56,7 +56,7 @@ def test_a_checkpoint_restores_weights_optimizer_and_loop_state(tmp_path):
 def test_a_checkpoint_holds_no_frozen_weights(tmp_path):
     accelerator, _, controlnet, *_ = run_parts(seed=1)
     save_checkpoint(accelerator, tmp_path, 1)
-    weights = [path for path in (tmp_path / "checkpoint-1").rglob("*.safetensors")]
+    weights = list((tmp_path / "checkpoint-1").rglob("*.safetensors"))
     assert [path.parent.name for path in weights] == ["model"]
     assert load_file(weights[0]).keys() == controlnet.state_dict().keys()
 
