@@ -42,7 +42,7 @@ def tiny_transformer(seed=0, **overrides):
 
 
 def tiny_vae(seed=0):
-    """AutoencoderKLWan with Wan's factors, 8x in space and 4x in time; latents_mean and latents_std are not trivial."""
+    """AutoencoderKLWan with Wan's factors, 8x in space and 4x in time; its latent statistics are not trivial."""
     torch.manual_seed(seed)
     return AutoencoderKLWan(
         base_dim=4,
