@@ -52,7 +52,7 @@ def main():
     # ------------------------------------------------------------------------------------------ options, accelerator
     args = parse_options(build_parser())
     accelerator = build_accelerator(args)
-    set_seed(args.seed, device_specific=True)
+    set_seed(args.seed)
     device = accelerator.device
     resume_path = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     transformer_source = args.dit_path or args.pretrained_model_name_or_path

@@ -84,7 +84,7 @@ def main():
             f"--cg_ratio {args.cg_ratio}: needs --cg_dataset, a folder with CG pairs; or give --cg_ratio 0"
         )
     accelerator = build_accelerator(args)
-    set_seed(args.seed, device_specific=True)
+    set_seed(args.seed)
     device, weight_dtype = accelerator.device, frozen_dtype(accelerator)
     resume_path = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     check_transformer(args.resume_backbone_from, args.pretrained_model_name_or_path)

@@ -47,12 +47,12 @@ def register_trainable_weights(accelerator, trainable):
 
 def list_checkpoints(output_dir):
     """The finished checkpoints in a folder as (step, path), oldest first."""
-    found = []
-    for path in Path(output_dir).iterdir():
-        match = _PATTERN.fullmatch(path.name)
-        if match and path.is_dir():
-            found.append((int(match[1]), path))
-    return sorted(found)
+    found = [path for path in Path(output_dir).glob("*") if _is_checkpoint(path)]
+    return sorted((int(_PATTERN.fullmatch(path.name)[1]), path) for path in found)
+
+
+def _is_checkpoint(path):
+    return path.is_dir() and _PATTERN.fullmatch(path.name) is not None
 
 
 def save_checkpoint(accelerator, output_dir, step, total_limit=None):
@@ -88,15 +88,23 @@ def find_checkpoint(output_dir, resume_from_checkpoint):
         A path, or None: start from step 0. That is so for "latest" where there is no checkpoint yet.
 
     Raises:
-        InputError: if a named checkpoint is missing.
+        InputError: if a named checkpoint is missing, or None would write over an earlier run.
     """
     if resume_from_checkpoint is None:
+        earlier = [
+            path for path in Path(output_dir).glob("*") if path.name in ("best", "final") or _is_checkpoint(path)
+        ]
+        if earlier:
+            raise InputError(
+                f"--output_dir {output_dir}: holds {earlier[0].name} of an earlier run; "
+                "go on with it by --resume_from_checkpoint latest, or choose another folder"
+            )
         return None
     if resume_from_checkpoint == "latest":
-        found = list_checkpoints(output_dir) if Path(output_dir).is_dir() else []
+        found = list_checkpoints(output_dir)
         return found[-1][1] if found else None
     for path in (Path(resume_from_checkpoint), Path(output_dir) / resume_from_checkpoint):
-        if _PATTERN.fullmatch(path.name) and path.is_dir():
+        if _is_checkpoint(path):
             return path
     raise InputError(
         f"--resume_from_checkpoint {resume_from_checkpoint}: no such checkpoint; give a checkpoint-N folder or latest"

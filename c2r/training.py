@@ -59,7 +59,7 @@ def add_common_options(parser, **defaults):
     group.add_argument("--fps", type=float, default=16.0, help="frame rate that the clips are resampled to")
     group.add_argument("--dataloader_num_workers", type=int, default=4, help="per process; 0 loads in the loop itself")
     group.add_argument(
-        "--num_validation_clips", type=int, default=16, help="held-out clips of each domain to validate on"
+        "--num_validation_clips", type=int, default=8, help="held-out clips of each domain to validate on"
     )
 
     group = parser.add_argument_group("optimisation")

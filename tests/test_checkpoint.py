@@ -84,6 +84,15 @@ def test_find_checkpoint(tmp_path):
             find_checkpoint(tmp_path, name)
 
 
+@pytest.mark.parametrize("name", ["checkpoint-5", "best", "final"])
+def test_an_earlier_run_is_not_written_over(name, tmp_path):
+    (tmp_path / "logs").mkdir()
+    assert find_checkpoint(tmp_path, None) is None
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match="--resume_from_checkpoint latest"):
+        find_checkpoint(tmp_path, None)
+
+
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
     accelerator, *_ = run_parts(seed=1)
     save_checkpoint(accelerator, tmp_path, 1)

@@ -1,12 +1,22 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from diffusers import AutoencoderKLWan
+from PIL import Image
 from torch.nn import functional as F
 
+from c2r.models.dinov3 import DINOv3FeatureExtractor
+from c2r.quickstart import WEIGHTS
 from c2r.toy import city
+from c2r.toy.__main__ import write_toy
 from c2r.toy.people import PeopleFinder, people_correlation
+from c2r.toy.pretrain import psnr, to_pixel_values
 
 
 def test_a_seed_is_a_scene():
@@ -60,38 +70,27 @@ def test_people_correlation():
     assert abs(people_correlation(truth.roll(1, 2), truth)) < 0.2
 
 
-@pytest.fixture(scope="module")
-def weights():
-    from c2r.quickstart import WEIGHTS
-
-    return WEIGHTS
-
-
 def held_out(count, **options):
     for seed in range(4_000_000, 4_000_000 + count):
         yield city.render(city.make_scene(seed), **options)
 
 
-def test_shipped_weights_are_small_and_safe(weights):
-    files = [path for path in weights.rglob("*") if path.is_file()]
+def test_shipped_weights_are_small_and_safe():
+    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") < 10e6
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".md"}
 
 
-def test_shipped_vae_reconstructs_the_real_look(weights):
-    from diffusers import AutoencoderKLWan
-
-    from c2r.toy.pretrain import psnr, to_pixel_values
-
-    vae = AutoencoderKLWan.from_pretrained(weights / "model/vae", torch_dtype=torch.float32)
+def test_shipped_vae_reconstructs_the_real_look():
+    vae = AutoencoderKLWan.from_pretrained(WEIGHTS / "model/vae", torch_dtype=torch.float32)
     clips = torch.stack([to_pixel_values(clip["real"]) for clip in held_out(12, looks=("real",))])
     with torch.no_grad():
         decoded = torch.cat([vae.decode(vae.encode(clip[None]).latent_dist.mean).sample for clip in clips])
     assert psnr(decoded, clips) >= 24
 
 
-def test_shipped_people_finder_finds_people(weights):
-    finder = PeopleFinder.from_pretrained(weights / "people_finder", torch_dtype=torch.float32)
+def test_shipped_people_finder_finds_people():
+    finder = PeopleFinder.from_pretrained(WEIGHTS / "people_finder", torch_dtype=torch.float32)
     found = []
     for clip in held_out(12, looks=("real",)):
         frames = torch.from_numpy(clip["real"]).permute(0, 3, 1, 2) / 127.5 - 1
@@ -101,10 +100,8 @@ def test_shipped_people_finder_finds_people(weights):
     assert np.mean(found) > 0.8
 
 
-def test_shipped_dinov3_agrees_between_the_looks(weights):
-    from c2r.models.dinov3 import DINOv3FeatureExtractor
-
-    dinov3 = DINOv3FeatureExtractor.from_pretrained(weights / "dinov3")
+def test_shipped_dinov3_agrees_between_the_looks():
+    dinov3 = DINOv3FeatureExtractor.from_pretrained(WEIGHTS / "dinov3")
     features = {look: [] for look in city.LOOKS}
     for clip in held_out(6, num_frames=1):
         for look in city.LOOKS:
@@ -116,9 +113,7 @@ def test_shipped_dinov3_agrees_between_the_looks(weights):
     assert torch.equal(distance.argmin(1), torch.arange(6))
 
 
-def test_write_toy_is_complete_and_leaves_a_finished_folder_alone(tmp_path, weights):
-    from c2r.toy.__main__ import write_toy
-
+def test_write_toy_is_complete_and_leaves_a_finished_folder_alone(tmp_path):
     write_toy(tmp_path, num_real=2, num_cg=1)
     toy = json.loads((tmp_path / "toy.json").read_text())
     assert toy["height"] == 96
@@ -126,3 +121,24 @@ def test_write_toy_is_complete_and_leaves_a_finished_folder_alone(tmp_path, weig
     before = (tmp_path / "data/real/train/metadata.csv").stat().st_mtime_ns
     write_toy(tmp_path, num_real=2, num_cg=1)
     assert (tmp_path / "data/real/train/metadata.csv").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_quickstart_runs_every_step_and_goes_on_where_it_was(tmp_path):
+    """The whole quickstart, on little data and for two steps a phase: what it shows is shown by its own table."""
+    write_toy(tmp_path / "toy", num_real=4, num_cg=3)
+    for name in ("phase1.yaml", "phase2.yaml"):
+        options = yaml.safe_load((tmp_path / "toy" / name).read_text())
+        options |= {"max_train_steps": 2, "num_validation_clips": 2}
+        (tmp_path / "toy" / name).write_text(yaml.safe_dump(options))
+    command = [sys.executable, "-m", "c2r.quickstart", "--output_dir", str(tmp_path)]
+    for expected in ("$ accelerate launch", "done already"):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert expected in done.stdout
+    table = json.loads((tmp_path / "report.json").read_text())
+    assert all(np.isfinite(value) for value in table.values())
+    assert table["people correlation of the true clips (ceiling)"] > 0.7
+    assert table["CG share of the samples in phase 2"] == pytest.approx(3 / 16)  # 16 samples, a fifth rounded
+    with Image.open(tmp_path / "report.png") as report:
+        assert report.width > 4 * 3 * 160
