@@ -117,7 +117,8 @@ def main():
         loss = losses.mean().item()
         state.metrics = {"loss": loss, "loss_at_start": state.metrics.get("loss_at_start", loss)}
         accelerator.log({f"validation/{k}": v for k, v in state.metrics.items()}, state.global_step)
-        accelerator.print(f"step {state.global_step}: validation loss {state.metrics['loss']:.4f}")
+        if accelerator.is_main_process:
+            tqdm.write(f"step {state.global_step}: validation loss {state.metrics['loss']:.4f}")
         if state.metrics["loss"] < state.best_validation_loss:
             state.best_validation_loss = state.metrics["loss"]
             save("best")

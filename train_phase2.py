@@ -187,10 +187,11 @@ def main():
         metrics["cg_share"] = sampler.realised_cg_share
         state.metrics = metrics
         accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, state.global_step)
-        accelerator.print(
-            f"step {state.global_step}: validation loss {metrics['loss']:.4f}, "
-            f"control gain {metrics['control_gain']:.4f}"
-        )
+        if accelerator.is_main_process:
+            tqdm.write(
+                f"step {state.global_step}: validation loss {metrics['loss']:.4f}, "
+                f"control gain {metrics['control_gain']:.4f}"
+            )
         if metrics["loss"] < state.best_validation_loss:
             state.best_validation_loss = metrics["loss"]
             save("best")

@@ -123,7 +123,7 @@ def main():
     for domain in ("real", "cg"):
         encode = ["-m", "c2r.encode", "--dataset", str(toy_dir / "data" / domain), "--domain", domain, *size]
         encode += ["--pretrained_model_name_or_path", str(toy_dir / "model"), "--dataloader_num_workers", "0"]
-        run_step(f"encode the {domain} clips", [*launch, *encode], phase2 / "final/c2r.json")
+        run_step(f"encode the {domain} clips", [*launch, *encode], phase1 / "best/c2r.json")
     config = ["--config", str(toy_dir / "phase1.yaml"), "--output_dir", str(phase1)]
     resume = ["--resume_from_checkpoint", "latest"]
     run_step(
@@ -140,7 +140,9 @@ def main():
     )
     prompts = [f"--prompt={scene['prompt']}" for scene in toy["test"]]
     controls = [f"--control_video={scene['control_video']}" for scene in toy["test"]]
+    # Equal guidance by prompt and control: v = v(∅,∅) + 2·[v(c,t) − v(∅,∅)]. Above 3 the toy's colours oversaturate.
     sampling = ["--num_inference_steps=20", "--guidance=cfg", "--guidance_scale=2", "--seed=0"]
+    controls += ["--control_guidance_scale=2"]
     videos = {}
     for name, model, extra in (("before", phase1 / "best", []), ("generated", phase2 / "best", controls)):
         videos[name] = [out / f"videos/{name}-{i}.mp4" for i in range(len(prompts))]

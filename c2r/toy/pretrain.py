@@ -107,36 +107,23 @@ def train_vae(folder, clips, kinds, steps):
     def draw_loss(step):
         pixel_values, people = _draw_crops(clips, kinds, rng)
         posterior = vae.encode(pixel_values).latent_dist
+        error = vae.decode(posterior.sample()).sample - pixel_values
+        error = (error.abs() + 2 * error.square()) * (1 + 2 * people)
         kl = (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean() / 2
-        return _reconstruction_loss(vae, posterior, pixel_values, people) + 3e-4 * kl
+        return error.mean() + 3e-4 * kl
+
+    @torch.no_grad()
+    def on_log():
+        return f"held-out PSNR {psnr(vae.decode(vae.encode(held_out).latent_dist.mean).sample, held_out):.2f} dB"
 
     rng = np.random.default_rng(0)
-    fit("vae", vae.parameters(), draw_loss, steps, 3e-3, lambda: reconstruction_psnr(vae, held_out))
+    fit("vae", vae.parameters(), draw_loss, steps, 3e-3, on_log)
     with torch.no_grad():
         batches = (to_pixel_values(clips[i : i + 4, 2]) for i in range(0, 120, 4))
         latents = torch.cat([vae.encode(pixel_values).latent_dist.mean for pixel_values in batches])
     vae.register_to_config(
         latents_mean=latents.mean((0, 2, 3, 4)).tolist(), latents_std=latents.std((0, 2, 3, 4)).tolist()
     )
-    vae.half().save_pretrained(folder)
-
-
-def refine_vae_decoder(folder, clips, kinds, steps):
-    """Train the decoder on while the encoder stands: the latents, and what was trained on them, stay as they are."""
-    vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).requires_grad_(False)
-    parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    rng = np.random.default_rng(1)
-    held_out = to_pixel_values(clips[-8:, 2])
-
-    def draw_loss(step):
-        pixel_values, people = _draw_crops(clips, kinds, rng)
-        with torch.no_grad():
-            posterior = vae.encode(pixel_values).latent_dist
-        return _reconstruction_loss(vae, posterior, pixel_values, people)
-
-    fit("vae decoder", parameters, draw_loss, steps, 1e-3, lambda: reconstruction_psnr(vae, held_out))
     vae.half().save_pretrained(folder)
 
 
@@ -150,17 +137,6 @@ def _draw_crops(clips, kinds, rng, batch=4, crop=64):
         crops.append(clips[i, look][:, y : y + crop, x : x + crop][:, :, ::flip])
         people.append(kinds[i][:, y : y + crop, x : x + crop][:, :, ::flip] == city.PERSON)
     return to_pixel_values(np.stack(crops)), torch.from_numpy(np.stack(people))[:, None]
-
-
-def _reconstruction_loss(vae, posterior, pixel_values, people):
-    error = vae.decode(posterior.sample()).sample - pixel_values
-    return ((error.abs() + 2 * error.square()) * (1 + 2 * people)).mean()
-
-
-@torch.no_grad()
-def reconstruction_psnr(vae, pixel_values):
-    """PSNR of clips (B, 3, F, H, W) in [-1, 1] through encoder and decoder, as a line of the log."""
-    return f"held-out PSNR {psnr(vae.decode(vae.encode(pixel_values).latent_dist.mean).sample, pixel_values):.2f} dB"
 
 
 def make_text_encoder(folder):
@@ -345,7 +321,6 @@ def train(folder, work_dir, num_scenes=2000, base_scenes=1000):
     clips, kinds, seeds = render_scenes(work_dir, num_scenes)
     if not (model / "vae/config.json").exists():
         train_vae(model / "vae", clips, kinds, steps=2200)
-        refine_vae_decoder(model / "vae", clips, kinds, steps=1200)
     if not (model / "tokenizer/tokenizer.json").exists():
         make_text_encoder(model)
     if not (dinov3 / "config.json").exists():
