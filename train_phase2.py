@@ -26,9 +26,10 @@ from c2r.models.assembly import (
     fingerprint,
     fingerprint_transformer,
     load_transformer,
+    resolve_model_folder,
     save_phase,
 )
-from c2r.models.controlnet import C2RControlNet
+from c2r.models.controlnet import C2RControlNet, injection_layers
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.transformer import C2RTransformer
 from c2r.sampler import MixedCGRealSampler
@@ -87,7 +88,9 @@ def main():
     set_seed(args.seed)
     device, weight_dtype = accelerator.device, frozen_dtype(accelerator)
     resume_path = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    check_transformer(args.resume_backbone_from, args.pretrained_model_name_or_path)
+    _, backbone_config = check_transformer(args.resume_backbone_from, args.pretrained_model_name_or_path)
+    injection_layers(args.control_layers, args.control_stride, backbone_config["num_layers"])
+    resolve_model_folder(args.dinov3)
     backbone_sha256 = fingerprint_transformer(args.resume_backbone_from, args.pretrained_model_name_or_path)
 
     # ---------------------------------------------------------------------------------------------------------- data

@@ -140,7 +140,7 @@ def main():
     )
     prompts = [f"--prompt={scene['prompt']}" for scene in toy["test"]]
     controls = [f"--control_video={scene['control_video']}" for scene in toy["test"]]
-    # Equal guidance by prompt and control: v = v(∅,∅) + 2·[v(c,t) − v(∅,∅)]. Above 3 the toy's colours oversaturate.
+    # Equal guidance by prompt and control: v = v(∅,∅) + 2·[v(c,t) − v(∅,∅)].
     sampling = ["--num_inference_steps=20", "--guidance=cfg", "--guidance_scale=2", "--seed=0"]
     controls += ["--control_guidance_scale=2"]
     videos = {}

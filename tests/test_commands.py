@@ -208,6 +208,20 @@ def test_two_processes_train(first, tiny_models, small_datasets, tmp_path):
     assert final["metrics"]["cg_share"] == 0.25
 
 
+def test_bf16_trains_fp32_weights_over_a_bf16_backbone(first, tiny_models, small_datasets, tmp_path):
+    options = [
+        "--max_train_steps=1",
+        "--mixed_precision=bf16",
+        "--report_to=none",
+        f"--cache_dir={tmp_path / 'cache'}",
+    ]
+    succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path / "out", *options))
+    trained = weights(tmp_path / "out/final")
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    assert not (tmp_path / "out/logs").exists()
+    assert list((tmp_path / "cache").rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("option", "part"),
     [
