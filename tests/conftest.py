@@ -7,6 +7,7 @@ import pytest
 
 from c2r.data.video import write_video
 from tests.tiny import save_tiny_dinov3, save_tiny_pipeline
+from tests.videos import encode_video
 
 SIZE = {"height": 32, "width": 48, "num_frames": 5, "fps": 8}
 
@@ -39,11 +40,31 @@ def tiny_models(tmp_path_factory):
     return folder
 
 
+#: What users bring: containers, codecs, sizes and rates of many kinds; each gives two clips, the last one none.
+REAL_VIDEOS = {
+    "r0.mp4": {},
+    "r1.webm": {"codec": "libvpx-vp9", "times": [n / 8 + 0.02 * (n % 2) for n in range(10)], "sound_seconds": 1.2},
+    "r2.mov": {"codec": "prores_ks", "pix_fmt": "yuv422p10le"},
+    "r3.avi": {"codec": "mpeg4"},
+    "r4.mkv": {"pix_fmt": "yuv444p", "fps": 24},
+    "short.mp4": {},
+}
+
+
 @pytest.fixture(scope="session")
 def small_datasets(tmp_path_factory):
-    """A folder with real/ (five videos, two clips each) and cg/ (three pairs)."""
+    """A folder with real/ (five videos of two clips each, one too short) and cg/ (three pairs)."""
     folder = tmp_path_factory.mktemp("data")
-    texts = ["a street", "the city at night", "red brick", "", "two people on a street"]
-    write_dataset(folder / "real", [f"r{i}.mp4" for i in range(5)], texts)
+    texts = ["a street", "the city at night", "red brick", "", "two people on a street", "a street"]
+    write_dataset(folder / "real", [], [])
+    with open(folder / "real/metadata.csv", "a", newline="") as file:
+        csv.writer(file).writerows(zip(REAL_VIDEOS, texts))
+    for seed, (name, options) in enumerate(REAL_VIDEOS.items()):
+        frames = noise_video(seed, {"r4.mkv": 30, "short.mp4": 3}.get(name, 10))
+        if name == "r1.webm":
+            frames = frames.transpose(0, 2, 1, 3)  # portrait
+        if name == "r4.mkv":
+            frames = frames[:, :31, :47]  # odd
+        encode_video(folder / "real" / name, frames, **{"fps": SIZE["fps"]} | options)
     write_dataset(folder / "cg", [f"f{i}.mp4" for i in range(3)], texts[:3], [f"c{i}.mp4" for i in range(3)])
     return folder
