@@ -20,17 +20,15 @@ from c2r.data.dataset import ClipDataset
 from c2r.data.manifest import read_manifest
 from c2r.encode import encode_missing
 from c2r.models.assembly import check_transformer, load_transformer, save_phase
+from c2r.options import add_common_options, parse_options, run
 from c2r.sampler import MixedCGRealSampler
 from c2r.training import (
     LoopState,
     StepLog,
-    add_common_options,
     build_accelerator,
     build_contract,
     build_optimizer,
     make_noisy_batch,
-    parse_options,
-    run,
 )
 from c2r.validation import choose_validation_clips, clip_losses
 

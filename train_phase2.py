@@ -32,18 +32,16 @@ from c2r.models.assembly import (
 from c2r.models.controlnet import C2RControlNet, injection_layers
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.transformer import C2RTransformer
+from c2r.options import add_common_options, parse_options, run
 from c2r.sampler import MixedCGRealSampler
 from c2r.training import (
     LoopState,
     StepLog,
-    add_common_options,
     build_accelerator,
     build_contract,
     build_optimizer,
     frozen_dtype,
     make_noisy_batch,
-    parse_options,
-    run,
 )
 from c2r.validation import choose_validation_clips, clip_losses, control_metrics, other_control_index
 

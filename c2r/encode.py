@@ -37,7 +37,8 @@ from c2r.data.cache import (
 from c2r.data.manifest import Source, read_manifest
 from c2r.data.video import read_window
 from c2r.models.parts import load_pipeline_part
-from c2r.training import ENCODING_TIMEOUT, run
+from c2r.options import add_clip_options, run
+from c2r.training import ENCODING_TIMEOUT
 
 # What Wan was trained with, and the most that WanPipeline pads a prompt to.
 MAX_SEQUENCE_LENGTH = 512
@@ -249,19 +250,7 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="folder with videos and metadata.csv")
     parser.add_argument("--domain", choices=("real", "cg"), default="real", help="cg: pairs, with control_name")
-    parser.add_argument(
-        "--pretrained_model_name_or_path",
-        default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-        help="Wan 2.1 in Diffusers' layout, a folder or a hub id: VAE, UMT5 and tokenizer are read",
-    )
-    parser.add_argument("--cache_dir", help="default: .c2r_cache in the dataset's folder")
-    parser.add_argument("--height", type=int, default=480, help="pixels, divisible by 16")
-    parser.add_argument("--width", type=int, default=832, help="pixels, divisible by 16")
-    parser.add_argument("--num_frames", type=int, default=81, help="frames of a clip, 4k + 1")
-    parser.add_argument("--fps", type=float, default=16.0, help="frame rate that the clips are resampled to")
-    parser.add_argument(
-        "--dataloader_num_workers", type=int, default=4, help="decoders per process; 0 decodes between two clips"
-    )
+    add_clip_options(parser)
     return parser
 
 

@@ -25,8 +25,8 @@ from c2r.models.assembly import (
     resolve_model_folder,
 )
 from c2r.models.dinov3 import DINOv3FeatureExtractor
+from c2r.options import run
 from c2r.pipeline import DEFAULT_GUIDANCE_SCALE, C2RPipeline, max_sequence_length, with_flow_shift
-from c2r.training import run
 
 #: What Wan 2.1 was made for, where neither the options nor the model's c2r.json name a size.
 DEFAULT_SIZE = {"height": 480, "width": 832, "num_frames": 81, "fps": 16.0}

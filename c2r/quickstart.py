@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 from c2r import InputError
 from c2r.data.video import read_window
+from c2r.options import run
 from c2r.toy import city
 from c2r.toy.people import PeopleFinder, people_correlation, people_map
-from c2r.training import run
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = Path(__file__).parent / "toy/weights"

@@ -22,7 +22,7 @@ from c2r.data.cache import CacheSettings, clip_path, load_tensors, prompt_path
 from c2r.data.manifest import read_manifest
 from c2r.data.video import read_window, write_video
 from c2r.encode import encode_frames, encode_missing
-from c2r.training import run
+from c2r.options import run
 from tests.tiny import LATENT_CHANNELS, PROMPT_LENGTH, TEXT_DIM, save_tiny_pipeline
 from tests.videos import corner_frames, counter_frames, encode_video
 

@@ -10,7 +10,7 @@ from c2r.data.video import probe, read_window, write_video
 from c2r.generate import build_parser, complete_options, encode_prompts, load_pipeline, main, read_control
 from c2r.models.assembly import PhaseContract, fingerprint_transformer, read_contract, save_phase
 from c2r.models.controlnet import C2RControlNet
-from c2r.training import run
+from c2r.options import run
 from tests import tiny
 
 FRAMES, HEIGHT, WIDTH, FPS = 5, 32, 48, 8.0

@@ -23,8 +23,8 @@ import yaml
 from tqdm import tqdm
 
 from c2r.data.video import write_video
+from c2r.options import run
 from c2r.toy import city
-from c2r.training import run
 
 HEIGHT, WIDTH, NUM_FRAMES, FPS = 96, 160, 9, 8
 VIDEO_FRAMES = 2 * NUM_FRAMES  # two windows a video

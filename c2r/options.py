@@ -1,0 +1,183 @@
+"""The options of both training scripts: the command line over --config FILE.yaml over the defaults."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import yaml
+from diffusers.optimization import SchedulerType
+
+from c2r import InputError, flow_matching
+from c2r.data.cache import check_clip_shape
+
+
+def add_clip_options(group):
+    """Add what decides how a clip is cut and encoded, and where the result is kept.
+
+    Args:
+        group: an `argparse` parser or group.
+    """
+    group.add_argument(
+        "--pretrained_model_name_or_path",
+        default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        help="Wan 2.1 in Diffusers' layout, a folder or a hub id",
+    )
+    group.add_argument(
+        "--cache_dir", help="for latents and prompt embeddings; default: .c2r_cache in the dataset's folder"
+    )
+    group.add_argument("--height", type=int, default=480, help="pixels, divisible by 16")
+    group.add_argument("--width", type=int, default=832, help="pixels, divisible by 16")
+    group.add_argument("--num_frames", type=int, default=81, help="frames of a clip, 4k + 1")
+    group.add_argument("--fps", type=float, default=16.0, help="frame rate that the clips are resampled to")
+    group.add_argument("--dataloader_num_workers", type=int, default=4, help="per process; 0 loads in the loop itself")
+
+
+def add_common_options(parser, **defaults):
+    """Add the options of both phases.
+
+    Args:
+        parser: an `argparse.ArgumentParser`.
+        defaults: values that differ between the phases, by option name.
+    """
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--config", metavar="FILE.yaml", help="sets any option below by its name; the command line wins"
+    )
+    group.add_argument("--output_dir", required=True, help="checkpoints, best/, final/ and logs/ go here")
+    group.add_argument("--seed", type=int, default=0, help="of everything random in the run")
+    group.add_argument(
+        "--mixed_precision", choices=("no", "bf16"), help="autocast; default: what accelerate's configuration says"
+    )
+    group.add_argument("--report_to", default="tensorboard", choices=("tensorboard", "none"), help="where logs go")
+
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--real_dataset", required=True, help="folder with real videos and metadata.csv")
+    add_clip_options(group)
+    group.add_argument(
+        "--num_validation_clips", type=int, default=8, help="held-out clips of each domain to validate on"
+    )
+
+    _add_optimisation_options(parser.add_argument_group("optimisation"))
+    _add_flow_matching_options(parser.add_argument_group("flow matching"))
+    _add_checkpoint_options(parser.add_argument_group("checkpoints and validation"))
+    parser.set_defaults(**defaults)
+
+
+def _add_optimisation_options(group):
+    group.add_argument("--train_batch_size", type=int, help="clips per device and micro-step")
+    group.add_argument("--gradient_accumulation_steps", type=int, help="micro-steps per optimizer step")
+    group.add_argument("--max_train_steps", type=int, help="optimizer steps")
+    group.add_argument("--learning_rate", type=float)
+    group.add_argument("--lr_scheduler", default="constant_with_warmup", choices=[s.value for s in SchedulerType][:6])
+    group.add_argument("--lr_warmup_steps", type=int, default=100, help="optimizer steps")
+    group.add_argument("--adam_beta1", type=float, default=0.9)
+    group.add_argument("--adam_beta2", type=float, default=0.999)
+    group.add_argument("--adam_weight_decay", type=float, default=0.01)
+    group.add_argument("--adam_epsilon", type=float, default=1e-8)
+    group.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
+
+
+def _add_flow_matching_options(group):
+    group.add_argument(
+        "--flow_shift", type=float, default=3.0, help="shift of the noise levels: 3 for 480p, 5 for 720p"
+    )
+    group.add_argument(
+        "--weighting_scheme",
+        default="none",
+        choices=flow_matching.WEIGHTING_SCHEMES,
+        help="density of the noise levels and weight of the loss, as in diffusers.training_utils",
+    )
+    group.add_argument("--logit_mean", type=float, default=0.0, help="of logit_normal; above 0: more noise")
+    group.add_argument("--logit_std", type=float, default=1.0, help="of logit_normal")
+    group.add_argument("--mode_scale", type=float, default=1.29, help="of mode")
+    group.add_argument(
+        "--prompt_dropout", type=float, default=0.1, help="share of samples trained with the empty prompt"
+    )
+
+
+def _add_checkpoint_options(group):
+    group.add_argument("--checkpointing_steps", type=int, default=2000, help="optimizer steps between checkpoints")
+    group.add_argument("--checkpoints_total_limit", type=int, help="older ones are deleted; default: keep all")
+    group.add_argument(
+        "--resume_from_checkpoint",
+        metavar="PATH|latest",
+        help="a checkpoint-N folder; latest starts anew if there is none",
+    )
+    group.add_argument("--validation_steps", type=int, default=500, help="optimizer steps between validations")
+
+
+def parse_options(parser, argv=None):
+    """Parse the command line over `--config FILE.yaml` over the defaults, and check what can be checked at once.
+
+    Raises:
+        InputError: for an unknown key or a bad value in the file, or for options that do not fit each other.
+    """
+    config = parser_for_config().parse_known_args(argv)[0].config
+    actions = {action.dest: action for action in parser._actions}
+    if config is not None:
+        for key, value in _read_config(config, actions).items():
+            parser.set_defaults(**{key: value})
+            actions[key].required = False
+    args = parser.parse_args(argv)
+    check_options(args)
+    return args
+
+
+def parser_for_config():
+    """A parser that knows --config only: the file must be read before the rest can be parsed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    return parser
+
+
+def _read_config(path, actions):
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"--config {path}: cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"--config {path}: must hold lines of the form 'option: value'")
+    checked = {}
+    for key, value in values.items():
+        if key not in actions or key in ("config", "help"):
+            raise InputError(f"--config {path}: unknown option {key!r}; see --help for the names")
+        action = actions[key]
+        if action.nargs == 0:
+            valid = isinstance(value, bool)
+        else:
+            # YAML reads 1e-5 as a string; the option's own type decides.
+            try:
+                value = value if value is None or action.type is None else action.type(value)
+                valid = action.choices is None or value is None or value in action.choices
+            except (TypeError, ValueError):
+                valid = False
+        if not valid:
+            raise InputError(f"--config {path}: {key}: {value!r} is not a valid value; see --help")
+        checked[key] = value
+    return checked
+
+
+def check_options(args):
+    """Raise InputError for the first value that cannot work."""
+    check_clip_shape(args)
+    positive = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps")
+    for name in (*positive, "validation_steps", "num_validation_clips", "flow_shift", "max_grad_norm"):
+        if getattr(args, name) <= 0:
+            raise InputError(f"--{name} {getattr(args, name)}: must be above 0")
+    if args.checkpoints_total_limit is not None and args.checkpoints_total_limit < 1:
+        raise InputError(f"--checkpoints_total_limit {args.checkpoints_total_limit}: must be at least 1")
+    for name in ("prompt_dropout", "control_dropout", "cg_ratio"):
+        if not 0 <= getattr(args, name, 0) <= 1:
+            raise InputError(f"--{name} {getattr(args, name)}: must be from 0 to 1")
+    for name in ("learning_rate", "lr_warmup_steps", "dataloader_num_workers"):
+        if getattr(args, name) < 0:
+            raise InputError(f"--{name} {getattr(args, name)}: must not be negative")
+
+
+def run(main):
+    """Run a script's main; bad input ends it with one line instead of a traceback."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
