@@ -324,17 +324,17 @@ def train(folder, work_dir, num_scenes=2000, base_scenes=1000):
     if not (model / "tokenizer/tokenizer.json").exists():
         make_text_encoder(model)
     if not (dinov3 / "config.json").exists():
-        train_dinov3(dinov3, clips, kinds, steps=3000)
+        train_dinov3(dinov3, clips, kinds, steps=2500)
     vae = AutoencoderKLWan.from_pretrained(model / "vae", torch_dtype=torch.float32)
     if not (folder / "people_finder/config.json").exists():
-        train_people_finder(folder / "people_finder", clips, kinds, vae, steps=800)
+        train_people_finder(folder / "people_finder", clips, kinds, vae, steps=500)
     if not (model / "transformer/config.json").exists():
         text_encoder = UMT5EncoderModel.from_pretrained(model / "text_encoder", dtype=torch.float32)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(model / "tokenizer")
         train_base(
             model / "transformer",
             *encode_scenes(work_dir, clips[-base_scenes:], seeds[-base_scenes:], vae, text_encoder, tokenizer),
-            steps=6000,
+            steps=3600,
         )
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(model / "scheduler")
     index = {
