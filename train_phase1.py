@@ -28,13 +28,17 @@ from c2r.training import (
     build_accelerator,
     build_contract,
     build_optimizer,
+    in_full_precision,
     make_noisy_batch,
+    start_logs,
 )
 from c2r.validation import choose_validation_clips, clip_losses
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add_common_options(
         parser,
         train_batch_size=4,
@@ -53,13 +57,16 @@ def main():
     set_seed(args.seed)
     device = accelerator.device
     resume_path = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    transformer_source = args.dit_path or args.pretrained_model_name_or_path
-    check_transformer(transformer_source, args.pretrained_model_name_or_path)
 
     # ---------------------------------------------------------------------------------------------------------- data
-    manifest = read_manifest(args.real_dataset, "real", args)
+    with accelerator.main_process_first():  # the others find in the cache what the first has looked into
+        manifest = read_manifest(args.real_dataset, "real", args)
     if accelerator.is_main_process:
         manifest.report()
+    inputs = {"real dataset": manifest.fingerprint}
+    transformer_source = args.dit_path or args.pretrained_model_name_or_path
+    check_transformer(transformer_source, args.pretrained_model_name_or_path)
+    start_logs(accelerator, args)
     train_clips = manifest.train
     validation_clips = choose_validation_clips(manifest, args.num_validation_clips)
     encode_missing([*train_clips, *validation_clips], args, accelerator)
@@ -88,16 +95,21 @@ def main():
     transformer.requires_grad_(True).train()
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    in_full_precision(transformer.condition_embedder.time_embedder, device)
     optimizer, lr_scheduler = build_optimizer(transformer.parameters(), args, device)
     register_trainable_weights(accelerator, transformer)
     model, optimizer = accelerator.prepare(transformer, optimizer)
-    state = LoopState()
+    state = LoopState(inputs=inputs)
     accelerator.register_for_checkpointing(lr_scheduler, sampler, state)
 
     # -------------------------------------------------------------------------------------------------------- resume
-    # The checkpoint decides over weights, optimizer, schedule, sampler and step; the command line over all the rest.
+    # The checkpoint decides over weights, optimizer (its learning rate too), schedule, sampler and step; the command
+    # line over all the rest. Datasets and backbone must be the same.
     if resume_path is not None:
         accelerator.load_state(str(resume_path))
+        state.require_inputs(inputs)
+        # Accelerate restores its own count; of another accumulation it would be out of step.
+        accelerator.step = state.global_step * args.gradient_accumulation_steps
         accelerator.print(f"resumed from {resume_path} at step {state.global_step}")
     elif args.resume_from_checkpoint:
         accelerator.print(f"no checkpoint in {args.output_dir} yet: starting at step 0")
@@ -106,11 +118,11 @@ def main():
     def validate():
         model.eval()
 
-        def predict_velocity(noisy_latents, timesteps, batch):
-            with accelerator.autocast():
-                return model(noisy_latents, timesteps, batch["prompt_embeds"].to(device), return_dict=False)[0]
+        def predictor_of(batch):
+            prompt_embeds = batch["prompt_embeds"].to(device)
+            return lambda noisy, timesteps: model(noisy, timesteps, prompt_embeds, return_dict=False)[0]
 
-        losses = clip_losses(validation_dataset, predict_velocity, accelerator, args.flow_shift, args.train_batch_size)
+        losses = clip_losses(validation_dataset, predictor_of, accelerator, args.flow_shift, args.train_batch_size)
         model.train()
         loss = losses.mean().item()
         state.metrics = {"loss": loss, "loss_at_start": state.metrics.get("loss_at_start", loss)}
@@ -143,21 +155,20 @@ def main():
     step_log = StepLog(accelerator)
     batches = iter(train_loader)
     while state.global_step < args.max_train_steps:
+        step_log.start()
         batch = next(batches)
         sampler.mark_consumed()
         noisy = make_noisy_batch(
             batch,
             args,
             empty_prompt_embeds=train_dataset.empty_prompt_embeds,
-            global_step=state.global_step,
             micro_step=micro_step,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
             device=device,
         )
         with accelerator.accumulate(model):
-            with accelerator.autocast():
-                velocity_pred = model(noisy.noisy_latents, noisy.timesteps, noisy.prompt_embeds, return_dict=False)[0]
+            velocity_pred = model(noisy.noisy_latents, noisy.timesteps, noisy.prompt_embeds, return_dict=False)[0]
             losses = noisy.weights * flow_matching.velocity_loss(velocity_pred, noisy.velocity_target)  # (B,)
             loss = losses.mean()
             accelerator.backward(loss)
@@ -169,11 +180,12 @@ def main():
         step_log.add(losses, noisy.sigmas, batch["domain"])
         if not accelerator.sync_gradients:
             continue
+        learning_rate = lr_scheduler.get_last_lr()[0]
         lr_scheduler.step()
         state.global_step += 1
 
         # One optimizer step is done: log, and at their steps validate and save.
-        logs = step_log.finish(learning_rate=lr_scheduler.get_last_lr()[0], grad_norm=float(grad_norm))
+        logs = step_log.finish(learning_rate=learning_rate, grad_norm=float(grad_norm))
         accelerator.log(logs, state.global_step)
         progress.set_postfix(loss=f"{logs['train/loss']:.4f}", grad_norm=f"{logs['train/grad_norm']:.2f}")
         progress.update()

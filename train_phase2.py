@@ -41,13 +41,17 @@ from c2r.training import (
     build_contract,
     build_optimizer,
     frozen_dtype,
+    in_full_precision,
     make_noisy_batch,
+    start_logs,
 )
-from c2r.validation import choose_validation_clips, clip_losses, control_metrics, other_control_index
+from c2r.validation import choose_validation_clips, clip_losses, control_metrics, other_clips
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add_common_options(
         parser,
         train_batch_size=1,
@@ -86,26 +90,30 @@ def main():
     set_seed(args.seed)
     device, weight_dtype = accelerator.device, frozen_dtype(accelerator)
     resume_path = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    _, backbone_config = check_transformer(args.resume_backbone_from, args.pretrained_model_name_or_path)
-    injection_layers(args.control_layers, args.control_stride, backbone_config["num_layers"])
-    resolve_model_folder(args.dinov3)
-    backbone_sha256 = fingerprint_transformer(args.resume_backbone_from, args.pretrained_model_name_or_path)
 
     # ---------------------------------------------------------------------------------------------------------- data
-    real = read_manifest(args.real_dataset, "real", args)
-    cg = read_manifest(args.cg_dataset, "cg", args) if args.cg_ratio > 0 else None
+    with accelerator.main_process_first():  # the others find in the cache what the first has looked into
+        real = read_manifest(args.real_dataset, "real", args)
+        cg = read_manifest(args.cg_dataset, "cg", args) if args.cg_ratio > 0 else None
     manifests = [real, cg] if cg else [real]
     if accelerator.is_main_process:
         for manifest in manifests:
             manifest.report()
+    _, backbone_config = check_transformer(args.resume_backbone_from, args.pretrained_model_name_or_path)
+    injection_layers(args.control_layers, args.control_stride, backbone_config["num_layers"])
+    resolve_model_folder(args.dinov3)
+    backbone_sha256 = fingerprint_transformer(args.resume_backbone_from, args.pretrained_model_name_or_path)
+    inputs = {f"{manifest.domain} dataset": manifest.fingerprint for manifest in manifests}
+    inputs["backbone"] = backbone_sha256
+    start_logs(accelerator, args)
     validation_clips = [
         clip for manifest in manifests for clip in choose_validation_clips(manifest, args.num_validation_clips)
     ]
+    other_validation_clips = other_clips(validation_clips, [clip for manifest in manifests for clip in manifest.clips])
     encode_missing([clip for manifest in manifests for clip in manifest.train] + validation_clips, args, accelerator)
     real_dataset = ClipDataset(real.train, args, with_control=True)
     cg_dataset = ClipDataset(cg.train if cg else [], args, with_control=True)
-    validation_dataset = ClipDataset(validation_clips, args, with_control=True)
-    other_control = other_control_index(validation_clips)
+    validation_dataset = ClipDataset(validation_clips, args)
     sampler = MixedCGRealSampler(
         real_dataset,
         cg_dataset,
@@ -130,24 +138,30 @@ def main():
         args.resume_backbone_from, args.pretrained_model_name_or_path, torch_dtype=weight_dtype
     )
     weights_before = fingerprint(backbone.state_dict().items())
+    # Seeded here again: how much was drawn before depends on what the cache lacked.
+    set_seed(args.seed)
     controlnet = C2RControlNet.from_transformer(
         backbone, args.control_layers, args.control_stride, feature_dim=dinov3.feature_dim
     )
-    controlnet.to(torch.float32).requires_grad_(True).train()
     # One module: an engine such as DeepSpeed wraps one.
     model = C2RTransformer(backbone, controlnet)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    in_full_precision(backbone.condition_embedder.time_embedder, device)
     optimizer, lr_scheduler = build_optimizer(controlnet.parameters(), args, device)
     register_trainable_weights(accelerator, controlnet)
     model, optimizer = accelerator.prepare(model, optimizer)
-    state = LoopState()
+    state = LoopState(inputs=inputs)
     accelerator.register_for_checkpointing(lr_scheduler, sampler, state)
 
     # -------------------------------------------------------------------------------------------------------- resume
-    # The checkpoint decides over weights, optimizer, schedule, sampler and step; the command line over all the rest.
+    # The checkpoint decides over weights, optimizer (its learning rate too), schedule, sampler and step; the command
+    # line over all the rest. Datasets and backbone must be the same.
     if resume_path is not None:
         accelerator.load_state(str(resume_path))
+        state.require_inputs(inputs)
+        # Accelerate restores its own count; of another accumulation it would be out of step.
+        accelerator.step = state.global_step * args.gradient_accumulation_steps
         accelerator.print(f"resumed from {resume_path} at step {state.global_step}")
     elif args.resume_from_checkpoint:
         accelerator.print(f"no checkpoint in {args.output_dir} yet: starting at step 0")
@@ -160,27 +174,19 @@ def main():
     def validate():
         model.eval()
 
-        def losses(control_frames_of):
-            def predict_velocity(noisy_latents, timesteps, batch):
-                control_features = control_features_of(control_frames_of(batch))
-                with accelerator.autocast():
-                    return model(
-                        noisy_latents,
-                        timesteps,
-                        batch["prompt_embeds"].to(device),
-                        control_features,
-                        args.conditioning_scale,
-                    )
+        def losses(control_clips):
+            control_of = ClipDataset(control_clips, args).control_frames
 
-            return clip_losses(
-                validation_dataset, predict_velocity, accelerator, args.flow_shift, args.train_batch_size
-            )
+            def predictor_of(batch):
+                prompt_embeds = batch["prompt_embeds"].to(device)
+                control_features = control_features_of(torch.stack([control_of(i) for i in batch["index"]]))
+                return lambda noisy, timesteps: model(
+                    noisy, timesteps, prompt_embeds, control_features, args.conditioning_scale
+                )
 
-        def other_control_frames(batch):
-            return torch.stack([validation_dataset.control_frames(other_control[i]) for i in batch["index"]])
+            return clip_losses(validation_dataset, predictor_of, accelerator, args.flow_shift, args.train_batch_size)
 
-        right = losses(lambda batch: batch["control_frames"])
-        other = losses(other_control_frames)
+        right, other = losses(validation_clips), losses(other_validation_clips)
         model.train()
         metrics = control_metrics(right, other, [clip.domain for clip in validation_clips])
         # Before the first step the ControlNet is silent: its loss is the backbone's own, without control.
@@ -208,6 +214,7 @@ def main():
                 backbone=args.resume_backbone_from,
                 backbone_sha256=backbone_sha256,
                 dinov3=args.dinov3,
+                conditioning_scale=args.conditioning_scale,
             )
             save_phase(Path(args.output_dir) / name, accelerator.unwrap_model(model).controlnet, contract)
         accelerator.wait_for_everyone()
@@ -226,13 +233,13 @@ def main():
     step_log = StepLog(accelerator)
     batches = iter(train_loader)
     while state.global_step < args.max_train_steps:
+        step_log.start()
         batch = next(batches)
         sampler.mark_consumed()
         noisy = make_noisy_batch(
             batch,
             args,
             empty_prompt_embeds=real_dataset.empty_prompt_embeds,
-            global_step=state.global_step,
             micro_step=micro_step,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
@@ -242,14 +249,13 @@ def main():
         # A blank control goes through the branch as zero features: guidance needs to know what no control looks like.
         control_features[noisy.dropped_control] = 0
         with accelerator.accumulate(model):
-            with accelerator.autocast():
-                velocity_pred = model(
-                    noisy.noisy_latents,
-                    noisy.timesteps,
-                    noisy.prompt_embeds,
-                    control_features,
-                    args.conditioning_scale,
-                )
+            velocity_pred = model(
+                noisy.noisy_latents,
+                noisy.timesteps,
+                noisy.prompt_embeds,
+                control_features,
+                args.conditioning_scale,
+            )
             losses = noisy.weights * flow_matching.velocity_loss(velocity_pred, noisy.velocity_target)  # (B,)
             loss = losses.mean()
             accelerator.backward(loss)
@@ -261,12 +267,13 @@ def main():
         step_log.add(losses, noisy.sigmas, batch["domain"])
         if not accelerator.sync_gradients:
             continue
+        learning_rate = lr_scheduler.get_last_lr()[0]
         lr_scheduler.step()
         state.global_step += 1
 
         # One optimizer step is done: log, and at their steps validate and save.
         logs = step_log.finish(
-            learning_rate=lr_scheduler.get_last_lr()[0],
+            learning_rate=learning_rate,
             grad_norm=float(grad_norm),
             cg_share=sampler.realised_cg_share,
         )

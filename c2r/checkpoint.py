@@ -105,6 +105,12 @@ def find_checkpoint(output_dir, resume_from_checkpoint):
         return found[-1][1] if found else None
     for path in (Path(resume_from_checkpoint), Path(output_dir) / resume_from_checkpoint):
         if _is_checkpoint(path):
+            newest = list_checkpoints(output_dir)[-1:]
+            if newest and path.parent.resolve() == Path(output_dir).resolve() and path.name != newest[0][1].name:
+                raise InputError(
+                    f"--resume_from_checkpoint {resume_from_checkpoint}: {newest[0][1].name} is later; "
+                    "delete the later ones, or choose another --output_dir"
+                )
             return path
     raise InputError(
         f"--resume_from_checkpoint {resume_from_checkpoint}: no such checkpoint; give a checkpoint-N folder or latest"

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from diffusers.utils.torch_utils import empty_device_cache
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -38,10 +39,8 @@ from c2r.data.manifest import Source, read_manifest
 from c2r.data.video import read_window
 from c2r.models.parts import load_pipeline_part
 from c2r.options import add_clip_options, run
+from c2r.pipeline import max_sequence_length
 from c2r.training import ENCODING_TIMEOUT
-
-# What Wan was trained with, and the most that WanPipeline pads a prompt to.
-MAX_SEQUENCE_LENGTH = 512
 
 
 def encode_missing(clips, options, accelerator):
@@ -96,12 +95,6 @@ def _provenance(options, **more):
     return {"encoders": str(options.pretrained_model_name_or_path), **more}
 
 
-def _free():
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 # ----------------------------------------------------------------------------------------------------------- prompts
 
 
@@ -116,19 +109,20 @@ def _encode_prompts(texts, options, settings, accelerator):
         vae=None,
         scheduler=None,
     )
-    max_sequence_length = min(MAX_SEQUENCE_LENGTH, pipeline.tokenizer.model_max_length)
+    length_limit = max_sequence_length(pipeline.tokenizer)
     # One at a time: padded to 512 tokens a prompt fills the device by itself, and no result depends on its batch.
     for path, text in tqdm(texts, desc="prompts", unit="prompt", disable=not accelerator.is_main_process):
         prompt_embeds, _ = pipeline.encode_prompt(
-            text, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length, device=device
-        )  # (1, max_sequence_length, D_text), zeros behind the prompt
-        length = len(pipeline.tokenizer(prompt_clean(text), truncation=True, max_length=max_sequence_length).input_ids)
+            text, do_classifier_free_guidance=False, max_sequence_length=length_limit, device=device
+        )  # (1, L, D_text), zeros behind the prompt
+        length = len(pipeline.tokenizer(prompt_clean(text), truncation=True, max_length=length_limit).input_ids)
         metadata = _provenance(
-            options, text=text, max_sequence_length=max_sequence_length, text_encoder=settings.text_encoder
+            options, text=text, max_sequence_length=length_limit, text_encoder=settings.text_encoder
         )
         save_tensors(path, {"prompt_embeds": prompt_embeds[0, :length]}, metadata)
     del pipeline
-    _free()
+    gc.collect()
+    empty_device_cache()
 
 
 # ------------------------------------------------------------------------------------------------------------- clips
@@ -186,7 +180,8 @@ def _encode_clips(items, options, settings, folder_of, accelerator):
             bar.set_postfix_str(f"all processes {accelerator.num_processes * done / _since(started):.2f} clips/s")
             bar.update()
     del vae
-    _free()
+    gc.collect()
+    empty_device_cache()
     return failures
 
 

@@ -72,7 +72,9 @@ def build_parser():
     group.add_argument(
         "--control_guidance_scale", type=float, default=1.0, help="of the control; other than 1 costs a pass per step"
     )
-    group.add_argument("--conditioning_scale", type=float, default=1.0, help="multiplies the control residuals")
+    group.add_argument(
+        "--conditioning_scale", type=float, help="multiplies the control residuals; default: as trained"
+    )
     group.add_argument(
         "--control_guidance_start", type=float, default=0.0, help="fraction of the steps at which control starts"
     )
@@ -147,6 +149,8 @@ def complete_options(args, contract):
         if getattr(args, name) is None:
             setattr(args, name, getattr(contract, name) or default)
     args.flow_shift = args.flow_shift or contract.flow_shift or 3.0
+    if args.conditioning_scale is None:
+        args.conditioning_scale = 1.0 if contract.conditioning_scale is None else contract.conditioning_scale
     args.pretrained_model_name_or_path = args.pretrained_model_name_or_path or contract.base_model
     args.dinov3 = args.dinov3 or contract.dinov3
     if contract.phase == 1 and args.control_video:

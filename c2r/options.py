@@ -46,7 +46,10 @@ def add_common_options(parser, **defaults):
     group.add_argument("--output_dir", required=True, help="checkpoints, best/, final/ and logs/ go here")
     group.add_argument("--seed", type=int, default=0, help="of everything random in the run")
     group.add_argument(
-        "--mixed_precision", choices=("no", "bf16"), help="autocast; default: what accelerate's configuration says"
+        "--mixed_precision",
+        default="bf16",
+        choices=("bf16", "no"),
+        help="bf16: autocast over fp32 trainable weights, frozen ones in bf16; no: all in fp32",
     )
     group.add_argument("--report_to", default="tensorboard", choices=("tensorboard", "none"), help="where logs go")
 
@@ -113,7 +116,10 @@ def parse_options(parser, argv=None):
     Raises:
         InputError: for an unknown key or a bad value in the file, or for options that do not fit each other.
     """
-    config = parser_for_config().parse_known_args(argv)[0].config
+    # The file must be read before the rest can be parsed.
+    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument("--config")
+    config = config_parser.parse_known_args(argv)[0].config
     actions = {action.dest: action for action in parser._actions}
     if config is not None:
         for key, value in _read_config(config, actions).items():
@@ -122,13 +128,6 @@ def parse_options(parser, argv=None):
     args = parser.parse_args(argv)
     check_options(args)
     return args
-
-
-def parser_for_config():
-    """A parser that knows --config only: the file must be read before the rest can be parsed."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    return parser
 
 
 def _read_config(path, actions):
@@ -146,12 +145,14 @@ def _read_config(path, actions):
         if action.nargs == 0:
             valid = isinstance(value, bool)
         else:
-            # YAML reads 1e-5 as a string; the option's own type decides.
+            # As the command line would read it: YAML takes 1e-5 for a string and 2024 for a number.
             try:
-                value = value if value is None or action.type is None else action.type(value)
-                valid = action.choices is None or value is None or value in action.choices
-            except (TypeError, ValueError):
+                value = None if value is None else (action.type or str)(str(value))
+                valid = action.choices is None or value in action.choices
+            except ValueError:
                 valid = False
+            if value is None:
+                valid = action.default is None and not action.required
         if not valid:
             raise InputError(f"--config {path}: {key}: {value!r} is not a valid value; see --help")
         checked[key] = value
@@ -163,7 +164,7 @@ def check_options(args):
     check_clip_shape(args)
     positive = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps")
     for name in (*positive, "validation_steps", "num_validation_clips", "flow_shift", "max_grad_norm"):
-        if getattr(args, name) <= 0:
+        if not getattr(args, name) > 0:  # nan too
             raise InputError(f"--{name} {getattr(args, name)}: must be above 0")
     if args.checkpoints_total_limit is not None and args.checkpoints_total_limit < 1:
         raise InputError(f"--checkpoints_total_limit {args.checkpoints_total_limit}: must be at least 1")
@@ -171,7 +172,7 @@ def check_options(args):
         if not 0 <= getattr(args, name, 0) <= 1:
             raise InputError(f"--{name} {getattr(args, name)}: must be from 0 to 1")
     for name in ("learning_rate", "lr_warmup_steps", "dataloader_num_workers"):
-        if getattr(args, name) < 0:
+        if not getattr(args, name) >= 0:
             raise InputError(f"--{name} {getattr(args, name)}: must not be negative")
 
 
@@ -180,4 +181,5 @@ def run(main):
     try:
         main()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        # From a data loader's worker it comes wrapped in the worker's traceback; the last line is the message.
+        sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix("c2r.InputError: "))

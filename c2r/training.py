@@ -39,10 +39,18 @@ def build_accelerator(args):
         # The schedulers here count optimizer steps; Accelerate would advance a prepared one once per process.
         step_scheduler_with_optimizer=False,
     )
-    accelerator.init_trackers(
-        "", config={k: v if isinstance(v, (int, float, str)) else str(v) for k, v in vars(args).items()}
-    )
     return accelerator
+
+
+def start_logs(accelerator, args):
+    """Open the logs, once everything that can be refused has been checked."""
+    config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in vars(args).items()}
+    accelerator.init_trackers("", config=config)
+
+
+def in_full_precision(module, device):
+    """Exempt a module from autocast. In bf16 the time embedding would round the noise level that it is given."""
+    module.forward = torch.autocast(device.type, enabled=False)(module.forward)
 
 
 def frozen_dtype(accelerator):
@@ -80,6 +88,8 @@ class LoopState:
     best_validation_loss: float = float("inf")
     # The last validation; phase 2 also keeps what the silent ControlNet scored before the first step.
     metrics: dict = field(default_factory=dict)
+    # Fingerprints of what the run is trained on: datasets and backbone.
+    inputs: dict = field(default_factory=dict)
 
     def state_dict(self):
         return asdict(self)
@@ -88,6 +98,16 @@ class LoopState:
         self.global_step = state["global_step"]
         self.best_validation_loss = state["best_validation_loss"]
         self.metrics = state["metrics"]
+        self.inputs = state["inputs"]
+
+    def require_inputs(self, inputs):
+        """Raise InputError if a resumed run is given another dataset or backbone than the checkpoint's."""
+        for name, fingerprint in inputs.items():
+            if self.inputs.get(name) != fingerprint:
+                raise InputError(
+                    f"--resume_from_checkpoint: the {name} has changed since the checkpoint was written; "
+                    "bring it back, or start anew with another --output_dir"
+                )
 
 
 def seeded_generator(*parts):
@@ -113,9 +133,7 @@ class NoisyBatch:
     dropped_control: torch.Tensor  # (B,) bool: train these without control
 
 
-def make_noisy_batch(
-    batch, args, *, empty_prompt_embeds, global_step, micro_step, process_index, num_processes, device
-):
+def make_noisy_batch(batch, args, *, empty_prompt_embeds, micro_step, process_index, num_processes, device):
     """Draw latents, noise levels, noise and dropped conditions for one micro-batch.
 
     All randomness comes from (seed, rank, micro-step); see `seeded_generator`.
@@ -124,8 +142,8 @@ def make_noisy_batch(
         batch: what the data loader gives: `latents_mean`, `latents_logvar` (B, C, T, h, w), `prompt_embeds` (B, L, D).
         args: the run's options.
         empty_prompt_embeds: (L, D), what a dropped prompt is replaced by.
-        global_step: optimizer steps done; the noise levels of one such step are stratified together.
-        micro_step: the run's micro-steps done, over all optimizer steps.
+        micro_step: the run's micro-steps done, over all optimizer steps. The noise levels of one optimizer step, which
+            is `gradient_accumulation_steps` of them on all processes, are stratified together.
         process_index, num_processes: this process among all.
         device: where the result goes.
     """
@@ -137,7 +155,7 @@ def make_noisy_batch(
     dropped_prompt, dropped_control = (torch.rand(batch_size, generator=own) for _ in range(2))
     sigmas = flow_matching.sample_sigmas(
         batch_size,
-        seeded_generator(args.seed, "sigmas", global_step),
+        seeded_generator(args.seed, "sigmas", micro_step // args.gradient_accumulation_steps),
         args.flow_shift,
         args.weighting_scheme,
         args.logit_mean,
@@ -178,7 +196,11 @@ class StepLog:
 
     def _reset(self):
         self._sums = torch.zeros(2, len(self._names), dtype=torch.float64)  # losses, samples
-        self._started = time.perf_counter()
+        self._started = None
+
+    def start(self):
+        """Start the step's clock, unless it runs already: validation and saving between two steps do not count."""
+        self._started = self._started or time.perf_counter()
 
     def add(self, losses, sigmas, domains):
         """Add one micro-batch: (B,) weighted losses, (B,) noise levels, (B,) domains, 0 real and 1 CG."""
@@ -211,7 +233,7 @@ def build_contract(args, state, phase, base_model, manifests, **phase2):
         step=state.global_step,
         validation_loss=state.metrics.get("loss"),
         metrics=state.metrics,
-        dataset_fingerprints={manifest.folder.name: manifest.fingerprint for manifest in manifests},
+        dataset_fingerprints={manifest.domain: manifest.fingerprint for manifest in manifests},
         height=args.height,
         width=args.width,
         num_frames=args.num_frames,

@@ -28,13 +28,13 @@ def choose_validation_clips(manifest, count):
 
 
 @torch.no_grad()
-def clip_losses(dataset, predict_velocity, accelerator, flow_shift, batch_size=1):
+def clip_losses(dataset, predictor_of, accelerator, flow_shift, batch_size=1):
     """Flow-matching loss of each clip, the mean over QUANTILES. Call it on every process.
 
     Args:
         dataset: a `ClipDataset`; its `latents_mean` is what is noised.
-        predict_velocity: `(noisy_latents, timesteps, batch) -> velocity_pred`; `batch` is the collated clips, so that
-            the caller takes prompts and control from it.
+        predictor_of: `batch -> predict_velocity`, called once for each collated batch of clips, so that prompts and
+            control are made ready once; `predict_velocity(noisy_latents, timesteps) -> velocity_pred`.
         accelerator: each process takes its share of the clips.
         flow_shift: shift of the noise levels.
         batch_size: clips in one forward pass.
@@ -52,6 +52,7 @@ def clip_losses(dataset, predict_velocity, accelerator, flow_shift, batch_size=1
     losses = torch.zeros(len(dataset), device=accelerator.device)
     for first, batch in zip(range(0, per_process, batch_size), loader):
         latents = batch["latents_mean"]
+        predict_velocity = predictor_of(batch)
         total = torch.zeros(len(latents), device=accelerator.device)
         for quantile in QUANTILES:
             noise = torch.stack(
@@ -63,7 +64,7 @@ def clip_losses(dataset, predict_velocity, accelerator, flow_shift, batch_size=1
             sigmas = flow_matching.shift_sigmas(torch.full((len(latents),), quantile), flow_shift)
             noisy_latents = flow_matching.add_noise(latents, noise, sigmas).to(accelerator.device)
             timesteps = flow_matching.timesteps_from_sigmas(sigmas).to(accelerator.device)
-            velocity_pred = predict_velocity(noisy_latents, timesteps, batch)
+            velocity_pred = predict_velocity(noisy_latents, timesteps)
             target = flow_matching.velocity_target(latents, noise).to(accelerator.device)
             total += flow_matching.velocity_loss(velocity_pred, target) / len(QUANTILES)
         for position, loss in zip(positions[first : first + batch_size], total):
@@ -72,17 +73,23 @@ def clip_losses(dataset, predict_velocity, accelerator, flow_shift, batch_size=1
     return accelerator.reduce(losses, reduction="sum").cpu()
 
 
-def other_control_index(clips):
-    """For each clip, the index of another one of its domain, from another file where there is one.
+def other_clips(clips, spare):
+    """For each clip, one of the same domain from another file: whose control is the wrong one.
 
     With another clip's control the model must do worse, or it has not learned to follow the control: a real clip that
     is its own control can lower the loss by leaking its look alone.
+
+    Args:
+        clips: the validation clips.
+        spare: clips to take from where `clips` has only one file of a domain, such as all of the datasets'.
+
+    Returns:
+        list of clips, one for each of `clips`.
     """
     chosen = []
     for i, clip in enumerate(clips):
-        same_domain = [j for j in range(i + 1 - len(clips), i) if clips[j].domain == clip.domain]
-        other_file = [j for j in same_domain if clips[j].file != clip.file]
-        chosen.append((other_file or same_domain or [i])[0] % len(clips))
+        candidates = [*clips[i + 1 :], *clips[:i], *spare]
+        chosen.append(next(c for c in candidates if c.domain == clip.domain and c.file != clip.file))
     return chosen
 
 

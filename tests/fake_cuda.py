@@ -211,7 +211,6 @@ def training_step(model, dinov3, optimizer, batch, device, misplaced=None):
         batch,
         SimpleNamespace(**options),
         empty_prompt_embeds=torch.zeros(512, 4096),
-        global_step=0,
         micro_step=0,
         process_index=0,
         num_processes=1,
@@ -238,6 +237,8 @@ def run(num_layers, phase, misplaced=None):
     """One step of a phase; returns what the test asserts on."""
     import torch
 
+    from c2r.training import in_full_precision
+
     device = torch.device("cuda")
     model, dinov3 = (phase1_model(num_layers), None) if phase == "phase1" else phase2_models(num_layers)
     model.to(device)
@@ -245,6 +246,8 @@ def run(num_layers, phase, misplaced=None):
         dinov3.to(device)
     if misplaced in dict(model.named_modules()):
         model.get_submodule(misplaced).to("cpu")
+    backbone = model if dinov3 is None else model.transformer
+    in_full_precision(backbone.condition_embedder.time_embedder, device)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
     loss = training_step(model, dinov3, optimizer, data_batch(), device, misplaced)

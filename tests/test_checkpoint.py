@@ -42,12 +42,13 @@ def test_a_checkpoint_restores_weights_optimizer_and_loop_state(tmp_path):
     accelerator, model, controlnet, optimizer, state = run_parts(seed=1)
     train_one_step(accelerator, model, optimizer)
     state.global_step, state.best_validation_loss, state.metrics = 7, 0.25, {"loss": 0.5}
+    state.inputs = {"backbone": "a"}
     save_checkpoint(accelerator, tmp_path, 7)
     train_one_step(accelerator, model, optimizer)
 
     accelerator2, model2, controlnet2, optimizer2, state2 = run_parts(seed=2)
     accelerator2.load_state(str(find_checkpoint(tmp_path, "latest")))
-    assert state2 == LoopState(7, 0.25, {"loss": 0.5})
+    assert state2 == LoopState(7, 0.25, {"loss": 0.5}, {"backbone": "a"})
     train_one_step(accelerator2, model2, optimizer2)
     for (name, a), b in zip(controlnet.state_dict().items(), controlnet2.state_dict().values()):
         assert torch.equal(a, b), name
@@ -77,11 +78,20 @@ def test_find_checkpoint(tmp_path):
     for name in ("checkpoint-5", "checkpoint-20", "checkpoint-100.partial", "other"):
         (tmp_path / name).mkdir()
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-20"
-    assert find_checkpoint(tmp_path, "checkpoint-5") == tmp_path / "checkpoint-5"
+    assert find_checkpoint(tmp_path, "checkpoint-20") == tmp_path / "checkpoint-20"
+    with pytest.raises(InputError, match="checkpoint-20 is later"):
+        find_checkpoint(tmp_path, "checkpoint-5")
     assert find_checkpoint("elsewhere", str(tmp_path / "checkpoint-5")) == tmp_path / "checkpoint-5"
     for name in ("checkpoint-6", "other", str(tmp_path / "checkpoint-7")):
         with pytest.raises(InputError, match="--resume_from_checkpoint"):
             find_checkpoint(tmp_path, name)
+
+
+def test_other_inputs_than_the_checkpoints_are_refused():
+    state = LoopState(inputs={"backbone": "a", "real dataset": "b"})
+    state.require_inputs({"backbone": "a", "real dataset": "b"})
+    with pytest.raises(InputError, match="real dataset has changed"):
+        state.require_inputs({"backbone": "a", "real dataset": "c"})
 
 
 @pytest.mark.parametrize("name", ["checkpoint-5", "best", "final"])

@@ -42,6 +42,7 @@ def shared(tiny_models, small_datasets):
         "train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "dataloader_num_workers": 1,
+        "mixed_precision": "no",
         "learning_rate": 1e-3,
         "lr_warmup_steps": 2,
         "validation_steps": 2,
@@ -201,12 +202,15 @@ def test_generate_from_both_phases(first, second, small_datasets, tmp_path):
         assert probe(tmp_path / name).frames_at(SIZE["fps"]) == SIZE["num_frames"]
 
 
-def test_two_processes_train(first, tiny_models, small_datasets, tmp_path):
+def test_two_processes_train(first, second, tiny_models, small_datasets, tmp_path):
     command = phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, "--max_train_steps=2")
     # torchrun is what accelerate's multi_gpu launcher runs; without a GPU its processes meet over gloo.
-    succeed("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", *command[len(LAUNCH) :])
+    succeed("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command[len(LAUNCH) :])
     final = json.loads((tmp_path / "final/c2r.json").read_text())
     assert final["metrics"]["cg_share"] == 0.25
+    # The validation loss does not depend on how many processes share the clips.
+    single = json.loads((second[0] / "final/c2r.json").read_text())
+    assert final["metrics"]["loss_no_control"] == pytest.approx(single["metrics"]["loss_no_control"], rel=1e-5)
 
 
 def test_bf16_trains_fp32_weights_over_a_bf16_backbone(first, tiny_models, small_datasets, tmp_path):

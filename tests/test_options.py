@@ -51,6 +51,8 @@ def test_config_can_give_required_options(tmp_path):
         ("gradient_checkpointing: 3", "gradient_checkpointing"),
         ("lr_scheduler: cosin", "lr_scheduler"),
         ("- a list", "option: value"),
+        ("checkpointing_steps: 2.5", "checkpointing_steps"),
+        ("height: null", "height"),
         ("a: [", "cannot be read"),
     ],
 )
@@ -72,6 +74,7 @@ def test_bad_config_is_one_line(tmp_path, text, part):
         ("train_batch_size", 0),
         ("max_train_steps", -1),
         ("fps", 0),
+        ("flow_shift", "nan"),
         ("prompt_dropout", 1.5),
         ("learning_rate", -1),
         ("checkpoints_total_limit", 0),

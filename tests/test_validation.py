@@ -7,7 +7,7 @@ from torch.utils.data import default_collate
 
 from c2r import InputError, flow_matching
 from c2r.training import seeded_generator
-from c2r.validation import QUANTILES, choose_validation_clips, clip_losses, control_metrics, other_control_index
+from c2r.validation import QUANTILES, choose_validation_clips, clip_losses, control_metrics, other_clips
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Latents(torch.utils.data.Dataset):
 def test_losses_are_those_of_the_fixed_noise():
     dataset = Latents(3)
 
-    def predict_zero(noisy_latents, timesteps, batch):
-        return torch.zeros_like(noisy_latents)
+    def predict_zero(batch):
+        return lambda noisy_latents, timesteps: torch.zeros_like(noisy_latents)
 
     losses = clip_losses(dataset, predict_zero, Accelerator(cpu=True), 3.0)
     for index, loss in enumerate(losses):
@@ -56,8 +56,8 @@ def test_losses_are_those_of_the_fixed_noise():
 
 @pytest.mark.parametrize("batch_size", [2, 3, 8])
 def test_losses_do_not_depend_on_the_batch_size(batch_size):
-    def predict(noisy_latents, timesteps, batch):
-        return noisy_latents * timesteps.view(-1, 1, 1, 1, 1) / 1000
+    def predict(batch):
+        return lambda noisy_latents, timesteps: noisy_latents * timesteps.view(-1, 1, 1, 1, 1) / 1000
 
     accelerator = Accelerator(cpu=True)
     single = clip_losses(Latents(5), predict, accelerator, 3.0)
@@ -66,17 +66,16 @@ def test_losses_do_not_depend_on_the_batch_size(batch_size):
     assert not torch.equal(clip_losses(Latents(5), predict, accelerator, 5.0), single)
 
 
-def test_other_control_is_another_file_of_the_same_domain():
+def test_other_clips_are_of_another_file_and_the_same_domain():
     clips = [Clip("a", 0), Clip("a", 1), Clip("b", 0), Clip("x", 0, "cg"), Clip("x", 1, "cg"), Clip("y", 0, "cg")]
-    others = other_control_index(clips)
-    for clip, other in zip(clips, others):
-        assert clips[other].domain == clip.domain
-        assert clips[other].file != clip.file
+    for clip, other in zip(clips, other_clips(clips, [])):
+        assert other.domain == clip.domain
+        assert other.file != clip.file
 
 
-def test_other_control_falls_back_to_another_window_then_to_itself():
-    assert other_control_index([Clip("a", 0), Clip("a", 1)]) == [1, 0]
-    assert other_control_index([Clip("a", 0), Clip("x", 0, "cg")]) == [0, 1]
+def test_other_clips_come_from_the_spare_ones_where_a_domain_has_one_file():
+    clips, spare = [Clip("a", 0), Clip("x", 0, "cg")], [Clip("b", 0), Clip("x", 1, "cg"), Clip("y", 3, "cg")]
+    assert other_clips(clips, spare) == [Clip("b", 0), Clip("y", 3, "cg")]
 
 
 @dataclass

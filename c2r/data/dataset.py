@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, default_collate
 
 from c2r.data.cache import CacheSettings, cache_folder, clip_path, load_tensors, prompt_path
-from c2r.data.manifest import Clip, clips_fingerprint
+from c2r.data.manifest import Clip
 from c2r.data.video import read_window
 
 DOMAINS = {"real": 0, "cg": 1}
@@ -46,11 +46,6 @@ class ClipDataset(Dataset):
 
     def __len__(self):
         return len(self.clips)
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 hex of the clips."""
-        return clips_fingerprint(self.clips)
 
     def _cache_of(self, clip) -> Path:
         return cache_folder(clip.folder, self.cache_dir)

@@ -321,7 +321,7 @@ def to_rgb(frame, sample_aspect_ratio, height, width) -> np.ndarray:
 
 
 def write_video(path, frames, fps):
-    """Write an mp4 (H.264, yuv420p, BT.709, its colours tagged), that any player shows.
+    """Write an mp4 (H.264, yuv420p, BT.709, its colours tagged), that any player shows; complete or not at all.
 
     Args:
         path: the .mp4 to write; its folder is made.
@@ -334,8 +334,10 @@ def write_video(path, frames, fps):
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise ValueError(f"yuv420p needs an even height and width, not {height}x{width}")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    with av.open(str(partial), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=exact(fps), options={"crf": "16"})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.codec_context.colorspace = stream.codec_context.color_primaries = stream.codec_context.color_trc = 1
@@ -350,3 +352,4 @@ def write_video(path, frames, fps):
             )
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    partial.replace(path)

@@ -59,7 +59,8 @@ def check_transformer(source, base=None):
     Args:
         source: a Diffusers pipeline folder, a transformer folder, best/ or final/ of phase 1, a hub name, or a single
             .safetensors file with Diffusers' or Wan's original names.
-        base: pipeline or transformer folder or hub name whose config a single file has.
+        base: pipeline or transformer folder or hub name whose config a single file has; where it has a VAE and a text
+            encoder, the backbone must fit them.
 
     Returns:
         path of the folder or file that holds the weights, its config (dict).
@@ -80,13 +81,28 @@ def check_transformer(source, base=None):
         path = path / "transformer" if (path / "transformer").is_dir() else path
         config = _check_transformer_config(path)
     _require_fitting(path, WanTransformer3DModel, config)
+    if base is not None:
+        _require_fitting_base(source, config, base)
     return path, config
 
 
+def _require_fitting_base(source, config, base):
+    for key, part, part_key in (("in_channels", "vae", "z_dim"), ("text_dim", "text_encoder", "d_model")):
+        path = _base_folder(base) / part / "config.json"
+        needed = read_json(path).get(part_key) if path.is_file() else None
+        if needed is not None and config.get(key) != needed:
+            raise InputError(
+                f"{source}: its {key} is {config.get(key)}, but the {part} of {base} has {part_key} {needed}; "
+                "give the --pretrained_model_name_or_path that it was made for"
+            )
+
+
+def _base_folder(base):
+    return Path(base) if Path(base).is_dir() else resolve_model_folder(base, [])
+
+
 def _transformer_config(base):
-    folder = Path(base)
-    if not folder.is_dir():
-        folder = resolve_model_folder(base, [])
+    folder = _base_folder(base)
     return _check_transformer_config(folder / "transformer" if (folder / "transformer").is_dir() else folder)
 
 
@@ -178,6 +194,7 @@ class PhaseContract:
     num_frames: int | None = None
     fps: float | None = None
     flow_shift: float | None = None
+    conditioning_scale: float | None = None  #: phase 2
     weights_sha256: str | None = None  #: of this folder's weights; `save_phase` fills it in
     backbone: str | None = None  #: phase 2: the backbone it was trained on, from here on
     backbone_sha256: str | None = None  #: `fingerprint_transformer(backbone)`

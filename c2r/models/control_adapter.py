@@ -93,7 +93,7 @@ class ControlAdapter(nn.Module):
         """(B, T, h', w', Dd) -> (B, T, h, w, Dd), bilinear."""
         if not self._resampling_reported:
             self._resampling_reported = True
-            logger.info(
+            logger.warning(
                 "Control features on a %dx%d grid are resampled to the %dx%d token grid", *features.shape[2:4], *grid
             )
         frames = features.flatten(0, 1).permute(0, 3, 1, 2)  # (B·T, Dd, h', w')

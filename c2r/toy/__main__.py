@@ -38,6 +38,7 @@ SHARED_OPTIONS = {
     "train_batch_size": 8,
     "gradient_accumulation_steps": 1,
     "gradient_checkpointing": False,
+    "mixed_precision": "no",
     "dataloader_num_workers": 0,
     "lr_warmup_steps": 10,
     "lr_scheduler": "cosine",

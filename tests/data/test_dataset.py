@@ -84,14 +84,6 @@ def test_prompts_are_padded_with_zeros(setup):
     assert torch.equal(empty, dataset[2]["prompt_embeds"])  # b.mp4 has no caption
 
 
-def test_the_fingerprint_follows_the_clips(setup):
-    options, real, _ = setup
-    whole, part = ClipDataset(real.clips, options), ClipDataset(real.clips[1:], options)
-    assert whole.fingerprint == real.fingerprint == ClipDataset(list(real.clips), options).fingerprint
-    assert whole.fingerprint != part.fingerprint
-    assert len(whole.fingerprint) == 64
-
-
 def test_a_dataset_without_clips_has_no_length(setup):
     assert len(ClipDataset([], setup[0])) == 0
 
