@@ -162,22 +162,23 @@ def main():
         "truth": truths,
     }
     draw_report(toy, columns, out / "report.png")
-    metrics = {
-        phase: json.loads((path / "best/c2r.json").read_text())["metrics"]
-        for phase, path in (("1", phase1), ("2", phase2))
-    }
+
+    def metrics_of(folder):
+        return json.loads((folder / "c2r.json").read_text())["metrics"]
+
+    adapted, grounded = metrics_of(phase1 / "best"), metrics_of(phase2 / "best")
     people = {name: people_correlations(toy, paths) for name, paths in (*videos.items(), ("truth", truths))}
     table = {
-        "phase 1: validation loss before the first step": metrics["1"]["loss_at_start"],
-        "phase 1: validation loss": metrics["1"]["loss"],
-        "phase 2: validation loss, right control": metrics["2"]["loss"],
-        "phase 2: validation loss, another clip's control": metrics["2"]["loss_other_control"],
-        "phase 2: validation loss, no control": metrics["2"]["loss_no_control"],
+        "phase 1: validation loss before the first step": adapted["loss_at_start"],
+        "phase 1: validation loss": adapted["loss"],
+        "phase 2: validation loss, right control": grounded["loss"],
+        "phase 2: validation loss, another clip's control": grounded["loss_other_control"],
+        "phase 2: validation loss, no control": grounded["loss_no_control"],
         "people correlation, own scene": people["generated"][0],
         "people correlation, other scenes": people["generated"][1],
         "people correlation before phase 2, own scene": people["before"][0],
         "people correlation of the true clips (ceiling)": people["truth"][0],
-        "CG share of the samples in phase 2": metrics["2"]["cg_share"],
+        "CG share of the samples in phase 2": metrics_of(phase2 / "final")["cg_share"],
     }
     (out / "report.json").write_text(json.dumps(table, indent=2) + "\n")
     for name, value in table.items():

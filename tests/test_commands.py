@@ -119,7 +119,7 @@ def test_phase1_logs(first):
     logged = scalars(first[0])
     assert len(logged["train/loss"]) == 4
     assert len(logged["validation/loss"]) == 3  # before the first step, at 2 and at 4
-    assert logged["train/learning_rate"][:2] == pytest.approx([5e-4, 1e-3])
+    assert logged["train/learning_rate"][:3] == pytest.approx([0, 5e-4, 1e-3])
     assert {"train/grad_norm", "train/samples_per_second", "train/loss_real"} <= logged.keys()
     assert "train/loss_cg" not in logged
 

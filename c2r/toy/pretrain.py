@@ -7,6 +7,7 @@ are there already. `weights/README.md` has the figures of the shipped ones.
 import json
 import multiprocessing
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -267,8 +268,12 @@ def encode_scenes(work_dir, clips, seeds, vae, text_encoder, tokenizer):
     return latents, torch.stack([embed(row) for row in captions]), embed([""])[0]
 
 
-def train_base(folder, latents, prompt_embeds, empty_prompt, steps, shift=3.0):
-    """A WanTransformer3DModel that knows the toy world loosely: all looks, a third each, with their captions."""
+def train_base(folder, latents, prompt_embeds, empty_prompt, steps, loosening_steps, shift=3.0):
+    """A WanTransformer3DModel that knows the toy world loosely: all looks, a third each, with their captions.
+
+    Its last steps are on the coarse and the CG look alone, so that phase 1 has something to adapt: Wan, too, has seen
+    much that is not a real street.
+    """
     torch.manual_seed(0)
     transformer = WanTransformer3DModel(
         num_attention_heads=4,
@@ -292,9 +297,9 @@ def train_base(folder, latents, prompt_embeds, empty_prompt, steps, shift=3.0):
         velocity_pred = transformer(noisy_latents, timesteps, prompts, return_dict=False)[0]
         return flow_matching.velocity_loss(velocity_pred, flow_matching.velocity_target(clean, noise)).mean()
 
-    def draw_loss(step, batch=8):
+    def draw_loss(step, batch=8, num_looks=3):
         i = torch.randint(train, (batch,), generator=generator)
-        look = torch.randint(3, (batch,), generator=generator)
+        look = torch.randint(num_looks, (batch,), generator=generator)
         prompts = prompt_embeds[i, look].clone()
         prompts[torch.rand(batch, generator=generator) < 0.1] = empty_prompt
         u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
@@ -311,6 +316,8 @@ def train_base(folder, latents, prompt_embeds, empty_prompt, steps, shift=3.0):
         return "held-out " + ", ".join(f"{look} {loss:.4f}" for look, loss in zip(city.LOOKS, losses))
 
     fit("base", transformer.parameters(), draw_loss, steps, 2e-3, on_log, log_every=250)
+    without_real = partial(draw_loss, num_looks=city.LOOKS.index("real"))
+    fit("base without real", transformer.parameters(), without_real, loosening_steps, 2e-3, on_log, log_every=50)
     transformer.half().save_pretrained(folder)
 
 
@@ -335,6 +342,7 @@ def train(folder, work_dir, num_scenes=2000, base_scenes=1000):
             model / "transformer",
             *encode_scenes(work_dir, clips[-base_scenes:], seeds[-base_scenes:], vae, text_encoder, tokenizer),
             steps=3600,
+            loosening_steps=300,
         )
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(model / "scheduler")
     index = {
