@@ -50,7 +50,7 @@ SHARED_OPTIONS = {
 PHASE1_OPTIONS = SHARED_OPTIONS | {"learning_rate": 5e-4, "max_train_steps": 100}
 PHASE2_OPTIONS = SHARED_OPTIONS | {
     "learning_rate": 1e-3,
-    "max_train_steps": 250,
+    "max_train_steps": 300,
     "control_layers": 4,
     "control_stride": 1,
     "cg_ratio": 0.2,
