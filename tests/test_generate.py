@@ -42,6 +42,7 @@ def folder(tmp_path_factory):
         step=1,
         **SIZE,
         flow_shift=2.0,
+        conditioning_scale=0.9,
         backbone=str(phase1),
         backbone_sha256=fingerprint_transformer(phase1),
         dinov3=dinov3,
@@ -125,6 +126,11 @@ def test_one_prompt_or_one_control_serves_all(folder, tmp_path, many):
     main(options(folder, output=tmp_path / "all.mp4", **{many: values[many]}))
     frames = [np.asarray(read_window(tmp_path / f"all-{i}.mp4", 0.0, FRAMES, FPS, HEIGHT, WIDTH)) for i in range(2)]
     assert (frames[0] != frames[1]).any()
+
+
+def test_the_conditioning_scale_is_the_trained_one_unless_given(folder):
+    assert parsed(folder).conditioning_scale == 0.9
+    assert parsed(folder, conditioning_scale=0.3).conditioning_scale == 0.3
 
 
 def test_size_options_override_the_models(folder, tmp_path):

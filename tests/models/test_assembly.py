@@ -315,6 +315,14 @@ def test_an_unfit_transformer_is_refused_before_its_weights_are_read(pipeline, p
     assert check_transformer(pipeline) == (pipeline / "transformer", check_transformer(pipeline)[1])
 
 
+@pytest.mark.parametrize(("changed", "part"), [({"in_channels": 8}, "vae"), ({"text_dim": 32}, "text_encoder")])
+def test_a_backbone_that_does_not_fit_the_pipeline_is_refused(pipeline, tmp_path, changed, part):
+    tiny_transformer(**changed).save_pretrained(tmp_path)
+    check_transformer(tmp_path)
+    with pytest.raises(InputError, match=f"{next(iter(changed))} is .* but the {part} of"):
+        check_transformer(tmp_path, pipeline)
+
+
 def test_a_damaged_controlnet_is_refused(phases):
     folder = phases / "phase2/best"
     weights = load_file(folder / WEIGHTS)
