@@ -20,7 +20,7 @@ from c2r.data.dataset import ClipDataset
 from c2r.data.manifest import read_manifest
 from c2r.encode import encode_missing
 from c2r.models.assembly import check_transformer, load_transformer, save_phase
-from c2r.options import add_common_options, parse_options, run
+from c2r.options import HelpFormatter, add_common_options, parse_options, run
 from c2r.sampler import MixedCGRealSampler
 from c2r.training import (
     LoopState,
@@ -36,9 +36,7 @@ from c2r.validation import choose_validation_clips, clip_losses
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add_common_options(
         parser,
         train_batch_size=4,

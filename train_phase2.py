@@ -32,7 +32,7 @@ from c2r.models.assembly import (
 from c2r.models.controlnet import C2RControlNet, injection_layers
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.transformer import C2RTransformer
-from c2r.options import add_common_options, parse_options, run
+from c2r.options import HelpFormatter, add_common_options, parse_options, run
 from c2r.sampler import MixedCGRealSampler
 from c2r.training import (
     LoopState,
@@ -49,9 +49,7 @@ from c2r.validation import choose_validation_clips, clip_losses, control_metrics
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add_common_options(
         parser,
         train_batch_size=1,

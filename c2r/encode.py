@@ -38,7 +38,7 @@ from c2r.data.cache import (
 from c2r.data.manifest import Source, read_manifest
 from c2r.data.video import read_window
 from c2r.models.parts import load_pipeline_part
-from c2r.options import add_clip_options, run
+from c2r.options import HelpFormatter, add_clip_options, run
 from c2r.pipeline import max_sequence_length
 from c2r.training import ENCODING_TIMEOUT
 
@@ -242,7 +242,7 @@ def _note_undecodable(clip, in_control, reason, cache_dir):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--dataset", required=True, help="folder with videos and metadata.csv")
     parser.add_argument("--domain", choices=("real", "cg"), default="real", help="cg: pairs, with control_name")
     add_clip_options(parser)

@@ -11,6 +11,15 @@ from c2r import InputError, flow_matching
 from c2r.data.cache import check_clip_shape
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description and shows each option's default."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, argparse.SUPPRESS) or isinstance(action, argparse._HelpAction):
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
 def add_clip_options(group):
     """Add what decides how a clip is cut and encoded, and where the result is kept.
 
@@ -70,14 +79,24 @@ def _add_optimisation_options(group):
     group.add_argument("--train_batch_size", type=int, help="clips per device and micro-step")
     group.add_argument("--gradient_accumulation_steps", type=int, help="micro-steps per optimizer step")
     group.add_argument("--max_train_steps", type=int, help="optimizer steps")
-    group.add_argument("--learning_rate", type=float)
-    group.add_argument("--lr_scheduler", default="constant_with_warmup", choices=[s.value for s in SchedulerType][:6])
+    group.add_argument("--learning_rate", type=float, help="after the warm-up")
+    group.add_argument(
+        "--lr_scheduler",
+        default="constant_with_warmup",
+        choices=[s.value for s in SchedulerType if s is not SchedulerType.PIECEWISE_CONSTANT],
+        help="of diffusers.optimization",
+    )
     group.add_argument("--lr_warmup_steps", type=int, default=100, help="optimizer steps")
-    group.add_argument("--adam_beta1", type=float, default=0.9)
-    group.add_argument("--adam_beta2", type=float, default=0.999)
-    group.add_argument("--adam_weight_decay", type=float, default=0.01)
-    group.add_argument("--adam_epsilon", type=float, default=1e-8)
-    group.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--adam_beta1", type=float, default=0.9, help="of AdamW")
+    group.add_argument("--adam_beta2", type=float, default=0.999, help="of AdamW")
+    group.add_argument("--adam_weight_decay", type=float, default=0.01, help="of AdamW")
+    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="of AdamW")
+    group.add_argument(
+        "--gradient_checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compute each block again in the backward pass: far less memory, more time",
+    )
     group.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
 
 
