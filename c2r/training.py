@@ -1,6 +1,7 @@
 """What both training loops need: accelerator, optimizer, the randomness and the noisy batch of a step, logs."""
 
 import hashlib
+import os
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -39,6 +40,13 @@ def build_accelerator(args):
         # The schedulers here count optimizer steps; Accelerate would advance a prepared one once per process.
         step_scheduler_with_optimizer=False,
     )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        # Each would train by itself, and all would write into the same folder.
+        raise InputError(
+            f"{launched} processes were launched, but Accelerate joins {accelerator.num_processes}; "
+            "on a machine without a GPU set ACCELERATE_USE_CPU=true"
+        )
     return accelerator
 
 

@@ -20,17 +20,23 @@ from tests.tiny import PROMPT_LENGTH
 ROOT = Path(__file__).parents[1]
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs/cpu.yaml")]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-def start(*command):
+def start(*command, **environment):
     """Run one Python command; returns its exit status, output and errors."""
     return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=300
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT | environment,
+        cwd=ROOT,
+        timeout=300,
     )
 
 
-def succeed(*command):
-    done = start(*command)
+def succeed(*command, **environment):
+    done = start(*command, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -210,13 +216,22 @@ def test_generate_from_both_phases(first, second, small_datasets, tmp_path):
 
 def test_two_processes_train(first, second, tiny_models, small_datasets, tmp_path):
     command = phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, "--max_train_steps=2")
-    # torchrun is what accelerate's multi_gpu launcher runs; without a GPU its processes meet over gloo.
-    succeed("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command[len(LAUNCH) :])
+    # torchrun is what accelerate's multi_gpu launcher runs; its processes meet over gloo.
+    done = succeed(*TORCHRUN, *command[len(LAUNCH) :], ACCELERATE_USE_CPU="true")
+    assert done.stdout.count("kept 10 clips of 5 files") == 1  # only the main process prints
     final = json.loads((tmp_path / "final/c2r.json").read_text())
     assert final["metrics"]["cg_share"] == 0.25
     # The validation loss does not depend on how many processes share the clips.
     single = json.loads((second[0] / "final/c2r.json").read_text())
     assert final["metrics"]["loss_no_control"] == pytest.approx(single["metrics"]["loss_no_control"], rel=1e-5)
+
+
+def test_processes_that_do_not_find_each_other_are_refused(first, tiny_models, small_datasets, tmp_path):
+    command = phase2(tiny_models, small_datasets, first[0] / "final", tmp_path)
+    done = start(*TORCHRUN, *command[len(LAUNCH) :])
+    assert done.returncode != 0
+    assert "error: 2 processes were launched" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_bf16_trains_fp32_weights_over_a_bf16_backbone(first, tiny_models, small_datasets, tmp_path):
