@@ -7,6 +7,7 @@ best/ and final/ are folders that `WanTransformer3DModel.from_pretrained` loads.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -15,22 +16,38 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from c2r import flow_matching
-from c2r.checkpoint import find_checkpoint, register_trainable_weights, save_checkpoint
+from c2r.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    lock_output_dir,
+    require_resumable,
+    save_checkpoint,
+)
 from c2r.data.dataset import ClipDataset
 from c2r.data.manifest import read_manifest
+from c2r.ema import averaged_weights, build_ema, step_ema
 from c2r.encode import encode_missing
+from c2r.engine import (
+    build_accelerator,
+    failing_together,
+    gathered_state_dict,
+    prepare,
+    reads_weights,
+)
+from c2r.guards import StepGuard
+from c2r.interruption import EXIT_STOPPED, Interruption
 from c2r.models.assembly import check_transformer, load_transformer, save_phase
+from c2r.optimizer import build_lr_scheduler, build_optimizer
 from c2r.options import HelpFormatter, add_common_options, parse_options, run
 from c2r.sampler import MixedCGRealSampler
 from c2r.training import (
     LoopState,
     StepLog,
-    build_accelerator,
     build_contract,
-    build_optimizer,
     in_full_precision,
     make_noisy_batch,
     start_logs,
+    under_autocast,
 )
 from c2r.validation import choose_validation_clips, clip_losses
 
@@ -54,7 +71,10 @@ def main():
     accelerator = build_accelerator(args)
     set_seed(args.seed)
     device = accelerator.device
-    resume_path = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    lock = lock_output_dir(accelerator, args.output_dir)  # noqa: F841  held while this process lives
+    checkpoint, skipped = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    for line in skipped:
+        accelerator.print(line)
 
     # ---------------------------------------------------------------------------------------------------------- data
     with accelerator.main_process_first():  # the others find in the cache what the first has looked into
@@ -63,8 +83,10 @@ def main():
         manifest.report()
     inputs = {"real dataset": manifest.fingerprint}
     transformer_source = args.dit_path or args.pretrained_model_name_or_path
-    check_transformer(transformer_source, args.pretrained_model_name_or_path)
-    start_logs(accelerator, args)
+    _, config = check_transformer(transformer_source, args.pretrained_model_name_or_path)
+    if checkpoint is not None:
+        require_resumable(checkpoint, accelerator, args, config, inputs)
+        transformer_source = checkpoint / "model"
     train_clips = manifest.train
     validation_clips = choose_validation_clips(manifest, args.num_validation_clips)
     encode_missing([*train_clips, *validation_clips], args, accelerator)
@@ -89,28 +111,30 @@ def main():
     )
 
     # -------------------------------------------------------------------------------------------- model and optimizer
-    transformer = load_transformer(transformer_source, args.pretrained_model_name_or_path, torch_dtype=torch.float32)
+    transformer = load_transformer(
+        transformer_source, args.pretrained_model_name_or_path, torch.float32, empty=not reads_weights(accelerator)
+    )
     transformer.requires_grad_(True).train()
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     in_full_precision(transformer.condition_embedder.time_embedder, device)
-    optimizer, lr_scheduler = build_optimizer(transformer.parameters(), args, device)
-    register_trainable_weights(accelerator, transformer)
-    model, optimizer = accelerator.prepare(transformer, optimizer)
-    state = LoopState(inputs=inputs)
-    accelerator.register_for_checkpointing(lr_scheduler, sampler, state)
+    under_autocast(transformer, device, args)
+    optimizer = build_optimizer(transformer, args, device)
+    lr_scheduler = build_lr_scheduler(optimizer, args)
+    model, optimizer = prepare(accelerator, transformer, optimizer)
+    ema = build_ema(transformer, args.ema_decay)
+    loop = LoopState(inputs=inputs)
 
     # -------------------------------------------------------------------------------------------------------- resume
-    # The checkpoint decides over weights, optimizer (its learning rate too), schedule, sampler and step; the command
-    # line over all the rest. Datasets and backbone must be the same.
-    if resume_path is not None:
-        accelerator.load_state(str(resume_path))
-        state.require_inputs(inputs)
-        # Accelerate restores its own count; of another accumulation it would be out of step.
-        accelerator.step = state.global_step * args.gradient_accumulation_steps
-        accelerator.print(f"resumed from {resume_path} at step {state.global_step}")
+    # The checkpoint decides over weights (read above), optimizer, schedule, sampler and step; the command line over
+    # all the rest. Datasets and backbone must be the same.
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, accelerator, optimizer, lr_scheduler, sampler, loop, ema)
+        accelerator.print(f"resumed from {checkpoint} at step {loop.global_step}")
     elif args.resume_from_checkpoint:
         accelerator.print(f"no checkpoint in {args.output_dir} yet: starting at step 0")
+    start_logs(accelerator, args, loop.global_step)
+    interruption = Interruption(args)
 
     # ---------------------------------------------------------------------------------------------------- validation
     def validate():
@@ -120,83 +144,112 @@ def main():
             prompt_embeds = batch["prompt_embeds"].to(device)
             return lambda noisy, timesteps: model(noisy, timesteps, prompt_embeds, return_dict=False)[0]
 
-        losses = clip_losses(validation_dataset, predictor_of, accelerator, args.flow_shift, args.train_batch_size)
-        model.train()
-        loss = losses.mean().item()
-        state.metrics = {"loss": loss, "loss_at_start": state.metrics.get("loss_at_start", loss)}
-        accelerator.log({f"validation/{k}": v for k, v in state.metrics.items()}, state.global_step)
-        if accelerator.is_main_process:
-            tqdm.write(f"step {state.global_step}: validation loss {state.metrics['loss']:.4f}")
-        if state.metrics["loss"] < state.best_validation_loss:
-            state.best_validation_loss = state.metrics["loss"]
-            save("best")
+        with averaged_weights(ema, transformer, model):
+            losses = clip_losses(
+                validation_dataset,
+                predictor_of,
+                accelerator,
+                args.flow_shift,
+                args.train_batch_size,
+                go_on=lambda: interruption.agree(accelerator),
+            )
+            model.train()
+            if losses is None:
+                return
+            loss = losses.mean().item()
+            loop.validated_step = loop.global_step
+            loop.metrics = {"loss": loss, "loss_at_start": loop.metrics.get("loss_at_start", loss)}
+            accelerator.log({f"validation/{k}": v for k, v in loop.metrics.items()}, loop.global_step)
+            if accelerator.is_main_process:
+                tqdm.write(f"step {loop.global_step}: validation loss {loss:.4f}")
+            if loop.is_best(loss):
+                save("best")
 
     def save(name):
-        if accelerator.is_main_process:
-            contract = build_contract(
-                args, state, phase=1, base_model=args.pretrained_model_name_or_path, manifests=[manifest]
-            )
-            save_phase(Path(args.output_dir) / name, accelerator.unwrap_model(model), contract)
-        accelerator.wait_for_everyone()
+        folder = Path(args.output_dir) / name
+        weights = gathered_state_dict(accelerator, transformer, optimizer)
+        with failing_together(accelerator, folder):
+            if accelerator.is_main_process:
+                contract = build_contract(
+                    args, loop, phase=1, base_model=args.pretrained_model_name_or_path, manifests=[manifest]
+                )
+                save_phase(folder, transformer, contract, weights)
 
-    if state.global_step == 0:
+    if loop.validation_due(args):
         validate()
 
     # ------------------------------------------------------------------------------------------------------ training
     progress = tqdm(
         total=args.max_train_steps,
-        initial=state.global_step,
+        initial=loop.global_step,
         desc="phase 1",
         disable=not accelerator.is_local_main_process,
     )
-    micro_step = state.global_step * args.gradient_accumulation_steps
-    step_log = StepLog(accelerator)
+    micro_step = loop.global_step * args.gradient_accumulation_steps
+    step_log, guard = StepLog(accelerator), StepGuard(accelerator, loop, args.max_skipped_steps)
     batches = iter(train_loader)
-    while state.global_step < args.max_train_steps:
+    while loop.global_step < args.max_train_steps and interruption.stop is None:
         step_log.start()
-        batch = next(batches)
-        sampler.mark_consumed()
-        noisy = make_noisy_batch(
-            batch,
-            args,
-            empty_prompt_embeds=train_dataset.empty_prompt_embeds,
-            micro_step=micro_step,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-            device=device,
-        )
-        with accelerator.accumulate(model):
-            velocity_pred = model(noisy.noisy_latents, noisy.timesteps, noisy.prompt_embeds, return_dict=False)[0]
-            losses = noisy.weights * flow_matching.velocity_loss(velocity_pred, noisy.velocity_target)  # (B,)
-            loss = losses.mean()
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        micro_step += 1
-        step_log.add(losses, noisy.sigmas, batch["domain"])
-        if not accelerator.sync_gradients:
-            continue
-        learning_rate = lr_scheduler.get_last_lr()[0]
-        lr_scheduler.step()
-        state.global_step += 1
+        for _ in range(args.gradient_accumulation_steps):
+            batch = next(batches)
+            sampler.mark_consumed()
+            noisy = make_noisy_batch(
+                batch,
+                args,
+                empty_prompt_embeds=train_dataset.empty_prompt_embeds,
+                micro_step=micro_step,
+                process_index=accelerator.process_index,
+                num_processes=accelerator.num_processes,
+                device=device,
+            )
+            with accelerator.accumulate(model):
+                velocity_pred = model(noisy.noisy_latents, noisy.timesteps, noisy.prompt_embeds, return_dict=False)[0]
+                losses = noisy.weights * flow_matching.velocity_loss(velocity_pred, noisy.velocity_target)  # (B,)
+                loss = losses.mean()
+                accelerator.backward(loss)
+                guard.add(losses, batch["name"])
+                if accelerator.sync_gradients:
+                    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+                    # DeepSpeed has stepped or skipped in backward(), by the same norm.
+                    if guard.may_step(grad_norm):
+                        optimizer.step()
+                        step_ema(ema, transformer)
+                    optimizer.zero_grad()
+            micro_step += 1
+            step_log.add(losses, noisy.sigmas, batch["domain"])
 
         # One optimizer step is done: log, and at their steps validate and save.
-        logs = step_log.finish(learning_rate=learning_rate, grad_norm=float(grad_norm))
-        accelerator.log(logs, state.global_step)
+        learning_rate = lr_scheduler.get_last_lr()[0]
+        lr_scheduler.step()
+        loop.global_step += 1
+        logs = step_log.finish(
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            skipped_in_a_row=loop.skipped_in_a_row,
+        )
+        logs["train/loss_spike"] = guard.finish(logs["train/loss"])
+        accelerator.log(logs, loop.global_step)
         progress.set_postfix(loss=f"{logs['train/loss']:.4f}", grad_norm=f"{logs['train/grad_norm']:.2f}")
         progress.update()
-        last = state.global_step == args.max_train_steps
-        if state.global_step % args.validation_steps == 0 or last:
+        interruption.agree(accelerator)
+        if loop.validation_due(args) and interruption.stop is None:
             validate()
-        if state.global_step % args.checkpointing_steps == 0 or last:
-            save_checkpoint(accelerator, args.output_dir, state.global_step, args.checkpoints_total_limit)
+        last = loop.global_step == args.max_train_steps
+        if last or loop.global_step % args.checkpointing_steps == 0 or interruption.save:
+            save_checkpoint(accelerator, transformer, optimizer, lr_scheduler, sampler, loop, ema, args)
+            interruption.saved()
     progress.close()
+    if interruption.stop is not None:
+        accelerator.print(
+            f"stopped at step {loop.global_step}: {interruption.stop}; go on with --resume_from_checkpoint latest"
+        )
+        accelerator.end_training()
+        sys.exit(EXIT_STOPPED)
 
     # ---------------------------------------------------------------------------------------------------- final save
-    save("final")
-    accelerator.print(f"final/ and best/ (validation loss {state.best_validation_loss:.4f}) are in {args.output_dir}")
+    with averaged_weights(ema, transformer, model):
+        save("final")
+    accelerator.print(f"final/ and best/ (validation loss {loop.best_validation_loss:.4f}) are in {args.output_dir}")
     accelerator.end_training()
 
 

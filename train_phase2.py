@@ -9,6 +9,7 @@ name the backbone that it belongs to.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -17,33 +18,50 @@ from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
 from c2r import InputError, flow_matching
-from c2r.checkpoint import find_checkpoint, register_trainable_weights, save_checkpoint
+from c2r.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    lock_output_dir,
+    require_resumable,
+    save_checkpoint,
+)
 from c2r.data.dataset import ClipDataset
 from c2r.data.manifest import read_manifest
+from c2r.ema import averaged_weights, build_ema, step_ema
 from c2r.encode import encode_missing
+from c2r.engine import (
+    build_accelerator,
+    failing_together,
+    gathered_state_dict,
+    local_fingerprint,
+    prepare,
+    reads_weights,
+)
+from c2r.guards import StepGuard
+from c2r.interruption import EXIT_STOPPED, Interruption
 from c2r.models.assembly import (
     check_transformer,
-    fingerprint,
     fingerprint_transformer,
+    load_controlnet,
     load_transformer,
     resolve_model_folder,
     save_phase,
 )
-from c2r.models.controlnet import C2RControlNet, injection_layers
+from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet, injection_layers
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.transformer import C2RTransformer
+from c2r.optimizer import build_lr_scheduler, build_optimizer
 from c2r.options import HelpFormatter, add_common_options, parse_options, run
 from c2r.sampler import MixedCGRealSampler
 from c2r.training import (
     LoopState,
     StepLog,
-    build_accelerator,
     build_contract,
-    build_optimizer,
     frozen_dtype,
     in_full_precision,
     make_noisy_batch,
     start_logs,
+    under_autocast,
 )
 from c2r.validation import choose_validation_clips, clip_losses, control_metrics, other_clips
 
@@ -86,8 +104,11 @@ def main():
         )
     accelerator = build_accelerator(args)
     set_seed(args.seed)
-    device, weight_dtype = accelerator.device, frozen_dtype(accelerator)
-    resume_path = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    device, weight_dtype = accelerator.device, frozen_dtype(args)
+    lock = lock_output_dir(accelerator, args.output_dir)  # noqa: F841  held while this process lives
+    checkpoint, skipped = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    for line in skipped:
+        accelerator.print(line)
 
     # ---------------------------------------------------------------------------------------------------------- data
     with accelerator.main_process_first():  # the others find in the cache what the first has looked into
@@ -98,12 +119,14 @@ def main():
         for manifest in manifests:
             manifest.report()
     _, backbone_config = check_transformer(args.resume_backbone_from, args.pretrained_model_name_or_path)
-    injection_layers(args.control_layers, args.control_stride, backbone_config["num_layers"])
+    layers = injection_layers(args.control_layers, args.control_stride, backbone_config["num_layers"])
     resolve_model_folder(args.dinov3)
     backbone_sha256 = fingerprint_transformer(args.resume_backbone_from, args.pretrained_model_name_or_path)
     inputs = {f"{manifest.domain} dataset": manifest.fingerprint for manifest in manifests}
     inputs["backbone"] = backbone_sha256
-    start_logs(accelerator, args)
+    if checkpoint is not None:
+        config = {name: backbone_config[name] for name in SHARED_CONFIG} | {"injection_layers": layers}
+        require_resumable(checkpoint, accelerator, args, config, inputs)
     validation_clips = [
         clip for manifest in manifests for clip in choose_validation_clips(manifest, args.num_validation_clips)
     ]
@@ -132,37 +155,44 @@ def main():
 
     # ------------------------------------------------------------------------------------------- models and optimizer
     dinov3 = DINOv3FeatureExtractor.from_pretrained(args.dinov3, torch_dtype=weight_dtype).to(device)
+    empty = not reads_weights(accelerator)
     backbone = load_transformer(
-        args.resume_backbone_from, args.pretrained_model_name_or_path, torch_dtype=weight_dtype
+        args.resume_backbone_from, args.pretrained_model_name_or_path, weight_dtype, empty=empty
     )
-    weights_before = fingerprint(backbone.state_dict().items())
     # Seeded here again: how much was drawn before depends on what the cache lacked.
     set_seed(args.seed)
-    controlnet = C2RControlNet.from_transformer(
-        backbone, args.control_layers, args.control_stride, feature_dim=dinov3.feature_dim
-    )
+    if checkpoint is not None and not empty:
+        controlnet = load_controlnet(checkpoint / "model")
+    else:
+        controlnet = C2RControlNet.from_transformer(
+            backbone, args.control_layers, args.control_stride, feature_dim=dinov3.feature_dim, empty=empty
+        )
     # One module: an engine such as DeepSpeed wraps one.
     model = C2RTransformer(backbone, controlnet)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     in_full_precision(backbone.condition_embedder.time_embedder, device)
-    optimizer, lr_scheduler = build_optimizer(controlnet.parameters(), args, device)
-    register_trainable_weights(accelerator, controlnet)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    state = LoopState(inputs=inputs)
-    accelerator.register_for_checkpointing(lr_scheduler, sampler, state)
+    under_autocast(model, device, args)
+    optimizer = build_optimizer(controlnet, args, device)
+    lr_scheduler = build_lr_scheduler(optimizer, args)
+    model, optimizer = prepare(accelerator, model, optimizer)
+    weights_before = local_fingerprint(backbone)
+    ema = build_ema(controlnet, args.ema_decay)
+    loop = LoopState(inputs=inputs, cg_ratio=args.cg_ratio)
 
     # -------------------------------------------------------------------------------------------------------- resume
-    # The checkpoint decides over weights, optimizer (its learning rate too), schedule, sampler and step; the command
-    # line over all the rest. Datasets and backbone must be the same.
-    if resume_path is not None:
-        accelerator.load_state(str(resume_path))
-        state.require_inputs(inputs)
-        # Accelerate restores its own count; of another accumulation it would be out of step.
-        accelerator.step = state.global_step * args.gradient_accumulation_steps
-        accelerator.print(f"resumed from {resume_path} at step {state.global_step}")
+    # The checkpoint decides over weights (read above), optimizer, schedule, sampler and step; the command line over
+    # all the rest, cg_ratio included. Datasets and backbone must be the same.
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, accelerator, optimizer, lr_scheduler, sampler, loop, ema)
+        if loop.cg_ratio != args.cg_ratio:
+            sampler.set_cg_ratio(args.cg_ratio)
+            loop.cg_ratio = args.cg_ratio
+        accelerator.print(f"resumed from {checkpoint} at step {loop.global_step}")
     elif args.resume_from_checkpoint:
         accelerator.print(f"no checkpoint in {args.output_dir} yet: starting at step 0")
+    start_logs(accelerator, args, loop.global_step)
+    interruption = Interruption(args)
 
     def control_features_of(control_frames):
         """(B, F, 3, H, W) uint8 -> (B, F, h, w, Dd), without a graph."""
@@ -182,115 +212,140 @@ def main():
                     noisy, timesteps, prompt_embeds, control_features, args.conditioning_scale
                 )
 
-            return clip_losses(validation_dataset, predictor_of, accelerator, args.flow_shift, args.train_batch_size)
-
-        right, other = losses(validation_clips), losses(other_validation_clips)
-        model.train()
-        metrics = control_metrics(right, other, [clip.domain for clip in validation_clips])
-        # Before the first step the ControlNet is silent: its loss is the backbone's own, without control.
-        metrics["loss_no_control"] = state.metrics.get("loss_no_control", metrics["loss"])
-        metrics["cg_share"] = sampler.realised_cg_share
-        state.metrics = metrics
-        accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, state.global_step)
-        if accelerator.is_main_process:
-            tqdm.write(
-                f"step {state.global_step}: validation loss {metrics['loss']:.4f}, "
-                f"control gain {metrics['control_gain']:.4f}"
+            return clip_losses(
+                validation_dataset,
+                predictor_of,
+                accelerator,
+                args.flow_shift,
+                args.train_batch_size,
+                go_on=lambda: interruption.agree(accelerator),
             )
-        if metrics["loss"] < state.best_validation_loss:
-            state.best_validation_loss = metrics["loss"]
-            save("best")
+
+        with averaged_weights(ema, controlnet, model):
+            right = losses(validation_clips)
+            other = losses(other_validation_clips) if right is not None else None
+            model.train()
+            if other is None:
+                return
+            metrics = control_metrics(right, other, [clip.domain for clip in validation_clips])
+            # Before the first step the ControlNet is silent: its loss is the backbone's own, without control.
+            metrics["loss_no_control"] = loop.metrics.get("loss_no_control", metrics["loss"])
+            metrics["cg_share"] = sampler.realised_cg_share
+            loop.validated_step, loop.metrics = loop.global_step, metrics
+            accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, loop.global_step)
+            if accelerator.is_main_process:
+                tqdm.write(
+                    f"step {loop.global_step}: validation loss {metrics['loss']:.4f}, "
+                    f"control gain {metrics['control_gain']:.4f}"
+                )
+            if loop.is_best(metrics["loss"]):
+                save("best")
 
     def save(name):
-        if accelerator.is_main_process:
-            contract = build_contract(
-                args,
-                state,
-                phase=2,
-                base_model=args.pretrained_model_name_or_path,
-                manifests=manifests,
-                backbone=args.resume_backbone_from,
-                backbone_sha256=backbone_sha256,
-                dinov3=args.dinov3,
-                conditioning_scale=args.conditioning_scale,
-            )
-            save_phase(Path(args.output_dir) / name, accelerator.unwrap_model(model).controlnet, contract)
-        accelerator.wait_for_everyone()
+        folder = Path(args.output_dir) / name
+        weights = gathered_state_dict(accelerator, controlnet, optimizer)
+        with failing_together(accelerator, folder):
+            if accelerator.is_main_process:
+                contract = build_contract(
+                    args,
+                    loop,
+                    phase=2,
+                    base_model=args.pretrained_model_name_or_path,
+                    manifests=manifests,
+                    backbone=args.resume_backbone_from,
+                    backbone_sha256=backbone_sha256,
+                    dinov3=args.dinov3,
+                    conditioning_scale=args.conditioning_scale,
+                )
+                save_phase(folder, controlnet, contract, weights)
 
-    if state.global_step == 0:
+    if loop.validation_due(args):
         validate()
 
     # ------------------------------------------------------------------------------------------------------ training
     progress = tqdm(
         total=args.max_train_steps,
-        initial=state.global_step,
+        initial=loop.global_step,
         desc="phase 2",
         disable=not accelerator.is_local_main_process,
     )
-    micro_step = state.global_step * args.gradient_accumulation_steps
-    step_log = StepLog(accelerator)
+    micro_step = loop.global_step * args.gradient_accumulation_steps
+    step_log, guard = StepLog(accelerator), StepGuard(accelerator, loop, args.max_skipped_steps)
     batches = iter(train_loader)
-    while state.global_step < args.max_train_steps:
+    while loop.global_step < args.max_train_steps and interruption.stop is None:
         step_log.start()
-        batch = next(batches)
-        sampler.mark_consumed()
-        noisy = make_noisy_batch(
-            batch,
-            args,
-            empty_prompt_embeds=real_dataset.empty_prompt_embeds,
-            micro_step=micro_step,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-            device=device,
-        )
-        control_features = control_features_of(batch["control_frames"])  # (B, F, h, w, Dd)
-        # A blank control goes through the branch as zero features: guidance needs to know what no control looks like.
-        control_features[noisy.dropped_control] = 0
-        with accelerator.accumulate(model):
-            velocity_pred = model(
-                noisy.noisy_latents,
-                noisy.timesteps,
-                noisy.prompt_embeds,
-                control_features,
-                args.conditioning_scale,
+        for _ in range(args.gradient_accumulation_steps):
+            batch = next(batches)
+            sampler.mark_consumed()
+            noisy = make_noisy_batch(
+                batch,
+                args,
+                empty_prompt_embeds=real_dataset.empty_prompt_embeds,
+                micro_step=micro_step,
+                process_index=accelerator.process_index,
+                num_processes=accelerator.num_processes,
+                device=device,
             )
-            losses = noisy.weights * flow_matching.velocity_loss(velocity_pred, noisy.velocity_target)  # (B,)
-            loss = losses.mean()
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(controlnet.parameters(), args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        micro_step += 1
-        step_log.add(losses, noisy.sigmas, batch["domain"])
-        if not accelerator.sync_gradients:
-            continue
-        learning_rate = lr_scheduler.get_last_lr()[0]
-        lr_scheduler.step()
-        state.global_step += 1
+            control_features = control_features_of(batch["control_frames"])  # (B, F, h, w, Dd)
+            # A blank control goes through the branch as zero features: guidance must know what no control looks like.
+            control_features[noisy.dropped_control] = 0
+            with accelerator.accumulate(model):
+                velocity_pred = model(
+                    noisy.noisy_latents,
+                    noisy.timesteps,
+                    noisy.prompt_embeds,
+                    control_features,
+                    args.conditioning_scale,
+                )
+                losses = noisy.weights * flow_matching.velocity_loss(velocity_pred, noisy.velocity_target)  # (B,)
+                loss = losses.mean()
+                accelerator.backward(loss)
+                guard.add(losses, batch["name"])
+                if accelerator.sync_gradients:
+                    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+                    # DeepSpeed has stepped or skipped in backward(), by the same norm.
+                    if guard.may_step(grad_norm):
+                        optimizer.step()
+                        step_ema(ema, controlnet)
+                    optimizer.zero_grad()
+            micro_step += 1
+            step_log.add(losses, noisy.sigmas, batch["domain"])
 
         # One optimizer step is done: log, and at their steps validate and save.
+        learning_rate = lr_scheduler.get_last_lr()[0]
+        lr_scheduler.step()
+        loop.global_step += 1
         logs = step_log.finish(
             learning_rate=learning_rate,
-            grad_norm=float(grad_norm),
+            grad_norm=grad_norm,
+            skipped_in_a_row=loop.skipped_in_a_row,
             cg_share=sampler.realised_cg_share,
         )
-        accelerator.log(logs, state.global_step)
+        logs["train/loss_spike"] = guard.finish(logs["train/loss"])
+        accelerator.log(logs, loop.global_step)
         progress.set_postfix(loss=f"{logs['train/loss']:.4f}", cg=f"{logs['train/cg_share']:.3f}")
         progress.update()
-        last = state.global_step == args.max_train_steps
-        if state.global_step % args.validation_steps == 0 or last:
+        interruption.agree(accelerator)
+        if loop.validation_due(args) and interruption.stop is None:
             validate()
-        if state.global_step % args.checkpointing_steps == 0 or last:
-            save_checkpoint(accelerator, args.output_dir, state.global_step, args.checkpoints_total_limit)
+        last = loop.global_step == args.max_train_steps
+        if last or loop.global_step % args.checkpointing_steps == 0 or interruption.save:
+            save_checkpoint(accelerator, controlnet, optimizer, lr_scheduler, sampler, loop, ema, args)
+            interruption.saved()
     progress.close()
+    if interruption.stop is not None:
+        accelerator.print(
+            f"stopped at step {loop.global_step}: {interruption.stop}; go on with --resume_from_checkpoint latest"
+        )
+        accelerator.end_training()
+        sys.exit(EXIT_STOPPED)
 
     # ---------------------------------------------------------------------------------------------------- final save
-    weights_after = fingerprint(backbone.state_dict().items())
-    if weights_after != weights_before:
-        raise RuntimeError(f"the frozen backbone has changed: {weights_before} before, {weights_after} after")
-    save("final")
-    accelerator.print(f"final/ and best/ (validation loss {state.best_validation_loss:.4f}) are in {args.output_dir}")
+    if local_fingerprint(backbone) != weights_before:
+        raise RuntimeError("the frozen backbone has changed")
+    with averaged_weights(ema, controlnet, model):
+        save("final")
+    accelerator.print(f"final/ and best/ (validation loss {loop.best_validation_loss:.4f}) are in {args.output_dir}")
     accelerator.end_training()
 
 

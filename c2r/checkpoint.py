@@ -1,52 +1,42 @@
 """Checkpoints of a run: save, find, prune, resume.
 
     outputs/phase2/checkpoint-2000/
-        model/                       the trainable weights, a folder that from_pretrained loads
-        optimizer.bin ...            Accelerate's own files: optimizer, RNG of every process
-        custom_checkpoint_*.pkl      learning-rate schedule, sampler, loop state
+        model/                                the trainable weights in fp32, a folder that from_pretrained loads
+        optimizer-00000-of-00001.safetensors  moments; one file per process where the engine shards them
+        ema-00000-of-00001.safetensors        with --ema_decay, likewise
+        state.json                            step, schedule, sampler, scores; and the size of every other file
 
-The frozen weights (backbone, VAE, UMT5, DINOv3) are not in them.
+The frozen weights (backbone, VAE, UMT5, DINOv3) are not in them, nor is any state of a random generator: what is
+drawn in a step follows from seed, rank and step alone. A checkpoint is complete or absent: it is written aside,
+flushed and renamed, and `latest` passes over one that was damaged afterwards.
 """
 
+import fcntl
+import json
 import re
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
-from c2r import InputError
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
+from c2r import InputError
+from c2r.engine import failing_together, gathered_state_dict, sharding, stepped_parameters
+from c2r.models.assembly import save_weights
+from c2r.models.weights import atomic_folder, read_json, sync_file, temporary_folder
+
+STATE = "state.json"
 _PATTERN = re.compile(r"checkpoint-(\d+)")
 
 
-def register_trainable_weights(accelerator, trainable):
-    """Make `accelerator.save_state` and `load_state` handle the trainable weights only.
-
-    Args:
-        accelerator: an `Accelerator` with one prepared model.
-        trainable: a diffusers `ModelMixin`, the part of that model that trains (unwrapped).
-    """
-
-    def save(models, weights, folder):
-        if accelerator.is_main_process:
-            trainable.save_pretrained(Path(folder) / "model")
-        weights.clear()  # or Accelerate saves the whole model, frozen parts and all
-
-    def load(models, folder):
-        saved = type(trainable).from_pretrained(Path(folder) / "model", torch_dtype=trainable.dtype)
-        for name, value in trainable.config.items():
-            if not name.startswith("_") and saved.config.get(name) != value:
-                raise InputError(
-                    f"{folder}: was written with {name} {saved.config.get(name)}, but this run has {value}; "
-                    "resume with the same options, or choose another --output_dir"
-                )
-        trainable.load_state_dict(saved.state_dict(), strict=True)
-        models.clear()
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
+# -------------------------------------------------------------------------------------------------------------- find
 
 
 def list_checkpoints(output_dir):
-    """The finished checkpoints in a folder as (step, path), oldest first."""
+    """The checkpoints in a folder as (step, path), oldest first, damaged ones too."""
     found = [path for path in Path(output_dir).glob("*") if _is_checkpoint(path)]
     return sorted((int(_PATTERN.fullmatch(path.name)[1]), path) for path in found)
 
@@ -55,26 +45,21 @@ def _is_checkpoint(path):
     return path.is_dir() and _PATTERN.fullmatch(path.name) is not None
 
 
-def save_checkpoint(accelerator, output_dir, step, total_limit=None):
-    """Write checkpoint-`step` aside, rename it, then delete the oldest beyond `total_limit`.
-
-    Call it on every process.
-    """
-    final = Path(output_dir) / f"checkpoint-{step}"
-    partial = Path(output_dir) / f"checkpoint-{step}.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial), safe_serialization=True)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if final.exists():  # saved once before by the run that this one resumed from an older checkpoint
-            shutil.rmtree(final)
-        partial.rename(final)
-        if total_limit is not None:
-            for _, old in list_checkpoints(output_dir)[:-total_limit]:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+def damage(path):
+    """Why a checkpoint cannot be resumed from: one short phrase, or None if all its files are there, of their size."""
+    try:
+        files = read_json(path / STATE)["files"]
+    except InputError as error:
+        return str(error)
+    except (KeyError, TypeError):
+        return f"{STATE} is of another version"
+    for name, size in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}"
+    return None
 
 
 def find_checkpoint(output_dir, resume_from_checkpoint):
@@ -85,10 +70,11 @@ def find_checkpoint(output_dir, resume_from_checkpoint):
         resume_from_checkpoint: None, "latest", a path, or the name of a folder in `output_dir`.
 
     Returns:
-        A path, or None: start from step 0. That is so for "latest" where there is no checkpoint yet.
+        path, skipped: the path is None to start from step 0, as "latest" does where there is no checkpoint yet;
+        `skipped` has a line for each later checkpoint that "latest" passed over because it is damaged.
 
     Raises:
-        InputError: if a named checkpoint is missing, or None would write over an earlier run.
+        InputError: if a named checkpoint is missing or damaged, or None would write over an earlier run.
     """
     if resume_from_checkpoint is None:
         earlier = [
@@ -99,19 +85,267 @@ def find_checkpoint(output_dir, resume_from_checkpoint):
                 f"--output_dir {output_dir}: holds {earlier[0].name} of an earlier run; "
                 "go on with it by --resume_from_checkpoint latest, or choose another folder"
             )
-        return None
+        return None, []
     if resume_from_checkpoint == "latest":
-        found = list_checkpoints(output_dir)
-        return found[-1][1] if found else None
+        skipped = []
+        for _, path in reversed(list_checkpoints(output_dir)):
+            reason = damage(path)
+            if reason is None:
+                return path, skipped
+            skipped.append(f"{path}: incomplete ({reason}); skipped")
+        return None, skipped
     for path in (Path(resume_from_checkpoint), Path(output_dir) / resume_from_checkpoint):
         if _is_checkpoint(path):
+            if (reason := damage(path)) is not None:
+                raise InputError(f"--resume_from_checkpoint {resume_from_checkpoint}: incomplete ({reason})")
             newest = list_checkpoints(output_dir)[-1:]
             if newest and path.parent.resolve() == Path(output_dir).resolve() and path.name != newest[0][1].name:
                 raise InputError(
                     f"--resume_from_checkpoint {resume_from_checkpoint}: {newest[0][1].name} is later; "
                     "delete the later ones, or choose another --output_dir"
                 )
-            return path
+            return path, []
     raise InputError(
         f"--resume_from_checkpoint {resume_from_checkpoint}: no such checkpoint; give a checkpoint-N folder or latest"
     )
+
+
+def lock_output_dir(accelerator, output_dir):
+    """Keep a second run from writing into the same folder. Call it on every process, and keep what it returns.
+
+    The lock ends with the process, however that ends. A run whose launcher was killed may still be saving.
+    """
+    lock = None
+    with failing_together(accelerator, output_dir):
+        if accelerator.is_main_process:
+            lock = open(Path(output_dir) / ".lock", "w")  # noqa: SIM115
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"--output_dir {output_dir}: another run is writing into it; wait for its end, or choose another"
+                ) from None
+    return lock
+
+
+def require_resumable(path, accelerator, args, config, inputs):
+    """Check that this run can go on from a checkpoint, before any weight is read.
+
+    Args:
+        path: of a complete checkpoint.
+        accelerator, args: this run's.
+        config: of the model that trains, {name: value}.
+        inputs: {name: fingerprint} of what the run is trained on.
+
+    Raises:
+        InputError: another model, dataset, backbone, optimizer, or another way of splitting the optimizer's states.
+    """
+    state = read_json(path / STATE)
+    saved_config = read_json(path / "model/config.json")
+    for name, value in config.items():
+        if not name.startswith("_") and saved_config.get(name) != value:
+            raise InputError(
+                f"{path}: was written with {name} {saved_config.get(name)}, but this run has {value}; "
+                "resume with the same options, or choose another --output_dir"
+            )
+    for name, fingerprint in inputs.items():
+        if state["loop"]["inputs"].get(name) != fingerprint:
+            raise InputError(
+                f"--resume_from_checkpoint: the {name} has changed since the checkpoint was written; "
+                "bring it back, or start anew with another --output_dir"
+            )
+    if state["optimizer"] != args.optimizer:
+        raise InputError(f"--optimizer {args.optimizer}: {path} was written with {state['optimizer']}; go on with it")
+    if args.ema_decay is not None and state["ema"] is None:
+        raise InputError(f"--ema_decay {args.ema_decay}: {path} was written without one; go on without")
+    here, before = sharding(accelerator), state["sharding"]
+    if here != before or (here is not None and accelerator.num_processes != state["num_processes"]):
+        raise InputError(
+            f"{path}: its optimizer states are split for {_engine(before, state['num_processes'])}, this run has "
+            f"{_engine(here, accelerator.num_processes)}; resume with the same accelerate config, or start anew from "
+            f"the weights in {path / 'model'}"
+        )
+
+
+def _engine(sharding, num_processes):
+    return f"{sharding} on {num_processes} processes" if sharding else "one process or DDP"
+
+
+# -------------------------------------------------------------------------------------------------------------- save
+
+
+def save_checkpoint(accelerator, model, optimizer, lr_scheduler, sampler, loop, ema, args):
+    """Write checkpoint-`loop.global_step` aside, put it in place, then delete the oldest. Call it on every process.
+
+    Args:
+        accelerator: the run's.
+        model: the part of the prepared model that trains, unwrapped: a diffusers `ModelMixin`.
+        optimizer, lr_scheduler, sampler: the run's; the optimizer is the prepared one.
+        loop: `LoopState`.
+        ema: diffusers' `EMAModel`, or None.
+        args: has output_dir, optimizer and checkpoints_total_limit.
+
+    Raises:
+        InputError: no room or no right to write, on any process. The last checkpoint is still there.
+    """
+    folder = Path(args.output_dir) / f"checkpoint-{loop.global_step}"
+    engine = sharding(accelerator)
+    _flush(accelerator)
+    with ExitStack() as stack:
+        stack.enter_context(failing_together(accelerator, folder))
+        temporary = temporary_folder(folder)
+        with failing_together(accelerator, folder):
+            if accelerator.is_main_process:
+                _remove_leftovers(args.output_dir)
+                _require_space(folder, model, ema)
+                stack.enter_context(atomic_folder(folder))
+        weights = gathered_state_dict(accelerator, model, optimizer)
+        with failing_together(accelerator, folder):
+            if accelerator.is_main_process:
+                _require_finite(weights, folder)
+                save_weights(temporary / "model", model, weights)
+            if accelerator.is_main_process or engine is not None:
+                for kind, tensors, numbers in _states(optimizer, ema):
+                    file = temporary / _shard_name(kind, accelerator, engine)
+                    save_file(tensors, file, metadata={"numbers": json.dumps(numbers)})
+                    sync_file(file)
+        if accelerator.is_main_process:
+            state = {
+                "loop": loop.state_dict(),
+                "lr_scheduler": lr_scheduler.state_dict(),
+                "sampler": sampler.state_dict(),
+                "optimizer": args.optimizer,
+                "ema": None if ema is None else {"optimization_step": ema.optimization_step},
+                "sharding": engine,
+                "num_processes": accelerator.num_processes,
+                "files": {
+                    str(file.relative_to(temporary)): file.stat().st_size
+                    for file in sorted(temporary.rglob("*"))
+                    if file.is_file()
+                },
+            }
+            (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    if accelerator.is_main_process and args.checkpoints_total_limit is not None:
+        for _, old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+            _remove(old)
+    accelerator.wait_for_everyone()
+
+
+def _require_finite(weights, folder):
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{folder}: not written, {name} is not finite; resume from the last checkpoint")
+
+
+def _states(optimizer, ema):
+    """(kind, {key: tensor}, {key: number}) of this process, for the files of the optimizer and the EMA."""
+    base, parameters = stepped_parameters(optimizer)
+    values = {
+        f"{i}.{key}": value
+        for i, parameter in enumerate(parameters)
+        for key, value in base.state.get(parameter, {}).items()
+    }
+    tensors = {key: _stored(value) for key, value in values.items() if isinstance(value, torch.Tensor)}
+    yield "optimizer", tensors, {key: value for key, value in values.items() if key not in tensors}
+    if ema is not None:
+        yield "ema", {str(i): _stored(shadow) for i, shadow in enumerate(ema.shadow_params)}, {}
+
+
+def _stored(tensor):
+    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().cpu().contiguous()
+
+
+def _shard_name(kind, accelerator, engine):
+    index, count = (accelerator.process_index, accelerator.num_processes) if engine else (0, 1)
+    return f"{kind}-{index:05d}-of-{count:05d}.safetensors"
+
+
+def checkpoint_bytes(num_parameters, ema=False):
+    """Size of a checkpoint with AdamW's two moments, all in fp32: 12 bytes a trainable parameter, 16 with EMA."""
+    return num_parameters * (16 if ema else 12)
+
+
+def _require_space(folder, model, ema):
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    needed, free = checkpoint_bytes(count, ema is not None), shutil.disk_usage(folder.parent).free
+    if free < needed:
+        raise OSError(f"{free / 1e9:.3f} GB free, {needed / 1e9:.3f} GB needed")
+
+
+def _flush(accelerator):
+    """Put the logged numbers on disk before the checkpoint that is later than they are."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.tracker.flush()
+
+
+def _remove(folder):
+    # Renamed first: killed within, it leaves nothing that looks like a checkpoint.
+    aside = folder.with_name(f".{folder.name}.removed")
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
+def _remove_leftovers(output_dir):
+    """What killed runs have left behind: half-written and half-removed checkpoints."""
+    for pattern in (".checkpoint-*.tmp", ".checkpoint-*.removed"):
+        for path in Path(output_dir).glob(pattern):
+            shutil.rmtree(path)
+
+
+# ------------------------------------------------------------------------------------------------------------ resume
+
+
+def load_checkpoint(path, accelerator, optimizer, lr_scheduler, sampler, loop, ema):
+    """Put optimizer, schedule, sampler, loop state and EMA where the checkpoint left them. Call it on every process.
+
+    The weights are not touched: the model has been loaded from the checkpoint's `model/` before it was prepared.
+
+    Raises:
+        InputError: a damaged file.
+    """
+    state = read_json(path / STATE)
+    engine = sharding(accelerator)
+    base, parameters = stepped_parameters(optimizer)
+    tensors, numbers = _read(path / _shard_name("optimizer", accelerator, engine))
+    base.state.clear()
+    for key, value in (tensors | numbers).items():
+        index, _, name = key.partition(".")
+        parameter = parameters[int(index)]
+        base.state.setdefault(parameter, {})[name] = _placed(value, parameter)
+    if ema is not None:
+        shadows, _ = _read(path / _shard_name("ema", accelerator, engine))
+        for i, shadow in enumerate(ema.shadow_params):
+            (shadow.to_local() if isinstance(shadow, DTensor) else shadow).copy_(shadows[str(i)])
+        ema.optimization_step = state["ema"]["optimization_step"]
+    lr_scheduler.load_state_dict(state["lr_scheduler"])
+    for group, lr in zip(base.param_groups, lr_scheduler.get_last_lr()):
+        group["lr"] = lr
+    sampler.load_state_dict(state["sampler"])
+    loop.load_state_dict(state["loop"])
+
+
+def _read(file):
+    try:
+        with safe_open(file, framework="pt") as handle:
+            keys, numbers = handle.keys(), json.loads(handle.metadata()["numbers"])
+            return {key: handle.get_tensor(key) for key in keys}, numbers
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); resume from an earlier checkpoint") from None
+
+
+def _placed(value, parameter):
+    """A stored value as the optimizer keeps it: on the parameter's device, and split like it."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor) and value.ndim:
+        return DTensor.from_local(
+            value,
+            parameter.device_mesh,
+            parameter.placements,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+    return value

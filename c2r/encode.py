@@ -11,6 +11,7 @@ import argparse
 import gc
 import json
 import time
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
@@ -40,7 +41,9 @@ from c2r.data.video import read_window
 from c2r.models.parts import load_pipeline_part
 from c2r.options import HelpFormatter, add_clip_options, run
 from c2r.pipeline import max_sequence_length
-from c2r.training import ENCODING_TIMEOUT
+
+# A process that has encoded its share waits for the others, longer than the ten minutes it would by default.
+ENCODING_TIMEOUT = timedelta(days=1)
 
 
 def encode_missing(clips, options, accelerator):

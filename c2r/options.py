@@ -1,6 +1,7 @@
 """The options of both training scripts: the command line over --config FILE.yaml over the defaults."""
 
 import argparse
+import errno
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from diffusers.optimization import SchedulerType
 
 from c2r import InputError, flow_matching
 from c2r.data.cache import check_clip_shape
+from c2r.interruption import stop_on_signals
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -60,6 +64,12 @@ def add_common_options(parser, **defaults):
         choices=("bf16", "no"),
         help="bf16: autocast over fp32 trainable weights, frozen ones in bf16; no: all in fp32",
     )
+    group.add_argument(
+        "--distributed_timeout_minutes",
+        type=float,
+        default=10.0,
+        help="a process that makes no progress for so long ends the run; above the slowest load, step or save",
+    )
     group.add_argument("--report_to", default="tensorboard", choices=("tensorboard", "none"), help="where logs go")
 
     group = parser.add_argument_group("model and data")
@@ -97,6 +107,16 @@ def _add_optimisation_options(group):
         default=True,
         help="compute each block again in the backward pass: far less memory, more time",
     )
+    group.add_argument(
+        "--optimizer", default="adamw", choices=("adamw", "adamw8bit"), help="adamw8bit: states in 8 bit, bitsandbytes"
+    )
+    group.add_argument(
+        "--weight_storage",
+        default="fp32",
+        choices=("fp32", "bf16"),
+        help="of trainable weights. bf16: weights and gradients in bf16, the low 16 bits beside; no update is lost",
+    )
+    group.add_argument("--ema_decay", type=float, help="validate and save a moving average of the weights, e.g. 0.999")
     group.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
 
 
@@ -125,6 +145,15 @@ def _add_checkpoint_options(group):
         "--resume_from_checkpoint",
         metavar="PATH|latest",
         help="a checkpoint-N folder; latest starts anew if there is none",
+    )
+    group.add_argument("--save_every_minutes", type=float, help="write a checkpoint at least so often")
+    group.add_argument(
+        "--save_before_timeout",
+        metavar="5m",
+        help="so long before the Slurm slot ends, save and stop with exit status 75",
+    )
+    group.add_argument(
+        "--max_skipped_steps", type=int, default=5, help="with a non-finite gradient, in a row; one more ends the run"
     )
     group.add_argument("--validation_steps", type=int, default=500, help="optimizer steps between validations")
 
@@ -182,23 +211,33 @@ def check_options(args):
     """Raise InputError for the first value that cannot work."""
     check_clip_shape(args)
     positive = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps")
+    positive += ("distributed_timeout_minutes",)
     for name in (*positive, "validation_steps", "num_validation_clips", "flow_shift", "max_grad_norm"):
         if not getattr(args, name) > 0:  # nan too
             raise InputError(f"--{name} {getattr(args, name)}: must be above 0")
     if args.checkpoints_total_limit is not None and args.checkpoints_total_limit < 1:
         raise InputError(f"--checkpoints_total_limit {args.checkpoints_total_limit}: must be at least 1")
+    if args.save_every_minutes is not None and not args.save_every_minutes > 0:
+        raise InputError(f"--save_every_minutes {args.save_every_minutes}: must be above 0")
+    if args.ema_decay is not None and not 0 < args.ema_decay < 1:
+        raise InputError(f"--ema_decay {args.ema_decay}: must be between 0 and 1")
     for name in ("prompt_dropout", "control_dropout", "cg_ratio"):
         if not 0 <= getattr(args, name, 0) <= 1:
             raise InputError(f"--{name} {getattr(args, name)}: must be from 0 to 1")
-    for name in ("learning_rate", "lr_warmup_steps", "dataloader_num_workers"):
+    for name in ("learning_rate", "lr_warmup_steps", "dataloader_num_workers", "max_skipped_steps"):
         if not getattr(args, name) >= 0:
             raise InputError(f"--{name} {getattr(args, name)}: must not be negative")
 
 
 def run(main):
-    """Run a script's main; bad input ends it with one line instead of a traceback."""
+    """Run a script's main; bad input, a full disk and a stopping signal end it with one line, not a traceback."""
+    stop_on_signals()
     try:
         main()
     except InputError as error:
         # From a data loader's worker it comes wrapped in the worker's traceback; the last line is the message.
         sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix("c2r.InputError: "))
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        sys.exit(f"error: {error.filename or 'output'}: cannot be written ({error.strerror}); mend it and start again")

@@ -1,59 +1,28 @@
-"""What both training loops need: accelerator, optimizer, the randomness and the noisy batch of a step, logs."""
+"""What both training loops need: precision, the loop's state, the randomness and the noisy batch of a step, logs."""
 
 import hashlib
-import os
+import math
 import time
-from dataclasses import asdict, dataclass, field
-from datetime import timedelta
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 
-from c2r import InputError, flow_matching
+from c2r import flow_matching
 from c2r.models.assembly import PhaseContract
 
-# ----------------------------------------------------------------------------------------------------- accelerator
+# ----------------------------------------------------------------------------------------------- logs and precision
 
 
-# A process that has encoded its share waits for the others, longer than the ten minutes it would by default.
-ENCODING_TIMEOUT = timedelta(days=1)
+def start_logs(accelerator, args, global_step):
+    """Open the logs, once everything that can be refused has been checked.
 
-
-def build_accelerator(args):
-    """The Accelerator of a run, its logs in `output_dir`/logs."""
-    output_dir = Path(args.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output_dir {output_dir}: cannot be created ({error.strerror})") from error
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=ENCODING_TIMEOUT)],
-        # The schedulers here count optimizer steps; Accelerate would advance a prepared one once per process.
-        step_scheduler_with_optimizer=False,
-    )
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != launched:
-        # Each would train by itself, and all would write into the same folder.
-        raise InputError(
-            f"{launched} processes were launched, but Accelerate joins {accelerator.num_processes}; "
-            "on a machine without a GPU set ACCELERATE_USE_CPU=true"
-        )
-    return accelerator
-
-
-def start_logs(accelerator, args):
-    """Open the logs, once everything that can be refused has been checked."""
+    What an earlier run that was killed has logged after `global_step`, where this one goes on, is taken back.
+    """
     config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in vars(args).items()}
-    accelerator.init_trackers("", config=config)
+    purge_step = global_step + 1 if global_step else 0
+    accelerator.init_trackers("", config=config, init_kwargs={"tensorboard": {"purge_step": purge_step}})
 
 
 def in_full_precision(module, device):
@@ -61,28 +30,15 @@ def in_full_precision(module, device):
     module.forward = torch.autocast(device.type, enabled=False)(module.forward)
 
 
-def frozen_dtype(accelerator):
+def frozen_dtype(args):
     """`weight_dtype`: what frozen weights are kept in. Trainable ones are fp32 under autocast."""
-    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    return torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
 
 
-def build_optimizer(parameters, args, device):
-    """AdamW over the trainable parameters and the learning-rate schedule, which counts optimizer steps."""
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-        fused=device.type == "cuda",
-    )
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )
-    return optimizer, lr_scheduler
+def under_autocast(model, device, args):
+    """Run the model's forward in `--mixed_precision`. Not Accelerate's: the engines would cast the weights too."""
+    enabled = args.mixed_precision == "bf16"
+    model.forward = torch.autocast(device.type, torch.bfloat16, enabled=enabled)(model.forward)
 
 
 # ------------------------------------------------------------------------------------------------------------ a step
@@ -93,29 +49,37 @@ class LoopState:
     """The loop's own state; saved with every checkpoint."""
 
     global_step: int = 0
-    best_validation_loss: float = float("inf")
-    # The last validation; phase 2 also keeps what the silent ControlNet scored before the first step.
+    best_validation_loss: float | None = None
+    # The last validation: its step and its numbers; phase 2 also keeps what the silent ControlNet scored at first.
+    validated_step: int | None = None
     metrics: dict = field(default_factory=dict)
     # Fingerprints of what the run is trained on: datasets and backbone.
     inputs: dict = field(default_factory=dict)
+    # What the guards know: skipped steps up to here without a break, and the last steps' log losses.
+    skipped_in_a_row: int = 0
+    log_losses: list = field(default_factory=list)
+    # --cg_ratio of the run that saved: another one on the command line of a resumed run takes effect.
+    cg_ratio: float | None = None
 
     def state_dict(self):
         return asdict(self)
 
     def load_state_dict(self, state):
-        self.global_step = state["global_step"]
-        self.best_validation_loss = state["best_validation_loss"]
-        self.metrics = state["metrics"]
-        self.inputs = state["inputs"]
+        for entry in fields(self):
+            setattr(self, entry.name, state[entry.name])
 
-    def require_inputs(self, inputs):
-        """Raise InputError if a resumed run is given another dataset or backbone than the checkpoint's."""
-        for name, fingerprint in inputs.items():
-            if self.inputs.get(name) != fingerprint:
-                raise InputError(
-                    f"--resume_from_checkpoint: the {name} has changed since the checkpoint was written; "
-                    "bring it back, or start anew with another --output_dir"
-                )
+    def is_best(self, validation_loss):
+        """Whether a finite validation loss is the lowest so far; remembers it."""
+        best = self.best_validation_loss
+        if not math.isfinite(validation_loss) or (best is not None and validation_loss >= best):
+            return False
+        self.best_validation_loss = validation_loss
+        return True
+
+    def validation_due(self, args):
+        """Whether this step is to be validated: a resumed run makes up for what the stopped one did not reach."""
+        at_interval = self.global_step % args.validation_steps == 0 or self.global_step == args.max_train_steps
+        return at_interval and self.validated_step != self.global_step
 
 
 def seeded_generator(*parts):

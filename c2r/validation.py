@@ -28,7 +28,7 @@ def choose_validation_clips(manifest, count):
 
 
 @torch.no_grad()
-def clip_losses(dataset, predictor_of, accelerator, flow_shift, batch_size=1):
+def clip_losses(dataset, predictor_of, accelerator, flow_shift, batch_size=1, go_on=None):
     """Flow-matching loss of each clip, the mean over QUANTILES. Call it on every process.
 
     Args:
@@ -38,9 +38,10 @@ def clip_losses(dataset, predictor_of, accelerator, flow_shift, batch_size=1):
         accelerator: each process takes its share of the clips.
         flow_shift: shift of the noise levels.
         batch_size: clips in one forward pass.
+        go_on: called before each batch; where it returns False, which it does on all processes alike, validation ends.
 
     Returns:
-        (len(dataset),) fp32 on CPU, in the dataset's order, the same on every process.
+        (len(dataset),) fp32 on CPU, in the dataset's order, the same on every process; None if it was ended.
     """
     # Every process runs equally many batches, or a sharded model's collectives would hang: the last shares are filled
     # up with clips that another process counts.
@@ -51,6 +52,8 @@ def clip_losses(dataset, predictor_of, accelerator, flow_shift, batch_size=1):
     )
     losses = torch.zeros(len(dataset), device=accelerator.device)
     for first, batch in zip(range(0, per_process, batch_size), loader):
+        if go_on is not None and not go_on():
+            return None
         latents = batch["latents_mean"]
         predict_velocity = predictor_of(batch)
         total = torch.zeros(len(latents), device=accelerator.device)

@@ -48,6 +48,7 @@ __all__ = [
     "read_contract",
     "resolve_model_folder",
     "save_phase",
+    "save_weights",
 ]
 
 CONTRACT = "c2r.json"
@@ -127,32 +128,36 @@ def _require_fitting(path, model_class, config):
     require_complete(path, [name for name in expected if name not in found], unfit + unknown)
 
 
-def load_transformer(source, base=None, torch_dtype=None):
+def load_transformer(source, base=None, torch_dtype=None, empty=False):
     """The Wan backbone, in eval mode, its parameters trainable.
 
     Args:
         source, base: see `check_transformer`.
         torch_dtype: dtype of the weights; None is fp32. With torch.bfloat16 the time embedder, the norms and the
             modulation tables stay in fp32, as WanTransformer3DModel declares, from a folder and from a single file.
+        empty: read no weights: the parameters have undefined values, in memory that is not touched, so that it takes
+            none. For processes that are sent theirs by the main one.
 
     Raises:
         InputError: see `check_transformer`; raised before weights are read.
     """
     path, config = check_transformer(source, base)
     torch_dtype = torch_dtype or torch.float32
-    if path.is_dir():
+    if path.is_dir() and not empty:
         return WanTransformer3DModel.from_pretrained(path, torch_dtype=torch_dtype, use_safetensors=True)
     # Not from_single_file: in bf16 it would not keep those in fp32, and in fp32 a 14B file needs 57 GB.
     with init_empty_weights():
         transformer = WanTransformer3DModel.from_config(config)
     keep = set(transformer._keep_in_fp32_modules)
-    transformer.load_state_dict(
-        {
-            name: tensor.to(torch.float32 if keep.intersection(name.split(".")) else torch_dtype)
-            for name, tensor in WeightIndex(path).tensors()
-        },
-        assign=True,
-    )
+
+    def dtype_of(name):
+        return torch.float32 if keep.intersection(name.split(".")) else torch_dtype
+
+    if empty:
+        named = ((name, torch.empty(p.shape, dtype=dtype_of(name))) for name, p in transformer.named_parameters())
+    else:
+        named = ((name, tensor.to(dtype_of(name))) for name, tensor in WeightIndex(path).tensors())
+    transformer.load_state_dict(dict(named), assign=True)
     return transformer.requires_grad_(True).eval()
 
 
@@ -213,6 +218,15 @@ class PhaseContract:
 PATHS = ("base_model", "backbone", "dinov3")
 
 
+def save_weights(folder, model, state_dict):
+    """`model.save_pretrained(folder)` with these weights instead of the module's own."""
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}  # no path of the source
+    with init_empty_weights():
+        whole = type(model).from_config(config)
+    whole.load_state_dict(state_dict, assign=True)
+    whole.save_pretrained(folder)
+
+
 def save_phase(folder, model, contract, state_dict=None):
     """Write best/ or final/ of a phase: model, config and contract; complete or absent (see `atomic_folder`).
 
@@ -234,13 +248,12 @@ def save_phase(folder, model, contract, state_dict=None):
     model_class = {1: WanTransformer3DModel, 2: C2RControlNet}[contract.phase]
     if not isinstance(model, model_class):
         raise TypeError(f"phase {contract.phase} saves a {model_class.__name__}, not a {type(model).__name__}")
-    if state_dict is not None:
-        with init_empty_weights():
-            model = model_class.from_config(model.config)
-        model.load_state_dict(state_dict, assign=True)
     folder = Path(os.path.realpath(folder))
     with atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary)
+        if state_dict is None:
+            model.save_pretrained(temporary)
+        else:
+            save_weights(temporary, model, state_dict)
         contract = replace(contract, weights_sha256=fingerprint_files(temporary))
         stored = asdict(contract) | {name: _relative(getattr(contract, name), folder) for name in PATHS}
         (temporary / CONTRACT).write_text(json.dumps(stored, indent=2, allow_nan=False) + "\n", encoding="utf-8")

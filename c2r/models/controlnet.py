@@ -119,7 +119,9 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         )
 
     @classmethod
-    def from_transformer(cls, transformer, control_layers=15, control_stride=1, feature_dim=768, temporal_stride=4):
+    def from_transformer(
+        cls, transformer, control_layers=15, control_stride=1, feature_dim=768, temporal_stride=4, empty=False
+    ):
         """A fresh control branch for this backbone: its first blocks cloned with their weights, zero residuals.
 
         Args:
@@ -127,6 +129,7 @@ class C2RControlNet(ModelMixin, ConfigMixin):
             control_layers, control_stride: see `injection_layers`.
             feature_dim: Dd, DINOv3's width.
             temporal_stride: pixel frames per latent frame of the VAE.
+            empty: leave all values undefined; see `load_transformer`.
 
         Returns:
             C2RControlNet in fp32, to be trained, on the backbone's device. The adapter and the projectors' first
@@ -142,6 +145,8 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         with torch.device("meta"):  # the clones need no random weights first: at 14B they are 5 billion
             controlnet = cls(**options, **shared)
         controlnet.to_empty(device=transformer.device)
+        if empty:
+            return controlnet
         controlnet.control_adapter.reset_parameters()
         for control_block, block in zip(controlnet.control_blocks, transformer.blocks):
             control_block.block.load_state_dict(block.state_dict())

@@ -118,7 +118,7 @@ def atomic_folder(folder):
         the temporary folder to write into. If the body raises, it is removed and `folder` stays as it was.
     """
     folder = Path(os.path.abspath(folder))
-    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    temporary, old = temporary_folder(folder), folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():
         old.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -127,15 +127,21 @@ def atomic_folder(folder):
     try:
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
+            sync_file(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
-    _sync(folder.parent)
+    sync_file(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def temporary_folder(folder):
+    """Where `atomic_folder` writes it: on several processes one enters it, and the others write there too."""
+    folder = Path(os.path.abspath(folder))
+    return folder.with_name(f".{folder.name}.tmp")
 
 
 def complete_folder(folder):
@@ -148,7 +154,8 @@ def complete_folder(folder):
     return old if old.exists() and not folder.exists() else folder
 
 
-def _sync(path):
+def sync_file(path):
+    """Have a file, or a folder's list of files, on disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

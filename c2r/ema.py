@@ -1,0 +1,59 @@
+"""The moving average of the trainable weights (`--ema_decay`), by diffusers' EMAModel, on whole or split weights."""
+
+from contextlib import contextmanager
+
+from diffusers.training_utils import EMAModel
+from torch.distributed.fsdp import FSDPModule
+
+from c2r.engine import local_shard
+
+
+def build_ema(module, decay):
+    """An average that starts at the module's weights, each process's part of them; None without a decay.
+
+    Args:
+        module: what trains, prepared and unwrapped.
+        decay: in (0, 1): the average's share that each step keeps. In the first steps it is (1 + n) / (10 + n).
+    """
+    return None if decay is None else EMAModel(_shards(module), decay=decay)
+
+
+def step_ema(ema, module):
+    """Take one optimizer step into the average."""
+    if ema is not None:
+        ema.step(_shards(module))
+
+
+@contextmanager
+def averaged_weights(ema, module, model):
+    """The averaged weights in place of the trained ones: for validation and for what is saved from it.
+
+    Args:
+        ema: of `build_ema`; None changes nothing.
+        module: what trains, unwrapped.
+        model: the prepared model that holds it.
+    """
+    if ema is None:
+        yield
+        return
+    shards = _shards(module)
+    ema.store(shards)
+    ema.copy_to(shards)
+    _drop_gathered(model)
+    try:
+        yield
+    finally:
+        ema.restore(shards)
+        _drop_gathered(model)
+
+
+def _shards(module):
+    # EMAModel averages what requires a gradient, and copies the rest.
+    return [local_shard(parameter).requires_grad_() for parameter in module.parameters()]
+
+
+def _drop_gathered(model):
+    # FSDP2 keeps the root's weights gathered after a forward without backward: they would be the other set's.
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
