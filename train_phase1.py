@@ -50,6 +50,7 @@ from c2r.training import (
     under_autocast,
 )
 from c2r.validation import choose_validation_clips, clip_losses
+from c2r.watchdog import Watchdog
 
 
 def build_parser():
@@ -69,6 +70,7 @@ def main():
     # ------------------------------------------------------------------------------------------ options, accelerator
     args = parse_options(build_parser())
     accelerator = build_accelerator(args)
+    watchdog = Watchdog(accelerator, 60 * args.distributed_timeout_minutes)
     set_seed(args.seed)
     device = accelerator.device
     lock = lock_output_dir(accelerator, args.output_dir)  # noqa: F841  held while this process lives
@@ -77,7 +79,7 @@ def main():
         accelerator.print(line)
 
     # ---------------------------------------------------------------------------------------------------------- data
-    with accelerator.main_process_first():  # the others find in the cache what the first has looked into
+    with watchdog.main_process_first():  # the others find in the cache what the first has looked into
         manifest = read_manifest(args.real_dataset, "real", args)
     if accelerator.is_main_process:
         manifest.report()
@@ -89,7 +91,7 @@ def main():
         transformer_source = checkpoint / "model"
     train_clips = manifest.train
     validation_clips = choose_validation_clips(manifest, args.num_validation_clips)
-    encode_missing([*train_clips, *validation_clips], args, accelerator)
+    encode_missing([*train_clips, *validation_clips], args, accelerator, watchdog)
     train_dataset = ClipDataset(train_clips, args)
     validation_dataset = ClipDataset(validation_clips, args)
     sampler = MixedCGRealSampler(
@@ -137,6 +139,10 @@ def main():
     interruption = Interruption(args)
 
     # ---------------------------------------------------------------------------------------------------- validation
+    def go_on():
+        watchdog.beat(f"step {loop.global_step}: validation")
+        return interruption.agree(accelerator)
+
     def validate():
         model.eval()
 
@@ -151,7 +157,7 @@ def main():
                 accelerator,
                 args.flow_shift,
                 args.train_batch_size,
-                go_on=lambda: interruption.agree(accelerator),
+                go_on=go_on,
             )
             model.train()
             if losses is None:
@@ -191,6 +197,7 @@ def main():
     while loop.global_step < args.max_train_steps and interruption.stop is None:
         step_log.start()
         for _ in range(args.gradient_accumulation_steps):
+            watchdog.beat(f"step {loop.global_step + 1}: data")
             batch = next(batches)
             sampler.mark_consumed()
             noisy = make_noisy_batch(
@@ -202,6 +209,7 @@ def main():
                 num_processes=accelerator.num_processes,
                 device=device,
             )
+            watchdog.beat(f"step {loop.global_step + 1}: forward and backward")
             with accelerator.accumulate(model):
                 velocity_pred = model(noisy.noisy_latents, noisy.timesteps, noisy.prompt_embeds, return_dict=False)[0]
                 losses = noisy.weights * flow_matching.velocity_loss(velocity_pred, noisy.velocity_target)  # (B,)
@@ -236,6 +244,7 @@ def main():
             validate()
         last = loop.global_step == args.max_train_steps
         if last or loop.global_step % args.checkpointing_steps == 0 or interruption.save:
+            watchdog.beat(f"step {loop.global_step}: checkpoint")
             save_checkpoint(accelerator, transformer, optimizer, lr_scheduler, sampler, loop, ema, args)
             interruption.saved()
     progress.close()
@@ -243,6 +252,7 @@ def main():
         accelerator.print(
             f"stopped at step {loop.global_step}: {interruption.stop}; go on with --resume_from_checkpoint latest"
         )
+        watchdog.close()
         accelerator.end_training()
         sys.exit(EXIT_STOPPED)
 
@@ -250,6 +260,7 @@ def main():
     with averaged_weights(ema, transformer, model):
         save("final")
     accelerator.print(f"final/ and best/ (validation loss {loop.best_validation_loss:.4f}) are in {args.output_dir}")
+    watchdog.close()
     accelerator.end_training()
 
 

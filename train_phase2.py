@@ -64,6 +64,7 @@ from c2r.training import (
     under_autocast,
 )
 from c2r.validation import choose_validation_clips, clip_losses, control_metrics, other_clips
+from c2r.watchdog import Watchdog
 
 
 def build_parser():
@@ -103,6 +104,7 @@ def main():
             f"--cg_ratio {args.cg_ratio}: needs --cg_dataset, a folder with CG pairs; or give --cg_ratio 0"
         )
     accelerator = build_accelerator(args)
+    watchdog = Watchdog(accelerator, 60 * args.distributed_timeout_minutes)
     set_seed(args.seed)
     device, weight_dtype = accelerator.device, frozen_dtype(args)
     lock = lock_output_dir(accelerator, args.output_dir)  # noqa: F841  held while this process lives
@@ -111,7 +113,7 @@ def main():
         accelerator.print(line)
 
     # ---------------------------------------------------------------------------------------------------------- data
-    with accelerator.main_process_first():  # the others find in the cache what the first has looked into
+    with watchdog.main_process_first():  # the others find in the cache what the first has looked into
         real = read_manifest(args.real_dataset, "real", args)
         cg = read_manifest(args.cg_dataset, "cg", args) if args.cg_ratio > 0 else None
     manifests = [real, cg] if cg else [real]
@@ -131,7 +133,9 @@ def main():
         clip for manifest in manifests for clip in choose_validation_clips(manifest, args.num_validation_clips)
     ]
     other_validation_clips = other_clips(validation_clips, [clip for manifest in manifests for clip in manifest.clips])
-    encode_missing([clip for manifest in manifests for clip in manifest.train] + validation_clips, args, accelerator)
+    encode_missing(
+        [clip for manifest in manifests for clip in manifest.train] + validation_clips, args, accelerator, watchdog
+    )
     real_dataset = ClipDataset(real.train, args, with_control=True)
     cg_dataset = ClipDataset(cg.train if cg else [], args, with_control=True)
     validation_dataset = ClipDataset(validation_clips, args)
@@ -199,6 +203,10 @@ def main():
         return dinov3(control_frames.to(device).float() / 255)
 
     # ---------------------------------------------------------------------------------------------------- validation
+    def go_on():
+        watchdog.beat(f"step {loop.global_step}: validation")
+        return interruption.agree(accelerator)
+
     def validate():
         model.eval()
 
@@ -218,7 +226,7 @@ def main():
                 accelerator,
                 args.flow_shift,
                 args.train_batch_size,
-                go_on=lambda: interruption.agree(accelerator),
+                go_on=go_on,
             )
 
         with averaged_weights(ema, controlnet, model):
@@ -275,6 +283,7 @@ def main():
     while loop.global_step < args.max_train_steps and interruption.stop is None:
         step_log.start()
         for _ in range(args.gradient_accumulation_steps):
+            watchdog.beat(f"step {loop.global_step + 1}: data")
             batch = next(batches)
             sampler.mark_consumed()
             noisy = make_noisy_batch(
@@ -289,6 +298,7 @@ def main():
             control_features = control_features_of(batch["control_frames"])  # (B, F, h, w, Dd)
             # A blank control goes through the branch as zero features: guidance must know what no control looks like.
             control_features[noisy.dropped_control] = 0
+            watchdog.beat(f"step {loop.global_step + 1}: forward and backward")
             with accelerator.accumulate(model):
                 velocity_pred = model(
                     noisy.noisy_latents,
@@ -330,6 +340,7 @@ def main():
             validate()
         last = loop.global_step == args.max_train_steps
         if last or loop.global_step % args.checkpointing_steps == 0 or interruption.save:
+            watchdog.beat(f"step {loop.global_step}: checkpoint")
             save_checkpoint(accelerator, controlnet, optimizer, lr_scheduler, sampler, loop, ema, args)
             interruption.saved()
     progress.close()
@@ -337,6 +348,7 @@ def main():
         accelerator.print(
             f"stopped at step {loop.global_step}: {interruption.stop}; go on with --resume_from_checkpoint latest"
         )
+        watchdog.close()
         accelerator.end_training()
         sys.exit(EXIT_STOPPED)
 
@@ -346,6 +358,7 @@ def main():
     with averaged_weights(ema, controlnet, model):
         save("final")
     accelerator.print(f"final/ and best/ (validation loss {loop.best_validation_loss:.4f}) are in {args.output_dir}")
+    watchdog.close()
     accelerator.end_training()
 
 

@@ -11,11 +11,10 @@ import argparse
 import gc
 import json
 import time
-from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import gather_object
 from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils.torch_utils import empty_device_cache
@@ -38,15 +37,14 @@ from c2r.data.cache import (
 )
 from c2r.data.manifest import Source, read_manifest
 from c2r.data.video import read_window
+from c2r.engine import require_joined
 from c2r.models.parts import load_pipeline_part
 from c2r.options import HelpFormatter, add_clip_options, run
 from c2r.pipeline import max_sequence_length
-
-# A process that has encoded its share waits for the others, longer than the ten minutes it would by default.
-ENCODING_TIMEOUT = timedelta(days=1)
+from c2r.watchdog import DEFAULT_TIMEOUT_MINUTES, Watchdog
 
 
-def encode_missing(clips, options, accelerator):
+def encode_missing(clips, options, accelerator, watchdog=None):
     """Encode the clips that the cache lacks; returns when every process has done its share. Call it on every process.
 
     The text encoder is loaded only if a prompt is missing, the VAE only if latents are, and each is freed again.
@@ -56,11 +54,14 @@ def encode_missing(clips, options, accelerator):
         options: has height, width, num_frames, fps, pretrained_model_name_or_path, dataloader_num_workers, and
             perhaps cache_dir.
         accelerator: an `Accelerator`: whose device, and which share.
+        watchdog: the run's `Watchdog`, through which a process that is done waits for the others, for hours if need be;
+            None: one of its own.
 
     Raises:
         InputError: files failed to decode. All others are encoded by then, and the failures noted: the next
             `read_manifest` drops them with their reasons.
     """
+    watchdog = watchdog or Watchdog(accelerator, 60 * DEFAULT_TIMEOUT_MINUTES)
     settings = CacheSettings.from_options(options)
     folder_of = {clip.folder: cache_folder(clip.folder, getattr(options, "cache_dir", None)) for clip in clips}
     # Shares are cut from all that there is, not from what is missing: a process that looks a little later would see
@@ -75,12 +76,12 @@ def encode_missing(clips, options, accelerator):
 
     my_texts = [item for item in _share(texts, accelerator) if not is_complete(item[0], PROMPT_TENSORS)]
     if my_texts:
-        _encode_prompts(my_texts, options, settings, accelerator)
-    accelerator.wait_for_everyone()
+        _encode_prompts(my_texts, options, settings, accelerator, watchdog)
+    watchdog.wait_for_everyone()
 
     my_clips = [item for item in _share(by_path, accelerator) if item[0] in missing]
-    failures = _encode_clips(my_clips, options, settings, folder_of, accelerator) if my_clips else []
-    accelerator.wait_for_everyone()
+    failures = _encode_clips(my_clips, options, settings, folder_of, accelerator, watchdog) if my_clips else []
+    watchdog.wait_for_everyone()
     if accelerator.num_processes > 1:
         failures = gather_object(failures)
     if failures:
@@ -102,7 +103,7 @@ def _provenance(options, **more):
 
 
 @torch.no_grad()
-def _encode_prompts(texts, options, settings, accelerator):
+def _encode_prompts(texts, options, settings, accelerator, watchdog):
     device = accelerator.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     source = options.pretrained_model_name_or_path
@@ -115,6 +116,7 @@ def _encode_prompts(texts, options, settings, accelerator):
     length_limit = max_sequence_length(pipeline.tokenizer)
     # One at a time: padded to 512 tokens a prompt fills the device by itself, and no result depends on its batch.
     for path, text in tqdm(texts, desc="prompts", unit="prompt", disable=not accelerator.is_main_process):
+        watchdog.beat(f"encoding of the prompt '{text}'")
         prompt_embeds, _ = pipeline.encode_prompt(
             text, do_classifier_free_guidance=False, max_sequence_length=length_limit, device=device
         )  # (1, L, D_text), zeros behind the prompt
@@ -159,7 +161,7 @@ def _one_item(items):
 
 
 @torch.no_grad()
-def _encode_clips(items, options, settings, folder_of, accelerator):
+def _encode_clips(items, options, settings, folder_of, accelerator, watchdog):
     """Encode this process's clips; returns one line for each that failed."""
     device = accelerator.device
     # fp32, as the pipeline decodes: in bf16 the latents lose more than the source's 8 bits.
@@ -175,6 +177,7 @@ def _encode_clips(items, options, settings, folder_of, accelerator):
     with tqdm(total=len(items), desc="clips", unit="clip", disable=not accelerator.is_main_process) as bar:
         for done, (index, frames, failure) in enumerate(loader, start=1):
             path, clip = items[index]
+            watchdog.beat(f"encoding of {clip.name}")
             if failure is None:
                 _encode_clip(vae, path, clip, frames.to(device), options, settings, folder_of[clip.folder])
             else:
@@ -254,12 +257,16 @@ def build_parser():
 
 def main():
     args = build_parser().parse_args()
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=ENCODING_TIMEOUT)])
-    manifest = read_manifest(args.dataset, args.domain, args)
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    require_joined(accelerator)
+    watchdog = Watchdog(accelerator, 60 * DEFAULT_TIMEOUT_MINUTES)
+    with watchdog.main_process_first():
+        manifest = read_manifest(args.dataset, args.domain, args)
     if accelerator.is_main_process:
         manifest.report()
-    encode_missing(manifest.clips, args, accelerator)
+    encode_missing(manifest.clips, args, accelerator, watchdog)
     accelerator.print(f"all {len(manifest.clips)} clips are in {manifest.cache_dir}")
+    watchdog.close()
     accelerator.end_training()
 
 

@@ -63,6 +63,12 @@ def build_accelerator(args):
         # Accelerate shards on accelerators only; FSDP2 itself runs on gloo as well.
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    require_joined(accelerator)
+    return accelerator
+
+
+def require_joined(accelerator):
+    """Raise InputError if the launched processes do not know of each other."""
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         # Each would train by itself, and all would write into the same folder.
@@ -70,7 +76,6 @@ def build_accelerator(args):
             f"{launched} processes were launched, but Accelerate joins {accelerator.num_processes}; "
             "check the configuration that `accelerate launch` was given"
         )
-    return accelerator
 
 
 def _launched_with(engine):

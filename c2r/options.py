@@ -11,6 +11,7 @@ from diffusers.optimization import SchedulerType
 from c2r import InputError, flow_matching
 from c2r.data.cache import check_clip_shape
 from c2r.interruption import stop_on_signals
+from c2r.watchdog import DEFAULT_TIMEOUT_MINUTES
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
@@ -67,7 +68,7 @@ def add_common_options(parser, **defaults):
     group.add_argument(
         "--distributed_timeout_minutes",
         type=float,
-        default=10.0,
+        default=DEFAULT_TIMEOUT_MINUTES,
         help="a process that makes no progress for so long ends the run; above the slowest load, step or save",
     )
     group.add_argument("--report_to", default="tensorboard", choices=("tensorboard", "none"), help="where logs go")
