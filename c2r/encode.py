@@ -54,8 +54,8 @@ def encode_missing(clips, options, accelerator, watchdog=None):
         options: has height, width, num_frames, fps, pretrained_model_name_or_path, dataloader_num_workers, and
             perhaps cache_dir.
         accelerator: an `Accelerator`: whose device, and which share.
-        watchdog: the run's `Watchdog`, through which a process that is done waits for the others, for hours if need be;
-            None: one of its own.
+        watchdog: the run's `Watchdog`, through which a process that is done waits for the others, for any time; None:
+            one of its own.
 
     Raises:
         InputError: files failed to decode. All others are encoded by then, and the failures noted: the next

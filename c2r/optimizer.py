@@ -1,4 +1,4 @@
-"""AdamW in 32 or 8 bit, over weights stored in fp32 or in bf16 without losing small updates."""
+"""AdamW, its schedule, and `--weight_storage bf16`: weights and gradients of half the size, and no update is lost."""
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -7,15 +7,17 @@ from c2r import InputError
 
 
 def build_optimizer(module, args, device):
-    """AdamW over the module's trainable parameters; `--weight_storage bf16` converts them here.
+    """AdamW over the trainable parameters. Call it before DDP is built: bf16 storage changes the module's dtypes.
 
     Args:
-        module: what trains, in fp32, before it is wrapped by an engine (DDP's buckets have the weights' dtype).
-        args: the run's options.
-        device: where it will run.
+        module: what trains, in fp32; with `--weight_storage bf16` its weights are bf16 afterwards, except those under
+            a name in its `_keep_in_fp32_modules`.
+        args: has optimizer, weight_storage, learning_rate, adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon.
+        device: where the module is or will be.
 
     Raises:
-        InputError: bitsandbytes is not installed.
+        InputError: bitsandbytes is missing, or a weight is beyond the range of bf16.
+        ValueError: bf16 storage of a module that is not in fp32.
     """
     options = {
         "lr": args.learning_rate,
@@ -24,23 +26,32 @@ def build_optimizer(module, args, device):
         "eps": args.adam_epsilon,
     }
     if args.optimizer == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit as optimizer_class
-        except ImportError as error:
-            raise InputError("--optimizer adamw8bit: pip install bitsandbytes==0.50.2") from error
+        cls = _adamw_8bit()
     else:
-        optimizer_class = torch.optim.AdamW
-        options["fused"] = device.type in ("cpu", "cuda")
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        cls, options["fused"] = torch.optim.AdamW, device.type in ("cuda", "cpu")
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if args.weight_storage == "fp32":
-        return optimizer_class(parameters, **options)
-    split = type(f"SplitWeight{optimizer_class.__name__}", (_SplitWeights, optimizer_class), {})(parameters, **options)
-    split.split_weights(module)
-    return split
+        return cls(trainable.values(), **options)
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    optimizer = type(f"Split{cls.__name__}", (SplitWeights, cls), {})(trainable.values(), **options)
+    for name, parameter in trainable.items():
+        if kept.isdisjoint(name.split(".")):
+            optimizer.split(name, parameter)
+    return optimizer
+
+
+def _adamw_8bit():
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise InputError(
+            "--optimizer adamw8bit: needs bitsandbytes; pip install bitsandbytes, or take --optimizer adamw"
+        ) from error
+    return AdamW8bit
 
 
 def build_lr_scheduler(optimizer, args):
-    """The learning-rate schedule; it counts optimizer steps."""
+    """The schedule `--lr_scheduler` of diffusers; it counts optimizer steps."""
     return get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -49,76 +60,114 @@ def build_lr_scheduler(optimizer, args):
     )
 
 
-def split_weight(weight):
-    """(bf16, int16) of an fp32 weight: rounded to the nearest, and what rounding took away, without loss.
+# ------------------------------------------------------------------------------------------------ bf16 weight storage
 
-    A bf16 number is the upper half of the fp32 one. Rounding adds half a unit, so the rest is signed and fits int16.
+
+def split_weight(weight):
+    """Split fp32 into the nearest bf16, ties away from zero, and the 16 bits that it lacks.
+
+    Args:
+        weight: fp32, any shape. From 3.396e38 on the bf16 is infinite.
+
+    Returns:
+        high bf16, low int16, of the same shape. `merge_weight` gives back every bit, those of a NaN too.
     """
     bits = weight.view(torch.int32)
-    high = (bits + 0x8000) >> 16
-    low = bits - (high << 16)
-    return high.to(torch.int16).view(torch.bfloat16), low.to(torch.int16)
+    # bits = 2^16·high + low with low in [−2^15, 2^15): the lower half read as a signed number carries into the upper.
+    low = bits.to(torch.int16)
+    return ((bits - low) >> 16).to(torch.int16).view(torch.bfloat16), low
 
 
 def merge_weight(high, low):
-    """The fp32 weight that `split_weight` was given."""
+    """The fp32 that `split_weight` has split."""
     return ((high.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
 
 
-class _SplitWeights:
-    """Mixin over an optimizer: bf16 weights in the module, their low 16 bits here, fp32 only while a weight is stepped.
+class SplitWeights:
+    """Mixin for an optimizer whose parameters are bf16 in the module; what they lack of fp32 is in `low_bits`.
 
-    In plain bf16 a weight has 8 bits: an update of less than 1/256 of it would be rounded away.
+    A step is the fp32 optimizer's own, for one parameter after another, each put together for the time of its step.
+    `param_groups` and `state` name the module's parameters; the moments are what the fp32 optimizer would keep.
     """
 
-    def split_weights(self, module):
-        """Convert the module's parameters, but for those that it declares to be kept in fp32."""
-        keep = set(getattr(module, "_keep_in_fp32_modules", None) or ())
-        self.low_bits = {}
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad and not keep.intersection(name.split(".")):
-                parameter.data, self.low_bits[parameter] = split_weight(parameter.data)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.low_bits = {}  # by parameter: int16 of its shape
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """One step; only one parameter at a time has its fp32 weight and gradient."""
-        everything = [group["params"] for group in self.param_groups]
-        try:
-            for group in self.param_groups:
-                group["params"] = []
-            for group, parameters in zip(self.param_groups, everything):
-                for parameter in parameters:
-                    if parameter.grad is not None:
-                        group["params"] = [parameter]
-                        self._step_one(parameter)
-                group["params"] = []
-        finally:
-            for group, parameters in zip(self.param_groups, everything):
-                group["params"] = parameters
+    def split(self, name, parameter):
+        """Make a parameter of this optimizer bf16.
 
-    def _step_one(self, parameter):
-        if parameter not in self.low_bits:
-            super().step()
-            return
-        grad, parameter.grad = parameter.grad, None  # autograd wants weight and gradient of one dtype
-        parameter.data = merge_weight(parameter.data, self.low_bits[parameter])
-        parameter.grad = grad.float()
-        super().step()
+        Raises:
+            InputError: a value is not finite in bf16.
+            ValueError: it is not fp32.
+        """
+        if parameter.dtype != torch.float32:
+            raise ValueError(f"{name} is {parameter.dtype}: only fp32 can be split")
+        high, low = split_weight(parameter.data)
+        if not high.isfinite().all():
+            raise InputError(f"--weight_storage bf16: {name} is not finite in bf16; take --weight_storage fp32")
         parameter.grad = None
-        parameter.data, self.low_bits[parameter] = split_weight(parameter.data)
-        parameter.grad = grad
+        parameter.data, self.low_bits[parameter] = high, low
+
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        groups = self.param_groups
+        try:
+            for group in groups:
+                self._step_whole(group, [p for p in group["params"] if p not in self.low_bits])
+                for parameter in group["params"]:
+                    if parameter in self.low_bits and parameter.grad is not None:
+                        self._step_split(group, parameter)
+        finally:
+            self.param_groups = groups
+        return loss
+
+    def _step_whole(self, group, parameters):
+        if parameters:
+            self.param_groups = [group | {"params": parameters}]
+            super().step()
+
+    @torch.no_grad()
+    def _step_split(self, group, parameter):
+        # A stand-in is stepped on: with another dtype put into it, the parameter would lose the autograd node that
+        # DDP's hooks are on, and its gradients would no longer be averaged.
+        whole = merge_weight(parameter.detach(), self.low_bits[parameter])
+        whole.grad = parameter.grad.float()
+        self.state[whole] = self.state[parameter]
+        try:
+            self._step_whole(group, [whole])
+        finally:
+            del self.state[whole]
+        high, low = split_weight(whole)
+        parameter.copy_(high)
+        self.low_bits[parameter].copy_(low)
+
+    def load_state_dict(self, state_dict):
+        """Take over the options of a state dict.
+
+        Raises:
+            NotImplementedError: it holds moments: torch would cast them to the parameters' bf16. Fill `state`.
+        """
+        if state_dict["state"]:
+            raise NotImplementedError("moments would be cast to bf16; fill optimizer.state instead")
+        super().load_state_dict(state_dict)
 
 
-def exact_state_dict(module, optimizer=None):
-    """The module's state dict, with the fp32 weights that `--weight_storage bf16` keeps in two parts.
+def exact_state_dict(module, optimizer):
+    """The module's state dict with fp32 where `--weight_storage bf16` has split a weight.
 
     Args:
-        module: not sharded.
-        optimizer: of `build_optimizer`, perhaps wrapped by Accelerate.
+        module: what `build_optimizer` was given, or a part of it, with the weights that the last step has left.
+        optimizer: of `build_optimizer`, also in Accelerate's wrapper; None for a module without one.
+
+    Returns:
+        {name: tensor}. What has been put together is on the CPU; all else shares the module's memory.
     """
-    base = getattr(optimizer, "optimizer", optimizer)
-    low_bits = getattr(base, "low_bits", {})
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    low_bits = getattr(optimizer, "low_bits", {})
     return {
-        name: merge_weight(tensor.detach(), low_bits[tensor]) if tensor in low_bits else tensor.detach()
+        name: merge_weight(tensor.detach(), low_bits[tensor]).cpu() if tensor in low_bits else tensor.detach()
         for name, tensor in module.state_dict(keep_vars=True).items()
     }
