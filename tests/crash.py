@@ -107,9 +107,7 @@ def differences(out, reference):
     """What differs between two finished runs, as a list of names; empty if all is equal, bit for bit."""
     found = []
     last = max(reference.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])).name
-    for path in [*reference.glob("best/*.safetensors"), *reference.glob("final/*.safetensors")] + [
-        *(reference / last).rglob("*.safetensors")
-    ]:
+    for path in [file for name in ("best", "final", last) for file in (reference / name).rglob("*.safetensors")]:
         name = path.relative_to(reference)
         a, b = load_file(out / name), load_file(path)
         if a.keys() != b.keys() or not all(torch.equal(a[key], b[key]) for key in a):

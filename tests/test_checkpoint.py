@@ -1,114 +1,275 @@
+import json
+from argparse import Namespace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from c2r import InputError
-from c2r.checkpoint import find_checkpoint, list_checkpoints, register_trainable_weights, save_checkpoint
+from c2r.checkpoint import (
+    STATE,
+    checkpoint_bytes,
+    damage,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    lock_output_dir,
+    require_resumable,
+    save_checkpoint,
+)
+from c2r.ema import build_ema, step_ema
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.transformer import C2RTransformer
+from c2r.optimizer import build_lr_scheduler, build_optimizer
+from c2r.sampler import MixedCGRealSampler
 from c2r.training import LoopState
+from tests.test_options import options
 from tests.tiny import FEATURE_DIM, tiny_transformer
 
 
-def run_parts(seed):
-    """A phase 2 model, optimizer and loop state, prepared and registered as the script does it."""
-    backbone = tiny_transformer()
-    torch.manual_seed(seed)
-    controlnet = C2RControlNet.from_transformer(backbone, 2, 1, feature_dim=FEATURE_DIM)
+def build_run(out, *argv, weights=None):
+    """What the phase 2 script builds, on tiny models; `weights` is a model folder of an earlier run."""
+    args = options([f"--output_dir={out}", "--learning_rate=1e-2", *argv])
+    out.mkdir(exist_ok=True)
     accelerator = Accelerator(cpu=True)
-    optimizer = torch.optim.AdamW(controlnet.parameters(), lr=1e-2)
-    register_trainable_weights(accelerator, controlnet)
+    backbone = tiny_transformer()
+    torch.manual_seed(1)
+    controlnet = C2RControlNet.from_transformer(backbone, 2, 1, feature_dim=FEATURE_DIM)
+    if weights is not None:
+        controlnet = C2RControlNet.from_pretrained(weights)
+    optimizer = build_optimizer(controlnet, args, accelerator.device)
+    lr_scheduler = build_lr_scheduler(optimizer, args)
     model, optimizer = accelerator.prepare(C2RTransformer(backbone, controlnet), optimizer)
-    state = LoopState()
-    accelerator.register_for_checkpointing(state)
-    return accelerator, model, controlnet, optimizer, state
-
-
-def train_one_step(accelerator, model, optimizer):
-    generator = torch.Generator().manual_seed(0)
-    velocity_pred = model(
-        torch.randn(1, 4, 2, 4, 4, generator=generator),
-        torch.tensor([500.0]),
-        torch.randn(1, 8, 24, generator=generator),
-        torch.randn(1, 5, 2, 2, FEATURE_DIM, generator=generator),
+    return SimpleNamespace(
+        args=args,
+        accelerator=accelerator,
+        model=model,
+        controlnet=controlnet,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        sampler=MixedCGRealSampler(10, 3, cg_ratio=0.25),
+        loop=LoopState(inputs={"backbone": "a"}),
+        ema=build_ema(controlnet, args.ema_decay),
     )
-    accelerator.backward(velocity_pred.square().mean())
-    optimizer.step()
-    optimizer.zero_grad()
 
 
-def test_a_checkpoint_restores_weights_optimizer_and_loop_state(tmp_path):
-    accelerator, model, controlnet, optimizer, state = run_parts(seed=1)
-    train_one_step(accelerator, model, optimizer)
-    state.global_step, state.best_validation_loss, state.metrics = 7, 0.25, {"loss": 0.5}
-    state.inputs = {"backbone": "a"}
-    save_checkpoint(accelerator, tmp_path, 7)
-    train_one_step(accelerator, model, optimizer)
+def train_one_step(run):
+    index = run.sampler.sample_batch(1)[0]
+    generator = torch.Generator().manual_seed(index)
+    with torch.autocast("cpu", torch.bfloat16, enabled=run.args.mixed_precision == "bf16"):
+        velocity_pred = run.model(
+            torch.randn(1, 4, 2, 4, 4, generator=generator),
+            torch.tensor([500.0]),
+            torch.randn(1, 8, 24, generator=generator),
+            torch.randn(1, 5, 2, 2, FEATURE_DIM, generator=generator),
+        )
+    run.accelerator.backward(velocity_pred.float().square().mean())
+    run.optimizer.step()
+    step_ema(run.ema, run.controlnet)
+    run.optimizer.zero_grad()
+    run.lr_scheduler.step()
+    run.loop.global_step += 1
 
-    accelerator2, model2, controlnet2, optimizer2, state2 = run_parts(seed=2)
-    accelerator2.load_state(str(find_checkpoint(tmp_path, "latest")))
-    assert state2 == LoopState(7, 0.25, {"loss": 0.5}, {"backbone": "a"})
-    train_one_step(accelerator2, model2, optimizer2)
-    for (name, a), b in zip(controlnet.state_dict().items(), controlnet2.state_dict().values()):
-        assert torch.equal(a, b), name
+
+def save(run):
+    parts = (run.controlnet, run.optimizer, run.lr_scheduler, run.sampler, run.loop, run.ema, run.args)
+    save_checkpoint(run.accelerator, *parts)
+    return run.args.output_dir
 
 
-def test_a_checkpoint_holds_no_frozen_weights(tmp_path):
-    accelerator, _, controlnet, *_ = run_parts(seed=1)
-    save_checkpoint(accelerator, tmp_path, 1)
-    weights = list((tmp_path / "checkpoint-1").rglob("*.safetensors"))
-    assert [path.parent.name for path in weights] == ["model"]
-    assert load_file(weights[0]).keys() == controlnet.state_dict().keys()
+def load(run, checkpoint):
+    load_checkpoint(checkpoint, run.accelerator, run.optimizer, run.lr_scheduler, run.sampler, run.loop, run.ema)
+
+
+def same_files(a, b):
+    names = sorted(path.relative_to(a) for path in a.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(b) for path in b.rglob("*") if path.is_file())
+    return [str(name) for name in names if (a / name).read_bytes() != (b / name).read_bytes()] == []
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        ["--ema_decay=0.9"],
+        ["--optimizer=adamw8bit"],
+        ["--weight_storage=bf16", "--mixed_precision=bf16"],
+    ],
+)
+def test_a_resumed_run_writes_the_same_checkpoint_byte_by_byte(extra, tmp_path):
+    if "8bit" in "".join(extra):
+        pytest.importorskip("bitsandbytes")
+    whole = build_run(tmp_path / "whole", *extra)
+    for _ in range(2):
+        train_one_step(whole)
+    whole.loop.best_validation_loss, whole.loop.metrics = 0.25, {"loss": 0.5}
+    save(whole)
+    for _ in range(2):
+        train_one_step(whole)
+    save(whole)
+
+    checkpoint = tmp_path / "whole/checkpoint-2"
+    resumed = build_run(tmp_path / "resumed", *extra, weights=checkpoint / "model")
+    load(resumed, checkpoint)
+    assert resumed.loop.global_step == 2
+    assert resumed.loop.best_validation_loss == 0.25
+    for _ in range(2):
+        train_one_step(resumed)
+    save(resumed)
+    assert same_files(tmp_path / "resumed/checkpoint-4", tmp_path / "whole/checkpoint-4")
+    assert not same_files(tmp_path / "resumed/checkpoint-4/model", checkpoint / "model")
+
+
+def test_a_checkpoint_holds_no_frozen_weights_and_has_the_computed_size(tmp_path):
+    run = build_run(tmp_path, "--ema_decay=0.9")
+    train_one_step(run)
+    save(run)
+    folder = tmp_path / "checkpoint-1"
+    assert load_file(folder / "model/diffusion_pytorch_model.safetensors").keys() == run.controlnet.state_dict().keys()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "ema-00000-of-00001.safetensors",
+        "model",
+        "optimizer-00000-of-00001.safetensors",
+        STATE,
+    ]
+    tensors = [load_file(path) for path in folder.rglob("*.safetensors")]
+    stored = sum(t.numel() * t.element_size() for tensors in tensors for t in tensors.values() if t.ndim)
+    trainable = sum(parameter.numel() for parameter in run.controlnet.parameters())
+    assert stored == checkpoint_bytes(trainable, ema=True)
 
 
 def test_old_checkpoints_are_pruned_after_the_new_one(tmp_path):
-    accelerator, *_ = run_parts(seed=1)
-    (tmp_path / "checkpoint-9.partial").mkdir()  # left by a killed run
+    run = build_run(tmp_path, "--checkpoints_total_limit=2")
+    (tmp_path / ".checkpoint-9.tmp").mkdir()  # left by killed runs
+    (tmp_path / ".checkpoint-1.removed").mkdir()
     for step in (2, 9, 10):
-        save_checkpoint(accelerator, tmp_path, step, total_limit=2)
+        run.loop.global_step = step
+        save(run)
     assert [step for step, _ in list_checkpoints(tmp_path)] == [9, 10]
-    assert not (tmp_path / "checkpoint-9.partial").exists()
+    assert not list(tmp_path.glob(".checkpoint*"))
 
 
-def test_find_checkpoint(tmp_path):
-    assert find_checkpoint(tmp_path, None) is None
-    assert find_checkpoint(tmp_path, "latest") is None
-    assert find_checkpoint(tmp_path / "missing", "latest") is None
-    for name in ("checkpoint-5", "checkpoint-20", "checkpoint-100.partial", "other"):
-        (tmp_path / name).mkdir()
-    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-20"
-    assert find_checkpoint(tmp_path, "checkpoint-20") == tmp_path / "checkpoint-20"
+@pytest.fixture
+def two_checkpoints(tmp_path):
+    run = build_run(tmp_path)
+    for step in (5, 20):
+        run.loop.global_step = step
+        save(run)
+    return tmp_path
+
+
+def test_find_checkpoint(two_checkpoints, tmp_path):
+    (tmp_path / ".checkpoint-100.tmp").mkdir()
+    (tmp_path / "other").mkdir()
+    assert find_checkpoint(tmp_path / "missing", None) == (None, [])
+    assert find_checkpoint(tmp_path / "missing", "latest") == (None, [])
+    assert find_checkpoint(tmp_path, "latest") == (tmp_path / "checkpoint-20", [])
+    assert find_checkpoint(tmp_path, "checkpoint-20")[0] == tmp_path / "checkpoint-20"
     with pytest.raises(InputError, match="checkpoint-20 is later"):
         find_checkpoint(tmp_path, "checkpoint-5")
-    assert find_checkpoint("elsewhere", str(tmp_path / "checkpoint-5")) == tmp_path / "checkpoint-5"
+    assert find_checkpoint("elsewhere", str(tmp_path / "checkpoint-5"))[0] == tmp_path / "checkpoint-5"
     for name in ("checkpoint-6", "other", str(tmp_path / "checkpoint-7")):
         with pytest.raises(InputError, match="--resume_from_checkpoint"):
             find_checkpoint(tmp_path, name)
 
 
-def test_other_inputs_than_the_checkpoints_are_refused():
-    state = LoopState(inputs={"backbone": "a", "real dataset": "b"})
-    state.require_inputs({"backbone": "a", "real dataset": "b"})
-    with pytest.raises(InputError, match="real dataset has changed"):
-        state.require_inputs({"backbone": "a", "real dataset": "c"})
+def _truncate(path):
+    file = path / "model/diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (_truncate, "bytes, not"),
+        (lambda path: (path / "model/config.json").unlink(), "config.json is missing"),
+        (lambda path: (path / STATE).unlink(), "no such file"),
+        (lambda path: (path / STATE).write_text("{"), "not valid JSON"),
+        (lambda path: (path / STATE).write_text("{}"), "another version"),
+    ],
+)
+def test_latest_passes_over_a_damaged_checkpoint_and_says_so(harm, reason, two_checkpoints):
+    assert damage(two_checkpoints / "checkpoint-20") is None
+    harm(two_checkpoints / "checkpoint-20")
+    path, skipped = find_checkpoint(two_checkpoints, "latest")
+    assert path == two_checkpoints / "checkpoint-5"
+    assert len(skipped) == 1
+    assert "checkpoint-20: incomplete" in skipped[0]
+    assert reason in skipped[0]
+    with pytest.raises(InputError, match="incomplete"):
+        find_checkpoint(two_checkpoints, "checkpoint-20")
 
 
 @pytest.mark.parametrize("name", ["checkpoint-5", "best", "final"])
 def test_an_earlier_run_is_not_written_over(name, tmp_path):
     (tmp_path / "logs").mkdir()
-    assert find_checkpoint(tmp_path, None) is None
+    assert find_checkpoint(tmp_path, None) == (None, [])
     (tmp_path / name).mkdir()
     with pytest.raises(InputError, match="--resume_from_checkpoint latest"):
         find_checkpoint(tmp_path, None)
 
 
-def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
-    accelerator, *_ = run_parts(seed=1)
-    save_checkpoint(accelerator, tmp_path, 1)
-    other = Accelerator(cpu=True)
-    controlnet = C2RControlNet.from_transformer(tiny_transformer(), 3, 1, feature_dim=FEATURE_DIM)
-    register_trainable_weights(other, controlnet)
-    other.prepare(C2RTransformer(tiny_transformer(), controlnet))
-    with pytest.raises(InputError, match=r"injection_layers \[0, 1\]"):
-        other.load_state(str(tmp_path / "checkpoint-1"))
+def test_a_second_run_may_not_write_into_the_same_folder(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    lock = lock_output_dir(accelerator, tmp_path)
+    with pytest.raises(InputError, match="another run is writing"):
+        lock_output_dir(accelerator, tmp_path)
+    lock.close()
+    lock_output_dir(accelerator, tmp_path).close()
+
+
+def resumable(run, checkpoint, inputs=None, config=None, **changed):
+    config = {"injection_layers": [0, 1]} if config is None else config
+    args = Namespace(**vars(run.args) | changed)
+    require_resumable(checkpoint, run.accelerator, args, config, {"backbone": "a"} if inputs is None else inputs)
+
+
+@pytest.mark.parametrize(
+    ("changed", "part"),
+    [
+        ({"inputs": {"backbone": "b"}}, "backbone has changed"),
+        ({"config": {"injection_layers": [0, 3]}}, "injection_layers [0, 1], but this run has [0, 3]"),
+        ({"optimizer": "adamw8bit"}, "--optimizer adamw8bit"),
+        ({"ema_decay": 0.9}, "--ema_decay 0.9"),
+    ],
+)
+def test_another_run_than_the_checkpoints_is_refused(changed, part, two_checkpoints):
+    run = build_run(two_checkpoints)
+    resumable(run, two_checkpoints / "checkpoint-20")
+    with pytest.raises(InputError) as error:
+        resumable(run, two_checkpoints / "checkpoint-20", **changed)
+    assert part in str(error.value)
+
+
+def test_another_split_of_the_optimizer_is_refused(two_checkpoints):
+    state = json.loads((two_checkpoints / "checkpoint-20" / STATE).read_text())
+    state |= {"sharding": "zero3", "num_processes": 8}
+    (two_checkpoints / "checkpoint-20" / STATE).write_text(json.dumps(state))
+    with pytest.raises(InputError, match="split for zero3 on 8 processes, this run has one process or DDP"):
+        resumable(build_run(two_checkpoints), two_checkpoints / "checkpoint-20")
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    run = build_run(tmp_path)
+    run.loop.global_step = 1
+    save(run)
+    with torch.no_grad():
+        next(run.controlnet.parameters()).view(-1)[0] = torch.nan
+    run.loop.global_step = 2
+    with pytest.raises(InputError, match="not finite"):
+        save(run)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [1]
+
+
+def test_a_save_without_room_says_so_and_leaves_the_last_one(tmp_path, monkeypatch):
+    run = build_run(tmp_path)
+    run.loop.global_step = 1
+    save(run)
+    monkeypatch.setattr("c2r.checkpoint.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    run.loop.global_step = 2
+    with pytest.raises(InputError, match="GB free"):
+        save(run)
+    assert find_checkpoint(tmp_path, "latest") == (tmp_path / "checkpoint-1", [])
+    assert not list(tmp_path.glob(".checkpoint*"))

@@ -5,7 +5,6 @@ from accelerate import Accelerator
 from c2r import flow_matching
 from c2r.training import (
     StepLog,
-    build_optimizer,
     make_noisy_batch,
     seeded_generator,
 )
@@ -93,31 +92,6 @@ def test_flow_options_change_the_draw():
         assert not torch.equal(base, plain.sigmas)
         assert not torch.equal(draw(options([f"--weighting_scheme={scheme}", option])).sigmas, base)
     assert not torch.equal(draw(options(["--weighting_scheme=cosmap"])).weights, plain.weights)
-
-
-@pytest.mark.parametrize(
-    ("option", "read"),
-    [
-        ("--adam_beta1=0.5", lambda group: group["betas"][0] == 0.5),
-        ("--adam_beta2=0.5", lambda group: group["betas"][1] == 0.5),
-        ("--adam_weight_decay=0.5", lambda group: group["weight_decay"] == 0.5),
-        ("--adam_epsilon=0.5", lambda group: group["eps"] == 0.5),
-        ("--lr_warmup_steps=4", lambda group: group["lr"] == pytest.approx(0.5e-3)),
-        ("--lr_scheduler=constant", lambda group: group["lr"] == pytest.approx(1e-3)),
-    ],
-)
-def test_optimizer_options_reach_the_optimizer(option, read):
-    groups = []
-    for argv in ([option], []):
-        optimizer, lr_scheduler = build_optimizer(
-            [torch.nn.Parameter(torch.ones(1))], options(argv), torch.device("cpu")
-        )
-        for _ in range(2):
-            optimizer.step()
-            lr_scheduler.step()
-        groups.append(optimizer.param_groups[0])
-    assert read(groups[0])
-    assert not read(groups[1])
 
 
 def test_step_log_groups_losses():
