@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from c2r.data.video import write_video
+from tests.commands import SIZE, phase1, phase2, succeed
 from tests.tiny import save_tiny_dinov3, save_tiny_pipeline
 from tests.videos import encode_video
-
-SIZE = {"height": 32, "width": 48, "num_frames": 5, "fps": 8}
 
 
 def noise_video(seed, num_frames=10):
@@ -68,3 +67,19 @@ def small_datasets(tmp_path_factory):
         encode_video(folder / "real" / name, frames, **{"fps": SIZE["fps"]} | options)
     write_dataset(folder / "cg", [f"f{i}.mp4" for i in range(3)], texts[:3], [f"c{i}.mp4" for i in range(3)])
     return folder
+
+
+@pytest.fixture(scope="session")
+def first(tiny_models, small_datasets, tmp_path_factory):
+    """A finished phase 1 of four steps."""
+    out = tmp_path_factory.mktemp("run") / "phase1"
+    done = succeed(*phase1(tiny_models, small_datasets, out, "--max_train_steps=4"))
+    return out, done
+
+
+@pytest.fixture(scope="session")
+def second(first, tiny_models, small_datasets, tmp_path_factory):
+    """A finished phase 2 of four steps."""
+    out = tmp_path_factory.mktemp("run") / "phase2"
+    done = succeed(*phase2(tiny_models, small_datasets, first[0] / "final", out, "--max_train_steps=4"))
+    return out, done

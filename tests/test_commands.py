@@ -1,109 +1,15 @@
 """The commands as a user types them, in processes of their own, on tiny models and real video files."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
-from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from c2r.data.video import probe
-from tests.conftest import SIZE
+from tests.commands import LAUNCH, SIZE, phase1, phase2, same, scalars, start, succeed, weights
 from tests.tiny import PROMPT_LENGTH
-
-ROOT = Path(__file__).parents[1]
-LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs/cpu.yaml")]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
-def start(*command, **environment):
-    """Run one Python command; returns its exit status, output and errors."""
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT | environment,
-        cwd=ROOT,
-        timeout=300,
-    )
-
-
-def succeed(*command, **environment):
-    done = start(*command, **environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-def shared(tiny_models, small_datasets):
-    options = {
-        "pretrained_model_name_or_path": tiny_models / "pipeline",
-        "real_dataset": small_datasets / "real",
-        "train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "dataloader_num_workers": 1,
-        "mixed_precision": "no",
-        "learning_rate": 1e-3,
-        "lr_warmup_steps": 2,
-        "validation_steps": 2,
-        "num_validation_clips": 2,
-        "checkpointing_steps": 2,
-        **SIZE,
-    }
-    return [f"--{name}={value}" for name, value in options.items()]
-
-
-def phase1(tiny_models, small_datasets, out, *extra):
-    return [*LAUNCH, "train_phase1.py", *shared(tiny_models, small_datasets), f"--output_dir={out}", *extra]
-
-
-def phase2(tiny_models, small_datasets, backbone, out, *extra):
-    options = [
-        *shared(tiny_models, small_datasets),
-        f"--resume_backbone_from={backbone}",
-        f"--cg_dataset={small_datasets / 'cg'}",
-        f"--dinov3={tiny_models / 'dinov3'}",
-        "--control_layers=2",
-        "--control_stride=2",
-        "--cg_ratio=0.25",
-        f"--output_dir={out}",
-    ]
-    return [*LAUNCH, "train_phase2.py", *options, *extra]
-
-
-@pytest.fixture(scope="module")
-def first(tiny_models, small_datasets, tmp_path_factory):
-    """A finished phase 1 of four steps."""
-    out = tmp_path_factory.mktemp("run") / "phase1"
-    done = succeed(*phase1(tiny_models, small_datasets, out, "--max_train_steps=4"))
-    return out, done
-
-
-@pytest.fixture(scope="module")
-def second(first, tiny_models, small_datasets, tmp_path_factory):
-    """A finished phase 2 of four steps."""
-    out = tmp_path_factory.mktemp("run") / "phase2"
-    done = succeed(*phase2(tiny_models, small_datasets, first[0] / "final", out, "--max_train_steps=4"))
-    return out, done
-
-
-def weights(folder):
-    return load_file(folder / "diffusion_pytorch_model.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def scalars(out):
-    events = EventAccumulator(str(out / "logs")).Reload()
-    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def test_phase1_trains_and_exports(first, tiny_models):
@@ -212,26 +118,6 @@ def test_generate_from_both_phases(first, second, small_datasets, tmp_path):
             *extra,
         )
         assert probe(tmp_path / name).frames_at(SIZE["fps"]) == SIZE["num_frames"]
-
-
-def test_two_processes_train(first, second, tiny_models, small_datasets, tmp_path):
-    command = phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, "--max_train_steps=2")
-    # torchrun is what accelerate's multi_gpu launcher runs; its processes meet over gloo.
-    done = succeed(*TORCHRUN, *command[len(LAUNCH) :], ACCELERATE_USE_CPU="true")
-    assert done.stdout.count("kept 10 clips of 5 files") == 1  # only the main process prints
-    final = json.loads((tmp_path / "final/c2r.json").read_text())
-    assert final["metrics"]["cg_share"] == 0.25
-    # The validation loss does not depend on how many processes share the clips.
-    single = json.loads((second[0] / "final/c2r.json").read_text())
-    assert final["metrics"]["loss_no_control"] == pytest.approx(single["metrics"]["loss_no_control"], rel=1e-5)
-
-
-def test_processes_that_do_not_find_each_other_are_refused(first, tiny_models, small_datasets, tmp_path):
-    command = phase2(tiny_models, small_datasets, first[0] / "final", tmp_path)
-    done = start(*TORCHRUN, *command[len(LAUNCH) :])
-    assert done.returncode != 0
-    assert "error: 2 processes were launched" in done.stderr
-    assert not list(tmp_path.iterdir())
 
 
 def test_bf16_trains_fp32_weights_over_a_bf16_backbone(first, tiny_models, small_datasets, tmp_path):
