@@ -35,7 +35,7 @@ def test_a_gradient_that_is_not_finite_names_all_clips_of_the_step(guard, capsys
 def test_so_many_in_a_row_end_the_run(guard):
     for _ in range(2):
         assert not guard.may_step(math.nan)
-    with pytest.raises(InputError, match="number 3 in a row.*--max_skipped_steps 2"):
+    with pytest.raises(InputError, match=r"number 3 in a row.*--max_skipped_steps 2"):
         guard.may_step(math.nan)
 
 
