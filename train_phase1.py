@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
+from diffusers import WanTransformer3DModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -25,8 +26,9 @@ from c2r.checkpoint import (
 )
 from c2r.data.dataset import ClipDataset
 from c2r.data.manifest import read_manifest
+from c2r.dry_run import RunRecord, dry_run, few
 from c2r.ema import averaged_weights, build_ema, step_ema
-from c2r.encode import encode_missing
+from c2r.encode import count_missing, encode_missing
 from c2r.engine import (
     build_accelerator,
     failing_together,
@@ -36,9 +38,10 @@ from c2r.engine import (
 )
 from c2r.guards import StepGuard
 from c2r.interruption import EXIT_STOPPED, Interruption
-from c2r.models.assembly import check_transformer, load_transformer, save_phase
+from c2r.models.assembly import check_transformer, load_transformer, read_transformer_config, save_phase
 from c2r.optimizer import build_lr_scheduler, build_optimizer
 from c2r.options import HelpFormatter, add_common_options, parse_options, run
+from c2r.preflight import count_parameters, preflight, require_access, require_encoders
 from c2r.sampler import MixedCGRealSampler
 from c2r.training import (
     LoopState,
@@ -66,10 +69,8 @@ def build_parser():
     return parser
 
 
-def main():
-    # ------------------------------------------------------------------------------------------ options, accelerator
-    args = parse_options(build_parser())
-    accelerator = build_accelerator(args)
+def train(args, accelerator, record):
+    # --------------------------------------------------------------------------------------------------- output folder
     watchdog = Watchdog(accelerator, 60 * args.distributed_timeout_minutes)
     set_seed(args.seed)
     device = accelerator.device
@@ -78,20 +79,30 @@ def main():
     for line in skipped:
         accelerator.print(line)
 
-    # ---------------------------------------------------------------------------------------------------------- data
+    # ----------------------------------------------------------------------------------------------------- preflight
+    # What can be refused is refused here, the cheapest first; not one weight is read yet.
+    transformer_source = args.dit_path or args.pretrained_model_name_or_path
+    require_access(args.pretrained_model_name_or_path)
+    config = read_transformer_config(transformer_source, args.pretrained_model_name_or_path)
     with watchdog.main_process_first():  # the others find in the cache what the first has looked into
         manifest = read_manifest(args.real_dataset, "real", args)
     if accelerator.is_main_process:
         manifest.report()
+    record.trainable = count_parameters(WanTransformer3DModel, config)
+    preflight(accelerator, args, manifests=[manifest], config=config, trainable=record.trainable, frozen=0)
+    require_encoders(args.pretrained_model_name_or_path)
+    check_transformer(transformer_source, args.pretrained_model_name_or_path)
     inputs = {"real dataset": manifest.fingerprint}
-    transformer_source = args.dit_path or args.pretrained_model_name_or_path
-    _, config = check_transformer(transformer_source, args.pretrained_model_name_or_path)
     if checkpoint is not None:
         require_resumable(checkpoint, accelerator, args, config, inputs)
         transformer_source = checkpoint / "model"
-    train_clips = manifest.train
+
+    # ---------------------------------------------------------------------------------------------------------- data
+    train_clips = few(manifest.train, args, accelerator)
     validation_clips = choose_validation_clips(manifest, args.num_validation_clips)
-    encode_missing([*train_clips, *validation_clips], args, accelerator, watchdog)
+    if args.dry_run:
+        record.clips_to_encode = count_missing([*manifest.train, *validation_clips], args)
+    record.seconds_per_clip = encode_missing([*train_clips, *validation_clips], args, accelerator, watchdog)
     train_dataset = ClipDataset(train_clips, args)
     validation_dataset = ClipDataset(validation_clips, args)
     sampler = MixedCGRealSampler(
@@ -182,7 +193,8 @@ def main():
                 save_phase(folder, transformer, contract, weights)
 
     if loop.validation_due(args):
-        validate()
+        with record.time("validation"):
+            validate()
 
     # ------------------------------------------------------------------------------------------------------ training
     progress = tqdm(
@@ -236,16 +248,19 @@ def main():
             skipped_in_a_row=loop.skipped_in_a_row,
         )
         logs["train/loss_spike"] = guard.finish(logs["train/loss"])
+        record.samples_per_second = logs["train/samples_per_second"]
         accelerator.log(logs, loop.global_step)
         progress.set_postfix(loss=f"{logs['train/loss']:.4f}", grad_norm=f"{logs['train/grad_norm']:.2f}")
         progress.update()
         interruption.agree(accelerator)
         if loop.validation_due(args) and interruption.stop is None:
-            validate()
+            with record.time("validation"):
+                validate()
         last = loop.global_step == args.max_train_steps
         if last or loop.global_step % args.checkpointing_steps == 0 or interruption.save:
             watchdog.beat(f"step {loop.global_step}: checkpoint")
-            save_checkpoint(accelerator, transformer, optimizer, lr_scheduler, sampler, loop, ema, args)
+            with record.time("checkpoint"):
+                save_checkpoint(accelerator, transformer, optimizer, lr_scheduler, sampler, loop, ema, args)
             interruption.saved()
     progress.close()
     if interruption.stop is not None:
@@ -261,7 +276,16 @@ def main():
         save("final")
     accelerator.print(f"final/ and best/ (validation loss {loop.best_validation_loss:.4f}) are in {args.output_dir}")
     watchdog.close()
-    accelerator.end_training()
+
+
+def main():
+    args = parse_options(build_parser())
+    if args.dry_run:
+        dry_run(train, args)
+    else:
+        accelerator = build_accelerator(args)
+        train(args, accelerator, RunRecord())
+        accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
+from diffusers import WanTransformer3DModel
 from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
@@ -25,10 +26,12 @@ from c2r.checkpoint import (
     require_resumable,
     save_checkpoint,
 )
+from c2r.data.cache import encoder_fingerprint
 from c2r.data.dataset import ClipDataset
 from c2r.data.manifest import read_manifest
+from c2r.dry_run import RunRecord, dry_run, few
 from c2r.ema import averaged_weights, build_ema, step_ema
-from c2r.encode import encode_missing
+from c2r.encode import count_missing, encode_missing
 from c2r.engine import (
     build_accelerator,
     failing_together,
@@ -41,17 +44,18 @@ from c2r.guards import StepGuard
 from c2r.interruption import EXIT_STOPPED, Interruption
 from c2r.models.assembly import (
     check_transformer,
-    fingerprint_transformer,
     load_controlnet,
     load_transformer,
+    read_transformer_config,
     resolve_model_folder,
     save_phase,
 )
 from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet, injection_layers
-from c2r.models.dinov3 import DINOv3FeatureExtractor
+from c2r.models.dinov3 import DINOv3FeatureExtractor, check_dinov3
 from c2r.models.transformer import C2RTransformer
 from c2r.optimizer import build_lr_scheduler, build_optimizer
 from c2r.options import HelpFormatter, add_common_options, parse_options, run
+from c2r.preflight import count_parameters, fingerprint_backbone, preflight, require_access, require_encoders
 from c2r.sampler import MixedCGRealSampler
 from c2r.training import (
     LoopState,
@@ -96,14 +100,8 @@ def build_parser():
     return parser
 
 
-def main():
-    # ------------------------------------------------------------------------------------------ options, accelerator
-    args = parse_options(build_parser())
-    if args.cg_ratio > 0 and args.cg_dataset is None:
-        raise InputError(
-            f"--cg_ratio {args.cg_ratio}: needs --cg_dataset, a folder with CG pairs; or give --cg_ratio 0"
-        )
-    accelerator = build_accelerator(args)
+def train(args, accelerator, record):
+    # --------------------------------------------------------------------------------------------------- output folder
     watchdog = Watchdog(accelerator, 60 * args.distributed_timeout_minutes)
     set_seed(args.seed)
     device, weight_dtype = accelerator.device, frozen_dtype(args)
@@ -112,7 +110,12 @@ def main():
     for line in skipped:
         accelerator.print(line)
 
-    # ---------------------------------------------------------------------------------------------------------- data
+    # ----------------------------------------------------------------------------------------------------- preflight
+    # What can be refused is refused here, the cheapest first; no more of the weights is read than a fingerprint.
+    require_access(args.pretrained_model_name_or_path, args.dinov3)
+    backbone_config = read_transformer_config(args.resume_backbone_from, args.pretrained_model_name_or_path)
+    layers = injection_layers(args.control_layers, args.control_stride, backbone_config["num_layers"])
+    feature_dim, dinov3_parameters = check_dinov3(args.dinov3, args.height, args.width)
     with watchdog.main_process_first():  # the others find in the cache what the first has looked into
         real = read_manifest(args.real_dataset, "real", args)
         cg = read_manifest(args.cg_dataset, "cg", args) if args.cg_ratio > 0 else None
@@ -120,24 +123,38 @@ def main():
     if accelerator.is_main_process:
         for manifest in manifests:
             manifest.report()
-    _, backbone_config = check_transformer(args.resume_backbone_from, args.pretrained_model_name_or_path)
-    layers = injection_layers(args.control_layers, args.control_stride, backbone_config["num_layers"])
-    resolve_model_folder(args.dinov3)
-    backbone_sha256 = fingerprint_transformer(args.resume_backbone_from, args.pretrained_model_name_or_path)
+    config = {name: backbone_config[name] for name in SHARED_CONFIG}
+    config |= {"injection_layers": layers, "feature_dim": feature_dim}
+    record.trainable = count_parameters(C2RControlNet, config)
+    preflight(
+        accelerator,
+        args,
+        manifests=manifests,
+        config=backbone_config,
+        trainable=record.trainable,
+        frozen=count_parameters(WanTransformer3DModel, backbone_config) + dinov3_parameters,
+    )
+    require_encoders(args.pretrained_model_name_or_path)
+    check_transformer(args.resume_backbone_from, args.pretrained_model_name_or_path)
+    backbone_sha256 = fingerprint_backbone(accelerator, args.resume_backbone_from, args.pretrained_model_name_or_path)
     inputs = {f"{manifest.domain} dataset": manifest.fingerprint for manifest in manifests}
     inputs["backbone"] = backbone_sha256
+    inputs["DINOv3"] = encoder_fingerprint(resolve_model_folder(args.dinov3))
     if checkpoint is not None:
-        config = {name: backbone_config[name] for name in SHARED_CONFIG} | {"injection_layers": layers}
         require_resumable(checkpoint, accelerator, args, config, inputs)
+
+    # ---------------------------------------------------------------------------------------------------------- data
+    real_clips, cg_clips = (few(m.train, args, accelerator) if m else [] for m in (real, cg))
     validation_clips = [
         clip for manifest in manifests for clip in choose_validation_clips(manifest, args.num_validation_clips)
     ]
     other_validation_clips = other_clips(validation_clips, [clip for manifest in manifests for clip in manifest.clips])
-    encode_missing(
-        [clip for manifest in manifests for clip in manifest.train] + validation_clips, args, accelerator, watchdog
-    )
-    real_dataset = ClipDataset(real.train, args, with_control=True)
-    cg_dataset = ClipDataset(cg.train if cg else [], args, with_control=True)
+    if args.dry_run:
+        planned = [clip for manifest in manifests for clip in manifest.train]
+        record.clips_to_encode = count_missing(planned + validation_clips, args)
+    record.seconds_per_clip = encode_missing(real_clips + cg_clips + validation_clips, args, accelerator, watchdog)
+    real_dataset = ClipDataset(real_clips, args, with_control=True)
+    cg_dataset = ClipDataset(cg_clips, args, with_control=True)
     validation_dataset = ClipDataset(validation_clips, args)
     sampler = MixedCGRealSampler(
         real_dataset,
@@ -169,7 +186,7 @@ def main():
         controlnet = load_controlnet(checkpoint / "model")
     else:
         controlnet = C2RControlNet.from_transformer(
-            backbone, args.control_layers, args.control_stride, feature_dim=dinov3.feature_dim, empty=empty
+            backbone, args.control_layers, args.control_stride, feature_dim=feature_dim, empty=empty
         )
     # One module: an engine such as DeepSpeed wraps one.
     model = C2RTransformer(backbone, controlnet)
@@ -186,7 +203,7 @@ def main():
 
     # -------------------------------------------------------------------------------------------------------- resume
     # The checkpoint decides over weights (read above), optimizer, schedule, sampler and step; the command line over
-    # all the rest, cg_ratio included. Datasets and backbone must be the same.
+    # all the rest, cg_ratio included. Datasets, backbone and DINOv3 must be the same.
     if checkpoint is not None:
         load_checkpoint(checkpoint, accelerator, optimizer, lr_scheduler, sampler, loop, ema)
         if loop.cg_ratio != args.cg_ratio:
@@ -268,7 +285,8 @@ def main():
                 save_phase(folder, controlnet, contract, weights)
 
     if loop.validation_due(args):
-        validate()
+        with record.time("validation"):
+            validate()
 
     # ------------------------------------------------------------------------------------------------------ training
     progress = tqdm(
@@ -332,16 +350,19 @@ def main():
             cg_share=sampler.realised_cg_share,
         )
         logs["train/loss_spike"] = guard.finish(logs["train/loss"])
+        record.samples_per_second = logs["train/samples_per_second"]
         accelerator.log(logs, loop.global_step)
         progress.set_postfix(loss=f"{logs['train/loss']:.4f}", cg=f"{logs['train/cg_share']:.3f}")
         progress.update()
         interruption.agree(accelerator)
         if loop.validation_due(args) and interruption.stop is None:
-            validate()
+            with record.time("validation"):
+                validate()
         last = loop.global_step == args.max_train_steps
         if last or loop.global_step % args.checkpointing_steps == 0 or interruption.save:
             watchdog.beat(f"step {loop.global_step}: checkpoint")
-            save_checkpoint(accelerator, controlnet, optimizer, lr_scheduler, sampler, loop, ema, args)
+            with record.time("checkpoint"):
+                save_checkpoint(accelerator, controlnet, optimizer, lr_scheduler, sampler, loop, ema, args)
             interruption.saved()
     progress.close()
     if interruption.stop is not None:
@@ -359,7 +380,20 @@ def main():
         save("final")
     accelerator.print(f"final/ and best/ (validation loss {loop.best_validation_loss:.4f}) are in {args.output_dir}")
     watchdog.close()
-    accelerator.end_training()
+
+
+def main():
+    args = parse_options(build_parser())
+    if args.cg_ratio > 0 and args.cg_dataset is None:
+        raise InputError(
+            f"--cg_ratio {args.cg_ratio}: needs --cg_dataset, a folder with CG pairs; or give --cg_ratio 0"
+        )
+    if args.dry_run:
+        dry_run(train, args)
+    else:
+        accelerator = build_accelerator(args)
+        train(args, accelerator, RunRecord())
+        accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def save_checkpoint(accelerator, model, optimizer, lr_scheduler, sampler, loop, 
         optimizer, lr_scheduler, sampler: the run's; the optimizer is the prepared one.
         loop: `LoopState`.
         ema: diffusers' `EMAModel`, or None.
-        args: has output_dir, optimizer and checkpoints_total_limit.
+        args: has output_dir, optimizer, ema_decay and checkpoints_total_limit.
 
     Raises:
         InputError: no room or no right to write, on any process. The last checkpoint is still there.
@@ -197,7 +197,7 @@ def save_checkpoint(accelerator, model, optimizer, lr_scheduler, sampler, loop, 
         with failing_together(accelerator, folder):
             if accelerator.is_main_process:
                 _remove_leftovers(args.output_dir)
-                _require_space(folder, model, ema)
+                _require_space(folder, model, args)
                 stack.enter_context(atomic_folder(folder))
         weights = gathered_state_dict(accelerator, model, optimizer)
         with failing_together(accelerator, folder):
@@ -261,14 +261,18 @@ def _shard_name(kind, accelerator, engine):
     return f"{kind}-{index:05d}-of-{count:05d}.safetensors"
 
 
-def checkpoint_bytes(num_parameters, ema=False):
-    """Size of a checkpoint with AdamW's two moments, all in fp32: 12 bytes a trainable parameter, 16 with EMA."""
-    return num_parameters * (16 if ema else 12)
+def checkpoint_bytes(num_parameters, args):
+    """Size of a checkpoint of so many trainable parameters, but for what is of constant size.
+
+    The weights are fp32, and so are AdamW's two moments, which `--optimizer adamw8bit` keeps in a byte each, and the
+    average of `--ema_decay`.
+    """
+    return num_parameters * (4 + (2 if args.optimizer == "adamw8bit" else 8) + (4 if args.ema_decay else 0))
 
 
-def _require_space(folder, model, ema):
+def _require_space(folder, model, args):
     count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    needed, free = checkpoint_bytes(count, ema is not None), shutil.disk_usage(folder.parent).free
+    needed, free = checkpoint_bytes(count, args), shutil.disk_usage(folder.parent).free
     if free < needed:
         raise OSError(f"{free / 1e9:.3f} GB free, {needed / 1e9:.3f} GB needed")
 

@@ -10,6 +10,7 @@ whatever is missing when they start.
 import argparse
 import gc
 import json
+import shutil
 import time
 
 import torch
@@ -38,7 +39,8 @@ from c2r.data.cache import (
 from c2r.data.manifest import Source, read_manifest
 from c2r.data.video import read_window
 from c2r.engine import require_joined
-from c2r.models.parts import load_pipeline_part
+from c2r.models.parts import load_pipeline_part, resolve_model_folder
+from c2r.models.weights import existing_parent, read_json
 from c2r.options import HelpFormatter, add_clip_options, run
 from c2r.pipeline import max_sequence_length
 from c2r.watchdog import DEFAULT_TIMEOUT_MINUTES, Watchdog
@@ -57,20 +59,24 @@ def encode_missing(clips, options, accelerator, watchdog=None):
         watchdog: the run's `Watchdog`, through which a process that is done waits for the others, for any time; None:
             one of its own.
 
+    Returns:
+        seconds that a clip took, by all processes together; None if none was missing.
+
     Raises:
-        InputError: files failed to decode. All others are encoded by then, and the failures noted: the next
-            `read_manifest` drops them with their reasons.
+        InputError: no room for the latents; or files failed to decode. All others are encoded by then, and the
+            failures noted: the next `read_manifest` drops them with their reasons.
     """
     watchdog = watchdog or Watchdog(accelerator, 60 * DEFAULT_TIMEOUT_MINUTES)
     settings = CacheSettings.from_options(options)
     folder_of = {clip.folder: cache_folder(clip.folder, getattr(options, "cache_dir", None)) for clip in clips}
     # Shares are cut from all that there is, not from what is missing: a process that looks a little later would see
     # others' files and cut differently.
-    by_path = {clip_path(folder_of[clip.folder], clip, settings): clip for clip in clips}
+    by_path = paths_of(clips, options, settings)
     missing = {path: clip for path, clip in by_path.items() if not is_complete(path, CLIP_TENSORS)}
     damaged = sum(path.exists() for path in missing)
     if damaged and accelerator.is_main_process:
         print(f"{damaged} damaged files in the cache: these clips are encoded anew", flush=True)
+    _require_room(missing, options)
     texts = {prompt_path(cache_dir, "", settings): "" for cache_dir in folder_of.values()}
     texts |= {prompt_path(folder_of[clip.folder], clip.text, settings): clip.text for clip in missing.values()}
 
@@ -80,7 +86,9 @@ def encode_missing(clips, options, accelerator, watchdog=None):
     watchdog.wait_for_everyone()
 
     my_clips = [item for item in _share(by_path, accelerator) if item[0] in missing]
-    failures = _encode_clips(my_clips, options, settings, folder_of, accelerator, watchdog) if my_clips else []
+    failures, seconds = [], 0.0
+    if my_clips:
+        failures, seconds = _encode_clips(my_clips, options, settings, folder_of, accelerator, watchdog)
     watchdog.wait_for_everyone()
     if accelerator.num_processes > 1:
         failures = gather_object(failures)
@@ -89,6 +97,40 @@ def encode_missing(clips, options, accelerator, watchdog=None):
             f"{len(failures)} of {len(by_path)} clips cannot be decoded, the first: {failures[0]}; they are noted in "
             "the cache: run the same command again to go on without these files"
         )
+    return seconds / len(my_clips) / accelerator.num_processes if my_clips else None
+
+
+def paths_of(clips, options, settings):
+    """{path in the cache: clip}, whether it is there or not."""
+    return {
+        clip_path(cache_folder(clip.folder, getattr(options, "cache_dir", None)), clip, settings): clip
+        for clip in clips
+    }
+
+
+def count_missing(clips, options):
+    """How many of the clips `encode_missing` would encode."""
+    paths = paths_of(clips, options, CacheSettings.from_options(options))
+    return sum(not is_complete(path, CLIP_TENSORS) for path in paths)
+
+
+def _require_room(missing, options):
+    """Raise InputError if the disk cannot hold the latents: fp32 mean and fp16 log-variance of each number."""
+    folder = resolve_model_folder(options.pretrained_model_name_or_path, ["vae"])
+    channels = read_json(folder / "vae/config.json")["z_dim"]
+    latent_frames = (options.num_frames - 1) // 4 + 1
+    one = 6 * channels * latent_frames * (options.height // 8) * (options.width // 8)
+    disks = {}  # datasets on one disk share its room
+    for clip in missing.values():
+        folder = existing_parent(cache_folder(clip.folder, getattr(options, "cache_dir", None)))
+        disks.setdefault(folder.stat().st_dev, []).append(folder)
+    for folders in disks.values():
+        needed, free = one * len(folders), shutil.disk_usage(folders[0]).free
+        if free < needed:
+            raise InputError(
+                f"{folders[0]}: {needed / 1e9:.2f} GB needed for the latents of {len(folders):,} clips, "
+                f"{free / 1e9:.2f} GB free; make room, or give a --cache_dir on another disk"
+            )
 
 
 def _share(items, accelerator):
@@ -162,7 +204,7 @@ def _one_item(items):
 
 @torch.no_grad()
 def _encode_clips(items, options, settings, folder_of, accelerator, watchdog):
-    """Encode this process's clips; returns one line for each that failed."""
+    """Encode this process's clips; returns one line for each that failed, and the seconds that all took."""
     device = accelerator.device
     # fp32, as the pipeline decodes: in bf16 the latents lose more than the source's 8 bits.
     vae = load_pipeline_part(options.pretrained_model_name_or_path, "vae", torch_dtype=torch.float32).to(device)
@@ -185,10 +227,11 @@ def _encode_clips(items, options, settings, folder_of, accelerator, watchdog):
                 _note_undecodable(clip, *failure, folder_of[clip.folder])
             bar.set_postfix_str(f"all processes {accelerator.num_processes * done / _since(started):.2f} clips/s")
             bar.update()
+    seconds = _since(started)
     del vae
     gc.collect()
     empty_device_cache()
-    return failures
+    return failures, seconds
 
 
 def _since(started):

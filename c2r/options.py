@@ -10,7 +10,7 @@ from diffusers.optimization import SchedulerType
 
 from c2r import InputError, flow_matching
 from c2r.data.cache import check_clip_shape
-from c2r.interruption import stop_on_signals
+from c2r.interruption import slot_deadline, stop_on_signals
 from c2r.watchdog import DEFAULT_TIMEOUT_MINUTES
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
@@ -70,6 +70,11 @@ def add_common_options(parser, **defaults):
         type=float,
         default=DEFAULT_TIMEOUT_MINUTES,
         help="a process that makes no progress for so long ends the run; above the slowest load, step or save",
+    )
+    group.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="try all of it on a few clips (train, validate, save, resume), tell what the run would take, and stop",
     )
     group.add_argument("--report_to", default="tensorboard", choices=("tensorboard", "none"), help="where logs go")
 
@@ -222,6 +227,7 @@ def check_options(args):
         raise InputError(f"--save_every_minutes {args.save_every_minutes}: must be above 0")
     if args.ema_decay is not None and not 0 < args.ema_decay < 1:
         raise InputError(f"--ema_decay {args.ema_decay}: must be between 0 and 1")
+    slot_deadline(args.save_before_timeout)
     for name in ("prompt_dropout", "control_dropout", "cg_ratio"):
         if not 0 <= getattr(args, name, 0) <= 1:
             raise InputError(f"--{name} {getattr(args, name)}: must be from 0 to 1")

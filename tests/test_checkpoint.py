@@ -139,7 +139,7 @@ def test_a_checkpoint_holds_no_frozen_weights_and_has_the_computed_size(tmp_path
     tensors = [load_file(path) for path in folder.rglob("*.safetensors")]
     stored = sum(t.numel() * t.element_size() for tensors in tensors for t in tensors.values() if t.ndim)
     trainable = sum(parameter.numel() for parameter in run.controlnet.parameters())
-    assert stored == checkpoint_bytes(trainable, ema=True)
+    assert stored == checkpoint_bytes(trainable, run.args)
 
 
 def test_old_checkpoints_are_pruned_after_the_new_one(tmp_path):

@@ -21,7 +21,7 @@ from c2r import InputError
 from c2r.data.cache import CacheSettings, clip_path, load_tensors, prompt_path
 from c2r.data.manifest import read_manifest
 from c2r.data.video import read_window, write_video
-from c2r.encode import encode_frames, encode_missing
+from c2r.encode import count_missing, encode_frames, encode_missing
 from c2r.options import run
 from tests.tiny import LATENT_CHANNELS, PROMPT_LENGTH, TEXT_DIM, save_tiny_pipeline
 from tests.videos import corner_frames, counter_frames, encode_video
@@ -322,7 +322,7 @@ def test_two_processes_killed_and_started_again(data, options, accelerator, tmp_
     logs = [(tmp_path / f"{rank}.log").read_text() for rank in (0, 1)]
     assert "kept 83 clips of 3 files" in logs[0]
     assert "clips/s" in logs[0]
-    assert logs[1] == ""  # the main process alone reports
+    assert "clips" not in logs[1]  # the main process alone reports
     resumed = cached(data, options)
     settings = CacheSettings.from_options(options)
     reference = SimpleNamespace(**vars(options) | {"cache_dir": str(tmp_path / "reference")})
@@ -349,3 +349,22 @@ def test_bad_input_ends_the_command_in_one_line(data, options, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["encode", *command(data, options)])
     with pytest.raises(SystemExit, match=r"^error: --height 50: must be divisible by 16; try 48$"):
         run(c2r.encode.main)
+
+
+def test_latents_that_do_not_fit_the_disk_are_refused_before_a_model_is_loaded(
+    data, options, accelerator, monkeypatch
+):
+    clips = read_manifest(data, "real", options).clips
+    assert count_missing(clips, options) == 3
+    one = 6 * LATENT_CHANNELS * 2 * 4 * 6  # bytes of two latent frames
+    monkeypatch.setattr(c2r.encode.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3 * one - 1))
+    with pytest.raises(InputError, match=r"needed for the latents of 3 clips, .* free; make room, or give a --cache"):
+        encode_missing(clips, options, accelerator)
+    assert not cached(data, options)
+    monkeypatch.setattr(c2r.encode.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3 * one))
+    assert encode_missing(clips, options, accelerator) > 0
+    assert count_missing(clips, options) == 0
+    stored = [load_tensors(path)[0] for path in cached(data, options) if path.parts[-3] == "clips"]
+    latents = [t["latents_mean"].nbytes + t["latents_logvar"].half().nbytes for t in stored]
+    assert latents == [one] * 3
+    assert encode_missing(clips, options, accelerator) is None

@@ -78,6 +78,11 @@ def test_bad_config_is_one_line(tmp_path, text, part):
         ("prompt_dropout", 1.5),
         ("learning_rate", -1),
         ("checkpoints_total_limit", 0),
+        ("save_every_minutes", 0),
+        ("save_before_timeout", "soon"),
+        ("ema_decay", 1),
+        ("max_skipped_steps", -1),
+        ("distributed_timeout_minutes", 0),
     ],
 )
 def test_bad_values_name_their_option(name, value):

@@ -46,6 +46,7 @@ __all__ = [
     "load_pipeline_part",
     "load_transformer",
     "read_contract",
+    "read_transformer_config",
     "resolve_model_folder",
     "save_phase",
     "save_weights",
@@ -75,7 +76,7 @@ def check_transformer(source, base=None):
             raise InputError(f"{source}: no such .safetensors file; give one, or a model folder")
         if base is None:
             raise InputError(f"{source}: a single file has no config; name the model that it is a version of as base")
-        config = _transformer_config(base)
+        config = read_transformer_config(base)
     else:
         path = complete_folder(path)
         path = path if path.is_dir() else resolve_model_folder(source, ["transformer"])
@@ -102,8 +103,15 @@ def _base_folder(base):
     return Path(base) if Path(base).is_dir() else resolve_model_folder(base, [])
 
 
-def _transformer_config(base):
-    folder = _base_folder(base)
+def read_transformer_config(source, base=None):
+    """The config of a backbone, see `check_transformer`; of a hub model no weights are downloaded.
+
+    Raises:
+        InputError: nothing there, or another architecture.
+    """
+    folder = complete_folder(source)
+    if not folder.is_dir():
+        folder = _base_folder(base if str(source).endswith(".safetensors") else source)
     return _check_transformer_config(folder / "transformer" if (folder / "transformer").is_dir() else folder)
 
 

@@ -1,12 +1,46 @@
 """Frozen DINOv3: control frames to patch features."""
 
+import math
+
 import torch
 from torch import nn
 from transformers import DINOv3ViTModel
 
 from c2r import InputError
 from c2r.models.parts import freeze, load_transformers_model, require_complete, resolve_model_folder
-from c2r.models.weights import read_json
+from c2r.models.weights import WeightIndex, read_json
+
+
+def check_dinov3(name_or_path, height, width):
+    """Check a DINOv3 by its configs and its files' headers; the weights are not read.
+
+    Args:
+        name_or_path: see `DINOv3FeatureExtractor.from_pretrained`.
+        height, width: of the control frames, in pixels.
+
+    Returns:
+        Dd, the width of a patch feature; the number of its parameters.
+
+    Raises:
+        InputError: not found, no access, not a DINOv3 ViT, incomplete, or its patches do not fit the frames.
+    """
+    folder = resolve_model_folder(name_or_path)
+    config, _ = _read_configs(folder)
+    for option, pixels in (("height", height), ("width", width)):
+        if pixels % config["patch_size"]:
+            raise InputError(
+                f"--{option} {pixels}: must be divisible by the patch size {config['patch_size']} of {folder}"
+            )
+    return config["hidden_size"], sum(math.prod(shape) for shape in WeightIndex(folder).shapes().values())
+
+
+def _read_configs(folder):
+    config, preprocessor = (read_json(folder / f"{name}.json") for name in ("config", "preprocessor_config"))
+    if config.get("model_type") != "dinov3_vit":
+        raise InputError(f"{folder}: model type is {config.get('model_type')}, not dinov3_vit; give a DINOv3 ViT")
+    if not {"image_mean", "image_std"} <= preprocessor.keys():
+        raise InputError(f"{folder}/preprocessor_config.json: has no image_mean and image_std; download it anew")
+    return config, preprocessor
 
 
 class DINOv3FeatureExtractor(nn.Module):
@@ -54,12 +88,7 @@ class DINOv3FeatureExtractor(nn.Module):
             InputError: not found, no access, not a DINOv3 ViT, or incomplete.
         """
         folder = resolve_model_folder(name_or_path)
-        model_type = read_json(folder / "config.json").get("model_type")
-        if model_type != "dinov3_vit":
-            raise InputError(f"{name_or_path}: model type is {model_type}, but a DINOv3 ViT (dinov3_vit) is needed")
-        preprocessor = read_json(folder / "preprocessor_config.json")
-        if not {"image_mean", "image_std"} <= preprocessor.keys():
-            raise InputError(f"{folder}/preprocessor_config.json: has no image_mean and image_std; download it anew")
+        _, preprocessor = _read_configs(folder)
         model, info = load_transformers_model(DINOv3ViTModel, folder, torch_dtype)
         require_complete(folder, info["missing_keys"], info["mismatched_keys"])
         return cls(model, preprocessor["image_mean"], preprocessor["image_std"], chunk_size)

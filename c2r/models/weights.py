@@ -161,3 +161,9 @@ def sync_file(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def existing_parent(path):
+    """The nearest folder above a path, or the path itself, that exists: its disk is the one that will be written."""
+    path = Path(path).absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())

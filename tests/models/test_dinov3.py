@@ -112,7 +112,7 @@ def test_an_unfit_folder_is_one_clear_line(folder, tmp_path):
         return str(error.value)
 
     convnext = json.dumps({"model_type": "dinov3_convnext"})
-    assert "model type is dinov3_convnext" in refused("convnext", config=convnext)
+    assert "model type is dinov3_convnext, not dinov3_vit" in refused("convnext", config=convnext)
     assert "preprocessor_config.json: no such file" in refused("bare", preprocessor_config=None)
     assert "has no image_mean and image_std" in refused("empty", preprocessor_config="{}")
     assert "not valid JSON" in refused("broken", preprocessor_config="{")

@@ -1,0 +1,135 @@
+"""`--dry_run`: everything that a run does, once, on a few of its clips, before it is left alone for days.
+
+The script's own loop trains one step, validates, saves a checkpoint, best/ and final/, is built up again from the
+checkpoint and goes on. What it has measured is projected on the whole run.
+"""
+
+import gc
+import math
+import resource
+import shutil
+import time
+from argparse import Namespace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers.utils.torch_utils import empty_device_cache
+
+from c2r.engine import build_accelerator
+from c2r.preflight import GIB, run_bytes, samples_per_step, size_text
+
+STEPS = (1, 3)  # of the first leg, and of both; the third is warm, and it alone is timed
+
+
+@dataclass
+class RunRecord:
+    """What a run measures of itself, for the projection of a dry run."""
+
+    seconds: dict = field(default_factory=dict)  #: of the last "validation" and the last "checkpoint"
+    samples_per_second: float | None = None  #: of the last step
+    trainable: int = 0  #: parameters
+    clips_to_encode: int = 0  #: by the whole run, before this one started
+    seconds_per_clip: float | None = None  #: of encoding, all processes together; None: nothing was missing
+
+    @contextmanager
+    def time(self, name):
+        """Note how long the body takes."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+
+def few(clips, args, accelerator):
+    """The clips of a domain to train on: in a dry run no more than its steps take."""
+    return clips[: STEPS[-1] * samples_per_step(accelerator, args)] if args.dry_run else clips
+
+
+def dry_run(train, args):
+    """Run a script's `train` in two legs, the second resumed from the first, and print what the whole run would take.
+
+    It writes beside `--output_dir` and removes that again, whatever happens. What it encodes stays in the cache.
+
+    Args:
+        train: `(args, accelerator, RunRecord)`, the script's.
+        args: the options of the run that is planned.
+
+    Raises:
+        InputError: as the run itself would.
+    """
+    out = Path(args.output_dir).absolute()
+    folder = out.with_name(f".{out.name}.dry_run")
+    leg = Namespace(**vars(args))
+    leg.planned, leg.output_dir, leg.report_to = args, str(folder), "none"
+    leg.checkpointing_steps = leg.validation_steps = leg.checkpoints_total_limit = 1
+    leg.resume_from_checkpoint = "latest"
+    started = time.perf_counter()
+    shutil.rmtree(folder, ignore_errors=True)  # of a dry run that was killed
+    accelerator = build_accelerator(leg)
+    records = [RunRecord() for _ in STEPS]
+    try:
+        for leg.max_train_steps, record in zip(STEPS, records):
+            accelerator.print(f"dry run: to step {leg.max_train_steps}")
+            train(leg, accelerator, record)
+            accelerator.free_memory()
+            gc.collect()
+            empty_device_cache()
+        accelerator.wait_for_everyone()
+    finally:
+        if accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+    accelerator.print(
+        f"dry run: passed in {time.perf_counter() - started:.0f} s: trained, validated, saved and resumed; "
+        f"{folder.name} is removed again, what was encoded stays in the cache"
+    )
+    for line in projection(args, *records, samples_per_step(accelerator, args)):
+        accelerator.print(f"dry run: {line}")
+    accelerator.print(f"dry run: {_peak_memory(accelerator)}")
+    accelerator.end_training()
+
+
+def projection(args, first, last, samples):
+    """Lines that tell what the whole run takes, from what a few steps of it took.
+
+    Args:
+        args: the options of the run that is planned.
+        first, last: `RunRecord` of the first leg (which encoded) and of the last one (which is warm).
+        samples: clips of one optimizer step.
+    """
+    step = samples / last.samples_per_second
+    validations = math.ceil(args.max_train_steps / args.validation_steps) + 1
+    checkpoints = math.ceil(args.max_train_steps / args.checkpointing_steps)
+    parts = {
+        f"{args.max_train_steps:,} steps": args.max_train_steps * step,
+        f"{validations} validations": validations * last.seconds["validation"],
+        f"{checkpoints} checkpoints": checkpoints * last.seconds["checkpoint"],
+    }
+    if first.seconds_per_clip is not None:
+        parts[f"encoding of {first.clips_to_encode:,} clips"] = first.clips_to_encode * first.seconds_per_clip
+    yield (
+        f"measured: {step:.2f} s a step, {last.seconds['validation']:.2f} s a validation, "
+        f"{last.seconds['checkpoint']:.2f} s a checkpoint"
+    )
+    detail = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in parts.items())
+    yield f"projected: {_duration(sum(parts.values()))} in all: {detail}"
+    needed = run_bytes(args, last.trainable)
+    yield "projected: " + (
+        f"up to {size_text(needed)} in {args.output_dir}"
+        if needed is not None
+        else "disk without a bound: --save_every_minutes keeps every checkpoint; give --checkpoints_total_limit"
+    )
+
+
+def _duration(seconds):
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _peak_memory(accelerator):
+    if accelerator.device.type == "cuda":
+        return f"measured: {torch.cuda.max_memory_reserved() / GIB:.2f} GiB of the device's memory at the peak"
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"measured: {kib * 1024 / GIB:.2f} GiB of the machine's memory at the peak, of one process"
