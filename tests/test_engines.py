@@ -13,16 +13,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
+from c2r import InputError
 from c2r.data.cache import load_tensors, save_tensors
 from c2r.data.manifest import read_manifest
 from c2r.data.video import write_video
 from c2r.encode import encode_missing
+from c2r.engine import require_supported
 from c2r.models.controlnet import C2RControlNet
-from tests.commands import ENGINES, LAUNCH, SIZE, phase1, phase2, scalars, start, succeed
+from tests.commands import CONFIGS, ENGINES, LAUNCH, SIZE, phase1, phase2, scalars, start, succeed
 from tests.conftest import noise_video, write_dataset
+from tests.test_options import options
+from tests.tiny import tiny_transformer
 
 STEPS, SAVED = 20, 18  # all steps, and the one that is resumed from
 BAD_CLIP = "r1.mp4#3"
@@ -179,3 +184,124 @@ def test_resumes_bit_for_bit_and_ends_after_too_many_skipped_steps(engine, phase
     (line,) = error_lines(done)
     assert f"not finite for {BAD_CLIP}" in line
     assert "--max_skipped_steps 0" in line
+
+
+# ------------------------------------------------------------------------------------- another engine than the last one
+
+
+def test_ddps_checkpoint_goes_on_in_one_process(finished, command, tmp_path):
+    out, expected = finished(1, "ddp")[0], finished(1, "one process")[0]
+    shutil.copytree(out / f"checkpoint-{SAVED}", tmp_path / f"checkpoint-{SAVED}")
+    succeed(*command(1, "one process", tmp_path, "--resume_from_checkpoint=latest"))
+    for name, tensor in weights(tmp_path / "final").items():
+        torch.testing.assert_close(tensor, weights(expected / "final")[name], **WEIGHT)
+
+
+def test_another_split_than_the_checkpoints_is_refused(finished, command, tmp_path):
+    shutil.copytree(finished(1, "zero3")[0] / f"checkpoint-{SAVED}", tmp_path / f"checkpoint-{SAVED}")
+    script = command(1, "one process", tmp_path, "--resume_from_checkpoint=latest")[len(LAUNCH) :]
+    done = start(*script)
+    assert done.returncode != 0
+    (line,) = error_lines(done)
+    assert "split for zero3 on 2 processes, this run has one process or DDP; resume with the same" in line
+    assert "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------- optimizer options
+
+
+@pytest.mark.parametrize(
+    ("engine", "options"),
+    [
+        ("zero3", ["--optimizer=adamw8bit"]),
+        ("ddp", ["--optimizer=adamw8bit", "--weight_storage=bf16", "--mixed_precision=bf16"]),
+    ],
+)
+def test_options_that_save_memory_train_as_well(engine, options, finished, command, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    succeed(*command(1, engine, tmp_path, "--max_train_steps=3", *options))
+    expected = scalars(finished(1, "one process")[0])["train/loss"][:3]
+    assert scalars(tmp_path)["train/loss"] == pytest.approx(expected, rel=3e-3)
+    (optimizer, *_) = sorted((tmp_path / "checkpoint-3").glob("optimizer-*.safetensors"))
+    dtypes = {tensor.dtype for tensor in load_file(optimizer).values()}
+    assert engine == "ddp" or torch.uint8 in dtypes  # below 4096 numbers bitsandbytes keeps fp32
+    assert {tensor.dtype for tensor in weights(tmp_path / "final").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("engine", "option", "part"),
+    [
+        ("fsdp2", "--optimizer=adamw8bit", "take --optimizer adamw"),
+        ("zero2", "--weight_storage=bf16", "needs whole weights on every device, DeepSpeed ZeRO-2 splits"),
+    ],
+)
+def test_options_that_an_engine_cannot_honour_are_refused_at_once(engine, option, part, command, tmp_path):
+    done = start(*command(1, engine, tmp_path, option, "--mixed_precision=bf16"))
+    assert done.returncode != 0
+    (line,) = error_lines(done)
+    assert line.startswith(f"error: {option.replace('=', ' ')}: ")
+    assert part in line
+    assert "kept" not in done.stdout  # before the dataset is read
+
+
+def test_bf16_storage_needs_bf16_precision():
+    args = options(["--weight_storage=bf16", "--mixed_precision=no"])
+    with pytest.raises(InputError, match="needs --mixed_precision bf16"):
+        require_supported(Accelerator(cpu=True), args)
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.fixture(scope="session")
+def large_backbone(tmp_path_factory):
+    """0.44 GB of weights: enough to be seen beside what Python itself needs."""
+    folder = tmp_path_factory.mktemp("large")
+    tiny_transformer(num_attention_heads=8, attention_head_dim=128, ffn_dim=4096, num_layers=6).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_frozen_weights_are_split_and_only_the_main_process_ever_holds_them_all(engine, large_backbone, tmp_path):
+    # glibc keeps freed blocks of a few MB for later use; weights of 14B are above what it keeps.
+    probe = [*ENGINES[engine], "tests/engine_probe.py", large_backbone, tmp_path]
+    succeed(*probe, MALLOC_MMAP_THRESHOLD_="100000")
+    main, other = (json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in range(2))
+    frozen = sum(tensor.numel() for tensor in weights(large_backbone).values())
+    for report in (main, other):
+        assert report["frozen_here"] < 0.51 * frozen
+        assert report["stepped_here"] == report["trained_here"] < 0.2 * report["frozen_here"]
+    assert frozen <= main["frozen_here"] + other["frozen_here"] < 1.001 * frozen
+    whole = 4 * (frozen + main["trained_here"] + other["trained_here"])
+    assert main["grown"] > whole
+    assert other["grown"] < 0.85 * whole  # measured: 0.76 under ZeRO-3, which copies what trains; 0.60 under FSDP2
+
+
+# -------------------------------------------------------------------------------------------------------------- configs
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_takes_the_config(path):
+    text = path.read_text()
+    assert text.startswith("# ")
+    assert not text.splitlines()[1].startswith("#")
+    config = load_config_from_file(str(path))
+    name = path.stem
+    kind = "DEEPSPEED" if "zero" in name else "FSDP" if "fsdp2" in name else "MULTI_GPU" if "multi" in name else "NO"
+    assert config.distributed_type == kind
+    assert config.use_cpu == (name == "cpu")
+    alone = kind == "NO"
+    machines = 2 if name.endswith("multinode") else 1
+    assert (config.num_machines, config.num_processes) == (machines, 1 if alone else 8 * machines)
+    if machines > 1:
+        assert None not in (config.main_process_ip, config.main_process_port)
+    if kind == "DEEPSPEED":
+        offload = "cpu" if name.endswith("offload") else None
+        assert config.deepspeed_config["zero_stage"] == (2 if "zero2" in name else 3)
+        assert config.deepspeed_config.get("offload_param_device") == offload
+        assert config.deepspeed_config.get("offload_optimizer_device") == offload
+    if kind == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2
+        assert config.fsdp_config["fsdp_cpu_ram_efficient_loading"]
+        # Precision is --mixed_precision's, or the engine would cast what trains.
+    assert kind in ("NO", "MULTI_GPU") or config.mixed_precision == "no"
