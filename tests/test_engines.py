@@ -186,7 +186,7 @@ def test_resumes_bit_for_bit_and_ends_after_too_many_skipped_steps(engine, phase
     assert "--max_skipped_steps 0" in line
 
 
-# ------------------------------------------------------------------------------------- another engine than the last one
+# ------------------------------------------------------------------------------------ another engine than the last one
 
 
 def test_ddps_checkpoint_goes_on_in_one_process(finished, command, tmp_path):
@@ -207,7 +207,7 @@ def test_another_split_than_the_checkpoints_is_refused(finished, command, tmp_pa
     assert "Traceback" not in done.stderr
 
 
-# ---------------------------------------------------------------------------------------------------- optimizer options
+# --------------------------------------------------------------------------------------------------- optimizer options
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_bf16_storage_needs_bf16_precision():
         require_supported(Accelerator(cpu=True), args)
 
 
-# --------------------------------------------------------------------------------------------------------------- memory
+# -------------------------------------------------------------------------------------------------------------- memory
 
 
 @pytest.fixture(scope="session")
@@ -277,7 +277,7 @@ def test_frozen_weights_are_split_and_only_the_main_process_ever_holds_them_all(
     assert other["grown"] < 0.85 * whole  # measured: 0.76 under ZeRO-3, which copies what trains; 0.60 under FSDP2
 
 
-# -------------------------------------------------------------------------------------------------------------- configs
+# ------------------------------------------------------------------------------------------------------------- configs
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
