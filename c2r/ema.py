@@ -58,7 +58,11 @@ def _shards(module):
 
 
 def _drop_gathered(model):
-    # FSDP2 keeps the root's weights gathered after a forward without backward: they would be the other set's.
+    # What an engine keeps gathered between two forwards would still be the other set: FSDP2 the root's weights,
+    # ZeRO-3 all that are small.
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_status") and parameter.ds_status.name == "AVAILABLE":
+            parameter.partition()
