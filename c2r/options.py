@@ -11,7 +11,7 @@ from diffusers.optimization import SchedulerType
 from c2r import InputError, flow_matching
 from c2r.data.cache import check_clip_shape
 from c2r.interruption import slot_deadline, stop_on_signals
-from c2r.watchdog import DEFAULT_TIMEOUT_MINUTES
+from c2r.watchdog import DEFAULT_TIMEOUT_MINUTES, name_the_lost
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
@@ -248,3 +248,11 @@ def run(main):
         if error.errno not in UNWRITABLE:
             raise
         sys.exit(f"error: {error.filename or 'output'}: cannot be written ({error.strerror}); mend it and start again")
+    except RuntimeError as error:
+        if str(error).startswith("DataLoader worker") and "killed" in str(error):
+            sys.exit(
+                f"error: {str(error).splitlines()[0]} Perhaps the memory is full: lower --dataloader_num_workers, and "
+                "start again with --resume_from_checkpoint latest"
+            )
+        name_the_lost()
+        raise

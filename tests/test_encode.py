@@ -217,7 +217,7 @@ def test_a_damaged_cache_file_is_told_and_encoded_anew(data, options, accelerato
     (path.parent / f".{path.name}.0.tmp").write_bytes(content[:50])  # left by a killed process
     capsys.readouterr()
     encode_missing(clips, options, accelerator)
-    assert "1 damaged files in the cache: these clips are encoded anew" in capsys.readouterr().out
+    assert "1 damaged files in the cache are encoded anew" in capsys.readouterr().out
     assert load_file(path).keys() == {"latents_mean", "latents_logvar", "prompt_embeds"}
 
 
