@@ -127,7 +127,7 @@ class Watchdog:
 
     def _end(self, line, loud):
         if loud:
-            print(f"error: {line}; start again with --resume_from_checkpoint latest", file=sys.stderr, flush=True)
+            print(f"\nerror: {line}; start again with --resume_from_checkpoint latest", file=sys.stderr, flush=True)
         else:
             time.sleep(2 * INTERVAL)  # or the launcher ends the others before one has spoken
         os._exit(EXIT_HUNG)

@@ -12,16 +12,16 @@ import json
 import random
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
-import psutil
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.commands import ENVIRONMENT, ROOT, TORCHRUN, phase1, phase2
+from tests.background import Background
+from tests.commands import TORCHRUN, phase1, phase2
 from tests.conftest import write_dataset
 from tests.tiny import save_tiny_dinov3, save_tiny_pipeline
 
@@ -41,9 +41,6 @@ OPTIONS = {
     "resume_from_checkpoint": "latest",
 }
 CG_RATIOS = (0.25, 0.5)  # of the two legs
-#: Each step's count must be seen, or the moment of a kill would be missed.
-WATCHED = {"TQDM_MININTERVAL": "0", "TQDM_MINITERS": "1"}
-
 #: What a kill waits for, and up to how many seconds it then waits.
 MOMENTS = {
     "starting": 10.0,
@@ -61,33 +58,32 @@ DECK = {"starting": 1, "encoding": 1, "training": 2, "validating": 3, "saving": 
 PATIENCE = 16
 
 
-class Scene:
+class Scene(Background):
     """A run as it looks from outside: its output and the files that it writes.
 
     Args:
+        command: list of arguments for Python.
         out: the run's output folder.
-        output: an open file that holds what it prints.
     """
 
-    def __init__(self, out, output):
+    def __init__(self, command, out):
         self.out = out
-        self.output = output
+        self.started = time.time()
+        super().__init__(command)
 
-    @property
-    def text(self):
-        self.output.seek(0)
-        return self.output.read()
-
-    @property
-    def steps(self):
-        """All step counts that the progress bar has shown, from where it started."""
-        return [int(count) for count in re.findall(r"phase \d: +\d+%\|[^|]*\| (\d+)/", self.text)]
+    def writes(self, pattern):
+        """Whether this run, not one before it, is seen to write or to remove such a file."""
+        for path in self.out.glob(pattern):
+            with suppress(FileNotFoundError):
+                if path.stat().st_ctime > self.started:
+                    return True
+        return False
 
     def has_come(self, moment):
         if moment == "starting":
             return True
         if moment == "encoding":
-            return any(self.out.glob(".c2r_cache/clips/*/*.safetensors"))
+            return self.writes(".c2r_cache/clips/*/*.safetensors")
         patterns = {
             "saving": ".checkpoint-*.tmp",
             "pruning": ".checkpoint-*.removed",
@@ -95,26 +91,22 @@ class Scene:
             "saving final": ".final.tmp",
         }
         if moment in patterns:
-            return any(self.out.glob(patterns[moment])) or (moment != "saving final" and self._lasts())
+            return self.writes(patterns[moment]) or (moment != "saving final" and self.trained(PATIENCE))
         steps = self.steps
         if moment == "validating":
             return any(count > steps[0] and count % VALIDATION_STEPS == 0 for count in steps)
-        return len(set(steps)) > 2
-
-    def _lasts(self):
-        steps = self.steps
-        return bool(steps) and steps[-1] >= steps[0] + PATIENCE
+        return self.trained(2)
 
     def struck(self):
         """What a kill has interrupted."""
         for name, suffix in (("checkpoint-*", "tmp"), ("best", "tmp"), ("final", "tmp"), ("checkpoint-*", "removed")):
-            if any(self.out.glob(f".{name}.{suffix}")):
+            if self.writes(f".{name}.{suffix}"):
                 return "pruning" if suffix == "removed" else f"saving {name.removesuffix('-*')}"
         steps, text = self.steps, self.text
         if not steps:
-            if "kept " not in text:
+            if "kept " not in text or re.search(r"resumed from|starting at", text):
                 return "starting"
-            return "starting" if re.search(r"resumed from|starting at", text) else "encoding or loading"
+            return "encoding or loading"
         last = steps[-1]
         if last > steps[0] and last % VALIDATION_STEPS == 0 and f"step {last}: validation loss" not in text:
             return "validating"
@@ -137,32 +129,19 @@ def run_with_kills(command, out, moments, draw):
         AssertionError: a start that was not killed failed, or the run ended before all kills were used.
     """
     log = []
-    for moment in [*moments, None]:
-        delay = moment and draw.uniform(0, MOMENTS[moment])
+    for moment in moments:
+        delay = draw.uniform(0, MOMENTS[moment])
         if moment == "encoding":
             shutil.rmtree(out / ".c2r_cache", ignore_errors=True)
-        with tempfile.TemporaryFile("w+", errors="replace") as output:
-            scene = Scene(out, output)
-            started = time.monotonic()
-            process = psutil.Popen(
-                [sys.executable, *command],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=ENVIRONMENT | WATCHED,
-                cwd=ROOT,
-                start_new_session=True,
-            )
-            if moment is None:
-                assert process.wait(300) == 0, scene.text[-3000:]
-                return log
-            while not scene.has_come(moment):
-                assert process.poll() is None, f"{moment} never came, {len(log)} kills done: {scene.text[-3000:]}"
-                assert time.monotonic() < started + 300, scene.text[-3000:]
-                time.sleep(0.0005)
+        with Scene(command, out) as scene:
+            scene.wait_until(lambda scene=scene, moment=moment: scene.has_come(moment))
             time.sleep(delay)
-            assert process.poll() is None, f"{moment}: ended by itself {delay:.4f} s later: {scene.text[-3000:]}"
-            kill_tree(process)
+            assert scene.process.poll() is None, f"{moment}: ended {delay:.4f} s later: {scene.text[-3000:]}"
+            scene.kill()
             log.append({"kill": len(log) + 1, "waited for": moment, "then s": f"{delay:.4f}", **_found(scene)})
+    with Scene(command, out) as scene:
+        assert scene.end() == 0, scene.text[-3000:]
+    return log
 
 
 def _found(scene):
@@ -176,18 +155,6 @@ def _found(scene):
         "checkpoints": " ".join(map(str, checkpoints)),
         "left behind": " ".join(left),
     }
-
-
-def kill_tree(process):
-    """SIGKILL a process and all below it, and wait for their ends: none may write on beside the next start.
-
-    Not by process group: torchrun gives each of its processes one of its own.
-    """
-    family = [process, *process.children(recursive=True)]
-    for member in family:
-        member.kill()
-    _, alive = psutil.wait_procs(family, timeout=30)
-    assert not alive
 
 
 def differences(out, reference):
@@ -245,26 +212,29 @@ def crash_legs(folder, phase, processes, kills, seed):
     out, reference = folder / "killed", folder / "reference"
     draw, log, steps = random.Random(seed), [], 0
     for cg_ratio, moments in zip(CG_RATIOS, kills):
-        steps += legs_steps(moments)
-        for run in (reference, out):
-            options = [f"--{name}={value}" for name, value in OPTIONS.items()]
-            options += [f"--max_train_steps={steps}", f"--cache_dir={run / '.c2r_cache'}"]
-            arguments = [folder / "models", folder / "data"]
-            launcher = TORCHRUN if processes == 2 else []
-            if phase == 1:
-                command = phase1(*arguments, run, *options, launcher=launcher)
-            else:
-                options += [f"--cg_ratio={cg_ratio}", "--control_dropout=0.3"]
-                backbone = folder / "models/pipeline/transformer"
-                command = phase2(*arguments, backbone, run, *options, launcher=launcher)
-            for kill in run_with_kills(command, run, moments if run == out else [], draw):
-                log.append(kill | {"kill": len(log) + 1, "leg ends at": steps})
+        steps += steps_of(moments)
+        options = [f"--max_train_steps={steps}"] + ([f"--cg_ratio={cg_ratio}"] if phase == 2 else [])
+        with Scene(command_of(folder, phase, processes, reference, *options), reference) as undisturbed:
+            leg = run_with_kills(command_of(folder, phase, processes, out, *options), out, moments, draw)
+            assert undisturbed.end() == 0, undisturbed.text[-3000:]
+        log += [kill | {"kill": len(log) + i, "leg ends at": steps} for i, kill in enumerate(leg, start=1)]
     return out, reference, log
 
 
-def legs_steps(moments):
-    """As many as all kills can use up: past them the run would end too early. Not a multiple of either interval."""
-    return (PATIENCE + CHECKPOINTING_STEPS) * len(moments) + CHECKPOINTING_STEPS + 1
+def command_of(folder, phase, processes, run, *extra):
+    """The command of one run in the working folder of `crash_legs`."""
+    arguments = [folder / "models", folder / "data"]
+    options = [*(f"--{name}={value}" for name, value in OPTIONS.items()), f"--cache_dir={run / '.c2r_cache'}", *extra]
+    launcher = TORCHRUN if processes == 2 else []
+    if phase == 1:
+        return phase1(*arguments, run, *options, launcher=launcher)
+    backbone = folder / "models/pipeline/transformer"
+    return phase2(*arguments, backbone, run, "--control_dropout=0.3", *options, launcher=launcher)
+
+
+def steps_of(moments):
+    """More than the kills of a leg use up, or it would end before them. On neither interval, but by chance."""
+    return 2 * CHECKPOINTING_STEPS * len(moments) + PATIENCE + 1
 
 
 def deal(kills, seed):
