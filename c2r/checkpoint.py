@@ -7,7 +7,7 @@
         state.json                            step, schedule, sampler, scores; and the size of every other file
 
 The frozen weights (backbone, VAE, UMT5, DINOv3) are not in them, nor is any state of a random generator: what is
-drawn in a step follows from seed, rank and step alone. A checkpoint is complete or absent: it is written aside,
+drawn for a sample follows from seed, step and place alone. A checkpoint is complete or absent: it is written aside,
 flushed and renamed, and `latest` passes over one that was damaged afterwards.
 """
 

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 from diffusers.training_utils import EMAModel
 from torch.distributed.fsdp import FSDPModule
+from transformers.integrations import unset_hf_deepspeed_config
 
 from c2r.engine import local_shard
 
@@ -15,7 +16,11 @@ def build_ema(module, decay):
         module: what trains, prepared and unwrapped.
         decay: in (0, 1): the average's share that each step keeps. In the first steps it is (1 + n) / (10 + n).
     """
-    return None if decay is None else EMAModel(_shards(module), decay=decay)
+    if decay is None:
+        return None
+    # EMAModel would ask ZeRO-3 to gather what it is given, but these are plain tensors, and it averages in parts.
+    unset_hf_deepspeed_config()
+    return EMAModel(_shards(module), decay=decay)
 
 
 def step_ema(ema, module):

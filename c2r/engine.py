@@ -34,7 +34,8 @@ def build_accelerator(args):
     """The Accelerator of a run, its logs in `output_dir`/logs, on the engine that the launcher has chosen.
 
     Raises:
-        InputError: `output_dir` cannot be made, DeepSpeed is missing, or the launched processes do not join.
+        InputError: `output_dir` cannot be made, DeepSpeed is missing, the launched processes do not join, or an option
+            does not work on the engine.
     """
     output_dir = Path(args.output_dir)
     try:
@@ -65,6 +66,7 @@ def build_accelerator(args):
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     require_joined(accelerator)
+    require_supported(accelerator, args)
     return accelerator
 
 
@@ -113,6 +115,9 @@ def _deepspeed_plugin(args):
     return plugin
 
 
+_NAMES = {"zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3", "fsdp2": "FSDP2"}
+
+
 def sharding(accelerator):
     """How the run's weights and optimizer states are split over the processes: None, "zero2", "zero3" or "fsdp2".
 
@@ -129,6 +134,27 @@ def sharding(accelerator):
             raise InputError(f"the accelerate config asks for ZeRO stage {stage}; take deepspeed_zero2 or _zero3.yaml")
         return f"zero{stage}"
     return None
+
+
+def require_supported(accelerator, args):
+    """Raise InputError for an option that cannot work on the run's engine, or not with another one."""
+    engine = sharding(accelerator)
+    if args.weight_storage == "bf16" and args.mixed_precision != "bf16":
+        raise InputError(
+            f"--weight_storage bf16: needs --mixed_precision bf16, not {args.mixed_precision}; or take "
+            "--weight_storage fp32"
+        )
+    if args.weight_storage == "bf16" and engine is not None:
+        # ZeRO steps on flat partitions and FSDP2 on DTensors of its own: the low bits beside them would be lost.
+        raise InputError(
+            f"--weight_storage bf16: needs whole weights on every device, {_NAMES[engine]} splits "
+            "what is trained; take --weight_storage fp32, or single_gpu.yaml or multi_gpu.yaml"
+        )
+    if args.optimizer == "adamw8bit" and engine == "fsdp2":
+        raise InputError(
+            "--optimizer adamw8bit: bitsandbytes cannot step on weights that FSDP2 has split; take --optimizer adamw, "
+            "or deepspeed_zero2.yaml or deepspeed_zero3.yaml"
+        )
 
 
 def reads_weights(accelerator):

@@ -89,10 +89,10 @@ class LoopState:
 
 
 def seeded_generator(*parts):
-    """A CPU generator seeded by what is named alone, such as (seed, "noise", rank, micro_step).
+    """A CPU generator seeded by what is named alone, such as (seed, "sample", micro_step, place).
 
     Whatever else the process has drawn, and on whichever machine, the numbers are the same: a resumed run draws what
-    the uninterrupted one would have drawn. Ranks differ because they name their rank.
+    the uninterrupted one would have drawn. Samples differ because each names its place.
     """
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -114,7 +114,8 @@ class NoisyBatch:
 def make_noisy_batch(batch, args, *, empty_prompt_embeds, micro_step, process_index, num_processes, device):
     """Draw latents, noise levels, noise and dropped conditions for one micro-batch.
 
-    All randomness comes from (seed, rank, micro-step); see `seeded_generator`.
+    All randomness comes from the seed, the micro-step and the sample's place in the micro-batch of all processes; see
+    `seeded_generator`. So two processes with a batch of 2 draw what one with a batch of 4 draws.
 
     Args:
         batch: what the data loader gives: `latents_mean`, `latents_logvar` (B, C, T, h, w), `prompt_embeds` (B, L, D).
@@ -125,12 +126,13 @@ def make_noisy_batch(batch, args, *, empty_prompt_embeds, micro_step, process_in
         process_index, num_processes: this process among all.
         device: where the result goes.
     """
-    own = seeded_generator(args.seed, "step", process_index, micro_step)
     mean, logvar = batch["latents_mean"], batch["latents_logvar"]
     batch_size = len(mean)
-    latents = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=own)
-    noise = torch.randn(latents.shape, generator=own)
-    dropped_prompt, dropped_control = (torch.rand(batch_size, generator=own) for _ in range(2))
+    first = process_index * batch_size
+    own = [seeded_generator(args.seed, "sample", micro_step, first + i) for i in range(batch_size)]
+    spread, noise = (torch.stack([torch.randn(mean.shape[1:], generator=g) for g in own]) for _ in range(2))
+    dropped_prompt, dropped_control = (torch.stack([torch.rand((), generator=g) for g in own]) for _ in range(2))
+    latents = mean + torch.exp(0.5 * logvar) * spread
     sigmas = flow_matching.sample_sigmas(
         batch_size,
         seeded_generator(args.seed, "sigmas", micro_step // args.gradient_accumulation_steps),

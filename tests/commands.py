@@ -21,6 +21,7 @@ def launch(config, num_processes):
         "accelerate.commands.launch",
         f"--config_file={CONFIGS / config}",
         f"--num_processes={num_processes}",
+        "--main_process_port=0",  # a free one: another run may have the default
     ]
 
 

@@ -51,9 +51,29 @@ def test_noisy_batch_is_consistent_and_repeatable():
 
 
 @pytest.mark.parametrize("changed", [{"process_index": 1}, {"micro_step": 7}, {"micro_step": 8}])
-def test_noise_differs_between_ranks_and_steps(changed):
+def test_noise_differs_between_processes_and_steps(changed):
     args = options()
     assert not torch.equal(draw(args, **changed).noisy_latents, draw(args).noisy_latents)
+
+
+def test_the_number_of_processes_does_not_change_the_draw():
+    """One process with a batch of 4 draws what two with a batch of 2 draw."""
+    args, whole = options(), batch(4)
+    where = {"empty_prompt_embeds": torch.zeros(5, 3), "device": torch.device("cpu"), "micro_step": 7}
+    alone = make_noisy_batch(whole, args, process_index=0, num_processes=1, **where)
+    halves = [
+        make_noisy_batch(
+            {name: tensor[2 * p : 2 * p + 2] for name, tensor in whole.items()},
+            args,
+            process_index=p,
+            num_processes=2,
+            **where,
+        )
+        for p in range(2)
+    ]
+    for name, tensor in vars(alone).items():
+        assert torch.equal(torch.cat([getattr(half, name) for half in halves]), tensor), name
+    assert not torch.equal(*alone.velocity_target[2:])
 
 
 def test_sigmas_of_a_global_step_are_stratified():

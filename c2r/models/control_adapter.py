@@ -10,6 +10,16 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 
+class _Conv3d(nn.Conv3d):
+    """On the CPU in fp32: oneDNN's bf16 gradient of a depthwise kernel contains memory that nobody has written."""
+
+    def forward(self, frames):
+        if frames.device.type != "cpu":
+            return super().forward(frames)
+        with torch.autocast("cpu", enabled=False):
+            return self._conv_forward(frames.float(), self.weight.float(), None).to(self.weight.dtype)
+
+
 class TemporalDownsample(nn.Module):
     """Depthwise convolution over time: F = stride·k + 1 frames to T = k + 1 latent frames, starting as a mean.
 
@@ -18,7 +28,7 @@ class TemporalDownsample(nn.Module):
 
     def __init__(self, feature_dim, stride):
         super().__init__()
-        self.conv = nn.Conv3d(
+        self.conv = _Conv3d(
             feature_dim,
             feature_dim,
             kernel_size=(2 * stride + 1, 1, 1),
