@@ -133,7 +133,7 @@ def test_signals_save_stop_and_lose_nothing(grounding, undisturbed, tmp_path):
         family = done.family()
         assert len(family) >= 3  # launcher, training process, data worker
         os.killpg(done.process.pid, signal.SIGINT)
-        assert done.end() != 0
+        assert done.end() == -signal.SIGINT
         stopped(done, "SIGINT")
 
     # A scheduler's SIGTERM to the launcher, which dies of it.
@@ -184,6 +184,7 @@ def test_two_processes_stop_together_and_a_lost_one_is_named(grounding, tmp_path
     # One is killed.
     with Background(command) as done:
         done.wait_until(lambda: done.steps)
+        done.family()
         done.rank(1).kill()
         assert done.end() != 0
         assert len(done.errors) == 1, done.text
