@@ -346,9 +346,15 @@ def test_what_cannot_go_on_is_refused_and_nothing_is_lost(
     before = {name: checksums(out) for name, out in folders.items()}
     remount(disk, "ro")
     with ExitStack() as stack:  # at the same time: each only starts
+        starved = stack.enter_context(Background(grounding(tmp_path / "starved")))
         started = {name: stack.enter_context(Background(command)) for name, (command, _) in commands.items()}
         for name, (_, part) in commands.items():
             assert started[name].end() == 1
             one_line(started[name], part)
         assert "kept " not in started["read-only"].text  # nothing was read before
+        # Not one to refuse, but to end alike: the kernel takes a data worker's memory.
+        starved.wait_until(starved.trained)
+        starved.process.children()[0].kill()
+        assert starved.end() == 1
+        one_line(starved, "worker was killed")
     assert {name: checksums(out) for name, out in folders.items()} == before
