@@ -1,5 +1,6 @@
 """Commands that are watched while they run, and interrupted."""
 
+import os
 import re
 import subprocess
 import sys
@@ -24,7 +25,7 @@ class Background:
     """
 
     def __init__(self, command, **environment):
-        self._output = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = psutil.Popen(
             [sys.executable, *map(str, command)],
             stdout=self._output,
@@ -45,8 +46,9 @@ class Background:
     @property
     def text(self):
         """All that it has printed, errors too."""
-        self._output.seek(0)
-        return self._output.read()
+        file = self._output.fileno()
+        # Not by seek: the processes write at the same position.
+        return os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace")
 
     @property
     def errors(self):

@@ -48,7 +48,7 @@ MOMENTS = {
     "training": 0.3,
     "validating": 0.1,
     "saving": 0.02,
-    "pruning": 0.003,
+    "pruning": 0.0005,
     "saving best": 0.02,
     "saving final": 0.02,
 }
@@ -262,7 +262,7 @@ def main():
         )
         found = differences(out, reference)
     with open(args.output, "w", newline="") as file:
-        writer = csv.DictWriter(file, log[0].keys())
+        writer = csv.DictWriter(file, log[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(log)
     print(f"{len(log)} kills; differences from the uninterrupted run: {found or 'none'}")
