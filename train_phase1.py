@@ -37,7 +37,7 @@ from c2r.engine import (
     reads_weights,
 )
 from c2r.guards import StepGuard
-from c2r.interruption import EXIT_STOPPED, Interruption
+from c2r.interruption import EXIT_STOPPED, Interruption, shield_worker
 from c2r.models.assembly import check_transformer, load_transformer, read_transformer_config, save_phase
 from c2r.optimizer import build_lr_scheduler, build_optimizer
 from c2r.options import HelpFormatter, add_common_options, parse_options, run
@@ -119,6 +119,7 @@ def train(args, accelerator, record):
         train_dataset,
         batch_sampler=sampler,
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=shield_worker,
         collate_fn=train_dataset.collate,
         pin_memory=device.type == "cuda",
     )
@@ -146,7 +147,7 @@ def train(args, accelerator, record):
         accelerator.print(f"resumed from {checkpoint} at step {loop.global_step}")
     elif args.resume_from_checkpoint:
         accelerator.print(f"no checkpoint in {args.output_dir} yet: starting at step 0")
-    start_logs(accelerator, args, loop.global_step)
+    start_logs(accelerator, args, loop)
     interruption = Interruption(args)
 
     # ---------------------------------------------------------------------------------------------------- validation
@@ -249,6 +250,7 @@ def train(args, accelerator, record):
         )
         logs["train/loss_spike"] = guard.finish(logs["train/loss"])
         record.samples_per_second = logs["train/samples_per_second"]
+        loop.logs = logs
         accelerator.log(logs, loop.global_step)
         progress.set_postfix(loss=f"{logs['train/loss']:.4f}", grad_norm=f"{logs['train/grad_norm']:.2f}")
         progress.update()

@@ -41,7 +41,7 @@ from c2r.engine import (
     reads_weights,
 )
 from c2r.guards import StepGuard
-from c2r.interruption import EXIT_STOPPED, Interruption
+from c2r.interruption import EXIT_STOPPED, Interruption, shield_worker
 from c2r.models.assembly import (
     check_transformer,
     load_controlnet,
@@ -170,6 +170,7 @@ def train(args, accelerator, record):
         ConcatDataset([real_dataset, cg_dataset]),
         batch_sampler=sampler,
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=shield_worker,
         collate_fn=real_dataset.collate,
         pin_memory=device.type == "cuda",
     )
@@ -212,7 +213,7 @@ def train(args, accelerator, record):
         accelerator.print(f"resumed from {checkpoint} at step {loop.global_step}")
     elif args.resume_from_checkpoint:
         accelerator.print(f"no checkpoint in {args.output_dir} yet: starting at step 0")
-    start_logs(accelerator, args, loop.global_step)
+    start_logs(accelerator, args, loop)
     interruption = Interruption(args)
 
     def control_features_of(control_frames):
@@ -351,6 +352,7 @@ def train(args, accelerator, record):
         )
         logs["train/loss_spike"] = guard.finish(logs["train/loss"])
         record.samples_per_second = logs["train/samples_per_second"]
+        loop.logs = logs
         accelerator.log(logs, loop.global_step)
         progress.set_postfix(loss=f"{logs['train/loss']:.4f}", cg=f"{logs['train/cg_share']:.3f}")
         progress.update()

@@ -11,10 +11,13 @@ drawn for a sample follows from seed, step and place alone. A checkpoint is comp
 flushed and renamed, and `latest` passes over one that was damaged afterwards.
 """
 
+import errno
 import fcntl
 import json
+import os
 import re
 import shutil
+import weakref
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -30,6 +33,10 @@ from c2r.models.weights import atomic_folder, read_json, sync_file, temporary_fo
 
 STATE = "state.json"
 _PATTERN = re.compile(r"checkpoint-(\d+)")
+
+_locks = weakref.WeakSet()
+# A data loader's workers live on for seconds when their process is killed: they must not hold its lock.
+os.register_at_fork(after_in_child=lambda: [lock.close() for lock in _locks])
 
 
 # -------------------------------------------------------------------------------------------------------------- find
@@ -125,6 +132,11 @@ def lock_output_dir(accelerator, output_dir):
                 raise InputError(
                     f"--output_dir {output_dir}: another run is writing into it; wait for its end, or choose another"
                 ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                    raise
+                print(f"{output_dir}: its file system has no locks; take care that no second run writes into it")
+            _locks.add(lock)
     return lock
 
 
@@ -190,7 +202,8 @@ def save_checkpoint(accelerator, model, optimizer, lr_scheduler, sampler, loop, 
     """
     folder = Path(args.output_dir) / f"checkpoint-{loop.global_step}"
     engine = sharding(accelerator)
-    _flush(accelerator)
+    with failing_together(accelerator, Path(args.output_dir) / "logs"):
+        _flush(accelerator)
     with ExitStack() as stack:
         stack.enter_context(failing_together(accelerator, folder))
         temporary = temporary_folder(folder)
@@ -225,10 +238,9 @@ def save_checkpoint(accelerator, model, optimizer, lr_scheduler, sampler, loop, 
                 },
             }
             (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-    if accelerator.is_main_process and args.checkpoints_total_limit is not None:
-        for _, old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-            _remove(old)
-    accelerator.wait_for_everyone()
+    with failing_together(accelerator, args.output_dir):
+        if accelerator.is_main_process and args.checkpoints_total_limit is not None:
+            _prune(args.output_dir, loop.global_step, args.checkpoints_total_limit)
 
 
 def _require_finite(weights, folder):
@@ -284,6 +296,18 @@ def _flush(accelerator):
             tracker.tracker.flush()
 
 
+def _prune(output_dir, newest, limit):
+    """Delete all but the last `limit` complete checkpoints up to step `newest`, the one just written.
+
+    Later ones are damaged, or the run would have gone on from them; they are replaced when it gets there.
+    """
+    found = [path for step, path in list_checkpoints(output_dir) if step <= newest]
+    kept = [path for path in found if damage(path) is None][-limit:]
+    for path in found:
+        if path not in kept:
+            _remove(path)
+
+
 def _remove(folder):
     # Renamed first: killed within, it leaves nothing that looks like a checkpoint.
     aside = folder.with_name(f".{folder.name}.removed")
@@ -292,8 +316,8 @@ def _remove(folder):
 
 
 def _remove_leftovers(output_dir):
-    """What killed runs have left behind: half-written and half-removed checkpoints."""
-    for pattern in (".checkpoint-*.tmp", ".checkpoint-*.removed"):
+    """What killed runs have left behind: half-written, half-removed and replaced (so: damaged) checkpoints."""
+    for pattern in (".checkpoint-*.tmp", ".checkpoint-*.removed", ".checkpoint-*.old"):
         for path in Path(output_dir).glob(pattern):
             shutil.rmtree(path)
 

@@ -39,6 +39,7 @@ from c2r.data.cache import (
 from c2r.data.manifest import Source, read_manifest
 from c2r.data.video import read_window
 from c2r.engine import require_joined
+from c2r.interruption import shield_worker
 from c2r.models.parts import load_pipeline_part, resolve_model_folder
 from c2r.models.weights import existing_parent, read_json
 from c2r.options import HelpFormatter, add_clip_options, run
@@ -73,12 +74,14 @@ def encode_missing(clips, options, accelerator, watchdog=None):
     # others' files and cut differently.
     by_path = paths_of(clips, options, settings)
     missing = {path: clip for path, clip in by_path.items() if not is_complete(path, CLIP_TENSORS)}
-    damaged = sum(path.exists() for path in missing)
-    if damaged and accelerator.is_main_process:
-        print(f"{damaged} damaged files in the cache: these clips are encoded anew", flush=True)
     _require_room(missing, options)
     texts = {prompt_path(cache_dir, "", settings): "" for cache_dir in folder_of.values()}
     texts |= {prompt_path(folder_of[clip.folder], clip.text, settings): clip.text for clip in missing.values()}
+    if accelerator.is_main_process:
+        damaged = [path for path in missing if path.exists()]
+        damaged += [path for path in texts if path.exists() and not is_complete(path, PROMPT_TENSORS)]
+        if damaged:
+            print(f"{len(damaged)} damaged files in the cache are encoded anew", flush=True)
 
     my_texts = [item for item in _share(texts, accelerator) if not is_complete(item[0], PROMPT_TENSORS)]
     if my_texts:
@@ -213,6 +216,7 @@ def _encode_clips(items, options, settings, folder_of, accelerator, watchdog):
         batch_size=1,
         collate_fn=_one_item,
         num_workers=options.dataloader_num_workers,
+        worker_init_fn=shield_worker,
         pin_memory=device.type == "cuda",
     )
     failures, started = [], time.perf_counter()

@@ -56,7 +56,8 @@ class StepGuard:
         if self.loop.skipped_in_a_row > self.max_skipped_steps:
             raise InputError(
                 f"{what}; it is number {self.loop.skipped_in_a_row} in a row (--max_skipped_steps "
-                f"{self.max_skipped_steps}): look at these clips, or lower --learning_rate, and resume"
+                f"{self.max_skipped_steps}): look at these clips and delete what is cached of them, or lower "
+                "--learning_rate, and resume"
             )
         if self.accelerator.is_main_process:
             tqdm.write(what)

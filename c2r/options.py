@@ -3,6 +3,7 @@
 import argparse
 import errno
 import sys
+import traceback
 from pathlib import Path
 
 import yaml
@@ -11,7 +12,7 @@ from diffusers.optimization import SchedulerType
 from c2r import InputError, flow_matching
 from c2r.data.cache import check_clip_shape
 from c2r.interruption import slot_deadline, stop_on_signals
-from c2r.watchdog import DEFAULT_TIMEOUT_MINUTES
+from c2r.watchdog import DEFAULT_TIMEOUT_MINUTES, name_the_lost
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
@@ -244,7 +245,23 @@ def run(main):
     except InputError as error:
         # From a data loader's worker it comes wrapped in the worker's traceback; the last line is the message.
         sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix("c2r.InputError: "))
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        sys.exit(f"error: {error.filename or 'output'}: cannot be written ({error.strerror}); mend it and start again")
+    except (OSError, EOFError, RuntimeError) as error:
+        if _lost_worker(error):
+            sys.exit(
+                "error: a data loader's worker was killed, perhaps for want of memory: lower --dataloader_num_workers "
+                "and start again with --resume_from_checkpoint latest"
+            )
+        if getattr(error, "errno", None) in UNWRITABLE:
+            file = error.filename or "output"
+            sys.exit(f"error: {file}: cannot be written ({error.strerror}); mend it and start again")
+        name_the_lost()
+        raise
+
+
+def _lost_worker(error):
+    """Whether a data loader misses one of its workers: torch says so, or it fails to fetch what the worker has left.
+
+    What a worker itself has raised is raised elsewhere in the loader.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    return str(error).startswith("DataLoader worker") or any(frame.name == "_try_get_data" for frame in frames)

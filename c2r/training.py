@@ -15,14 +15,18 @@ from c2r.models.assembly import PhaseContract
 # ----------------------------------------------------------------------------------------------- logs and precision
 
 
-def start_logs(accelerator, args, global_step):
+def start_logs(accelerator, args, loop):
     """Open the logs, once everything that can be refused has been checked.
 
-    What an earlier run that was killed has logged after `global_step`, where this one goes on, is taken back.
+    What an earlier run that was killed has logged after the step from which this one goes on is taken back. So is that
+    step itself if its validation is still to come: one that was killed in between may have logged it already.
     """
     config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in vars(args).items()}
-    purge_step = global_step + 1 if global_step else 0
+    again = loop.global_step == 0 or loop.validation_due(args)
+    purge_step = loop.global_step if again else loop.global_step + 1
     accelerator.init_trackers("", config=config, init_kwargs={"tensorboard": {"purge_step": purge_step}})
+    if again and loop.logs:
+        accelerator.log(loop.logs, loop.global_step)
 
 
 def in_full_precision(module, device):
@@ -53,6 +57,8 @@ class LoopState:
     # The last validation: its step and its numbers; phase 2 also keeps what the silent ControlNet scored at first.
     validated_step: int | None = None
     metrics: dict = field(default_factory=dict)
+    # The last step's numbers, as they were logged.
+    logs: dict = field(default_factory=dict)
     # Fingerprints of what the run is trained on: datasets and backbone.
     inputs: dict = field(default_factory=dict)
     # What the guards know: skipped steps up to here without a break, and the last steps' log losses.

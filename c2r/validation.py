@@ -4,6 +4,8 @@ Noise and noise levels belong to the clip, not to the step or the process: the n
 and two runs can be compared.
 """
 
+from math import isfinite
+
 import torch
 from torch.utils.data import DataLoader, Subset
 
@@ -42,6 +44,9 @@ def clip_losses(dataset, predictor_of, accelerator, flow_shift, batch_size=1, go
 
     Returns:
         (len(dataset),) fp32 on CPU, in the dataset's order, the same on every process; None if it was ended.
+
+    Raises:
+        InputError: a loss is not finite.
     """
     # Every process runs equally many batches, or a sharded model's collectives would hang: the last shares are filled
     # up with clips that another process counts.
@@ -73,7 +78,15 @@ def clip_losses(dataset, predictor_of, accelerator, flow_shift, batch_size=1, go
         for position, loss in zip(positions[first : first + batch_size], total):
             if position < len(dataset):
                 losses[position] = loss
-    return accelerator.reduce(losses, reduction="sum").cpu()
+    losses = accelerator.reduce(losses, reduction="sum").cpu()
+    bad = [dataset.clips[i] for i, loss in enumerate(losses.tolist()) if not isfinite(loss)]
+    if bad:
+        names = ", ".join(f"{clip.name}#{clip.window}" for clip in bad)
+        raise InputError(
+            f"the validation loss is not finite for {names}: their cached latents are damaged, or the model "
+            "has diverged; delete the cache, or lower --learning_rate, and resume"
+        )
+    return losses
 
 
 def other_clips(clips, spare):

@@ -18,8 +18,9 @@ from torch.distributed import DistError, TCPStore
 
 EXIT_HUNG = 74  # EX_IOERR of sysexits.h
 INTERVAL = 1.0  # seconds between two messages of a process
-GONE_AFTER = 30.0  # seconds without a message: well above what a busy machine delays it by
+GONE_AFTER = 30.0  # seconds without a message, at most: well above what a busy machine delays it by
 DEFAULT_TIMEOUT_MINUTES = 10.0
+_current = None  # the run's `Watchdog`
 
 
 class Watchdog:
@@ -35,11 +36,14 @@ class Watchdog:
     def __init__(self, accelerator, timeout_seconds):
         self.accelerator = accelerator
         self.timeout_seconds = timeout_seconds
+        self.gone_after = min(GONE_AFTER, timeout_seconds)
         self.alone = accelerator.num_processes == 1
         self._state = {"count": 0, "what": "start", "waiting": False}
         self._beat_at = time.monotonic()
         self._closed = threading.Event()
         self._barriers = 0
+        global _current
+        _current = None if self.alone else self
         if self.alone:
             return
         host = os.environ.get("MASTER_ADDR", "localhost")
@@ -50,7 +54,7 @@ class Watchdog:
         port = broadcast_object_list([port])[0]
         # One connection each for the two threads: a call of one must not wait for the other's.
         self._store, self._thread_store = (
-            TCPStore(host, port, is_master=False, timeout=timedelta(seconds=GONE_AFTER)) for _ in range(2)
+            TCPStore(host, port, is_master=False, timeout=timedelta(seconds=self.gone_after)) for _ in range(2)
         )
         self._publish(0)
         accelerator.wait_for_everyone()
@@ -113,7 +117,7 @@ class Watchdog:
             for rank, message in enumerate(messages):
                 if message["number"] != heard[rank][0]:
                     heard[rank] = (message["number"], now)
-            gone = [rank for rank in ranks if now - heard[rank][1] > GONE_AFTER]
+            gone = [rank for rank in ranks if now - heard[rank][1] > self.gone_after]
             loud = self.accelerator.process_index == min(set(ranks) - set(gone), default=0)
             if gone:
                 self._end(f"{_named(gone, messages)} no longer answers", loud)
@@ -123,10 +127,21 @@ class Watchdog:
 
     def _end(self, line, loud):
         if loud:
-            print(f"error: {line}; start again with --resume_from_checkpoint latest", file=sys.stderr, flush=True)
+            print(f"\nerror: {line}; start again with --resume_from_checkpoint latest", file=sys.stderr, flush=True)
         else:
             time.sleep(2 * INTERVAL)  # or the launcher ends the others before one has spoken
         os._exit(EXIT_HUNG)
+
+
+def name_the_lost():
+    """End this process with the name of the one that is gone, if one is. Call it when something has failed.
+
+    Where a process dies, the others' collectives fail at once or hang, depending on the backend; their own errors do
+    not tell whom they were waiting for.
+    """
+    if _current is not None and not _current._closed.is_set():
+        _current.gone_after = 3 * INTERVAL
+        time.sleep(6 * INTERVAL)
 
 
 def hang_report(messages, timeout_seconds):

@@ -1,5 +1,7 @@
 import json
+import time
 from argparse import Namespace
+from multiprocessing import get_context
 from types import SimpleNamespace
 
 import pytest
@@ -153,6 +155,21 @@ def test_old_checkpoints_are_pruned_after_the_new_one(tmp_path):
     assert not list(tmp_path.glob(".checkpoint*"))
 
 
+def test_the_checkpoint_just_written_stays_though_later_ones_are_damaged(tmp_path):
+    run = build_run(tmp_path, "--checkpoints_total_limit=1")
+    for step in (10, 20):
+        run.loop.global_step = step
+        save(run)
+    _truncate(tmp_path / "checkpoint-20")
+    (tmp_path / ".checkpoint-20.old").mkdir()  # a run was killed while it replaced it
+    for step, left in ((11, [11, 20]), (20, [20]), (21, [21])):
+        run.loop.global_step = step
+        save(run)
+        assert [number for number, _ in list_checkpoints(tmp_path)] == left
+        assert damage(tmp_path / f"checkpoint-{step}") is None
+    assert not list(tmp_path.glob(".checkpoint*"))
+
+
 @pytest.fixture
 def two_checkpoints(tmp_path):
     run = build_run(tmp_path)
@@ -213,13 +230,25 @@ def test_an_earlier_run_is_not_written_over(name, tmp_path):
         find_checkpoint(tmp_path, None)
 
 
+def _live_on(started):
+    started.set()
+    time.sleep(60)
+
+
 def test_a_second_run_may_not_write_into_the_same_folder(tmp_path):
     accelerator = Accelerator(cpu=True)
     lock = lock_output_dir(accelerator, tmp_path)
     with pytest.raises(InputError, match="another run is writing"):
         lock_output_dir(accelerator, tmp_path)
+    # A data worker lives on for seconds when its process was killed.
+    started = get_context("fork").Event()
+    worker = get_context("fork").Process(target=_live_on, args=(started,))
+    worker.start()
+    assert started.wait(60)
     lock.close()
     lock_output_dir(accelerator, tmp_path).close()
+    assert worker.is_alive()
+    worker.kill()
 
 
 def resumable(run, checkpoint, inputs=None, config=None, **changed):

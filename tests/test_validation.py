@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +53,18 @@ def test_losses_are_those_of_the_fixed_noise():
             for quantile in QUANTILES
         ]
         torch.testing.assert_close(loss, torch.stack(expected).mean())
+
+
+def test_a_loss_that_is_not_finite_names_its_clip():
+    dataset = Latents(3)
+    dataset.clips = [SimpleNamespace(name=f"{i}.mp4", window=2) for i in range(3)]
+
+    def predict(batch):
+        factor = torch.where(torch.tensor(batch["name"][0] == "clip 1"), torch.nan, 1.0)
+        return lambda noisy_latents, timesteps: noisy_latents * factor
+
+    with pytest.raises(InputError, match=r"not finite for 1\.mp4#2: "):
+        clip_losses(dataset, predict, Accelerator(cpu=True), 3.0)
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 8])

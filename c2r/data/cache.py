@@ -136,6 +136,9 @@ def write_atomic(path: Path, data: bytes):
             file.flush()
             os.fsync(file.fileno())  # before the rename, or a power failure could leave the name without its content
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails does not name its file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,0 +1,55 @@
+"""The short form of `python -m tests.crash`, whose long form is recorded in docs/crash/."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.background import Background
+from tests.crash import command_of, crash_legs, differences
+
+
+@pytest.mark.slow
+def test_phase2_killed_in_both_legs_ends_as_if_it_had_not_been(tmp_path):
+    out, reference, log = crash_legs(tmp_path, 2, 1, [["validating", "saving best"], ["pruning"]], seed=0)
+    assert len(log) == 3
+    assert differences(out, reference) == []
+
+
+@pytest.mark.slow
+def test_phase1_killed_ends_as_if_it_had_not_been_and_the_comparison_sees_what_differs(tmp_path):
+    out, reference, log = crash_legs(tmp_path, 1, 1, [["saving"]], seed=0)
+    assert len(log) == 1
+    assert differences(out, reference) == []
+
+    other = tmp_path / "other"
+    with Background(command_of(tmp_path, 1, 1, other, "--max_train_steps=25", "--seed=1")) as done:
+        assert done.end() == 0, done.text[-3000:]
+    found = differences(other, reference)
+    files = ("optimizer-00000-of-00001", "ema-00000-of-00001", "model/diffusion_pytorch_model")
+    for part in (*(f"checkpoint-25/{name}.safetensors" for name in files), "best/c2r.json", "curve train/loss"):
+        assert part in found
+
+    def found_after(harm):
+        shutil.rmtree(other)
+        shutil.copytree(reference, other)
+        harm()
+        return differences(other, reference)
+
+    def change_a_weight():
+        file = other / "final/diffusion_pytorch_model.safetensors"
+        weights = load_file(file)
+        next(iter(weights.values())).view(-1)[0] += 1e-6
+        save_file(weights, file, {"format": "pt"})
+
+    def change_the_state():
+        state = json.loads((other / "checkpoint-25/state.json").read_text())
+        state["loop"]["best_validation_loss"] += 1e-9
+        (other / "checkpoint-25/state.json").write_text(json.dumps(state))
+
+    assert found_after(lambda: None) == []
+    assert found_after(change_a_weight) == ["final/diffusion_pytorch_model.safetensors"]
+    assert found_after(change_the_state) == ["checkpoint-25/state.json"]
+    assert len(found_after(lambda: shutil.rmtree(other / "checkpoint-24"))) > 1
+    assert "curve train/loss" in found_after(lambda: [path.unlink() for path in (other / "logs").glob("events*")])
