@@ -57,8 +57,6 @@ def build_run(out, *argv, weights=None):
     )
 
 
-# oneDNN's bf16 convolution rounds differently with the alignment of its memory, so two equal runs may differ.
-@torch.backends.mkldnn.flags(enabled=False)
 def train_one_step(run):
     index = run.sampler.sample_batch(1)[0]
     generator = torch.Generator().manual_seed(index)

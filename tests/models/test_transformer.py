@@ -330,8 +330,6 @@ def test_compiled_by_inductor():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("backbone_dtype", [torch.float32, torch.bfloat16])
-# oneDNN's bf16 convolution rounds differently with the alignment of its memory, so two equal runs may differ.
-@torch.backends.mkldnn.flags(enabled=False)
 def test_sharded_by_fsdp2(tmp_path, backbone_dtype, checkpointing):
     """One rank shards as many do: a parameter read outside a hooked forward would be a DTensor and raise."""
     inputs = tiny_inputs()
