@@ -2,7 +2,10 @@
 
 import argparse
 import errno
+import os
+import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from c2r.data.cache import check_clip_shape
 from c2r.interruption import slot_deadline, stop_on_signals
 from c2r.watchdog import DEFAULT_TIMEOUT_MINUTES, name_the_lost
 
+HEAD_START = 5.0  # seconds in which the main process's error ends the others
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
@@ -243,6 +247,7 @@ def run(main):
     try:
         main()
     except InputError as error:
+        _leave_it_to_the_main_process()
         # From a data loader's worker it comes wrapped in the worker's traceback; the last line is the message.
         sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix("c2r.InputError: "))
     except (OSError, EOFError, RuntimeError) as error:
@@ -256,6 +261,13 @@ def run(main):
             sys.exit(f"error: {file}: cannot be written ({error.strerror}); mend it and start again")
         name_the_lost()
         raise
+
+
+def _leave_it_to_the_main_process():
+    """Most bad input is bad on every process: the main one says so, and the launcher then ends the others."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(HEAD_START)
 
 
 def _lost_worker(error):

@@ -85,26 +85,63 @@ def command(tiny_models, datasets):
 
 
 @pytest.fixture(scope="session")
-def finished(command, tmp_path_factory):
-    """finished(phase, engine): folder and output of a run of STEPS steps that nothing interrupts."""
-    runs = {}
+def runs(command, tmp_path_factory):
+    """runs(engine): {phase: (folder, output)} of runs of STEPS steps that nothing interrupts.
 
-    def finished(phase, engine):
-        if (phase, engine) not in runs:
-            out = tmp_path_factory.mktemp("run") / f"phase{phase}-{engine}".replace(" ", "-")
-            runs[phase, engine] = out, succeed(*command(phase, engine, out))
-        return runs[phase, engine]
+    For an engine also {(phase, "resumed"): …}: from what a run that was killed after SAVED has left. The one of phase
+    2 is to bear no skipped step, and goes on until BAD_CLIP comes up.
+    """
+    found = {}
 
-    return finished
+    def run_all(engine):
+        folder = tmp_path_factory.mktemp("run")
+        resume = ["--resume_from_checkpoint=latest"]
+        legs = {1: [], (1, "resumed"): resume, 2: []}
+        legs[2, "resumed"] = [
+            *resume,
+            "--max_train_steps=40",
+            f"--checkpointing_steps={STEPS}",
+            "--max_skipped_steps=0",
+        ]
+        if engine == "one process":
+            legs = {1: [], 2: []}
+        launcher = LAUNCH if engine == "one process" else ENGINES[engine]
+        outs = {leg: folder / str(i) for i, leg in enumerate(legs)}
+        arguments = []
+        for leg, more in legs.items():
+            phase = leg if isinstance(leg, int) else leg[0]
+            script, *rest = command(phase, engine, outs[leg], *more)[len(launcher) :]
+            # Only what a killed run had finished is there when the run resumes.
+            copied = [f"{outs[phase]}/checkpoint-{SAVED}", str(outs[leg])] if leg != phase else []
+            arguments.append(json.dumps([copied, script.removesuffix(".py"), *map(str, rest)]))
+        done = start(*launcher, "tests/engine_runs.py", *arguments)
+        texts = re.split(r"== run \d\n", done.stdout)[1:]
+        assert len(texts) == len(legs), error_lines(done)
+        assert (done.returncode == 0) == (engine == "one process"), done.stderr[-3000:]
+        return {leg: (outs[leg], text) for leg, text in zip(legs, texts)} | {"errors": error_lines(done)}
+
+    def runs(engine):
+        if engine not in found:
+            found[engine] = run_all(engine)
+        return found[engine]
+
+    return runs
 
 
 def weights(folder):
     return load_file(folder / "diffusion_pytorch_model.safetensors")
 
 
-def skipped(done):
+def state_of(file):
+    """What a checkpoint's state.json says, but for what depends on the clock."""
+    state = json.loads(file.read_text())
+    del state["loop"]["logs"]["train/samples_per_second"]
+    return state
+
+
+def skipped(text):
     """{step: clips} of the steps that a run's output says were skipped."""
-    return dict(re.findall(r"step (\d+) skipped: the loss is not finite for (.*)", done.stdout))
+    return dict(re.findall(r"step (\d+) skipped: the loss is not finite for (.*)", text))
 
 
 def error_lines(done):
@@ -117,9 +154,9 @@ every_engine = pytest.mark.parametrize("engine", ENGINES)
 
 @both_phases
 @every_engine
-def test_trains_as_one_process_does(engine, phase, finished):
+def test_trains_as_one_process_does(engine, phase, runs):
     """The same loss, gradient norm and learning rate in every step, skipped ones included."""
-    (out, done), (reference, reference_done) = finished(phase, engine), finished(phase, "one process")
+    (out, text), (reference, reference_text) = runs(engine)[phase], runs("one process")[phase]
     logged, expected = scalars(out), scalars(reference)
     for name in ("train/loss", "train/loss_real", "validation/loss"):
         torch.testing.assert_close(torch.tensor(logged[name]), torch.tensor(expected[name]), **LOSS)
@@ -136,13 +173,13 @@ def test_trains_as_one_process_does(engine, phase, finished):
     steps = {str(i) for i, loss in enumerate(logged["train/loss"], start=1) if math.isnan(loss)}
     assert 2 <= len(steps) <= STEPS / 2
     assert {str(i) for i, norm in enumerate(norms, start=1) if not math.isfinite(norm)} == steps
-    assert skipped(done) == skipped(reference_done) == dict.fromkeys(steps, BAD_CLIP)
+    assert skipped(text) == skipped(reference_text) == dict.fromkeys(steps, BAD_CLIP)
 
 
 @both_phases
 @every_engine
-def test_exports_ordinary_folders(engine, phase, finished, tiny_models):
-    out, reference = finished(phase, engine)[0], finished(phase, "one process")[0]
+def test_exports_ordinary_folders(engine, phase, runs):
+    out, reference = runs(engine)[phase][0], runs("one process")[phase][0]
     model_class = WanTransformer3DModel if phase == 1 else C2RControlNet
     for name in ("best", "final", f"checkpoint-{STEPS}/model"):
         model, report = model_class.from_pretrained(out / name, output_loading_info=True)
@@ -168,22 +205,22 @@ def test_exports_ordinary_folders(engine, phase, finished, tiny_models):
 
 @both_phases
 @every_engine
-def test_resumes_bit_for_bit_and_ends_after_too_many_skipped_steps(engine, phase, finished, command, tmp_path):
-    """From what a run that was killed after SAVED has left; BAD_CLIP comes up again and none is to be borne."""
-    out, _ = finished(phase, engine)
-    shutil.copytree(out / f"checkpoint-{SAVED}", tmp_path / f"checkpoint-{SAVED}")
-    more = ["--max_train_steps=40", f"--checkpointing_steps={STEPS}", "--max_skipped_steps=0"]
-    done = start(*command(phase, engine, tmp_path, *more, "--resume_from_checkpoint=latest"))
-    assert f"resumed from {tmp_path / f'checkpoint-{SAVED}'} at step {SAVED}" in done.stdout
+def test_resumes_bit_for_bit(engine, phase, runs):
+    out, (resumed, text) = runs(engine)[phase][0], runs(engine)[phase, "resumed"]
+    assert f"resumed from {resumed / f'checkpoint-{SAVED}'} at step {SAVED}" in text
     for file in (out / f"checkpoint-{STEPS}").rglob("*"):
-        if file.is_file():
-            resumed = tmp_path / file.relative_to(out)
-            assert resumed.read_bytes() == file.read_bytes(), file.name
-    losses = scalars(tmp_path)["train/loss"]
+        again = resumed / file.relative_to(out)
+        if file.name == "state.json":
+            assert state_of(again) == state_of(file)
+        elif file.is_file():
+            assert again.read_bytes() == file.read_bytes(), file.name
+    losses = scalars(resumed)["train/loss"]
     assert losses[: STEPS - SAVED] == scalars(out)["train/loss"][SAVED:]
 
-    assert done.returncode != 0
-    (line,) = error_lines(done)
+
+@every_engine
+def test_too_many_skipped_steps_end_the_run(engine, runs):
+    (line,) = runs(engine)["errors"]
     assert f"not finite for {BAD_CLIP}" in line
     assert "--max_skipped_steps 0" in line
 
@@ -191,16 +228,16 @@ def test_resumes_bit_for_bit_and_ends_after_too_many_skipped_steps(engine, phase
 # ------------------------------------------------------------------------------------ another engine than the last one
 
 
-def test_ddps_checkpoint_goes_on_in_one_process(finished, command, tmp_path):
-    out, expected = finished(1, "ddp")[0], finished(1, "one process")[0]
+def test_ddps_checkpoint_goes_on_in_one_process(runs, command, tmp_path):
+    out, expected = runs("ddp")[1][0], runs("one process")[1][0]
     shutil.copytree(out / f"checkpoint-{SAVED}", tmp_path / f"checkpoint-{SAVED}")
     succeed(*command(1, "one process", tmp_path, "--resume_from_checkpoint=latest"))
     for name, tensor in weights(tmp_path / "final").items():
         torch.testing.assert_close(tensor, weights(expected / "final")[name], **WEIGHT)
 
 
-def test_another_split_than_the_checkpoints_is_refused(finished, command, tmp_path):
-    shutil.copytree(finished(1, "zero3")[0] / f"checkpoint-{SAVED}", tmp_path / f"checkpoint-{SAVED}")
+def test_another_split_than_the_checkpoints_is_refused(runs, command, tmp_path):
+    shutil.copytree(runs("zero3")[1][0] / f"checkpoint-{SAVED}", tmp_path / f"checkpoint-{SAVED}")
     script = command(1, "one process", tmp_path, "--resume_from_checkpoint=latest")[len(LAUNCH) :]
     done = start(*script)
     assert done.returncode != 0
@@ -219,10 +256,10 @@ def test_another_split_than_the_checkpoints_is_refused(finished, command, tmp_pa
         ("ddp", ["--optimizer=adamw8bit", "--weight_storage=bf16", "--mixed_precision=bf16"]),
     ],
 )
-def test_options_that_save_memory_train_as_well(engine, options, finished, command, tmp_path):
+def test_options_that_save_memory_train_as_well(engine, options, runs, command, tmp_path):
     pytest.importorskip("bitsandbytes")
     succeed(*command(1, engine, tmp_path, "--max_train_steps=3", *options))
-    expected = scalars(finished(1, "one process")[0])["train/loss"][:3]
+    expected = scalars(runs("one process")[1][0])["train/loss"][:3]
     assert scalars(tmp_path)["train/loss"] == pytest.approx(expected, rel=3e-3)
     (optimizer, *_) = sorted((tmp_path / "checkpoint-3").glob("optimizer-*.safetensors"))
     dtypes = {tensor.dtype for tensor in load_file(optimizer).values()}
