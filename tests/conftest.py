@@ -1,6 +1,7 @@
 """Folders that several tests share: tiny models and small video datasets."""
 
 import csv
+import signal
 
 import numpy as np
 import pytest
@@ -83,3 +84,12 @@ def second(first, tiny_models, small_datasets, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "phase2"
     done = succeed(*phase2(tiny_models, small_datasets, first[0] / "final", out, "--max_train_steps=4"))
     return out, done
+
+
+@pytest.fixture
+def signal_handlers():
+    """Puts back the signal handlers that a test replaces."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

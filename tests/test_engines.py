@@ -149,7 +149,7 @@ def error_lines(done):
 
 
 both_phases = pytest.mark.parametrize("phase", [1, 2])
-every_engine = pytest.mark.parametrize("engine", ENGINES)
+every_engine = pytest.mark.parametrize("engine", [pytest.param(name, marks=pytest.mark.slow) for name in ENGINES])
 
 
 @both_phases

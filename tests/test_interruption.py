@@ -10,21 +10,12 @@ from c2r import InputError
 from c2r.interruption import Interruption, slot_deadline
 
 
-@pytest.fixture
-def handlers():
-    """Puts back the signal handlers that a test replaces."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def interruption(**options):
     return Interruption(Namespace(**{"save_every_minutes": None, "save_before_timeout": None} | options))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_stops(number, handlers, capsys):
+def test_a_signal_saves_and_stops(number, signal_handlers, capsys):
     asked = interruption()
     assert asked.agree(Accelerator(cpu=True))
     os.kill(os.getpid(), number)
@@ -34,7 +25,7 @@ def test_a_signal_saves_and_stops(number, handlers, capsys):
     assert asked.stop == number.name
 
 
-def test_the_clock_saves_and_does_not_stop(handlers):
+def test_the_clock_saves_and_does_not_stop(signal_handlers):
     asked = interruption(save_every_minutes=0.001)
     accelerator = Accelerator(cpu=True)
     time.sleep(0.1)
@@ -46,7 +37,7 @@ def test_the_clock_saves_and_does_not_stop(handlers):
 
 
 @pytest.mark.parametrize(("left", "stops"), [(100, True), (1000, False)])
-def test_the_end_of_a_slot_saves_and_stops(left, stops, handlers, monkeypatch):
+def test_the_end_of_a_slot_saves_and_stops(left, stops, signal_handlers, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + left))
     asked = interruption(save_before_timeout="5m")
     asked.agree(Accelerator(cpu=True))

@@ -317,6 +317,7 @@ def test_compiled_blocks_trace_into_one_graph_each(checkpointing):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_compiled_by_inductor():
     inputs = tiny_inputs()
     model = tiny_model(trained=True, num_layers=2)
