@@ -44,8 +44,8 @@ def build_accelerator(args):
         raise InputError(f"--output_dir {output_dir}: cannot be created ({error.strerror})") from error
     deepspeed = _launched_with("DEEPSPEED")
     on_cpu = not torch.accelerator.is_available()
-    # Above the watchdog's, which says more.
-    group = {"timeout": timedelta(minutes=args.distributed_timeout_minutes + 1)}
+    # Well above the watchdog's, which says more, also where a process hangs that was late already.
+    group = {"timeout": timedelta(minutes=2 * args.distributed_timeout_minutes + 1)}
     if deepspeed and on_cpu:
         os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
         group["backend"] = "gloo"

@@ -4,6 +4,7 @@ Every process tells the others where it is, through a store beside the process g
 group itself is stuck in a collective.
 """
 
+import atexit
 import json
 import os
 import socket
@@ -58,7 +59,10 @@ class Watchdog:
         )
         self._publish(0)
         accelerator.wait_for_everyone()
-        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+        self._thread.start()
+        # A thread that is in the store while Python ends aborts the process.
+        atexit.register(self._stop)
 
     def beat(self, what):
         """Say where this process is, such as "step 812: data"; costs no communication."""
@@ -75,6 +79,8 @@ class Watchdog:
             while arrived < self.accelerator.num_processes:
                 time.sleep(0.05)
                 arrived = self._store.add(key, 0)
+            # From here on the counts tell again who is behind: shares of different size have set them apart.
+            self._state["count"] = self._barriers * 10**9
             self.beat(self._state["what"])
         self.accelerator.wait_for_everyone()
 
@@ -89,8 +95,14 @@ class Watchdog:
 
     def close(self):
         """Stop watching; at the end of a run."""
+        if not self.alone:
+            self._stop()
+            atexit.unregister(self._stop)
+        self.accelerator.wait_for_everyone()  # the main process's store stays until no one is in it
+
+    def _stop(self):
         self._closed.set()
-        self.accelerator.wait_for_everyone()
+        self._thread.join(5 * INTERVAL)
 
     def _publish(self, number):
         message = self._state | {
@@ -152,11 +164,12 @@ def hang_report(messages, timeout_seconds):
             for the others keeps nobody waiting.
         timeout_seconds: the idle time that is a hang.
     """
-    idle = [r for r, m in enumerate(messages) if not m["waiting"] and m["idle"] > timeout_seconds]
-    if not idle:
+    # Who is further on may be idle for longer: it waits for these.
+    busy = [rank for rank, message in enumerate(messages) if not message["waiting"]]
+    lowest = min((messages[rank]["count"] for rank in busy), default=0)
+    behind = [rank for rank in busy if messages[rank]["count"] == lowest]
+    if min((messages[rank]["idle"] for rank in behind), default=0) <= timeout_seconds:
         return None
-    lowest = min(messages[rank]["count"] for rank in idle)
-    behind = [rank for rank in idle if messages[rank]["count"] == lowest]
     line = f"no progress for {timeout_seconds:.0f} s: {_named(behind, messages)} at '{messages[behind[0]]['what']}'"
     others = [m["what"] for r, m in enumerate(messages) if r not in behind]
     if others:

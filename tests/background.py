@@ -81,7 +81,11 @@ class Background:
 
     def rank(self, number):
         """The training process of this rank, under torchrun."""
-        return next(child for child in self.process.children() if child.environ().get("RANK") == str(number))
+        for child in self.process.children():
+            with suppress(psutil.NoSuchProcess):  # it has ended
+                if child.environ().get("RANK") == str(number):
+                    return child
+        raise LookupError(f"no process of rank {number}")
 
     def end(self, seconds=200):
         """Wait for its end, and for that of all its processes, which may outlive a launcher that was killed.

@@ -1,11 +1,10 @@
 import re
-import subprocess
-import sys
 
 import pytest
 
 from c2r.watchdog import EXIT_HUNG, hang_report
-from tests.commands import ENVIRONMENT, TORCHRUN
+from tests.background import Background
+from tests.commands import TORCHRUN
 
 # Rank 1 stays behind in step 3: asleep, or killed without a word.
 SCRIPT = """
@@ -13,7 +12,7 @@ import os, signal, sys, time
 import torch
 from accelerate import Accelerator
 import c2r.watchdog
-c2r.watchdog.GONE_AFTER = 3.0
+c2r.watchdog.GONE_AFTER = 6.0
 accelerator = Accelerator(cpu=True)
 watchdog = c2r.watchdog.Watchdog(accelerator, timeout_seconds=float(sys.argv[2]))
 for step in range(1, 6):
@@ -22,7 +21,7 @@ for step in range(1, 6):
         if sys.argv[1] == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
         if sys.argv[1] == "slow":
-            for second in range(5):
+            for second in range(9):
                 time.sleep(1)
                 watchdog.beat(f"loading {second}")
         if sys.argv[1] == "asleep":
@@ -51,33 +50,41 @@ def test_the_process_behind_is_named():
     assert "others wait at 'step 3: forward and backward'" in line
 
 
+def test_who_is_further_on_waits_and_is_not_named_though_it_is_idle_for_longer():
+    messages = [message(6, 12, "step 3: forward and backward"), message(5, 9)]
+    assert hang_report(messages, timeout_seconds=10) is None
+    messages = [message(6, 14, "step 3: forward and backward"), message(5, 11)]
+    assert "process 1 on node at 'step 3: data'" in hang_report(messages, timeout_seconds=10)
+
+
 def test_who_waits_for_a_slow_one_that_moves_is_not_named():
     assert hang_report([message(6, 100, waiting=True), message(5, 2)], timeout_seconds=10) is None
 
 
-def run(tmp_path, *arguments):
+@pytest.fixture
+def start(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, *TORCHRUN, str(script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    return lambda *arguments: Background([*TORCHRUN, script, *arguments])
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_sleeping_process_is_named_and_all_end(rank, tmp_path):
-    done = run(tmp_path, "asleep", 3, rank)
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert re.search(rf"no progress for 3 s: process {rank} on \S+ at 'step 3: data'", lines[0])
-    assert f"exitcode  : {EXIT_HUNG}" in done.stderr
+def test_a_sleeping_process_is_named_and_all_end(rank, start):
+    with start("asleep", 3, rank) as done:
+        assert done.end() != 0
+        assert len(done.errors) == 1, done.text
+        assert re.search(rf"no progress for 3 s: process {rank} on \S+ at 'step 3: data'", done.errors[0])
+        assert f"exitcode  : {EXIT_HUNG}" in done.text
 
 
-def test_a_process_that_is_gone_is_named(tmp_path):
-    done = run(tmp_path, "stopped", 600, 1)
-    assert done.returncode != 0
-    assert re.search(r"error: process 1 on \S+ no longer answers", done.stderr)
+def test_a_process_that_is_gone_is_named(start):
+    with start("stopped", 600, 1) as done:
+        done.wait_until(lambda: done.errors)
+        done.rank(1).kill()  # torchrun would wait for it another half minute
+        assert done.end() != 0
+        assert re.match(r"error: process 1 on \S+ no longer answers", done.errors[0])
 
 
-def test_a_slow_process_that_moves_is_waited_for(tmp_path):
-    done = run(tmp_path, "slow", 3, 1)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_a_slow_process_that_moves_is_waited_for(start):
+    with start("slow", 6, 1) as done:
+        assert done.end() == 0, done.text[-2000:]
