@@ -133,7 +133,8 @@ def test_signals_save_stop_and_lose_nothing(grounding, undisturbed, tmp_path):
         family = done.family()
         assert len(family) >= 3  # launcher, training process, data worker
         os.killpg(done.process.pid, signal.SIGINT)
-        assert done.end() == -signal.SIGINT
+        # 1 where the training process has ended before the launcher came to die of the signal.
+        assert done.end() in (-signal.SIGINT, 1)
         stopped(done, "SIGINT")
 
     # A scheduler's SIGTERM to the launcher, which dies of it.
