@@ -1,7 +1,4 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +14,7 @@ from c2r.toy import city
 from c2r.toy.__main__ import write_toy
 from c2r.toy.people import PeopleFinder, people_correlation
 from c2r.toy.pretrain import psnr, to_pixel_values
+from tests.commands import start
 
 
 def test_a_seed_is_a_scene():
@@ -131,9 +129,9 @@ def test_quickstart_runs_every_step_and_goes_on_where_it_was(tmp_path):
         options = yaml.safe_load((tmp_path / "toy" / name).read_text())
         options |= {"max_train_steps": 2, "num_validation_clips": 2}
         (tmp_path / "toy" / name).write_text(yaml.safe_dump(options))
-    command = [sys.executable, "-m", "c2r.quickstart", "--output_dir", str(tmp_path)]
+    command = ["-m", "c2r.quickstart", "--output_dir", str(tmp_path)]
     for expected in ("$ accelerate launch", "done already"):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        done = start(*command)
         assert done.returncode == 0, done.stderr[-3000:]
         assert expected in done.stdout
     table = json.loads((tmp_path / "report.json").read_text())
