@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from c2r import InputError
 from c2r.models.weights import fingerprint
-from c2r.optimizer import exact_state_dict
+from c2r.optimizer import adamw_8bit, exact_state_dict
 
 
 def build_accelerator(args):
@@ -137,8 +137,10 @@ def sharding(accelerator):
 
 
 def require_supported(accelerator, args):
-    """Raise InputError for an option that cannot work on the run's engine, or not with another one."""
+    """Raise InputError for an option that cannot work on the run's engine, with another one, or as installed."""
     engine = sharding(accelerator)
+    if args.optimizer == "adamw8bit":
+        adamw_8bit()
     if args.weight_storage == "bf16" and args.mixed_precision != "bf16":
         raise InputError(
             f"--weight_storage bf16: needs --mixed_precision bf16, not {args.mixed_precision}; or take "

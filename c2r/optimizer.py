@@ -26,7 +26,7 @@ def build_optimizer(module, args, device):
         "eps": args.adam_epsilon,
     }
     if args.optimizer == "adamw8bit":
-        cls = _adamw_8bit()
+        cls = adamw_8bit()
     else:
         cls, options["fused"] = torch.optim.AdamW, device.type in ("cuda", "cpu")
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -40,12 +40,17 @@ def build_optimizer(module, args, device):
     return optimizer
 
 
-def _adamw_8bit():
+def adamw_8bit():
+    """bitsandbytes' AdamW.
+
+    Raises:
+        InputError: it is not installed.
+    """
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise InputError(
-            "--optimizer adamw8bit: needs bitsandbytes; pip install bitsandbytes, or take --optimizer adamw"
+            "--optimizer adamw8bit: needs bitsandbytes; pip install bitsandbytes==0.50.2, or take --optimizer adamw"
         ) from error
     return AdamW8bit
 

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -288,6 +289,13 @@ def test_options_that_an_engine_cannot_honour_are_refused(kind, stage, option, p
         require_supported(accelerator, options([option]))
     assert str(error.value).startswith(f"{option.replace('=', ' ')}: ")
     assert part in str(error.value)
+
+
+def test_8_bit_adamw_that_is_not_installed_is_told_at_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(InputError, match="pip install bitsandbytes==") as error:
+        require_supported(Accelerator(cpu=True), options(["--optimizer=adamw8bit"]))
+    assert "\n" not in str(error.value)
 
 
 def test_bf16_storage_needs_bf16_precision():
