@@ -23,7 +23,7 @@ from c2r.data.cache import load_tensors, save_tensors
 from c2r.data.manifest import read_manifest
 from c2r.data.video import write_video
 from c2r.encode import encode_missing
-from c2r.engine import require_supported
+from c2r.engine import local_fingerprint, require_supported
 from c2r.models.controlnet import C2RControlNet
 from tests.commands import CONFIGS, ENGINES, LAUNCH, SIZE, phase1, phase2, scalars, start, succeed
 from tests.conftest import noise_video, write_dataset
@@ -329,6 +329,16 @@ def test_frozen_weights_are_split_and_only_the_main_process_ever_holds_them_all(
     whole = 4 * (frozen + main["trained_here"] + other["trained_here"])
     assert main["grown"] > whole
     assert other["grown"] < 0.85 * whole  # measured: 0.76 under ZeRO-3, which copies what trains; 0.60 under FSDP2
+
+
+def test_a_frozen_weight_that_changes_is_seen():
+    """What phase 2 compares at its end, on every process's part."""
+    backbone = tiny_transformer()
+    before = local_fingerprint(backbone)
+    assert local_fingerprint(tiny_transformer()) == before
+    with torch.no_grad():
+        list(backbone.parameters())[-1].view(-1)[0] += 1e-6
+    assert local_fingerprint(backbone) != before
 
 
 # ------------------------------------------------------------------------------------------------------------- configs
