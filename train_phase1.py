@@ -70,6 +70,7 @@ def build_parser():
 
 
 def train(args, accelerator, record):
+    """All of phase 1, from top to bottom; `record` (`RunRecord`) is for a dry run, which calls it twice."""
     # --------------------------------------------------------------------------------------------------- output folder
     watchdog = Watchdog(accelerator, 60 * args.distributed_timeout_minutes)
     set_seed(args.seed)
