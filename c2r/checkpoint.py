@@ -265,7 +265,8 @@ def _states(optimizer, ema):
 
 def _stored(tensor):
     tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return tensor.detach().cpu().contiguous()
+    # Copied: bitsandbytes gives all states the same tables, and safetensors refuses tensors that share memory.
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _shard_name(kind, accelerator, engine):

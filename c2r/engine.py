@@ -146,6 +146,11 @@ def require_supported(accelerator, args):
             f"--weight_storage bf16: needs --mixed_precision bf16, not {args.mixed_precision}; or take "
             "--weight_storage fp32"
         )
+    if args.weight_storage == "bf16" and args.ema_decay is not None:
+        raise InputError(
+            "--ema_decay: would average the bf16 part of the weights alone, which small steps do not move; take "
+            "--weight_storage fp32, or no average"
+        )
     if args.weight_storage == "bf16" and engine is not None:
         # ZeRO steps on flat partitions and FSDP2 on DTensors of its own: the low bits beside them would be lost.
         raise InputError(

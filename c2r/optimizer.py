@@ -36,7 +36,7 @@ def build_optimizer(module, args, device):
     optimizer = type(f"Split{cls.__name__}", (SplitWeights, cls), {})(trainable.values(), **options)
     for name, parameter in trainable.items():
         if kept.isdisjoint(name.split(".")):
-            optimizer.split(name, parameter)
+            optimizer.split(name, parameter, device)
     return optimizer
 
 
@@ -100,8 +100,8 @@ class SplitWeights:
         self.low_bits = {}  # by parameter: int16 of its shape
 
     @torch.no_grad()
-    def split(self, name, parameter):
-        """Make a parameter of this optimizer bf16.
+    def split(self, name, parameter, device):
+        """Make a parameter of this optimizer bf16, its low bits on the device that the module will be moved to.
 
         Raises:
             InputError: a value is not finite in bf16.
@@ -113,7 +113,7 @@ class SplitWeights:
         if not high.isfinite().all():
             raise InputError(f"--weight_storage bf16: {name} is not finite in bf16; take --weight_storage fp32")
         parameter.grad = None
-        parameter.data, self.low_bits[parameter] = high, low
+        parameter.data, self.low_bits[parameter] = high, low.to(device)
 
     def step(self, closure=None):
         loss = None if closure is None else closure()

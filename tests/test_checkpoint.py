@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from c2r import InputError
 from c2r.checkpoint import (
     STATE,
+    _states,
     checkpoint_bytes,
     damage,
     find_checkpoint,
@@ -140,6 +141,17 @@ def test_a_checkpoint_holds_no_frozen_weights_and_has_the_computed_size(tmp_path
     stored = sum(t.numel() * t.element_size() for tensors in tensors for t in tensors.values() if t.ndim)
     trainable = sum(parameter.numel() for parameter in run.controlnet.parameters())
     assert stored == checkpoint_bytes(trainable, run.args)
+
+
+def test_states_of_8_bit_adamw_that_share_their_tables_are_saved(tmp_path):
+    optim = pytest.importorskip("bitsandbytes.optim")
+    module = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False), torch.nn.Linear(64, 64, bias=False))
+    optimizer = optim.AdamW8bit(module.parameters())
+    module(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    _, tensors, _ = next(_states(SimpleNamespace(optimizer=optimizer), None))
+    save_file(tensors, tmp_path / "optimizer.safetensors")
+    assert torch.uint8 in {tensor.dtype for tensor in load_file(tmp_path / "optimizer.safetensors").values()}
 
 
 def test_old_checkpoints_are_pruned_after_the_new_one(tmp_path):

@@ -74,7 +74,8 @@ def command(tiny_models, datasets):
             f"--max_train_steps={STEPS}",
             "--validation_steps=10",
             f"--checkpointing_steps={SAVED}",
-            "--ema_decay=0.9",
+            # An average needs weights that are whole.
+            *([] if "--weight_storage=bf16" in options else ["--ema_decay=0.9"]),
             *options,
         ]
         launcher = LAUNCH if engine == "one process" else ENGINES[engine]
@@ -296,6 +297,11 @@ def test_8_bit_adamw_that_is_not_installed_is_told_at_once(monkeypatch):
     with pytest.raises(InputError, match="pip install bitsandbytes==") as error:
         require_supported(Accelerator(cpu=True), options(["--optimizer=adamw8bit"]))
     assert "\n" not in str(error.value)
+
+
+def test_an_average_needs_fp32_storage():
+    with pytest.raises(InputError, match="--ema_decay: would average the bf16 part"):
+        require_supported(Accelerator(cpu=True), options(["--weight_storage=bf16", "--ema_decay=0.9"]))
 
 
 def test_bf16_storage_needs_bf16_precision():

@@ -57,6 +57,14 @@ def test_small_updates_are_not_lost():
     assert (naive.weight == 1).all()
 
 
+def test_low_bits_are_where_the_module_will_be():
+    """The optimizer is built before Accelerate moves the module, and nothing moves the optimizer's own tensors."""
+    device = torch.device("meta")
+    module = torch.nn.Linear(4, 4)
+    optimizer = build_optimizer(module, args_of("--weight_storage=bf16"), device)
+    assert [low.device for low in optimizer.low_bits.values()] == [device] * 2
+
+
 @pytest.mark.parametrize("weight_storage", ["fp32", "bf16"])
 def test_adamw8bit_steps_with_8_bit_states(weight_storage):
     pytest.importorskip("bitsandbytes")
