@@ -84,14 +84,7 @@ def find_checkpoint(output_dir, resume_from_checkpoint):
         InputError: if a named checkpoint is missing or damaged, or None would write over an earlier run.
     """
     if resume_from_checkpoint is None:
-        earlier = [
-            path for path in Path(output_dir).glob("*") if path.name in ("best", "final") or _is_checkpoint(path)
-        ]
-        if earlier:
-            raise InputError(
-                f"--output_dir {output_dir}: holds {earlier[0].name} of an earlier run; "
-                "go on with it by --resume_from_checkpoint latest, or choose another folder"
-            )
+        _require_no_run(output_dir)
         return None, []
     if resume_from_checkpoint == "latest":
         skipped = []
@@ -105,8 +98,10 @@ def find_checkpoint(output_dir, resume_from_checkpoint):
         if _is_checkpoint(path):
             if (reason := damage(path)) is not None:
                 raise InputError(f"--resume_from_checkpoint {resume_from_checkpoint}: incomplete ({reason})")
+            if path.parent.resolve() != Path(output_dir).resolve():
+                _require_no_run(output_dir)
             newest = list_checkpoints(output_dir)[-1:]
-            if newest and path.parent.resolve() == Path(output_dir).resolve() and path.name != newest[0][1].name:
+            if newest and path.name != newest[0][1].name:
                 raise InputError(
                     f"--resume_from_checkpoint {resume_from_checkpoint}: {newest[0][1].name} is later; "
                     "delete the later ones, or choose another --output_dir"
@@ -115,6 +110,15 @@ def find_checkpoint(output_dir, resume_from_checkpoint):
     raise InputError(
         f"--resume_from_checkpoint {resume_from_checkpoint}: no such checkpoint; give a checkpoint-N folder or latest"
     )
+
+
+def _require_no_run(output_dir):
+    earlier = [path for path in Path(output_dir).glob("*") if path.name in ("best", "final") or _is_checkpoint(path)]
+    if earlier:
+        raise InputError(
+            f"--output_dir {output_dir}: holds {earlier[0].name} of an earlier run; "
+            "go on with it by --resume_from_checkpoint latest, or choose another folder"
+        )
 
 
 def lock_output_dir(accelerator, output_dir):
@@ -170,6 +174,8 @@ def require_resumable(path, accelerator, args, config, inputs):
         raise InputError(f"--optimizer {args.optimizer}: {path} was written with {state['optimizer']}; go on with it")
     if args.ema_decay is not None and state["ema"] is None:
         raise InputError(f"--ema_decay {args.ema_decay}: {path} was written without one; go on without")
+    if args.ema_decay is None and state["ema"] is not None:
+        raise InputError(f"--ema_decay: {path} holds an average, which would be lost; give it again")
     here, before = sharding(accelerator), state["sharding"]
     if here != before or (here is not None and accelerator.num_processes != state["num_processes"]):
         raise InputError(

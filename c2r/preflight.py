@@ -144,7 +144,8 @@ def run_bytes(args, trainable):
     if args.save_every_minutes is not None and args.checkpoints_total_limit is None:
         return None  # as many as the run's time has
     if args.checkpoints_total_limit is not None:
-        count = min(count, args.checkpoints_total_limit) + 1
+        extra = args.save_every_minutes is not None  # then there are more than those at the planned steps
+        count = (args.checkpoints_total_limit if extra else min(count, args.checkpoints_total_limit)) + 1
     return count * checkpoint_bytes(trainable, args) + 3 * 4 * trainable
 
 

@@ -199,6 +199,10 @@ def test_find_checkpoint(two_checkpoints, tmp_path):
     with pytest.raises(InputError, match="checkpoint-20 is later"):
         find_checkpoint(tmp_path, "checkpoint-5")
     assert find_checkpoint("elsewhere", str(tmp_path / "checkpoint-5"))[0] == tmp_path / "checkpoint-5"
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "best").mkdir(parents=True)
+    with pytest.raises(InputError, match="holds best of an earlier run"):
+        find_checkpoint(elsewhere, str(tmp_path / "checkpoint-5"))
     for name in ("checkpoint-6", "other", str(tmp_path / "checkpoint-7")):
         with pytest.raises(InputError, match="--resume_from_checkpoint"):
             find_checkpoint(tmp_path, name)
@@ -282,6 +286,15 @@ def test_another_run_than_the_checkpoints_is_refused(changed, part, two_checkpoi
     with pytest.raises(InputError) as error:
         resumable(run, two_checkpoints / "checkpoint-20", **changed)
     assert part in str(error.value)
+
+
+def test_an_average_is_not_dropped_silently(tmp_path):
+    run = build_run(tmp_path, "--ema_decay=0.9")
+    run.loop.global_step = 1
+    save(run)
+    resumable(run, tmp_path / "checkpoint-1")
+    with pytest.raises(InputError, match="holds an average, which would be lost"):
+        resumable(run, tmp_path / "checkpoint-1", ema_decay=None)
 
 
 def test_another_split_of_the_optimizer_is_refused(two_checkpoints):
