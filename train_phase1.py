@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from c2r import flow_matching
 from c2r.checkpoint import (
-    find_checkpoint,
+    agree_on_checkpoint,
     load_checkpoint,
     lock_output_dir,
     require_resumable,
@@ -76,7 +76,7 @@ def train(args, accelerator, record):
     set_seed(args.seed)
     device = accelerator.device
     lock = lock_output_dir(accelerator, args.output_dir)  # noqa: F841  held while this process lives
-    checkpoint, skipped = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    checkpoint, skipped = agree_on_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
     for line in skipped:
         accelerator.print(line)
 
@@ -91,11 +91,12 @@ def train(args, accelerator, record):
         manifest.report()
     record.trainable = count_parameters(WanTransformer3DModel, config)
     preflight(accelerator, args, manifests=[manifest], config=config, trainable=record.trainable, frozen=0)
-    require_encoders(args.pretrained_model_name_or_path)
-    check_transformer(transformer_source, args.pretrained_model_name_or_path)
     inputs = {"real dataset": manifest.fingerprint}
     if checkpoint is not None:
         require_resumable(checkpoint, accelerator, args, config, inputs)
+    require_encoders(args.pretrained_model_name_or_path)
+    check_transformer(transformer_source, args.pretrained_model_name_or_path)
+    if checkpoint is not None:
         transformer_source = checkpoint / "model"
 
     # ---------------------------------------------------------------------------------------------------------- data

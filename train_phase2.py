@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from c2r import InputError, flow_matching
 from c2r.checkpoint import (
-    find_checkpoint,
+    agree_on_checkpoint,
     load_checkpoint,
     lock_output_dir,
     require_resumable,
@@ -107,7 +107,7 @@ def train(args, accelerator, record):
     set_seed(args.seed)
     device, weight_dtype = accelerator.device, frozen_dtype(args)
     lock = lock_output_dir(accelerator, args.output_dir)  # noqa: F841  held while this process lives
-    checkpoint, skipped = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    checkpoint, skipped = agree_on_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
     for line in skipped:
         accelerator.print(line)
 
@@ -135,13 +135,15 @@ def train(args, accelerator, record):
         trainable=record.trainable,
         frozen=count_parameters(WanTransformer3DModel, backbone_config) + dinov3_parameters,
     )
+    inputs = {f"{manifest.domain} dataset": manifest.fingerprint for manifest in manifests}
+    inputs["DINOv3"] = encoder_fingerprint(resolve_model_folder(args.dinov3))
+    if checkpoint is not None:
+        require_resumable(checkpoint, accelerator, args, config, inputs)
     require_encoders(args.pretrained_model_name_or_path)
     check_transformer(args.resume_backbone_from, args.pretrained_model_name_or_path)
     backbone_sha256 = fingerprint_backbone(accelerator, args.resume_backbone_from, args.pretrained_model_name_or_path)
-    inputs = {f"{manifest.domain} dataset": manifest.fingerprint for manifest in manifests}
     inputs["backbone"] = backbone_sha256
-    inputs["DINOv3"] = encoder_fingerprint(resolve_model_folder(args.dinov3))
-    if checkpoint is not None:
+    if checkpoint is not None:  # again, with what took long to read
         require_resumable(checkpoint, accelerator, args, config, inputs)
 
     # ---------------------------------------------------------------------------------------------------------- data
@@ -191,7 +193,7 @@ def train(args, accelerator, record):
             backbone, args.control_layers, args.control_stride, feature_dim=feature_dim, empty=empty
         )
     # One module: an engine such as DeepSpeed wraps one.
-    model = C2RTransformer(backbone, controlnet)
+    model = C2RTransformer(backbone, controlnet).train()
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     in_full_precision(backbone.condition_embedder.time_embedder, device)
@@ -199,7 +201,7 @@ def train(args, accelerator, record):
     optimizer = build_optimizer(controlnet, args, device)
     lr_scheduler = build_lr_scheduler(optimizer, args)
     model, optimizer = prepare(accelerator, model, optimizer)
-    weights_before = local_fingerprint(backbone)
+    weights_before = local_fingerprint(backbone, model)
     ema = build_ema(controlnet, args.ema_decay)
     loop = LoopState(inputs=inputs, cg_ratio=args.cg_ratio)
 
@@ -377,7 +379,7 @@ def train(args, accelerator, record):
         sys.exit(EXIT_STOPPED)
 
     # ---------------------------------------------------------------------------------------------------- final save
-    if local_fingerprint(backbone) != weights_before:
+    if local_fingerprint(backbone, model) != weights_before:
         raise RuntimeError("the frozen backbone has changed")
     with averaged_weights(ema, controlnet, model):
         save("final")

@@ -19,9 +19,11 @@ import re
 import shutil
 import weakref
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
@@ -30,6 +32,7 @@ from c2r import InputError
 from c2r.engine import failing_together, gathered_state_dict, sharding, stepped_parameters
 from c2r.models.assembly import save_weights
 from c2r.models.weights import atomic_folder, read_json, sync_file, temporary_folder
+from c2r.training import LoopState
 
 STATE = "state.json"
 _PATTERN = re.compile(r"checkpoint-(\d+)")
@@ -112,6 +115,23 @@ def find_checkpoint(output_dir, resume_from_checkpoint):
     )
 
 
+def agree_on_checkpoint(accelerator, output_dir, resume_from_checkpoint):
+    """`find_checkpoint` by the main process, for all: machines that see different folders must not drift apart.
+
+    Raises:
+        InputError: as `find_checkpoint`, or a process does not see the checkpoint.
+    """
+    found = None
+    with failing_together(accelerator, output_dir):
+        if accelerator.is_main_process:
+            found = find_checkpoint(output_dir, resume_from_checkpoint)
+    path, skipped = broadcast_object_list([found])[0]
+    with failing_together(accelerator, output_dir):
+        if path is not None and not (path / STATE).is_file():
+            raise InputError(f"{path}: is not seen by every process; put --output_dir on a shared file system")
+    return path, skipped
+
+
 def _require_no_run(output_dir):
     earlier = [path for path in Path(output_dir).glob("*") if path.name in ("best", "final") or _is_checkpoint(path)]
     if earlier:
@@ -157,6 +177,10 @@ def require_resumable(path, accelerator, args, config, inputs):
         InputError: another model, dataset, backbone, optimizer, or another way of splitting the optimizer's states.
     """
     state = read_json(path / STATE)
+    if state["loop"].keys() != {entry.name for entry in fields(LoopState)}:
+        raise InputError(f"{path}: was written by another version; go on with that one, or start anew")
+    if state["sampler"]["seed"] != args.seed:
+        raise InputError(f"--seed {args.seed}: {path} was written with {state['sampler']['seed']}; go on with it")
     saved_config = read_json(path / "model/config.json")
     for name, value in config.items():
         if not name.startswith("_") and saved_config.get(name) != value:
@@ -204,7 +228,8 @@ def save_checkpoint(accelerator, model, optimizer, lr_scheduler, sampler, loop, 
         args: has output_dir, optimizer, ema_decay and checkpoints_total_limit.
 
     Raises:
-        InputError: no room or no right to write, on any process. The last checkpoint is still there.
+        InputError: no room or no right to write, on any process, or a weight is not finite. The last checkpoint is
+            still there.
     """
     folder = Path(args.output_dir) / f"checkpoint-{loop.global_step}"
     engine = sharding(accelerator)
@@ -223,8 +248,8 @@ def save_checkpoint(accelerator, model, optimizer, lr_scheduler, sampler, loop, 
             if accelerator.is_main_process:
                 _require_finite(weights, folder)
                 save_weights(temporary / "model", model, weights)
-            if accelerator.is_main_process or engine is not None:
-                for kind, tensors, numbers in _states(optimizer, ema):
+            for kind, tensors, numbers in _states(optimizer, ema):
+                if accelerator.is_main_process or _is_split(kind, engine):
                     file = temporary / _shard_name(kind, accelerator, engine)
                     save_file(tensors, file, metadata={"numbers": json.dumps(numbers)})
                     sync_file(file)
@@ -275,8 +300,14 @@ def _stored(tensor):
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
+def _is_split(kind, engine):
+    """Whether each process has its own part: ZeRO-2 splits the optimizer's states, not the weights' average."""
+    return engine in ("zero3", "fsdp2") or (kind == "optimizer" and engine == "zero2")
+
+
 def _shard_name(kind, accelerator, engine):
-    index, count = (accelerator.process_index, accelerator.num_processes) if engine else (0, 1)
+    split = _is_split(kind, engine)
+    index, count = (accelerator.process_index, accelerator.num_processes) if split else (0, 1)
     return f"{kind}-{index:05d}-of-{count:05d}.safetensors"
 
 

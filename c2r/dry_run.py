@@ -18,6 +18,7 @@ import torch
 from diffusers.utils.torch_utils import empty_device_cache
 
 from c2r.engine import build_accelerator
+from c2r.interruption import stop_on_signals
 from c2r.preflight import GIB, run_bytes, samples_per_step, size_text
 
 STEPS = (1, 3)  # of the first leg, and of both; the third is warm, and it alone is timed
@@ -70,6 +71,7 @@ def dry_run(train, args):
     records = [RunRecord() for _ in STEPS]
     try:
         for leg.max_train_steps, record in zip(STEPS, records):
+            stop_on_signals()  # the leg before has left its own
             accelerator.print(f"dry run: to step {leg.max_train_steps}")
             train(leg, accelerator, record)
             accelerator.free_memory()

@@ -3,10 +3,9 @@
 from contextlib import contextmanager
 
 from diffusers.training_utils import EMAModel
-from torch.distributed.fsdp import FSDPModule
 from transformers.integrations import unset_hf_deepspeed_config
 
-from c2r.engine import local_shard
+from c2r.engine import drop_gathered, local_shard
 
 
 def build_ema(module, decay):
@@ -44,25 +43,14 @@ def averaged_weights(ema, module, model):
     shards = _shards(module)
     ema.store(shards)
     ema.copy_to(shards)
-    _drop_gathered(model)
+    drop_gathered(model)  # or it would be the other set's
     try:
         yield
     finally:
         ema.restore(shards)
-        _drop_gathered(model)
+        drop_gathered(model)
 
 
 def _shards(module):
     # EMAModel averages what requires a gradient, and copies the rest.
     return [local_shard(parameter).requires_grad_() for parameter in module.parameters()]
-
-
-def _drop_gathered(model):
-    # What an engine keeps gathered between two forwards would still be the other set: FSDP2 the root's weights,
-    # ZeRO-3 all that are small.
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    for parameter in model.parameters():
-        if hasattr(parameter, "ds_status") and parameter.ds_status.name == "AVAILABLE":
-            parameter.partition()

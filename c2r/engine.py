@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
@@ -23,6 +24,7 @@ from accelerate.utils import (
     gather_object,
 )
 from safetensors import SafetensorError
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from c2r import InputError
@@ -56,7 +58,11 @@ def build_accelerator(args):
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
         deepspeed_plugin=_deepspeed_plugin(args) if deepspeed else None,
-        kwargs_handlers=[InitProcessGroupKwargs(**group)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(**group),
+            # Without it DDP keeps every gradient twice.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
         cpu=on_cpu and not deepspeed,
         # The schedulers here count optimizer steps; Accelerate would advance a prepared one once per process.
         step_scheduler_with_optimizer=False,
@@ -197,8 +203,27 @@ def local_shard(parameter):
     return getattr(parameter, "ds_tensor", parameter).detach()
 
 
-def local_fingerprint(module):
-    """SHA-256 of this process's part of a module's parameters: whether they have changed since the last call."""
+def drop_gathered(model):
+    """Have a prepared model hold no more than this process's part of its weights, as between two training steps.
+
+    After a forward without backward FSDP2 keeps the root's weights gathered, and ZeRO-3 all that are small.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_status") and parameter.ds_status.name == "AVAILABLE":
+            parameter.partition()
+
+
+def local_fingerprint(module, model):
+    """SHA-256 of this process's part of a module's parameters: whether they have changed since the last call.
+
+    Args:
+        module: a part of the prepared model.
+        model: the prepared model that holds it.
+    """
+    drop_gathered(model)
     return fingerprint((name, local_shard(parameter)) for name, parameter in module.named_parameters())
 
 

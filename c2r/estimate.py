@@ -45,9 +45,10 @@ def estimate_memory(args, config, *, trainable, frozen, latent_grid, sharding=No
     frozen_bytes = 2 if args.mixed_precision == "bf16" else 4
     weight_bytes, low_bytes = (2, 2) if args.weight_storage == "bf16" else (4, 0)
     moment_bytes = 2 if args.optimizer == "adamw8bit" else 8
-    state_bytes = low_bytes + moment_bytes + (4 if args.ema_decay is not None else 0)
+    state_bytes = low_bytes + moment_bytes
     weights = trainable * weight_bytes + frozen * frozen_bytes
     states, gradients = trainable * state_bytes, trainable * weight_bytes
+    average = trainable * 4 if args.ema_decay is not None else 0
     if sharding is not None:
         # ZeRO keeps fp32 copies of its own partitions beside the module's weights.
         states = (states + (trainable * 4 if sharding.startswith("zero") else 0)) / num_processes
@@ -56,10 +57,14 @@ def estimate_memory(args, config, *, trainable, frozen, latent_grid, sharding=No
             width = config["num_attention_heads"] * config["attention_head_dim"]
             block = 8 * width**2 + 2 * width * config["ffn_dim"]  # two attentions of four matrices, and the MLP
             weights = weights / num_processes + GATHERED_BLOCKS * block * 4
+            average /= num_processes
         if sharding == "zero3_offload":
-            weights, states, gradients = GATHERED_BLOCKS * block * 4, 0, 0
+            weights, states, gradients, average = GATHERED_BLOCKS * block * 4, 0, 0, 0
+    states += average
     saved, block_activations = _activations(args, config, latent_grid, with_projector=frozen > 0)
-    if args.gradient_accumulation_steps > 1 or sharding is not None:  # gradients live all the time
+    if (
+        args.gradient_accumulation_steps > 1 or num_processes > 1 or sharding is not None
+    ):  # gradients live all the time
         return MemoryEstimate(weights, states, gradients, saved + block_activations)
     # The peak is where the backward pass starts, and all block inputs live, or where it ends, and all gradients do.
     if saved >= gradients:

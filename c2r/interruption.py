@@ -30,7 +30,7 @@ def stop_on_signals():
     def stop(number, frame):
         for handled in SIGNALS:
             signal.signal(handled, signal.SIG_IGN)
-        print(f"stopped by {signal.Signals(number).name}; start again with the same command", file=sys.stderr)
+        _say(f"stopped by {signal.Signals(number).name}; start again with the same command")
         sys.exit(EXIT_STOPPED)
 
     for number in SIGNALS:
@@ -39,6 +39,11 @@ def stop_on_signals():
     if launched and sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _say(line):
+    # Not by print: a signal may come while the progress bar is in the same stream's buffer, which then raises.
+    os.write(sys.__stderr__.fileno(), f"{line}\n".encode())
 
 
 def shield_worker(worker_id):
@@ -81,10 +86,10 @@ class Interruption:
         # No more than a note: the step in progress goes on. A second signal changes nothing.
         if self._signal is None:
             self._signal = signal.Signals(number).name
-            print(f"{self._signal}: saving after this step, then stopping", file=sys.stderr)
+            _say(f"{self._signal}: saving after this step, then stopping")
 
     def agree(self, accelerator):
-        """Settle `save` and `stop` with the other processes. Call it on every process at the same point."""
+        """Settle `save` and `stop` with the other processes, and return whether to go on. Call it on every process."""
         wanted = 0
         if accelerator.is_main_process:  # one clock decides
             if self._every and time.monotonic() - self._saved_at >= self._every:

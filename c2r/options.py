@@ -253,12 +253,14 @@ def run(main):
     except (OSError, EOFError, RuntimeError) as error:
         if _lost_worker(error):
             sys.exit(
-                "error: a data loader's worker was killed, perhaps for want of memory: lower --dataloader_num_workers "
-                "and start again with --resume_from_checkpoint latest"
+                f"error: a data loader's worker was killed or cannot be reached ({str(error).partition(chr(10))[0]}), "
+                "perhaps for want of memory: lower --dataloader_num_workers and start again with "
+                "--resume_from_checkpoint latest"
             )
         if getattr(error, "errno", None) in UNWRITABLE:
             file = error.filename or "output"
-            sys.exit(f"error: {file}: cannot be written ({error.strerror}); mend it and start again")
+            verb = "opened" if error.errno == errno.EACCES else "written"
+            sys.exit(f"error: {file}: cannot be {verb} ({error.strerror}); mend it and start again")
         name_the_lost()
         raise
 

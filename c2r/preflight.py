@@ -194,6 +194,8 @@ def _memory(accelerator, args, config, trainable, frozen):
 
 def _memory_sharding(accelerator):
     engine = sharding(accelerator)
-    if engine == "zero3" and accelerator.state.deepspeed_plugin.offload_optimizer_device == "cpu":
-        return "zero3_offload"
+    if engine == "zero3":
+        plugin = accelerator.state.deepspeed_plugin
+        if plugin.offload_optimizer_device == plugin.offload_param_device == "cpu":
+            return "zero3_offload"
     return engine

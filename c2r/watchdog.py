@@ -39,7 +39,8 @@ class Watchdog:
         self.timeout_seconds = timeout_seconds
         self.gone_after = min(GONE_AFTER, timeout_seconds)
         self.alone = accelerator.num_processes == 1
-        self._state = {"count": 0, "what": "start", "waiting": False}
+        # Not judged before the first beat: downloads and the first look into all files may take any time.
+        self._state = {"count": 0, "what": "start", "waiting": True}
         self._beat_at = time.monotonic()
         self._closed = threading.Event()
         self._barriers = 0
@@ -72,6 +73,7 @@ class Watchdog:
     def wait_for_everyone(self):
         """A barrier that waits for any time, as long as those who are not there yet go on beating."""
         if not self.alone:
+            unjudged = self._state["waiting"]
             self._state = self._state | {"waiting": True}
             self._barriers += 1
             key = f"barrier{self._barriers}"
@@ -82,6 +84,7 @@ class Watchdog:
             # From here on the counts tell again who is behind: shares of different size have set them apart.
             self._state["count"] = self._barriers * 10**9
             self.beat(self._state["what"])
+            self._state["waiting"] = unjudged
         self.accelerator.wait_for_everyone()
 
     @contextmanager

@@ -15,11 +15,11 @@ def interruption(**options):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_stops(number, signal_handlers, capsys):
+def test_a_signal_saves_and_stops(number, signal_handlers, capfd):
     asked = interruption()
     assert asked.agree(Accelerator(cpu=True))
     os.kill(os.getpid(), number)
-    assert "saving after this step" in capsys.readouterr().err
+    assert "saving after this step" in capfd.readouterr().err
     assert not asked.agree(Accelerator(cpu=True))
     assert asked.save
     assert asked.stop == number.name
