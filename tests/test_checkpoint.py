@@ -278,6 +278,7 @@ def resumable(run, checkpoint, inputs=None, config=None, **changed):
         ({"config": {"injection_layers": [0, 3]}}, "injection_layers [0, 1], but this run has [0, 3]"),
         ({"optimizer": "adamw8bit"}, "--optimizer adamw8bit"),
         ({"ema_decay": 0.9}, "--ema_decay 0.9"),
+        ({"seed": 5}, "--seed 5"),
     ],
 )
 def test_another_run_than_the_checkpoints_is_refused(changed, part, two_checkpoints):
@@ -295,6 +296,14 @@ def test_an_average_is_not_dropped_silently(tmp_path):
     resumable(run, tmp_path / "checkpoint-1")
     with pytest.raises(InputError, match="holds an average, which would be lost"):
         resumable(run, tmp_path / "checkpoint-1", ema_decay=None)
+
+
+def test_a_checkpoint_of_another_version_is_refused_before_a_model_is_loaded(two_checkpoints):
+    state = json.loads((two_checkpoints / "checkpoint-20" / STATE).read_text())
+    del state["loop"]["log_losses"]
+    (two_checkpoints / "checkpoint-20" / STATE).write_text(json.dumps(state))
+    with pytest.raises(InputError, match="written by another version"):
+        resumable(build_run(two_checkpoints), two_checkpoints / "checkpoint-20")
 
 
 def test_another_split_of_the_optimizer_is_refused(two_checkpoints):
