@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
 from c2r import InputError
+from c2r.contact_sheet import draw_contact_sheet
 from c2r.data.video import read_window
 from c2r.options import run
 from c2r.toy import city
@@ -28,7 +28,7 @@ from c2r.toy.people import PeopleFinder, people_correlation, people_map
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = Path(__file__).parent / "toy/weights"
-SHOWN_SCENES, SHOWN_FRAMES = 5, (0, 4, 8)
+SHOWN_SCENES = 5
 
 
 def run_step(title, command, done):
@@ -82,30 +82,19 @@ def read_clip(toy, path):
 
 
 def draw_report(toy, columns, path):
-    """Write the contact sheet: a row per scene, a few frames in each column.
+    """Write the contact sheet of the first SHOWN_SCENES test scenes.
 
     Args:
         toy: the content of toy.json.
         columns: {title: one video path per test scene}.
         path: the PNG.
     """
-    gap, header, caption = 10, 18, 16
-    clip_width = toy["width"] * len(SHOWN_FRAMES)
-    row_height = toy["height"] + caption
-    size = ((clip_width + gap) * len(columns) - gap, header + row_height * SHOWN_SCENES)
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, (title, videos) in enumerate(columns.items()):
-        x = column * (clip_width + gap)
-        draw.text((x + 2, 3), title, fill="black")
-        for row in range(SHOWN_SCENES):
-            y = header + row * row_height
-            if column == 0:
-                draw.text((x + 2, y), toy["test"][row]["prompt"], fill="black")
-            frames = read_clip(toy, videos[row]).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-            shown = np.concatenate([frames[i] for i in SHOWN_FRAMES], axis=1)
-            sheet.paste(Image.fromarray(shown), (x, y + caption))
-    sheet.save(path)
+
+    def frames(video):
+        return read_clip(toy, video).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+    clips = {title: [frames(video) for video in videos[:SHOWN_SCENES]] for title, videos in columns.items()}
+    draw_contact_sheet(clips, [scene["prompt"] for scene in toy["test"][:SHOWN_SCENES]]).save(path)
 
 
 def main():

@@ -97,7 +97,7 @@ class MixedCGRealSampler:
             raise RuntimeError("mark_consumed was called more often than batches were drawn")
         self._set_consumed(self._in_flight.popleft())
 
-    def set_cg_ratio(self, cg_ratio):
+    def set_cg_ratio(self, cg_ratio, ahead=0):
         """Change the share of CG from the next drawn batch on; batches in flight keep theirs.
 
         The account goes on over the change, so often as it may change, the share stays exact. Call it on every process
@@ -105,11 +105,16 @@ class MixedCGRealSampler:
 
         Args:
             cg_ratio: share in [0, 1].
+            ahead: so many batches after the last consumed one keep their share, drawn already or not. As many as can
+                be in flight make the order independent of how many are: a run that is resumed at this very step has
+                drawn none.
 
         Raises:
             InputError: as the constructor.
         """
-        self._ratios[self._drawn.batches] = self._checked_ratio(cg_ratio)
+        ratio, first_batch = self._checked_ratio(cg_ratio), max(self._drawn.batches, self._consumed.batches + ahead)
+        earlier = {batch: before for batch, before in self._ratios.items() if batch < first_batch}
+        self._ratios = earlier | {first_batch: ratio}
 
     @property
     def cg_ratio(self):

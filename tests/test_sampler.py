@@ -194,6 +194,18 @@ def test_a_change_in_flight_is_part_of_the_state():
     assert batches == [run.step(prefetch=4) for _ in range(8)]
 
 
+def test_a_change_ahead_does_not_depend_on_what_is_in_flight():
+    batches = []
+    for prefetch in range(5):
+        run = Run(batch_size=2, cg_ratio=0.0)
+        for _ in range(3):
+            run.step(prefetch)
+        run.sampler.set_cg_ratio(1.0, ahead=4)
+        batches.append([run.step(prefetch) for _ in range(8)])
+    assert [sum(index >= 17 for index in batch) for batch in batches[0]] == [0, 0, 0, 0, 2, 2, 2, 2]
+    assert all(other == batches[0] for other in batches)
+
+
 def test_share_and_state_count_only_consumed_batches():
     run = Run(cg_ratio=0.5, batch_size=2)
     assert run.sampler.realised_cg_share == 0

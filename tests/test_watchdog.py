@@ -61,6 +61,10 @@ def test_who_waits_for_a_slow_one_that_moves_is_not_named():
     assert hang_report([message(6, 100, waiting=True), message(5, 2)], timeout_seconds=10) is None
 
 
+def test_nobody_is_judged_before_the_first_beat():
+    assert hang_report([message(0, 5000, "start", waiting=True)] * 2, timeout_seconds=10) is None
+
+
 @pytest.fixture
 def start(tmp_path):
     script = tmp_path / "script.py"
