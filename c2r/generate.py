@@ -25,8 +25,8 @@ from c2r.models.assembly import (
     resolve_model_folder,
 )
 from c2r.models.dinov3 import DINOv3FeatureExtractor
-from c2r.options import run
-from c2r.pipeline import DEFAULT_GUIDANCE_SCALE, C2RPipeline, max_sequence_length, with_flow_shift
+from c2r.options import add_sampling_options, check_sampling_options, run
+from c2r.pipeline import C2RPipeline, max_sequence_length, with_flow_shift
 
 #: What Wan 2.1 was made for, where neither the options nor the model's c2r.json name a size.
 DEFAULT_SIZE = {"height": 480, "width": 832, "num_frames": 81, "fps": 16.0}
@@ -59,19 +59,7 @@ def build_parser():
     group.add_argument("--seed", type=int, default=0, help="each video starts from it anew")
 
     group = parser.add_argument_group("sampling")
-    group.add_argument("--num_inference_steps", type=int, default=50)
-    group.add_argument(
-        "--guidance", choices=list(DEFAULT_GUIDANCE_SCALE), default="apg", help="adaptive projected, or plain"
-    )
-    group.add_argument(
-        "--guidance_scale",
-        type=float,
-        help="of the text, 1: none; default: "
-        + ", ".join(f"{scale:g} with {name}" for name, scale in DEFAULT_GUIDANCE_SCALE.items()),
-    )
-    group.add_argument(
-        "--control_guidance_scale", type=float, default=1.0, help="of the control; other than 1 costs a pass per step"
-    )
+    add_sampling_options(group, num_inference_steps=50)
     group.add_argument(
         "--conditioning_scale", type=float, help="multiplies the control residuals; default: as trained"
     )
@@ -96,16 +84,13 @@ def check_options(args):
             raise InputError(f"--{name} is {value}: it must be a multiple of 16")
     if args.num_frames is not None and (args.num_frames < 1 or args.num_frames % 4 != 1):
         raise InputError(f"--num_frames is {args.num_frames}: it must be a multiple of 4 plus 1, like 81")
-    if args.num_inference_steps < 1:
-        raise InputError(f"--num_inference_steps is {args.num_inference_steps}: it must be at least 1")
+    check_sampling_options(args)
     for name in ("fps", "flow_shift"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name} is {value}: it must be a positive number")
-    for name in ("guidance_scale", "control_guidance_scale", "conditioning_scale"):
-        value = getattr(args, name)
-        if value is not None and not 0 <= value < math.inf:
-            raise InputError(f"--{name} is {value}: it must be a number of at least 0")
+    if args.conditioning_scale is not None and not 0 <= args.conditioning_scale < math.inf:
+        raise InputError(f"--conditioning_scale is {args.conditioning_scale}: it must be a number of at least 0")
     if not 0 <= args.control_guidance_start < args.control_guidance_end <= 1:
         raise InputError(
             f"--control_guidance_start {args.control_guidance_start} --control_guidance_end "

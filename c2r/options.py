@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import math
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from diffusers.optimization import SchedulerType
 from c2r import InputError, flow_matching
 from c2r.data.cache import check_clip_shape
 from c2r.interruption import slot_deadline, stop_on_signals
+from c2r.pipeline import DEFAULT_GUIDANCE_SCALE
 from c2r.watchdog import DEFAULT_TIMEOUT_MINUTES, name_the_lost
 
 HEAD_START = 5.0  # seconds in which the main process's error ends the others
@@ -49,6 +51,38 @@ def add_clip_options(group):
     group.add_argument("--num_frames", type=int, default=81, help="frames of a clip, 4k + 1")
     group.add_argument("--fps", type=float, default=16.0, help="frame rate that the clips are resampled to")
     group.add_argument("--dataloader_num_workers", type=int, default=4, help="per process; 0 loads in the loop itself")
+
+
+def add_sampling_options(group, num_inference_steps):
+    """Add what a generated video depends on besides its conditions.
+
+    Args:
+        group: an `argparse` parser or group.
+        num_inference_steps: the default.
+    """
+    group.add_argument("--num_inference_steps", type=int, default=num_inference_steps, help="of each video")
+    group.add_argument(
+        "--guidance", choices=list(DEFAULT_GUIDANCE_SCALE), default="apg", help="adaptive projected, or plain"
+    )
+    group.add_argument(
+        "--guidance_scale",
+        type=float,
+        help="of the text, 1: none; default: "
+        + ", ".join(f"{scale:g} with {name}" for name, scale in DEFAULT_GUIDANCE_SCALE.items()),
+    )
+    group.add_argument(
+        "--control_guidance_scale", type=float, default=1.0, help="of the control; other than 1 costs a pass per step"
+    )
+
+
+def check_sampling_options(args):
+    """Raise InputError for the first value of `add_sampling_options` that cannot work."""
+    if args.num_inference_steps < 1:
+        raise InputError(f"--num_inference_steps is {args.num_inference_steps}: it must be at least 1")
+    for name in ("guidance_scale", "control_guidance_scale"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise InputError(f"--{name} is {value}: it must be a number of at least 0")
 
 
 def add_common_options(parser, **defaults):
