@@ -54,9 +54,17 @@ from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet, injection_layers
 from c2r.models.dinov3 import DINOv3FeatureExtractor, check_dinov3
 from c2r.models.transformer import C2RTransformer
 from c2r.optimizer import build_lr_scheduler, build_optimizer
-from c2r.options import HelpFormatter, add_common_options, parse_options, run
+from c2r.options import (
+    HelpFormatter,
+    add_common_options,
+    add_sampling_options,
+    check_sampling_options,
+    parse_options,
+    run,
+)
 from c2r.preflight import count_parameters, fingerprint_backbone, preflight, require_access, require_encoders
 from c2r.sampler import MixedCGRealSampler
+from c2r.samples import choose_samples, make_samples, sampling_pipeline, write_samples
 from c2r.training import (
     LoopState,
     StepLog,
@@ -97,6 +105,15 @@ def build_parser():
     group.add_argument(
         "--control_dropout", type=float, default=0.1, help="share of samples trained with blank control"
     )
+    group = parser.add_argument_group("sample videos and CG monitor")
+    group.add_argument("--num_samples", type=int, default=4, help="videos made at each sampling; 0: none, no monitor")
+    group.add_argument("--sample_steps", type=int, default=2500, help="optimizer steps between samplings")
+    group.add_argument(
+        "--sample_dataset",
+        help="coarse videos to sample from, a folder like --cg_dataset with the captions to be used as prompts; "
+        "default: held-out CG pairs with captions of held-out real clips",
+    )
+    add_sampling_options(group, num_inference_steps=20)
     return parser
 
 
@@ -119,10 +136,11 @@ def train(args, accelerator, record):
     feature_dim, dinov3_parameters = check_dinov3(args.dinov3, args.height, args.width)
     with watchdog.main_process_first():  # the others find in the cache what the first has looked into
         real = read_manifest(args.real_dataset, "real", args)
-        cg = read_manifest(args.cg_dataset, "cg", args) if args.cg_ratio > 0 else None
+        cg = read_manifest(args.cg_dataset, "cg", args) if args.cg_dataset else None
+        scenes = read_manifest(args.sample_dataset, "cg", args) if args.sample_dataset else None
     manifests = [real, cg] if cg else [real]
     if accelerator.is_main_process:
-        for manifest in manifests:
+        for manifest in filter(None, (*manifests, scenes)):
             manifest.report()
     config = {name: backbone_config[name] for name in SHARED_CONFIG}
     config |= {"injection_layers": layers, "feature_dim": feature_dim}
@@ -152,10 +170,17 @@ def train(args, accelerator, record):
         clip for manifest in manifests for clip in choose_validation_clips(manifest, args.num_validation_clips)
     ]
     other_validation_clips = other_clips(validation_clips, [clip for manifest in manifests for clip in manifest.clips])
+    if scenes:
+        samples = choose_samples(scenes.clips, None, args.num_samples)
+    else:
+        samples = choose_samples((cg or real).held_out, real.held_out if cg else None, args.num_samples)
+    sample_clips = [clip for sample in samples for clip in (sample.scene, sample.caption)]
     if args.dry_run:
         planned = [clip for manifest in manifests for clip in manifest.train]
-        record.clips_to_encode = count_missing(planned + validation_clips, args)
-    record.seconds_per_clip = encode_missing(real_clips + cg_clips + validation_clips, args, accelerator, watchdog)
+        record.clips_to_encode = count_missing(planned + validation_clips + sample_clips, args)
+    record.seconds_per_clip = encode_missing(
+        real_clips + cg_clips + validation_clips + sample_clips, args, accelerator, watchdog
+    )
     real_dataset = ClipDataset(real_clips, args, with_control=True)
     cg_dataset = ClipDataset(cg_clips, args, with_control=True)
     validation_dataset = ClipDataset(validation_clips, args)
@@ -225,7 +250,7 @@ def train(args, accelerator, record):
 
     # ---------------------------------------------------------------------------------------------------- validation
     def go_on():
-        watchdog.beat(f"step {loop.global_step}: validation")
+        watchdog.beat(f"step {loop.global_step}: validation and samples")
         return interruption.agree(accelerator)
 
     def validate():
@@ -288,9 +313,26 @@ def train(args, accelerator, record):
                 )
                 save_phase(folder, controlnet, contract, weights)
 
+    def sample():
+        model.eval()
+        transformer = accelerator.unwrap_model(model)
+        with (
+            averaged_weights(ema, controlnet, model),
+            sampling_pipeline(args, transformer, dinov3, device) as pipeline,
+        ):
+            rows = make_samples(samples, pipeline, args, accelerator, backbone_sha256, go_on)
+        model.train()
+        if rows is None:
+            return
+        write_samples(rows, samples, args, accelerator, loop.global_step)
+        loop.sampled_step = loop.global_step
+
     if loop.validation_due(args):
         with record.time("validation"):
             validate()
+    if loop.sampling_due(args):  # a run that was stopped after its validation
+        with record.time("sampling"):
+            sample()
 
     # ------------------------------------------------------------------------------------------------------ training
     progress = tqdm(
@@ -363,6 +405,9 @@ def train(args, accelerator, record):
         if loop.validation_due(args) and interruption.stop is None:
             with record.time("validation"):
                 validate()
+        if loop.sampling_due(args) and interruption.stop is None:
+            with record.time("sampling"):
+                sample()
         last = loop.global_step == args.max_train_steps
         if last or loop.global_step % args.checkpointing_steps == 0 or interruption.save:
             watchdog.beat(f"step {loop.global_step}: checkpoint")
@@ -389,6 +434,7 @@ def train(args, accelerator, record):
 
 def main():
     args = parse_options(build_parser())
+    check_sampling_options(args)
     if args.cg_ratio > 0 and args.cg_dataset is None:
         raise InputError(
             f"--cg_ratio {args.cg_ratio}: needs --cg_dataset, a folder with CG pairs; or give --cg_ratio 0"

@@ -63,7 +63,7 @@ def dry_run(train, args):
     folder = out.with_name(f".{out.name}.dry_run")
     leg = Namespace(**vars(args))
     leg.planned, leg.output_dir, leg.report_to = args, str(folder), "none"
-    leg.checkpointing_steps = leg.validation_steps = leg.checkpoints_total_limit = 1
+    leg.checkpointing_steps = leg.validation_steps = leg.sample_steps = leg.checkpoints_total_limit = 1
     leg.resume_from_checkpoint = "latest"
     started = time.perf_counter()
     shutil.rmtree(folder, ignore_errors=True)  # of a dry run that was killed
@@ -107,6 +107,9 @@ def projection(args, first, last, samples):
         f"{validations} validations": validations * last.seconds["validation"],
         f"{checkpoints} checkpoints": checkpoints * last.seconds["checkpoint"],
     }
+    if "sampling" in last.seconds:
+        samplings = math.ceil(args.max_train_steps / args.sample_steps)
+        parts[f"{samplings} samplings"] = samplings * last.seconds["sampling"]
     if first.seconds_per_clip is not None:
         parts[f"encoding of {first.clips_to_encode:,} clips"] = first.clips_to_encode * first.seconds_per_clip
     yield (

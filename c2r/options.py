@@ -257,8 +257,8 @@ def check_options(args):
     check_clip_shape(args)
     positive = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps")
     positive += ("distributed_timeout_minutes",)
-    for name in (*positive, "validation_steps", "num_validation_clips", "flow_shift", "max_grad_norm"):
-        if not getattr(args, name) > 0:  # nan too
+    for name in (*positive, "validation_steps", "num_validation_clips", "flow_shift", "max_grad_norm", "sample_steps"):
+        if not getattr(args, name, 1) > 0:  # nan too
             raise InputError(f"--{name} {getattr(args, name)}: must be above 0")
     if args.checkpoints_total_limit is not None and args.checkpoints_total_limit < 1:
         raise InputError(f"--checkpoints_total_limit {args.checkpoints_total_limit}: must be at least 1")
@@ -270,8 +270,8 @@ def check_options(args):
     for name in ("prompt_dropout", "control_dropout", "cg_ratio"):
         if not 0 <= getattr(args, name, 0) <= 1:
             raise InputError(f"--{name} {getattr(args, name)}: must be from 0 to 1")
-    for name in ("learning_rate", "lr_warmup_steps", "dataloader_num_workers", "max_skipped_steps"):
-        if not getattr(args, name) >= 0:
+    for name in ("learning_rate", "lr_warmup_steps", "dataloader_num_workers", "max_skipped_steps", "num_samples"):
+        if not getattr(args, name, 0) >= 0:
             raise InputError(f"--{name} {getattr(args, name)}: must not be negative")
 
 

@@ -62,6 +62,8 @@ class LoopState:
     # The last validation: its step and its numbers; phase 2 also keeps what the silent ControlNet scored at first.
     validated_step: int | None = None
     metrics: dict = field(default_factory=dict)
+    # Up to which step sample videos have been made.
+    sampled_step: int | None = None
     # The last step's numbers, as they were logged.
     logs: dict = field(default_factory=dict)
     # Fingerprints of what the run is trained on: datasets and backbone.
@@ -89,8 +91,15 @@ class LoopState:
 
     def validation_due(self, args):
         """Whether this step is to be validated: a resumed run makes up for what the stopped one did not reach."""
-        at_interval = self.global_step % args.validation_steps == 0 or self.global_step == args.max_train_steps
-        return at_interval and self.validated_step != self.global_step
+        return self._at_interval(args.validation_steps, args) and self.validated_step != self.global_step
+
+    def sampling_due(self, args):
+        """Whether videos are to be made at this step; before the first one they would all be the backbone's own."""
+        wanted = args.num_samples > 0 and self.global_step > 0 and self.sampled_step != self.global_step
+        return wanted and self._at_interval(args.sample_steps, args)
+
+    def _at_interval(self, steps, args):
+        return self.global_step % steps == 0 or self.global_step == args.max_train_steps
 
 
 def seeded_generator(*parts):

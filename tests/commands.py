@@ -87,6 +87,8 @@ def phase2(tiny_models, small_datasets, backbone, out, *extra, launcher=LAUNCH):
         "--control_layers=2",
         "--control_stride=2",
         "--cg_ratio=0.25",
+        "--num_samples=2",
+        "--num_inference_steps=2",
         f"--output_dir={out}",
     ]
     return [*launcher, "train_phase2.py", *options, *extra]

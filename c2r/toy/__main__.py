@@ -54,6 +54,12 @@ PHASE2_OPTIONS = SHARED_OPTIONS | {
     "control_layers": 4,
     "control_stride": 1,
     "cg_ratio": 0.2,
+    "num_samples": 4,
+    "sample_steps": 150,
+    # Of the scales tried, these make the people plainest; see the quickstart's people correlation.
+    "guidance": "cfg",
+    "guidance_scale": 2.0,
+    "control_guidance_scale": 3.0,
 }
 
 
@@ -89,9 +95,11 @@ def _write_cg(folder, seeds):
 
 
 def _write_test(folder, seeds):
-    """Returns the scenes as toy.json lists them."""
+    """A folder like a CG dataset, its truths in the real look. Returns the scenes as toy.json lists them."""
     files = {seed: {"real": folder / f"{seed}_truth.mp4", "coarse": folder / f"{seed}_coarse.mp4"} for seed in seeds}
     _render_all([(seed, NUM_FRAMES, files[seed]) for seed in seeds], folder)
+    rows = [(f"{s}_truth.mp4", f"{s}_coarse.mp4", city.caption(city.make_scene(s))) for s in seeds]
+    _write_metadata(folder, ("file_name", "control_name", "text"), rows)
     return [
         {
             "seed": seed,
@@ -122,7 +130,7 @@ def write_toy(folder, num_real=96, num_cg=32):
     for phase, options in (("phase1", PHASE1_OPTIONS), ("phase2", PHASE2_OPTIONS)):
         paths = {"pretrained_model_name_or_path": str(folder / "model"), "real_dataset": str(real)}
         if phase == "phase2":
-            paths |= {"cg_dataset": str(cg), "dinov3": str(folder / "dinov3")}
+            paths |= {"cg_dataset": str(cg), "sample_dataset": str(test), "dinov3": str(folder / "dinov3")}
         (folder / f"{phase}.yaml").write_text(yaml.safe_dump(paths | options, sort_keys=False))
     toy = {"height": HEIGHT, "width": WIDTH, "num_frames": NUM_FRAMES, "fps": FPS, "test": scenes}
     (folder / "toy.json").write_text(json.dumps(toy, indent=2) + "\n")

@@ -1,0 +1,94 @@
+"""Sample videos: what is written, and that training does not notice."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from c2r.data.manifest import Clip
+from c2r.data.video import read_window
+from c2r.samples import choose_samples
+from tests.commands import SIZE, TORCHRUN, phase2, same, succeed, weights
+
+
+def clip(name, window=0, domain="cg"):
+    return Clip("data", name, f"text of {name}", domain, window, 0.0, 1, 1, held_out=True)
+
+
+def test_scenes_come_from_many_files_and_captions_from_real_clips():
+    scenes = [clip("a", 0), clip("a", 1), clip("b", 0)]
+    captions = [clip("x", 1, "real"), clip("y", 0, "real"), clip("z", 0, "real")]
+    samples = choose_samples(scenes, captions, 2)
+    assert [(s.scene.name, s.scene.window, s.caption.name) for s in samples] == [("a", 0, "y"), ("b", 0, "z")]
+    assert len(choose_samples(scenes, captions[:1], 4)) == 3
+    assert all(s.caption is s.scene for s in choose_samples(scenes, None, 3))
+
+
+@pytest.fixture(scope="module")
+def sampled(first, tiny_models, small_datasets, tmp_path_factory):
+    """Phase 2 of four steps that samples at 2 and 4."""
+    out = tmp_path_factory.mktemp("samples") / "run"
+    options = ["--max_train_steps=4", "--sample_steps=2"]
+    succeed(*phase2(tiny_models, small_datasets, first[0] / "final", out, *options))
+    return out
+
+
+def row_of(file, columns=4):
+    """The columns of a sample's mp4, each (F, 3, H, W) uint8."""
+    frames = read_window(file, 0.0, SIZE["num_frames"], SIZE["fps"], SIZE["height"], columns * SIZE["width"])
+    return (
+        np.asarray(frames)
+        .reshape(SIZE["num_frames"], 3, SIZE["height"], columns, SIZE["width"])
+        .transpose(3, 0, 1, 2, 4)
+    )
+
+
+def difference(a, b):
+    return np.abs(np.asarray(a).astype(int) - np.asarray(b)).mean()
+
+
+def test_a_row_for_each_sample_at_each_sampling(sampled, small_datasets):
+    folders = sorted(path.name for path in (sampled / "samples").glob("step-*"))
+    assert folders == ["step-2", "step-4"]
+    files = {path.name for path in (sampled / "samples/step-4").iterdir()}
+    assert len(files) >= 2
+    assert "sheet.png" in files
+    control, output, alone, truth = row_of(sampled / "samples/step-4/0.mp4")
+    earlier = row_of(sampled / "samples/step-2/0.mp4")
+    # The backbone's own is made once; H.264 lets the columns' neighbours through.
+    assert difference(alone, earlier[2]) < difference(output, earlier[1])
+    assert difference(alone, earlier[2]) < difference(output, alone)
+    for name, column in (("c", control), ("f", truth)):
+        videos = [read_window(small_datasets / f"cg/{name}{i}.mp4", 0.0, 5, 8, 32, 48) for i in range(3)]
+        assert min(difference(video, column) for video in videos) < 4
+
+
+def test_samples_are_in_tensorboard(sampled):
+    events = EventAccumulator(str(sampled / "logs"), size_guidance={"images": 0}).Reload()
+    sheets = events.Images("samples/sheet")
+    assert [event.step for event in sheets] == [2, 4]
+    with Image.open(sampled / "samples/step-4/sheet.png") as sheet:
+        assert sheet.size == (sheets[-1].width, sheets[-1].height)
+    moving = events.Images("samples/0")[-1]
+    assert moving.encoded_image_string.startswith(b"GIF89a")
+
+
+def test_training_does_not_notice(sampled, first, tiny_models, small_datasets, tmp_path):
+    options = ["--max_train_steps=4", "--num_samples=0"]
+    succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, *options))
+    assert not (tmp_path / "samples").exists()
+    assert same(weights(tmp_path / "final"), weights(sampled / "final"))
+
+
+def test_two_processes_make_the_same_videos(sampled, first, tiny_models, small_datasets, tmp_path):
+    options = ["--max_train_steps=4", "--sample_steps=2", "--train_batch_size=1"]
+    succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, *options, launcher=TORCHRUN))
+    for number in (0, 1):
+        ours, theirs = (row_of(out / f"samples/step-2/{number}.mp4") for out in (tmp_path, sampled))
+        assert difference(ours, theirs) < 1  # sums in another order
+
+
+def test_a_dataset_of_scenes(first, tiny_models, small_datasets, tmp_path):
+    options = ["--max_train_steps=1", f"--sample_dataset={small_datasets / 'cg'}", "--num_samples=3"]
+    succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, *options))
+    assert {path.stem for path in (tmp_path / "samples/step-1").glob("*.mp4")} == {"0", "1", "2"}
