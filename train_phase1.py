@@ -195,6 +195,7 @@ def train(args, accelerator, record):
                 )
                 save_phase(folder, transformer, contract, weights)
 
+    record.start()
     if loop.validation_due(args):
         with record.time("validation"):
             validate()
@@ -267,6 +268,7 @@ def train(args, accelerator, record):
                 save_checkpoint(accelerator, transformer, optimizer, lr_scheduler, sampler, loop, ema, args)
             interruption.saved()
     progress.close()
+    accelerator.print(f"time: {record.shares()}")
     if interruption.stop is not None:
         accelerator.print(
             f"stopped at step {loop.global_step}: {interruption.stop}; go on with --resume_from_checkpoint latest"

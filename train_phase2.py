@@ -327,6 +327,7 @@ def train(args, accelerator, record):
         write_samples(rows, samples, args, accelerator, loop.global_step)
         loop.sampled_step = loop.global_step
 
+    record.start()
     if loop.validation_due(args):
         with record.time("validation"):
             validate()
@@ -415,6 +416,7 @@ def train(args, accelerator, record):
                 save_checkpoint(accelerator, controlnet, optimizer, lr_scheduler, sampler, loop, ema, args)
             interruption.saved()
     progress.close()
+    accelerator.print(f"time: {record.shares()}")
     if interruption.stop is not None:
         accelerator.print(
             f"stopped at step {loop.global_step}: {interruption.stop}; go on with --resume_from_checkpoint latest"

@@ -28,7 +28,9 @@ STEPS = (1, 3)  # of the first leg, and of both; the third is warm, and it alone
 class RunRecord:
     """What a run measures of itself, for the projection of a dry run."""
 
-    seconds: dict = field(default_factory=dict)  #: of the last "validation" and the last "checkpoint"
+    seconds: dict = field(default_factory=dict)  #: of the last "validation", "sampling" and "checkpoint"
+    spent: dict = field(default_factory=dict)  #: seconds of all of them
+    started: float = field(default_factory=time.perf_counter)  #: when the first validation has, and then training
     samples_per_second: float | None = None  #: of the last step
     trainable: int = 0  #: parameters
     clips_to_encode: int = 0  #: by the whole run, before this one started
@@ -40,6 +42,17 @@ class RunRecord:
         started = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - started
+        self.spent[name] = self.spent.get(name, 0.0) + self.seconds[name]
+
+    def start(self):
+        """What is timed starts now: the first validation, then the training loop."""
+        self.spent, self.started = {}, time.perf_counter()
+
+    def shares(self):
+        """'93.1 % training, 4.0 % validation, 2.9 % checkpoint' of the time since `start`."""
+        total = time.perf_counter() - self.started
+        parts = {"training": total - sum(self.spent.values())} | self.spent
+        return ", ".join(f"{100 * seconds / total:.1f} % {name}" for name, seconds in parts.items())
 
 
 def few(clips, args, accelerator):
