@@ -15,19 +15,16 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch.nn import functional as F
 
 from c2r import InputError
 from c2r.contact_sheet import draw_contact_sheet
 from c2r.data.video import read_window
 from c2r.options import run
 from c2r.toy import city
-from c2r.toy.people import PeopleFinder, people_correlation, people_map
+from c2r.toy.layout import people_correlations
 
 ROOT = Path(__file__).resolve().parents[1]
-WEIGHTS = Path(__file__).parent / "toy/weights"
 SHOWN_SCENES = 5
 
 
@@ -48,31 +45,6 @@ def run_step(title, command, done):
     if code != 0:
         raise InputError(f"step '{title}' ended with exit status {code}; its message is above")
     print(f"-- {title}: {time.time() - started:.0f} s", flush=True)
-
-
-def people_correlations(toy, videos):
-    """How well the people of each video stand where its scene has them, and where another scene has them.
-
-    Args:
-        toy: the content of toy.json.
-        videos: one path per test scene.
-
-    Returns:
-        (own, other): means over the scenes of the correlation with the scene's own people, and with each other
-        scene's. The truth comes from the renderer; what is in the video, from a network that looks at pixels only.
-    """
-    finder = PeopleFinder.from_pretrained(WEIGHTS / "people_finder", torch_dtype=torch.float32)
-    truths, found = [], []
-    for scene, path in zip(toy["test"], videos):
-        kinds = city.render(
-            city.make_scene(scene["seed"]), (), toy["num_frames"], toy["fps"], toy["height"], toy["width"]
-        )["kinds"]
-        truths.append(F.avg_pool2d(torch.from_numpy(kinds == city.PERSON).float()[:, None], finder.cell)[:, 0])
-        found.append(people_map(finder, read_clip(toy, path) / 127.5 - 1))
-    table = [[people_correlation(a, b) for b in truths] for a in found]
-    own = [table[i][i] for i in range(len(table))]
-    other = [table[i][j] for i in range(len(table)) for j in range(len(table)) if i != j]
-    return float(np.mean(own)), float(np.mean(other))
 
 
 def read_clip(toy, path):
@@ -156,7 +128,11 @@ def main():
         return json.loads((folder / "c2r.json").read_text())["metrics"]
 
     adapted, grounded = metrics_of(phase1 / "best"), metrics_of(phase2 / "best")
-    people = {name: people_correlations(toy, paths) for name, paths in (*videos.items(), ("truth", truths))}
+    scenes = [city.make_scene(scene["seed"]) for scene in toy["test"]]
+    people = {
+        name: people_correlations(scenes, [read_clip(toy, path) for path in paths], toy["fps"])
+        for name, paths in (*videos.items(), ("truth", truths))
+    }
     table = {
         "phase 1: validation loss before the first step": adapted["loss_at_start"],
         "phase 1: validation loss": adapted["loss"],

@@ -12,7 +12,7 @@ from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.quickstart import WEIGHTS
 from c2r.toy import city
 from c2r.toy.__main__ import write_toy
-from c2r.toy.people import PeopleFinder, people_correlation
+from c2r.toy.layout import PeopleFinder, correlation, correlations, edge_map
 from c2r.toy.pretrain import psnr, to_pixel_values
 from tests.commands import start
 
@@ -59,13 +59,23 @@ def test_render_takes_any_size():
     assert clips["real"].dtype == np.uint8
 
 
-def test_people_correlation():
+def test_correlation():
     truth = torch.zeros(2, 4, 4)
     truth[:, 1, 2] = 1
-    assert people_correlation(0.3 * truth + 0.1, truth) == pytest.approx(1)
-    assert people_correlation(1 - truth, truth) == pytest.approx(-1)
-    assert people_correlation(torch.ones(2, 4, 4), truth) == 0
-    assert abs(people_correlation(truth.roll(1, 2), truth)) < 0.2
+    assert correlation(0.3 * truth + 0.1, truth) == pytest.approx(1)
+    assert correlation(1 - truth, truth) == pytest.approx(-1)
+    assert correlation(torch.ones(2, 4, 4), truth) == 0
+    assert abs(correlation(truth.roll(1, 2), truth)) < 0.2
+
+
+def test_edges_belong_to_their_scene():
+    def edges(seed, look):
+        clip = city.render(city.make_scene(seed), (look,), num_frames=2)[look]
+        return edge_map(torch.from_numpy(clip).permute(0, 3, 1, 2).float())
+
+    own, other = correlations([edges(s, "real") for s in range(3)], [edges(s, "coarse") for s in range(3)])
+    assert edges(0, "real").shape == (2, 12, 20)
+    assert own > other + 0.2
 
 
 def held_out(count, **options):
@@ -94,7 +104,7 @@ def test_shipped_people_finder_finds_people():
         frames = torch.from_numpy(clip["real"]).permute(0, 3, 1, 2) / 127.5 - 1
         truth = F.avg_pool2d(torch.from_numpy(clip["kinds"] == city.PERSON).float()[:, None], finder.cell)[:, 0]
         with torch.no_grad():
-            found.append(people_correlation(finder(frames).sigmoid(), truth))
+            found.append(correlation(finder(frames).sigmoid(), truth))
     assert np.mean(found) > 0.8
 
 

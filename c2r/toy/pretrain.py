@@ -24,7 +24,7 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel, PreTrainedTokenizerFas
 
 from c2r import flow_matching
 from c2r.toy import city
-from c2r.toy.people import PeopleFinder
+from c2r.toy.layout import PeopleFinder
 
 NUM_FRAMES, HEIGHT, WIDTH = 9, 96, 160
 LATENT_CHANNELS, TEXT_DIM, PROMPT_LENGTH = 16, 64, 16
