@@ -9,10 +9,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from c2r.models.dinov3 import DINOv3FeatureExtractor
-from c2r.quickstart import WEIGHTS
 from c2r.toy import city
 from c2r.toy.__main__ import write_toy
-from c2r.toy.layout import PeopleFinder, correlation, correlations, edge_map
+from c2r.toy.layout import WEIGHTS, PeopleFinder, correlation, correlations, edge_map
 from c2r.toy.pretrain import psnr, to_pixel_values
 from tests.commands import start
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from c2r.toy import city
 
-WEIGHTS = Path(__file__).parent / "weights/people_finder"
+WEIGHTS = Path(__file__).parent / "weights"
 
 
 class PeopleFinder(ModelMixin, ConfigMixin):
@@ -87,7 +87,7 @@ def people_correlations(scenes, videos, fps):
     Returns:
         (own, other), see `correlations`.
     """
-    finder = PeopleFinder.from_pretrained(WEIGHTS, torch_dtype=torch.float32)
+    finder = PeopleFinder.from_pretrained(WEIGHTS / "people_finder", torch_dtype=torch.float32)
     truths, found = [], []
     for scene, video in zip(scenes, videos):
         kinds = city.render(scene, (), len(video), fps, *video.shape[2:])["kinds"]
