@@ -9,6 +9,7 @@ name the backbone that it belongs to.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -52,6 +53,7 @@ from c2r.models.assembly import (
 )
 from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet, injection_layers
 from c2r.models.dinov3 import DINOv3FeatureExtractor, check_dinov3
+from c2r.models.domain_classifier import DomainClassifier, domain_loss
 from c2r.models.transformer import C2RTransformer
 from c2r.optimizer import build_lr_scheduler, build_optimizer
 from c2r.options import (
@@ -69,6 +71,7 @@ from c2r.training import (
     LoopState,
     StepLog,
     build_contract,
+    domain_weights,
     frozen_dtype,
     in_full_precision,
     make_noisy_batch,
@@ -104,6 +107,16 @@ def build_parser():
     group.add_argument("--conditioning_scale", type=float, default=1.0, help="multiplies the residuals")
     group.add_argument(
         "--control_dropout", type=float, default=0.1, help="share of samples trained with blank control"
+    )
+    group = parser.add_argument_group("against a CG look")
+    group.add_argument(
+        "--real_weight", type=float, default=1.0, help="loss weight of a real sample relative to a CG one, e.g. 2"
+    )
+    group.add_argument(
+        "--adversarial_weight",
+        type=float,
+        default=0.0,
+        help="train against a classifier that tells CG samples' predicted latents from real ones', e.g. 0.1; 0: off",
     )
     group = parser.add_argument_group("sample videos and CG monitor")
     group.add_argument("--num_samples", type=int, default=4, help="videos made at each sampling; 0: none, no monitor")
@@ -217,13 +230,18 @@ def train(args, accelerator, record):
         controlnet = C2RControlNet.from_transformer(
             backbone, args.control_layers, args.control_stride, feature_dim=feature_dim, empty=empty
         )
+    domain_classifier = None
+    if args.adversarial_weight > 0 and checkpoint is not None:
+        domain_classifier = DomainClassifier.from_pretrained(checkpoint / "domain_classifier")
+    elif args.adversarial_weight > 0:
+        domain_classifier = DomainClassifier(backbone.config.out_channels)
     # One module: an engine such as DeepSpeed wraps one.
-    model = C2RTransformer(backbone, controlnet).train()
+    model = C2RTransformer(backbone, controlnet, domain_classifier).train()
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     in_full_precision(backbone.condition_embedder.time_embedder, device)
     under_autocast(model, device, args)
-    optimizer = build_optimizer(controlnet, args, device)
+    optimizer = build_optimizer(controlnet, args, device, domain_classifier)
     lr_scheduler = build_lr_scheduler(optimizer, args)
     model, optimizer = prepare(accelerator, model, optimizer)
     weights_before = local_fingerprint(backbone, model)
@@ -343,7 +361,7 @@ def train(args, accelerator, record):
         disable=not accelerator.is_local_main_process,
     )
     micro_step = loop.global_step * args.gradient_accumulation_steps
-    step_log, guard = StepLog(accelerator), StepGuard(accelerator, loop, args.max_skipped_steps)
+    step_log, guard = StepLog(accelerator, loop.logs), StepGuard(accelerator, loop, args.max_skipped_steps)
     batches = iter(train_loader)
     while loop.global_step < args.max_train_steps and interruption.stop is None:
         step_log.start()
@@ -364,16 +382,26 @@ def train(args, accelerator, record):
             # A blank control goes through the branch as zero features: guidance must know what no control looks like.
             control_features[noisy.dropped_control] = 0
             watchdog.beat(f"step {loop.global_step + 1}: forward and backward")
+            domains = batch["domain"].to(device)  # (B,) 0 real, 1 CG
             with accelerator.accumulate(model):
-                velocity_pred = model(
+                prediction = model(
                     noisy.noisy_latents,
                     noisy.timesteps,
                     noisy.prompt_embeds,
                     control_features,
                     args.conditioning_scale,
+                    # CG samples alone are drawn over to the other side: real ones look as they should.
+                    reversal_strength=args.adversarial_weight * domains if domain_classifier else None,
                 )
+                velocity_pred, domain_logits = prediction if domain_classifier else (prediction, None)
                 losses = noisy.weights * flow_matching.velocity_loss(velocity_pred, noisy.velocity_target)  # (B,)
-                loss = losses.mean()
+                weighted_losses = domain_weights(domains, args.real_weight, loop.cg_ratio) * losses
+                loss = weighted_losses.mean()
+                if domain_classifier:
+                    # Without a control there is no CG input whose look could leak.
+                    counted = ~noisy.dropped_control
+                    domain_losses = domain_loss(domain_logits, domains, counted, loop.cg_ratio)
+                    loss = loss + domain_losses.mean()
                 accelerator.backward(loss)
                 guard.add(losses, batch["name"])
                 if accelerator.sync_gradients:
@@ -385,6 +413,9 @@ def train(args, accelerator, record):
                     optimizer.zero_grad()
             micro_step += 1
             step_log.add(losses, noisy.sigmas, batch["domain"])
+            step_log.add_weighted(weighted_losses, batch["domain"])
+            if domain_classifier:
+                step_log.add_domain_logits(domain_losses, domain_logits, batch["domain"], counted)
 
         # One optimizer step is done: log, and at their steps validate and save.
         learning_rate = lr_scheduler.get_last_lr()[0]
@@ -413,7 +444,17 @@ def train(args, accelerator, record):
         if last or loop.global_step % args.checkpointing_steps == 0 or interruption.save:
             watchdog.beat(f"step {loop.global_step}: checkpoint")
             with record.time("checkpoint"):
-                save_checkpoint(accelerator, controlnet, optimizer, lr_scheduler, sampler, loop, ema, args)
+                save_checkpoint(
+                    accelerator,
+                    controlnet,
+                    optimizer,
+                    lr_scheduler,
+                    sampler,
+                    loop,
+                    ema,
+                    args,
+                    domain_classifier,
+                )
             interruption.saved()
     progress.close()
     accelerator.print(f"time: {record.shares()}")
@@ -440,6 +481,15 @@ def main():
     if args.cg_ratio > 0 and args.cg_dataset is None:
         raise InputError(
             f"--cg_ratio {args.cg_ratio}: needs --cg_dataset, a folder with CG pairs; or give --cg_ratio 0"
+        )
+    if not 0 < args.real_weight < math.inf:
+        raise InputError(f"--real_weight {args.real_weight}: must be above 0 and finite")
+    if not 0 <= args.adversarial_weight < math.inf:
+        raise InputError(f"--adversarial_weight {args.adversarial_weight}: must be finite and not negative")
+    if args.adversarial_weight > 0 and not 0 < args.cg_ratio < 1:
+        raise InputError(
+            f"--adversarial_weight {args.adversarial_weight}: tells CG from real, but --cg_ratio {args.cg_ratio} "
+            "draws one of them alone; give a ratio between 0 and 1"
         )
     if args.dry_run:
         dry_run(train, args)

@@ -2,6 +2,7 @@
 
     outputs/phase2/checkpoint-2000/
         model/                                the trainable weights in fp32, a folder that from_pretrained loads
+        domain_classifier/                    with --adversarial_weight, likewise
         optimizer-00000-of-00001.safetensors  moments; one file per process where the engine shards them
         ema-00000-of-00001.safetensors        with --ema_decay, likewise
         state.json                            step, schedule, sampler, scores; and the size of every other file
@@ -200,6 +201,12 @@ def require_resumable(path, accelerator, args, config, inputs):
         raise InputError(f"--ema_decay {args.ema_decay}: {path} was written without one; go on without")
     if args.ema_decay is None and state["ema"] is not None:
         raise InputError(f"--ema_decay: {path} holds an average, which would be lost; give it again")
+    adversarial = (path / "domain_classifier").is_dir()
+    if adversarial != (getattr(args, "adversarial_weight", 0) > 0):
+        raise InputError(
+            f"--adversarial_weight {args.adversarial_weight}: {path} has {'a' if adversarial else 'no'} "
+            "domain classifier; go on so, or start anew with another --output_dir"
+        )
     here, before = sharding(accelerator), state["sharding"]
     if here != before or (here is not None and accelerator.num_processes != state["num_processes"]):
         raise InputError(
@@ -216,7 +223,7 @@ def _engine(sharding, num_processes):
 # -------------------------------------------------------------------------------------------------------------- save
 
 
-def save_checkpoint(accelerator, model, optimizer, lr_scheduler, sampler, loop, ema, args):
+def save_checkpoint(accelerator, model, optimizer, lr_scheduler, sampler, loop, ema, args, domain_classifier=None):
     """Write checkpoint-`loop.global_step` aside, put it in place, then delete the oldest. Call it on every process.
 
     Args:
@@ -226,6 +233,7 @@ def save_checkpoint(accelerator, model, optimizer, lr_scheduler, sampler, loop, 
         loop: `LoopState`.
         ema: diffusers' `EMAModel`, or None.
         args: has output_dir, optimizer, ema_decay and checkpoints_total_limit.
+        domain_classifier: the prepared model's, unwrapped, or None.
 
     Raises:
         InputError: no room or no right to write, on any process, or a weight is not finite. The last checkpoint is
@@ -243,11 +251,13 @@ def save_checkpoint(accelerator, model, optimizer, lr_scheduler, sampler, loop, 
                 _remove_leftovers(args.output_dir)
                 _require_space(folder, model, args)
                 stack.enter_context(atomic_folder(folder))
-        weights = gathered_state_dict(accelerator, model, optimizer)
+        parts = {"model": model} | ({"domain_classifier": domain_classifier} if domain_classifier else {})
+        weights = {name: gathered_state_dict(accelerator, part, optimizer) for name, part in parts.items()}
         with failing_together(accelerator, folder):
             if accelerator.is_main_process:
-                _require_finite(weights, folder)
-                save_weights(temporary / "model", model, weights)
+                for name, part in parts.items():
+                    _require_finite(weights[name], folder)
+                    save_weights(temporary / name, part, weights[name])
             for kind, tensors, numbers in _states(optimizer, ema):
                 if accelerator.is_main_process or _is_split(kind, engine):
                     file = temporary / _shard_name(kind, accelerator, engine)

@@ -73,6 +73,27 @@ def velocity_target(latents, noise):
     return _at_least_fp32(noise) - _at_least_fp32(latents)
 
 
+# x₀ = x_σ − σ·u: the straight path, followed back to its end at σ = 0
+def predict_latents(noisy_latents, velocity_pred, sigmas):
+    """The clean latents that a predicted velocity leads to.
+
+    Args:
+        noisy_latents: (B, C, T, h, w), on the path at `sigmas`.
+        velocity_pred: like `noisy_latents`, any float dtype.
+        sigmas: (B,) fp32 (or float64, for tests) in [0, 1].
+
+    Returns:
+        (B, C, T, h, w), at least fp32.
+
+    Raises:
+        ValueError: if the shapes differ or the sigmas are in half precision.
+    """
+    _require_same_shape("noisy_latents", noisy_latents, "velocity_pred", velocity_pred)
+    _require_full_precision(sigmas)
+    sigmas = sigmas.view(-1, *[1] * (noisy_latents.ndim - 1))
+    return _at_least_fp32(noisy_latents) - sigmas * _at_least_fp32(velocity_pred)
+
+
 # L = ‖v_θ(x_σ, σ) − (ε − x₀)‖² / dim. Source: Lipman et al. 2023, eq. 23
 def velocity_loss(velocity_pred, velocity_target):
     """Flow-matching loss: mean squared error of the velocity.

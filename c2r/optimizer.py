@@ -5,8 +5,11 @@ from diffusers.optimization import get_scheduler
 
 from c2r import InputError
 
+# Of the domain classifier: it has to keep up with what it judges, and starts from nothing.
+CLASSIFIER_LEARNING_RATE = 1e-3
 
-def build_optimizer(module, args, device):
+
+def build_optimizer(module, args, device, domain_classifier=None):
     """AdamW over the trainable parameters. Call it before DDP is built: bf16 storage changes the module's dtypes.
 
     Args:
@@ -14,6 +17,7 @@ def build_optimizer(module, args, device):
             a name in its `_keep_in_fp32_modules`.
         args: has optimizer, weight_storage, learning_rate, adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon.
         device: where the module is or will be.
+        domain_classifier: trains along, in fp32 and at a learning rate of its own, under the same schedule.
 
     Raises:
         InputError: bitsandbytes is missing, or a weight is beyond the range of bf16.
@@ -30,10 +34,13 @@ def build_optimizer(module, args, device):
     else:
         cls, options["fused"] = torch.optim.AdamW, device.type in ("cuda", "cpu")
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    groups = [{"params": list(trainable.values())}]
+    if domain_classifier is not None:
+        groups.append({"params": list(domain_classifier.parameters()), "lr": CLASSIFIER_LEARNING_RATE})
     if args.weight_storage == "fp32":
-        return cls(trainable.values(), **options)
+        return cls(groups, **options)
     kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
-    optimizer = type(f"Split{cls.__name__}", (SplitWeights, cls), {})(trainable.values(), **options)
+    optimizer = type(f"Split{cls.__name__}", (SplitWeights, cls), {})(groups, **options)
     for name, parameter in trainable.items():
         if kept.isdisjoint(name.split(".")):
             optimizer.split(name, parameter, device)

@@ -175,21 +175,46 @@ def make_noisy_batch(batch, args, *, empty_prompt_embeds, micro_step, process_in
     )
 
 
+def domain_weights(domains, real_weight, cg_ratio):
+    """`--real_weight`: weights of the samples' losses, those of real ones `real_weight` times those of CG ones.
+
+    Args:
+        domains: (B,) 0 real, 1 CG.
+        real_weight: above 0; 1 gives all the weight 1.
+        cg_ratio: share of CG samples among those that are drawn, in [0, 1].
+
+    Returns:
+        (B,) fp32, 1 on average over the run: the gradient does not grow with `real_weight`.
+    """
+    mean = cg_ratio + real_weight * (1 - cg_ratio)
+    return torch.tensor([real_weight / mean, 1 / mean], device=domains.device)[domains]
+
+
 # Edges of the noise levels that TensorBoard shows apart: low noise is detail, high noise is layout.
 SIGMA_BINS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
+# Of the domain classifier.
+ACCURACIES = ("domain_accuracy_real", "domain_accuracy_cg")
+
 
 class StepLog:
-    """The numbers of one optimizer step over all micro-batches and processes; losses by domain and noise level."""
+    """The numbers of one optimizer step over all micro-batches and processes; losses by domain and noise level.
 
-    def __init__(self, accelerator):
+    Args:
+        accelerator: the run's.
+        before: what the last step before this run's first one has logged; running averages go on from it.
+    """
+
+    def __init__(self, accelerator, before=None):
         self.accelerator = accelerator
+        self._accuracies = {name: (before or {}).get(f"train/{name}", 0.5) for name in ACCURACIES}
         self._names = ["loss", "loss_real", "loss_cg"]
         self._names += [f"loss_sigma_{low}-{high}" for low, high in pairwise(SIGMA_BINS)]
+        self._names += ["real_loss_share", "domain_loss", *ACCURACIES]
         self._reset()
 
     def _reset(self):
-        self._sums = torch.zeros(2, len(self._names), dtype=torch.float64)  # losses, samples
+        self._sums = torch.zeros(2, len(self._names), dtype=torch.float64)  # losses (or hits), samples
         self._started = None
 
     def start(self):
@@ -205,15 +230,38 @@ class StepLog:
             self._sums[0].index_add_(0, columns, losses)
             self._sums[1].index_add_(0, columns, torch.ones_like(losses))
 
+    def add_weighted(self, losses, domains):
+        """Add what one micro-batch is trained on, (B,) losses with the weights of their domains: real ones' share."""
+        losses = losses.detach().double().cpu()
+        column = self._names.index("real_loss_share")
+        self._sums[:, column] += torch.stack([losses[domains == 0].sum(), losses.sum()])
+
+    def add_domain_logits(self, losses, logits, domains, counted):
+        """Add what the domain classifier said of one micro-batch: (B,) losses, logits, domains, and which count."""
+        losses, hits, counted = losses.detach().double().cpu(), ((logits > 0).cpu() == domains).double(), counted.cpu()
+        first = self._names.index("domain_loss")
+        for columns, values in ((torch.zeros_like(domains), losses), (1 + domains, hits)):
+            self._sums[0].index_add_(0, first + columns[counted], values[counted])
+            self._sums[1].index_add_(0, first + columns[counted], torch.ones_like(values[counted]))
+
     def finish(self, **numbers):
         """The numbers by their TensorBoard names, with those given; starts the next step. Call on every process."""
         sums, samples = self.accelerator.reduce(self._sums.to(self.accelerator.device).float(), reduction="sum").cpu()
         logs = {f"train/{k}": (sums[i] / samples[i]).item() for i, k in enumerate(self._names) if samples[i]}
+        if "train/domain_loss" in logs:
+            logs |= self._running_accuracies(logs)
         logs["train/samples_per_second"] = samples[0].item() / (time.perf_counter() - self._started)
         if self.accelerator.device.type == "cuda":
             logs["train/gpu_memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
         self._reset()
         return logs | {f"train/{k}": v for k, v in numbers.items()}
+
+    def _running_accuracies(self, logs):
+        """Accuracy over the last twenty or so steps in each domain, and the mean of the two: a step has too few."""
+        for name, before in self._accuracies.items():
+            self._accuracies[name] = 0.95 * before + 0.05 * logs.get(f"train/{name}", before)
+        accuracies = {f"train/{name}": value for name, value in self._accuracies.items()}
+        return accuracies | {"train/domain_accuracy": sum(accuracies.values()) / 2}
 
 
 # ---------------------------------------------------------------------------------------------------------- results

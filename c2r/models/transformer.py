@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from c2r import flow_matching
 from c2r.models.controlnet import SHARED_CONFIG
 
 
@@ -19,6 +20,7 @@ class C2RTransformer(nn.Module):
     Args:
         transformer: `WanTransformer3DModel`, text to video. It is frozen here.
         controlnet: `C2RControlNet` made for this backbone's shape.
+        domain_classifier: `DomainClassifier` of its output, for `--adversarial_weight`; None trains without.
 
     Raises:
         ValueError: if the two do not fit each other.
@@ -26,7 +28,7 @@ class C2RTransformer(nn.Module):
 
     _no_split_modules = ("WanTransformerBlock", "C2RControlBlock")
 
-    def __init__(self, transformer, controlnet):
+    def __init__(self, transformer, controlnet, domain_classifier=None):
         super().__init__()
         for name in SHARED_CONFIG:
             backbone, control = transformer.config[name], controlnet.config[name]
@@ -34,6 +36,7 @@ class C2RTransformer(nn.Module):
                 raise ValueError(f"the ControlNet is for a backbone with {name} {control}, this one has {backbone}")
         self.transformer = transformer.requires_grad_(False).eval()
         self.controlnet = controlnet
+        self.domain_classifier = domain_classifier
         self.gradient_checkpointing = False
 
     @property
@@ -50,7 +53,7 @@ class C2RTransformer(nn.Module):
         return self.transformer.device
 
     def train(self, mode=True):
-        """Training mode for the control branch alone."""
+        """Training mode for all but the backbone."""
         super().train(mode)
         self.transformer.eval()
         return self
@@ -71,7 +74,15 @@ class C2RTransformer(nn.Module):
         self.transformer.compile_repeated_blocks(**compile_options)
         self.controlnet.compile_repeated_blocks(**compile_options)
 
-    def forward(self, noisy_latents, timesteps, prompt_embeds, control_features=None, conditioning_scale=1.0):
+    def forward(
+        self,
+        noisy_latents,
+        timesteps,
+        prompt_embeds,
+        control_features=None,
+        conditioning_scale=1.0,
+        reversal_strength=None,
+    ):
         """Velocity of the noisy latents, steered by the control features.
 
         Args:
@@ -80,9 +91,11 @@ class C2RTransformer(nn.Module):
             prompt_embeds: (B, L, D_text), any L.
             control_features: (B, F, h, w, Dd), F = 4·(T − 1) + 1; None is the backbone alone.
             conditioning_scale: float, or (B,) tensor, one per sample; 0 leaves the backbone's output unchanged.
+            reversal_strength: (B,) tensor: also have the domain classifier look at the predicted clean latents, and
+                multiply the gradient that comes back from it by −reversal_strength.
 
         Returns:
-            velocity_pred, like noisy_latents.
+            velocity_pred, like noisy_latents; with reversal_strength a tuple of it and domain_logits (B,).
 
         Raises:
             ValueError: if the shapes do not fit.
@@ -120,7 +133,12 @@ class C2RTransformer(nn.Module):
         shift, scale = (backbone.scale_shift_table + time_embedding.unsqueeze(1)).unbind(1)  # (B, D) each
         normed = backbone.norm_out(hidden_states.float())
         hidden_states = (normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)).type_as(hidden_states)
-        return self._unpatchify(backbone.proj_out(hidden_states), token_grid)
+        velocity_pred = self._unpatchify(backbone.proj_out(hidden_states), token_grid)
+        if reversal_strength is None:
+            return velocity_pred
+        sigmas = timesteps / 1000
+        latents = flow_matching.predict_latents(noisy_latents, velocity_pred, sigmas)
+        return velocity_pred, self.domain_classifier(latents, sigmas, reversal_strength)
 
     def _run(self, block, hidden_states, *shared):
         """`block(hidden_states, *shared)`, checkpointed where there is a graph.
