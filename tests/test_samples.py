@@ -60,7 +60,8 @@ def test_a_row_for_each_sample_at_each_sampling(sampled, small_datasets):
     assert difference(alone, earlier[2]) < difference(output, alone)
     for name, column in (("c", control), ("f", truth)):
         videos = [read_window(small_datasets / f"cg/{name}{i}.mp4", 0.0, 5, 8, 32, 48) for i in range(3)]
-        assert min(difference(video, column) for video in videos) < 4
+        nearest, *others = sorted(difference(video, column) for video in videos)
+        assert nearest < 10 < min(others)  # the colours of sharp blocks suffer in H.264
 
 
 def test_samples_are_in_tensorboard(sampled):
