@@ -55,6 +55,8 @@ from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet, injection_layers
 from c2r.models.dinov3 import DINOv3FeatureExtractor, check_dinov3
 from c2r.models.domain_classifier import DomainClassifier, domain_loss
 from c2r.models.transformer import C2RTransformer
+from c2r.monitor import MIN_FILES, CGMonitor, RatioController
+from c2r.monitor_reference import can_monitor, choose_reference_clips, judge_samples, reference_of
 from c2r.optimizer import build_lr_scheduler, build_optimizer
 from c2r.options import (
     HelpFormatter,
@@ -127,6 +129,18 @@ def build_parser():
         "default: held-out CG pairs with captions of held-out real clips",
     )
     add_sampling_options(group, num_inference_steps=20)
+    group.add_argument(
+        "--monitor_bound",
+        type=float,
+        default=0.5,
+        help="of the samples' CG look: 0 as the real clips, 1 as the CG ones",
+    )
+    group.add_argument(
+        "--monitor_patience", type=int, default=3, help="samplings above the bound until it is acted or advised upon"
+    )
+    group.add_argument(
+        "--cg_ratio_min", type=float, help="halve --cg_ratio down to this while the CG look is above the bound"
+    )
     return parser
 
 
@@ -188,6 +202,12 @@ def train(args, accelerator, record):
     else:
         samples = choose_samples((cg or real).held_out, real.held_out if cg else None, args.num_samples)
     sample_clips = [clip for sample in samples for clip in (sample.scene, sample.caption)]
+    reference_clips = choose_reference_clips(real_clips, cg_clips)
+    monitored = bool(samples) and can_monitor(reference_clips)
+    if samples and not monitored and not args.dry_run:
+        accelerator.print(
+            f"CG monitor: off, it needs clips of at least {MIN_FILES} real and {MIN_FILES} CG videos to train on"
+        )
     if args.dry_run:
         planned = [clip for manifest in manifests for clip in manifest.train]
         record.clips_to_encode = count_missing(planned + validation_clips + sample_clips, args)
@@ -246,21 +266,29 @@ def train(args, accelerator, record):
     model, optimizer = prepare(accelerator, model, optimizer)
     weights_before = local_fingerprint(backbone, model)
     ema = build_ema(controlnet, args.ema_decay)
-    loop = LoopState(inputs=inputs, cg_ratio=args.cg_ratio)
+    controller = RatioController(args.monitor_bound, args.monitor_patience, args.cg_ratio_min)
+    loop = LoopState(
+        inputs=inputs, cg_ratio=args.cg_ratio, asked_cg_ratio=args.cg_ratio, controller=controller.state_dict()
+    )
 
     # -------------------------------------------------------------------------------------------------------- resume
     # The checkpoint decides over weights (read above), optimizer, schedule, sampler and step; the command line over
     # all the rest, cg_ratio included. Datasets, backbone and DINOv3 must be the same.
     if checkpoint is not None:
         load_checkpoint(checkpoint, accelerator, optimizer, lr_scheduler, sampler, loop, ema)
-        if loop.cg_ratio != args.cg_ratio:
+        controller.load_state_dict(loop.controller)
+        if loop.asked_cg_ratio != args.cg_ratio:
             sampler.set_cg_ratio(args.cg_ratio)
-            loop.cg_ratio = args.cg_ratio
+            loop.cg_ratio = loop.asked_cg_ratio = args.cg_ratio
         accelerator.print(f"resumed from {checkpoint} at step {loop.global_step}")
     elif args.resume_from_checkpoint:
         accelerator.print(f"no checkpoint in {args.output_dir} yet: starting at step 0")
     start_logs(accelerator, args, loop)
     interruption = Interruption(args)
+
+    def say(line):
+        if accelerator.is_main_process:
+            tqdm.write(line)
 
     def control_features_of(control_frames):
         """(B, F, 3, H, W) uint8 -> (B, F, h, w, Dd), without a graph."""
@@ -333,17 +361,38 @@ def train(args, accelerator, record):
 
     def sample():
         model.eval()
-        transformer = accelerator.unwrap_model(model)
+        transformer, judged = accelerator.unwrap_model(model), None
         with (
             averaged_weights(ema, controlnet, model),
             sampling_pipeline(args, transformer, dinov3, device) as pipeline,
         ):
             rows = make_samples(samples, pipeline, args, accelerator, backbone_sha256, go_on)
+            if rows is not None and monitored:
+                reference = reference_of(
+                    reference_clips, pipeline, inputs["DINOv3"], args, accelerator, cg.cache_dir, watchdog.beat
+                )
+                judged = judge_samples(rows, samples, CGMonitor(reference), dinov3, accelerator)
         model.train()
         if rows is None:
             return
         write_samples(rows, samples, args, accelerator, loop.global_step)
         loop.sampled_step = loop.global_step
+        if judged is None:
+            return
+        say(f"step {loop.global_step}: {judged}")
+        ratio = controller.step(judged.look, loop.cg_ratio)
+        if ratio < loop.cg_ratio:
+            # So far ahead that the order of samples does not depend on how many batches are loaded by now.
+            sampler.set_cg_ratio(ratio, ahead=2 * args.dataloader_num_workers)
+            accelerator.print(
+                f"step {loop.global_step}: CG look {judged.look}: cg_ratio {loop.cg_ratio:g} -> {ratio:g}"
+            )
+            loop.cg_ratio = ratio
+        elif advice := controller.advice(judged.look, loop.cg_ratio):
+            say(f"step {loop.global_step}: {advice}")
+        loop.controller = controller.state_dict()
+        loop.look = judged.scalars() | {"cg_ratio": loop.cg_ratio}
+        accelerator.log({f"monitor/{name}": value for name, value in loop.look.items()}, loop.global_step)
 
     record.start()
     if loop.validation_due(args):
@@ -482,6 +531,10 @@ def main():
         raise InputError(
             f"--cg_ratio {args.cg_ratio}: needs --cg_dataset, a folder with CG pairs; or give --cg_ratio 0"
         )
+    if args.cg_ratio_min is not None and not 0 <= args.cg_ratio_min <= args.cg_ratio:
+        raise InputError(f"--cg_ratio_min {args.cg_ratio_min}: must be from 0 to --cg_ratio {args.cg_ratio}")
+    if args.monitor_patience < 1:
+        raise InputError(f"--monitor_patience {args.monitor_patience}: must be at least 1")
     if not 0 < args.real_weight < math.inf:
         raise InputError(f"--real_weight {args.real_weight}: must be above 0 and finite")
     if not 0 <= args.adversarial_weight < math.inf:

@@ -25,6 +25,8 @@ MEASURES = ("texture", "lighting", "geometry", "dinov3")
 #: A measure counts for the CG look from this held-out accuracy on; chance is 0.5.
 MIN_ACCURACY = 0.75
 FOLDS = 5
+#: Of each domain in a reference: fewer do not show what sets the domains apart.
+MIN_FILES = 3
 #: Of the probe, in units of the mean squared length of a standardised feature vector.
 RIDGE = 0.03
 #: A difference of means counts as far as it exceeds this many of its standard errors.
@@ -191,7 +193,7 @@ class CGMonitor:
     """Places samples between the real and the CG clips of a reference.
 
     Args:
-        reference: at least three files in each domain.
+        reference: at least MIN_FILES files in each domain.
 
     Attributes:
         accuracy: {measure: held-out accuracy}, the mean of both domains' accuracies, cross-validated by file.
@@ -203,9 +205,9 @@ class CGMonitor:
 
     def __init__(self, reference):
         for domain in ("real", "cg"):
-            if len(set(reference.files[domain])) < 3:
+            if len(set(reference.files[domain])) < MIN_FILES:
                 raise InputError(
-                    f"the CG monitor needs clips of at least three {domain} videos, to see what sets them apart: "
+                    f"the CG monitor needs clips of at least {MIN_FILES} {domain} videos, to see what sets them apart: "
                     "add videos, or leave the monitor out"
                 )
         # The look alone: what all clips have in common says nothing of likeness.

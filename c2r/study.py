@@ -56,10 +56,10 @@ FIGURES = (
     "cg_look",
     "cg_look_low",
     "cg_look_high",
-    "texture",
-    "lighting",
-    "geometry",
-    "probe",
+    "cg_texture",
+    "cg_lighting",
+    "cg_geometry",
+    "cg_dinov3",
     "cg_share",
 )
 
@@ -171,7 +171,10 @@ def read_results(path):
         return []
     with open(path, newline="") as file:
         return [
-            {k: v if k == "run" else int(v) if k in ("seed", "seconds") else float(v) if v else None for k, v in r.items()}
+            {
+                k: v if k == "run" else int(v) if k in ("seed", "seconds") else float(v) if v else None
+                for k, v in r.items()
+            }
             for r in csv.DictReader(file)
         ]
 

@@ -71,8 +71,12 @@ class LoopState:
     # What the guards know: skipped steps up to here without a break, and the last steps' log losses.
     skipped_in_a_row: int = 0
     log_losses: list = field(default_factory=list)
-    # --cg_ratio of the run that saved: another one on the command line of a resumed run takes effect.
+    # The CG share from here on, and --cg_ratio of the run that saved: another one on the command line takes effect.
     cg_ratio: float | None = None
+    asked_cg_ratio: float | None = None
+    # The ratio controller's memory, and what the CG monitor has said last.
+    controller: dict = field(default_factory=dict)
+    look: dict = field(default_factory=dict)
 
     def state_dict(self):
         return asdict(self)
@@ -274,7 +278,7 @@ def build_contract(args, state, phase, base_model, manifests, **phase2):
         base_model=base_model,
         step=state.global_step,
         validation_loss=state.metrics.get("loss"),
-        metrics=state.metrics,
+        metrics=state.metrics | state.look,
         dataset_fingerprints={manifest.domain: manifest.fingerprint for manifest in manifests},
         height=args.height,
         width=args.width,
