@@ -52,7 +52,7 @@ from c2r.training import (
     start_logs,
     under_autocast,
 )
-from c2r.validation import choose_validation_clips, clip_losses
+from c2r.validation import choose_validation_clips, clip_losses, other_clips, show_history, validation_metrics
 from c2r.watchdog import Watchdog
 
 
@@ -104,9 +104,11 @@ def train(args, accelerator, record):
     validation_clips = choose_validation_clips(manifest, args.num_validation_clips)
     if args.dry_run:
         record.clips_to_encode = count_missing([*manifest.train, *validation_clips], args)
-    record.seconds_per_clip = encode_missing([*train_clips, *validation_clips], args, accelerator, watchdog)
+    other_prompt_clips = other_clips(validation_clips, manifest.clips, "text")
+    to_encode = [*train_clips, *validation_clips, *other_prompt_clips]
+    record.seconds_per_clip = encode_missing(to_encode, args, accelerator, watchdog)
     train_dataset = ClipDataset(train_clips, args)
-    validation_dataset = ClipDataset(validation_clips, args)
+    validation_dataset, other_prompts = ClipDataset(validation_clips, args), ClipDataset(other_prompt_clips, args)
     sampler = MixedCGRealSampler(
         train_dataset,
         [],
@@ -160,14 +162,18 @@ def train(args, accelerator, record):
     def validate():
         model.eval()
 
-        def predictor_of(batch):
-            prompt_embeds = batch["prompt_embeds"].to(device)
+        def predictor(prompt_embeds):
+            prompt_embeds = prompt_embeds.to(device)
             return lambda noisy, timesteps: model(noisy, timesteps, prompt_embeds, return_dict=False)[0]
+
+        def predictors_of(batch):
+            other = torch.stack([other_prompts[int(i)]["prompt_embeds"] for i in batch["index"]])
+            return {"right": predictor(batch["prompt_embeds"]), "other_prompt": predictor(other)}
 
         with averaged_weights(ema, transformer, model):
             losses = clip_losses(
                 validation_dataset,
-                predictor_of,
+                predictors_of,
                 accelerator,
                 args.flow_shift,
                 args.train_batch_size,
@@ -176,13 +182,15 @@ def train(args, accelerator, record):
             model.train()
             if losses is None:
                 return
-            loss = losses.mean().item()
-            loop.validated_step = loop.global_step
-            loop.metrics = {"loss": loss, "loss_at_start": loop.metrics.get("loss_at_start", loss)}
-            accelerator.log({f"validation/{k}": v for k, v in loop.metrics.items()}, loop.global_step)
-            if accelerator.is_main_process:
-                tqdm.write(f"step {loop.global_step}: validation loss {loss:.4f}")
-            if loop.is_best(loss):
+            metrics = validation_metrics(losses, ["real"] * len(validation_clips), args.flow_shift)
+            metrics["loss_at_start"] = loop.metrics.get("loss_at_start", metrics["loss"])
+            loop.add_validation(metrics)
+            accelerator.log({f"validation/{k}": v for k, v in metrics.items()}, loop.global_step)
+            with failing_together(accelerator, args.output_dir):
+                if accelerator.is_main_process:
+                    show_history(loop.history, accelerator, args.output_dir)
+                    tqdm.write(f"step {loop.global_step}: validation loss {metrics['loss']:.4f}")
+            if loop.is_best():
                 save("best")
 
     def save(name):
@@ -280,7 +288,7 @@ def train(args, accelerator, record):
     # ---------------------------------------------------------------------------------------------------- final save
     with averaged_weights(ema, transformer, model):
         save("final")
-    accelerator.print(f"final/ and best/ (validation loss {loop.best_validation_loss:.4f}) are in {args.output_dir}")
+    accelerator.print(f"final/ and best/ ({loop.best_text}) are in {args.output_dir}")
     watchdog.close()
 
 

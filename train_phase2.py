@@ -13,7 +13,6 @@ import math
 import sys
 from pathlib import Path
 
-import torch
 from accelerate.utils import set_seed
 from diffusers import WanTransformer3DModel
 from torch.utils.data import ConcatDataset, DataLoader
@@ -72,6 +71,7 @@ from c2r.samples import choose_samples, make_samples, sampling_pipeline, write_s
 from c2r.training import (
     LoopState,
     StepLog,
+    augment_real_control,
     build_contract,
     domain_weights,
     frozen_dtype,
@@ -80,7 +80,7 @@ from c2r.training import (
     start_logs,
     under_autocast,
 )
-from c2r.validation import choose_validation_clips, clip_losses, control_metrics, other_clips
+from c2r.validation import ControlConditions, choose_validation_clips, leak_warning, show_history, validation_metrics
 from c2r.watchdog import Watchdog
 
 
@@ -110,6 +110,12 @@ def build_parser():
     group.add_argument(
         "--control_dropout", type=float, default=0.1, help="share of samples trained with blank control"
     )
+    group.add_argument(
+        "--best_by",
+        default="loss",
+        choices=("loss", "control_gain"),
+        help="best/ is the lowest validation loss, or the highest control gain",
+    )
     group = parser.add_argument_group("against a CG look")
     group.add_argument(
         "--real_weight", type=float, default=1.0, help="loss weight of a real sample relative to a CG one, e.g. 2"
@@ -119,6 +125,12 @@ def build_parser():
         type=float,
         default=0.0,
         help="train against a classifier that tells CG samples' predicted latents from real ones', e.g. 0.1; 0: off",
+    )
+    group.add_argument(
+        "--control_augmentation",
+        type=float,
+        default=0.0,
+        help="share of real clips whose control is altered in its look (never in its geometry), against leaking",
     )
     group = parser.add_argument_group("sample videos and CG monitor")
     group.add_argument("--num_samples", type=int, default=4, help="videos made at each sampling; 0: none, no monitor")
@@ -196,7 +208,7 @@ def train(args, accelerator, record):
     validation_clips = [
         clip for manifest in manifests for clip in choose_validation_clips(manifest, args.num_validation_clips)
     ]
-    other_validation_clips = other_clips(validation_clips, [clip for manifest in manifests for clip in manifest.clips])
+    conditions = ControlConditions(validation_clips, [clip for manifest in manifests for clip in manifest.clips], args)
     if scenes:
         samples = choose_samples(scenes.clips, None, args.num_samples)
     else:
@@ -210,13 +222,11 @@ def train(args, accelerator, record):
         )
     if args.dry_run:
         planned = [clip for manifest in manifests for clip in manifest.train]
-        record.clips_to_encode = count_missing(planned + validation_clips + sample_clips, args)
-    record.seconds_per_clip = encode_missing(
-        real_clips + cg_clips + validation_clips + sample_clips, args, accelerator, watchdog
-    )
+        record.clips_to_encode = count_missing([*planned, *conditions.to_encode, *sample_clips], args)
+    to_encode = [*real_clips, *cg_clips, *conditions.to_encode, *sample_clips]
+    record.seconds_per_clip = encode_missing(to_encode, args, accelerator, watchdog)
     real_dataset = ClipDataset(real_clips, args, with_control=True)
     cg_dataset = ClipDataset(cg_clips, args, with_control=True)
-    validation_dataset = ClipDataset(validation_clips, args)
     sampler = MixedCGRealSampler(
         real_dataset,
         cg_dataset,
@@ -290,10 +300,6 @@ def train(args, accelerator, record):
         if accelerator.is_main_process:
             tqdm.write(line)
 
-    def control_features_of(control_frames):
-        """(B, F, 3, H, W) uint8 -> (B, F, h, w, Dd), without a graph."""
-        return dinov3(control_frames.to(device).float() / 255)
-
     # ---------------------------------------------------------------------------------------------------- validation
     def go_on():
         watchdog.beat(f"step {loop.global_step}: validation and samples")
@@ -301,44 +307,25 @@ def train(args, accelerator, record):
 
     def validate():
         model.eval()
-
-        def losses(control_clips):
-            control_of = ClipDataset(control_clips, args).control_frames
-
-            def predictor_of(batch):
-                prompt_embeds = batch["prompt_embeds"].to(device)
-                control_features = control_features_of(torch.stack([control_of(i) for i in batch["index"]]))
-                return lambda noisy, timesteps: model(
-                    noisy, timesteps, prompt_embeds, control_features, args.conditioning_scale
-                )
-
-            return clip_losses(
-                validation_dataset,
-                predictor_of,
-                accelerator,
-                args.flow_shift,
-                args.train_batch_size,
-                go_on=go_on,
-            )
-
         with averaged_weights(ema, controlnet, model):
-            right = losses(validation_clips)
-            other = losses(other_validation_clips) if right is not None else None
+            losses = conditions.losses(model, dinov3, accelerator, go_on)
             model.train()
-            if other is None:
+            if losses is None:
                 return
-            metrics = control_metrics(right, other, [clip.domain for clip in validation_clips])
-            # Before the first step the ControlNet is silent: its loss is the backbone's own, without control.
-            metrics["loss_no_control"] = loop.metrics.get("loss_no_control", metrics["loss"])
+            metrics = validation_metrics(losses, [clip.domain for clip in validation_clips], args.flow_shift)
             metrics["cg_share"] = sampler.realised_cg_share
-            loop.validated_step, loop.metrics = loop.global_step, metrics
+            loop.add_validation(metrics)
             accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, loop.global_step)
-            if accelerator.is_main_process:
-                tqdm.write(
-                    f"step {loop.global_step}: validation loss {metrics['loss']:.4f}, "
-                    f"control gain {metrics['control_gain']:.4f}"
-                )
-            if loop.is_best(metrics["loss"]):
+            with failing_together(accelerator, args.output_dir):
+                if accelerator.is_main_process:
+                    show_history(loop.history, accelerator, args.output_dir)
+            say(
+                f"step {loop.global_step}: validation loss {metrics['loss']:.4f}, "
+                f"control gain {metrics['control_gain']:.4f}"
+            )
+            if warning := leak_warning(metrics, args.control_augmentation):
+                say(f"step {loop.global_step}: {warning}")
+            if loop.is_best(args.best_by):
                 save("best")
 
     def save(name):
@@ -384,9 +371,7 @@ def train(args, accelerator, record):
         if ratio < loop.cg_ratio:
             # So far ahead that the order of samples does not depend on how many batches are loaded by now.
             sampler.set_cg_ratio(ratio, ahead=2 * args.dataloader_num_workers)
-            accelerator.print(
-                f"step {loop.global_step}: CG look {judged.look}: cg_ratio {loop.cg_ratio:g} -> {ratio:g}"
-            )
+            say(f"step {loop.global_step}: cg_ratio lowered from {loop.cg_ratio:g} to {ratio:g}")
             loop.cg_ratio = ratio
         elif advice := controller.advice(judged.look, loop.cg_ratio):
             say(f"step {loop.global_step}: {advice}")
@@ -427,7 +412,14 @@ def train(args, accelerator, record):
                 num_processes=accelerator.num_processes,
                 device=device,
             )
-            control_features = control_features_of(batch["control_frames"])  # (B, F, h, w, Dd)
+            control_frames = augment_real_control(
+                batch["control_frames"].to(device).float() / 255,  # (B, F, 3, H, W)
+                batch["domain"],
+                args,
+                micro_step=micro_step,
+                process_index=accelerator.process_index,
+            )
+            control_features = dinov3(control_frames)  # (B, F, h, w, Dd)
             # A blank control goes through the branch as zero features: guidance must know what no control looks like.
             control_features[noisy.dropped_control] = 0
             watchdog.beat(f"step {loop.global_step + 1}: forward and backward")
@@ -520,7 +512,7 @@ def train(args, accelerator, record):
         raise RuntimeError("the frozen backbone has changed")
     with averaged_weights(ema, controlnet, model):
         save("final")
-    accelerator.print(f"final/ and best/ (validation loss {loop.best_validation_loss:.4f}) are in {args.output_dir}")
+    accelerator.print(f"final/ and best/ ({loop.best_text}) are in {args.output_dir}")
     watchdog.close()
 
 

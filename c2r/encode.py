@@ -192,12 +192,12 @@ class _Windows(Dataset):
         """(index, (F, 3, H, W) uint8, None), or (index, None, (which of the two files failed, why))."""
         clip, shape = self.clips[index], self.settings
         # The coarse video is not encoded, but a pair whose control fails must not be found out in the midst of
-        # training.
-        for file in filter(None, (clip.control_file, clip.file)):
+        # training, nor a real clip whose coarse version does in the midst of validation.
+        for file in filter(None, (clip.coarse_file, clip.file)):
             try:
                 frames = read_window(file, clip.start, shape.num_frames, shape.fps, shape.height, shape.width)
             except InputError as error:
-                return index, None, (file == clip.control_file, str(error))
+                return index, None, (file == clip.coarse_file, str(error))
         return index, frames, None
 
 

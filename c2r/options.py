@@ -267,7 +267,7 @@ def check_options(args):
     if args.ema_decay is not None and not 0 < args.ema_decay < 1:
         raise InputError(f"--ema_decay {args.ema_decay}: must be between 0 and 1")
     slot_deadline(args.save_before_timeout)
-    for name in ("prompt_dropout", "control_dropout", "cg_ratio"):
+    for name in ("prompt_dropout", "control_dropout", "control_augmentation", "cg_ratio"):
         if not 0 <= getattr(args, name, 0) <= 1:
             raise InputError(f"--{name} {getattr(args, name)}: must be from 0 to 1")
     for name in ("learning_rate", "lr_warmup_steps", "dataloader_num_workers", "max_skipped_steps", "num_samples"):

@@ -29,7 +29,7 @@ from c2r.options import run
 from c2r.samples import COLUMNS
 from c2r.toy import city
 from c2r.toy.layout import correlations, edge_map, people_correlations
-from c2r.toy.pixel_dinov3 import save_pixel_dinov3
+from c2r.toy.pixel_dinov3 import write_pixel_dinov3
 
 ROOT = Path(__file__).resolve().parents[1]
 RATIOS = (0.0, 0.1, 0.2, 0.5, 1.0)
@@ -52,7 +52,8 @@ FIGURES = (
     "loss_real",
     "control_gain",
     "prompt_gain",
-    "leak",
+    "leak_share_coarse",
+    "leak_share_augmented",
     "cg_look",
     "cg_look_low",
     "cg_look_high",
@@ -233,7 +234,7 @@ def _save(figure, path):
 
 
 def print_table(lines):
-    shown = ("people_own", "people_other", "edges_own", "control_gain", "leak", "cg_look", "cg_share")
+    shown = ("people_own", "people_other", "edges_own", "control_gain", "leak_share_coarse", "cg_look", "cg_share")
     print(f"{'mean over seeds':36s} seeds " + " ".join(f"{name:>12s}" for name in shown))
     for name in planned_runs():
         count = len(of_run(lines, name, "loss"))
@@ -251,7 +252,7 @@ def main():
     args = parser.parse_args()
     out = Path(args.output_dir)
     launch(out / "logs/toy.log", "-m", "c2r.toy", "--output_dir", out / "toy")
-    save_pixel_dinov3(out / "pixel_dinov3")
+    write_pixel_dinov3(out / "pixel_dinov3")
     results = out / "results.csv"
     lines = read_results(results)
     known = {(line["run"], line["seed"]) for line in lines}

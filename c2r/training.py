@@ -10,6 +10,7 @@ import torch
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 
 from c2r import flow_matching
+from c2r.augmentation import augment_control_frames
 from c2r.models.assembly import PhaseContract
 
 # ----------------------------------------------------------------------------------------------- logs and precision
@@ -58,12 +59,15 @@ class LoopState:
     """The loop's own state; saved with every checkpoint."""
 
     global_step: int = 0
-    best_validation_loss: float | None = None
-    # The last validation: its step and its numbers; phase 2 also keeps what the silent ControlNet scored at first.
+    # What best/ holds: {the number that it is chosen by: its value}.
+    best: dict = field(default_factory=dict)
+    # The last validation: its step and its numbers.
     validated_step: int | None = None
     metrics: dict = field(default_factory=dict)
     # Up to which step sample videos have been made.
     sampled_step: int | None = None
+    # All validations, each its `step` and its numbers: what the plot shows.
+    history: list = field(default_factory=list)
     # The last step's numbers, as they were logged.
     logs: dict = field(default_factory=dict)
     # Fingerprints of what the run is trained on: datasets and backbone.
@@ -85,13 +89,29 @@ class LoopState:
         for entry in fields(self):
             setattr(self, entry.name, state[entry.name])
 
-    def is_best(self, validation_loss):
-        """Whether a finite validation loss is the lowest so far; remembers it."""
-        best = self.best_validation_loss
-        if not math.isfinite(validation_loss) or (best is not None and validation_loss >= best):
+    def add_validation(self, metrics):
+        """Take in the numbers of this step's validation."""
+        self.validated_step, self.metrics = self.global_step, metrics
+        self.history = [*self.history, {"step": self.global_step} | metrics]
+
+    def is_best(self, by="loss"):
+        """Whether the last validation is the best so far by one of its numbers, if that is finite; remembers it.
+
+        Args:
+            by: "loss", the lower the better, or "control_gain", the higher the better. Where it is another one than
+                before, the best is looked for anew.
+        """
+        value, best = self.metrics[by], self.best.get(by)
+        sign = -1 if by == "loss" else 1
+        if not math.isfinite(value) or (best is not None and sign * value <= sign * best):
             return False
-        self.best_validation_loss = validation_loss
+        self.best = {by: value}
         return True
+
+    @property
+    def best_text(self):
+        """Such as "validation loss 0.4321"."""
+        return ", ".join(f"validation {by.replace('_', ' ')} {value:.4f}" for by, value in self.best.items())
 
     def validation_due(self, args):
         """Whether this step is to be validated: a resumed run makes up for what the stopped one did not reach."""
@@ -192,6 +212,28 @@ def domain_weights(domains, real_weight, cg_ratio):
     """
     mean = cg_ratio + real_weight * (1 - cg_ratio)
     return torch.tensor([real_weight / mean, 1 / mean], device=domains.device)[domains]
+
+
+def augment_real_control(control_frames, domains, args, *, micro_step, process_index):
+    """Alter the look of the control of `--control_augmentation` of the real clips; see `augment_control_frames`.
+
+    As in `make_noisy_batch` the randomness comes from the seed, the micro-step and the sample's place.
+
+    Args:
+        control_frames: (B, F, 3, H, W) floats in [0, 1].
+        domains: (B,), 0 real and 1 CG. CG pairs are left as they are.
+
+    Returns:
+        (B, F, 3, H, W): the tensor itself where nothing is to be altered.
+    """
+    if args.control_augmentation == 0:
+        return control_frames
+    clips, first = [], process_index * len(domains)
+    for i, (frames, domain) in enumerate(zip(control_frames, domains.tolist())):
+        own = seeded_generator(args.seed, "augmentation", micro_step, first + i)
+        chosen = torch.rand((), generator=own) < args.control_augmentation
+        clips.append(augment_control_frames(frames, own) if chosen and domain == 0 else frames)
+    return torch.stack(clips)
 
 
 # Edges of the noise levels that TensorBoard shows apart: low noise is detail, high noise is layout.

@@ -1,19 +1,34 @@
-"""Validation: the loss on held-out clips under fixed noise, and the control gain.
+"""Validation: the loss on held-out clips under fixed noise, with the right conditions and with wrong ones.
 
-Noise and noise levels belong to the clip, not to the step or the process: the number moves only when the model does,
+Noise and noise levels belong to the clip, not to the step or the process: the numbers move only when the model does,
 and two runs can be compared.
 """
 
-from math import isfinite
+import io
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 from c2r import InputError, flow_matching
+from c2r.augmentation import augment_control_frames
+from c2r.data.cache import write_atomic
+from c2r.data.dataset import ClipDataset
 from c2r.training import seeded_generator
 
 # Quantiles of the uniform density at which each clip is noised: the mid-points of four equal strata.
 QUANTILES = (0.125, 0.375, 0.625, 0.875)
+#: Above this leak a run is told of it: real clips owe more of their control gain to the look than to the layout.
+LEAK_BOUND = 0.5
+#: A leak is a share of the control gain; below this share of the loss there is no gain that could be shared out.
+LEAST_GAIN = 0.01
+#: Each gain and the condition that it is measured against.
+GAINS = {"control_gain": "other_control", "prompt_gain": "other_prompt"}
 
 
 def choose_validation_clips(manifest, count):
@@ -29,21 +44,53 @@ def choose_validation_clips(manifest, count):
     return sorted(manifest.held_out, key=lambda clip: clip.window)[:count]
 
 
+def other_clips(clips, spare, differ="file"):
+    """For each clip, one of the same domain whose `differ` is another one: whose control, or prompt, is the wrong one.
+
+    With another clip's control the model must do worse, or it has not learned to follow the control: a real clip that
+    is its own control can lower the loss by leaking its look alone.
+
+    Args:
+        clips: the validation clips.
+        spare: clips to take from where `clips` has none that fits, such as all of the datasets'.
+        differ: "file" or "text".
+
+    Returns:
+        list of clips, one for each of `clips`; the clip itself where its domain has no other.
+    """
+    chosen = []
+    for i, clip in enumerate(clips):
+        candidates = [*clips[i + 1 :], *clips[:i], *spare]
+        wanted = (c for c in candidates if c.domain == clip.domain and getattr(c, differ) != getattr(clip, differ))
+        chosen.append(next(wanted, clip))
+    return chosen
+
+
+def noise_levels(flow_shift):
+    """(S,) fp32: the noise level of each of QUANTILES."""
+    return flow_matching.shift_sigmas(torch.tensor(QUANTILES), flow_shift)
+
+
+# ------------------------------------------------------------------------------------------------------------ losses
+
+
 @torch.no_grad()
-def clip_losses(dataset, predictor_of, accelerator, flow_shift, batch_size=1, go_on=None):
-    """Flow-matching loss of each clip, the mean over QUANTILES. Call it on every process.
+def clip_losses(dataset, predictors_of, accelerator, flow_shift, batch_size=1, go_on=None):
+    """Flow-matching loss of each clip at each noise level, under several conditions. Call it on every process.
 
     Args:
         dataset: a `ClipDataset`; its `latents_mean` is what is noised.
-        predictor_of: `batch -> predict_velocity`, called once for each collated batch of clips, so that prompts and
-            control are made ready once; `predict_velocity(noisy_latents, timesteps) -> velocity_pred`.
+        predictors_of: `batch -> {condition: predict_velocity}`, called once for each collated batch of clips, so that
+            prompts and control are made ready once; the conditions are always the same ones in the same order, or a
+            sharded model's collectives would hang. `predict_velocity(noisy_latents, timesteps) -> velocity_pred`.
         accelerator: each process takes its share of the clips.
         flow_shift: shift of the noise levels.
         batch_size: clips in one forward pass.
         go_on: called before each batch; where it returns False, which it does on all processes alike, validation ends.
 
     Returns:
-        (len(dataset),) fp32 on CPU, in the dataset's order, the same on every process; None if it was ended.
+        {condition: (len(dataset), S) fp32 on CPU}, in the dataset's order and that of `noise_levels`, the same on
+        every process; None if it was ended.
 
     Raises:
         InputError: a loss is not finite.
@@ -53,83 +100,276 @@ def clip_losses(dataset, predictor_of, accelerator, flow_shift, batch_size=1, go
     per_process = -(-len(dataset) // accelerator.num_processes)
     positions = [accelerator.process_index * per_process + i for i in range(per_process)]
     loader = DataLoader(
-        Subset(dataset, [p % len(dataset) for p in positions]), batch_size=batch_size, collate_fn=dataset.collate
+        Subset(dataset, [p % len(dataset) for p in positions]),
+        batch_size=batch_size,
+        collate_fn=dataset.collate,
+        generator=torch.Generator(),  # or it would draw a seed for its workers from the global one
     )
-    losses = torch.zeros(len(dataset), device=accelerator.device)
+    levels = noise_levels(flow_shift)
+    losses = {}
     for first, batch in zip(range(0, per_process, batch_size), loader):
         if go_on is not None and not go_on():
             return None
-        latents = batch["latents_mean"]
-        predict_velocity = predictor_of(batch)
-        total = torch.zeros(len(latents), device=accelerator.device)
-        for quantile in QUANTILES:
+        latents, predictors = batch["latents_mean"], predictors_of(batch)
+        for column, (quantile, level) in enumerate(zip(QUANTILES, levels)):
             noise = torch.stack(
                 [
                     torch.randn(clip.shape, generator=seeded_generator("validation", name, quantile))
                     for clip, name in zip(latents, batch["name"])
                 ]
             )
-            sigmas = flow_matching.shift_sigmas(torch.full((len(latents),), quantile), flow_shift)
+            sigmas = level.repeat(len(latents))
             noisy_latents = flow_matching.add_noise(latents, noise, sigmas).to(accelerator.device)
             timesteps = flow_matching.timesteps_from_sigmas(sigmas).to(accelerator.device)
-            velocity_pred = predict_velocity(noisy_latents, timesteps)
             target = flow_matching.velocity_target(latents, noise).to(accelerator.device)
-            total += flow_matching.velocity_loss(velocity_pred, target) / len(QUANTILES)
-        for position, loss in zip(positions[first : first + batch_size], total):
-            if position < len(dataset):
-                losses[position] = loss
-    losses = accelerator.reduce(losses, reduction="sum").cpu()
-    bad = [dataset.clips[i] for i, loss in enumerate(losses.tolist()) if not isfinite(loss)]
-    if bad:
+            for condition, predict_velocity in predictors.items():
+                table = losses.setdefault(
+                    condition, torch.zeros(len(dataset), len(QUANTILES), device=accelerator.device)
+                )
+                batch_losses = flow_matching.velocity_loss(predict_velocity(noisy_latents, timesteps), target)  # (B,)
+                for position, loss in zip(positions[first : first + batch_size], batch_losses):
+                    if position < len(dataset):
+                        table[position, column] = loss
+    summed = accelerator.reduce(torch.stack([*losses.values()]), reduction="sum").cpu()  # (conditions, n, S)
+    finite = summed.isfinite().all(-1).all(0)  # (n,)
+    if not finite.all():
+        bad = [dataset.clips[i] for i, good in enumerate(finite.tolist()) if not good]
         names = ", ".join(f"{clip.name}#{clip.window}" for clip in bad)
         raise InputError(
             f"the validation loss is not finite for {names}: their cached latents are damaged, or the model "
             "has diverged; delete the cache, or lower --learning_rate, and resume"
         )
-    return losses
+    return dict(zip(losses, summed))
 
 
-def other_clips(clips, spare):
-    """For each clip, one of the same domain from another file: whose control is the wrong one.
+class ControlConditions:
+    """Phase 2's held-out clips with their own conditions and with wrong ones.
 
-    With another clip's control the model must do worse, or it has not learned to follow the control: a real clip that
-    is its own control can lower the loss by leaking its look alone.
+    right            the clip's own control and prompt
+    other_control    the control of another clip of its domain
+    no_control       zero features, as control dropout trains them and guidance takes them for no control
+    other_prompt     the prompt of another clip of its domain
+    augmented        real clips: their own control in another look, see `augment_control_frames`
+    coarse           real clips that have a coarse version: that one as control
 
     Args:
         clips: the validation clips.
-        spare: clips to take from where `clips` has only one file of a domain, such as all of the datasets'.
-
-    Returns:
-        list of clips, one for each of `clips`.
+        spare: see `other_clips`.
+        args: the run's options.
     """
-    chosen = []
-    for i, clip in enumerate(clips):
-        candidates = [*clips[i + 1 :], *clips[:i], *spare]
-        chosen.append(next(c for c in candidates if c.domain == clip.domain and c.file != clip.file))
-    return chosen
+
+    def __init__(self, clips, spare, args):
+        self.clips, self.args = clips, args
+        self.other_prompt_clips = other_clips(clips, spare, "text")
+        self.other_control = ClipDataset(other_clips(clips, spare), args)
+        self.other_prompt = ClipDataset(self.other_prompt_clips, args)
+
+    @property
+    def to_encode(self):
+        """The clips that must be in the cache."""
+        return [*self.clips, *self.other_prompt_clips]
+
+    def losses(self, model, control_features_of, accelerator, go_on=None):
+        """`clip_losses` under every condition.
+
+        Args:
+            model: `C2RTransformer`, prepared, in eval mode.
+            control_features_of: (B, F, 3, H, W) floats in [0, 1] on the device -> (B, F, h, w, Dd).
+            accelerator, go_on: see `clip_losses`.
+
+        Returns:
+            {condition: (n, S)}, NaN in the rows of clips that have no such condition; None if it was ended.
+        """
+        device, args = accelerator.device, self.args
+
+        def pixels(frames_of, batch):
+            """(B, F, 3, H, W) in [0, 1] on the device."""
+            return torch.stack([frames_of(int(i)) for i in batch["index"]]).to(device).float() / 255
+
+        def predictor(prompt_embeds, control_frames=None, control_features=None):
+            if control_features is None:
+                control_features = control_features_of(control_frames)
+            prompt_embeds = prompt_embeds.to(device)
+            return lambda noisy, timesteps: model(
+                noisy, timesteps, prompt_embeds, control_features, args.conditioning_scale
+            )
+
+        def all_conditions(dataset, batch):
+            prompt_embeds = batch["prompt_embeds"]
+            other_prompt = torch.stack([self.other_prompt[int(i)]["prompt_embeds"] for i in batch["index"]])
+            right = control_features_of(pixels(dataset.control_frames, batch))
+            return {
+                "right": predictor(prompt_embeds, control_features=right),
+                "other_control": predictor(prompt_embeds, pixels(self.other_control.control_frames, batch)),
+                "no_control": predictor(prompt_embeds, control_features=torch.zeros_like(right)),
+                "other_prompt": predictor(other_prompt, control_features=right),
+            }
+
+        def augmented(dataset, batch):
+            frames = pixels(dataset.control_frames, batch)
+            generators = [seeded_generator("augmentation", name) for name in batch["name"]]
+            frames = [augment_control_frames(*pair, chance=1.0) for pair in zip(frames, generators)]
+            return {"augmented": predictor(batch["prompt_embeds"], torch.stack(frames))}
+
+        def coarse(dataset, batch):
+            return {"coarse": predictor(batch["prompt_embeds"], pixels(dataset.coarse_frames, batch))}
+
+        every = list(range(len(self.clips)))
+        real = [i for i in every if self.clips[i].domain == "real"]
+        with_coarse = [i for i in real if self.clips[i].coarse_file is not None]
+        tables = {}
+        for rows, conditions_of in ((every, all_conditions), (real, augmented), (with_coarse, coarse)):
+            if not rows:
+                continue
+            dataset = ClipDataset([self.clips[i] for i in rows], args)
+            predictors_of = partial(conditions_of, dataset)
+            losses = clip_losses(dataset, predictors_of, accelerator, args.flow_shift, args.train_batch_size, go_on)
+            if losses is None:
+                return None
+            for condition, table in losses.items():
+                tables[condition] = torch.full((len(every), len(QUANTILES)), torch.nan)
+                tables[condition][rows] = table
+        return tables
 
 
-def control_metrics(right, other, domains):
-    """Phase 2's numbers from the clips' losses.
+# ----------------------------------------------------------------------------------------------------------- numbers
+
+
+def validation_metrics(losses, domains, flow_shift):
+    """A validation's numbers from its losses.
 
     Args:
-        right, other: (n,) losses with the clip's own control and with another clip's.
+        losses: {condition: (n, S)}; has "right" and "other_prompt", in phase 2 all of `ControlConditions`.
         domains: n of "real" or "cg".
+        flow_shift: shift of the noise levels, for their names.
 
     Returns:
-        dict: `loss` (the mean of the domains' means, so that no domain outweighs the other), `loss_real`, `loss_cg`,
-        `loss_other_control`, and `control_gain` = loss_other_control − loss: 0 means that control is ignored.
+        dict of floats. Each is the mean of the domains' means, so that no domain outweighs the other:
+        `loss`, `loss_<condition>`: with the right conditions and with a wrong one.
+        `control_gain`, `prompt_gain`: loss_other_… − loss; 0 means that this condition is ignored.
+        `loss_real`, `control_gain_real`, …: of one domain.
+        `loss_sigma_0.30`, `control_gain_sigma_0.30`, …: at one noise level.
+        `leak_augmented`, `leak_coarse`: of real clips, loss with this control − loss with their own.
+        `leak_share_augmented`, `leak_share_coarse`: that as a share of the same clips' control gain. 0: only the
+        layout matters; 1: it serves no better than another clip's control. Absent where there is no gain to share.
     """
+    groups = {domain: [i for i, d in enumerate(domains) if d == domain] for domain in ("real", "cg")}
+    groups = {domain: rows for domain, rows in groups.items() if rows}
 
-    def by_domain(losses):
-        groups = {d: [x for x, domain in zip(losses.tolist(), domains) if domain == d] for d in ("real", "cg")}
-        return {d: sum(group) / len(group) for d, group in groups.items() if group}
+    def mean(table):
+        return sum(table[rows].double().mean(0) for rows in groups.values()) / len(groups)  # (S,)
 
-    own, others = by_domain(right), by_domain(other)
-    loss, loss_other = (sum(means.values()) / len(means) for means in (own, others))
-    return {
-        "loss": loss,
-        **{f"loss_{domain}": value for domain, value in own.items()},
-        "loss_other_control": loss_other,
-        "control_gain": loss_other - loss,
-    }
+    right = losses["right"]
+    metrics = {"loss": mean(right).mean().item()}
+    metrics |= {f"loss_{domain}": right[rows].double().mean().item() for domain, rows in groups.items()}
+    for condition in ("other_control", "no_control", "other_prompt"):
+        if condition in losses:
+            metrics[f"loss_{condition}"] = mean(losses[condition]).mean().item()
+    levels = [f"{level:.2f}" for level in noise_levels(flow_shift).tolist()]
+    metrics |= {f"loss_sigma_{level}": value for level, value in zip(levels, mean(right).tolist())}
+    for name, condition in GAINS.items():
+        if condition not in losses:
+            continue
+        gains = losses[condition].double() - right.double()
+        metrics[name] = mean(gains).mean().item()
+        metrics |= {f"{name}_{domain}": gains[rows].mean().item() for domain, rows in groups.items()}
+        metrics |= {f"{name}_sigma_{level}": value for level, value in zip(levels, mean(gains).tolist())}
+    for kind in ("augmented", "coarse"):
+        if kind not in losses:
+            continue
+        rows = [i for i in range(len(domains)) if not losses[kind][i].isnan().any()]
+        own, altered, other = (losses[name][rows].double().mean().item() for name in ("right", kind, "other_control"))
+        metrics[f"leak_{kind}"] = altered - own
+        if other - own > LEAST_GAIN * own:
+            metrics[f"leak_share_{kind}"] = (altered - own) / (other - own)
+    return metrics
+
+
+def leak_of(metrics):
+    """The share of the leak that is judged by: the coarse versions' where there are some; None where there is none."""
+    return metrics.get("leak_share_coarse", metrics.get("leak_share_augmented"))
+
+
+def leak_warning(metrics, control_augmentation):
+    """One line if the leak is above LEAK_BOUND, else None."""
+    leak = leak_of(metrics)
+    if leak is None or leak <= LEAK_BOUND:
+        return None
+    advice = "consider --control_augmentation 0.5" if control_augmentation < 0.5 else "raise --control_augmentation"
+    return f"leak {leak:.2f}: real clips follow the look of their own control rather than its layout: {advice}"
+
+
+# -------------------------------------------------------------------------------------------------------------- plot
+
+#: What the three parts of the picture show: names of numbers and their labels.
+LOSSES = {
+    "loss": "right conditions",
+    "loss_other_control": "another clip's control",
+    "loss_no_control": "no control",
+    "loss_other_prompt": "another clip's prompt",
+}
+LEAKS = {"leak_share_coarse": "leak (coarse version)", "leak_share_augmented": "leak (augmented)"}
+
+
+def draw_history(history):
+    """The validations of a run as a picture: losses, gain by noise level, gains and leak, over the steps.
+
+    Args:
+        history: list of dicts, each a validation's `step` and its numbers (`validation_metrics`).
+
+    Returns:
+        PNG as bytes, the same for the same history.
+    """
+    figure = Figure(figsize=(12, 3.6), dpi=100, layout="constrained")
+    losses, levels, gains = figure.subplots(1, 3)
+    for name, label in LOSSES.items():
+        _curve(losses, history, name, label)
+    losses.set_title("validation loss")
+
+    gain = next((name for name in GAINS if name in history[-1]), "prompt_gain")
+    by_level = [name for name in history[-1] if name.startswith(f"{gain}_sigma_")]
+    for i, name in enumerate(by_level):  # the more noise, the darker
+        shade = str(0.7 * (1 - i / max(1, len(by_level) - 1)))
+        _curve(levels, history, name, f"at sigma {name.rpartition('_')[2]}", color=shade)
+    levels.set_title(f"{gain.replace('_', ' ')} by noise level")
+
+    for name, color in zip(GAINS, ("C0", "C2")):
+        _curve(gains, history, name, name.replace("_", " "), color=color)
+    gains.set_title("gains")
+    lines = gains.get_lines()
+    if any(name in entry for entry in history for name in LEAKS):
+        gains.set_title("gains, and leak")
+        shares = gains.twinx()
+        for name, style in zip(LEAKS, ("-", "--")):
+            _curve(shares, history, name, LEAKS[name], color="C3", linestyle=style)
+        shares.set_ylim(min(0, shares.get_ylim()[0]), max(1, shares.get_ylim()[1]))
+        lines = [*lines, *shares.get_lines(), shares.axhline(LEAK_BOUND, color="C3", linestyle=":", label="too much")]
+        shares.set_ylabel("leak: share of the real clips' control gain", color="C3")
+        shares.tick_params(axis="y", colors="C3")
+    for axes in (levels, gains):
+        axes.axhline(0, color="black", linewidth=0.5)
+    for axes, shown in ((losses, losses.get_lines()), (levels, levels.get_lines()[:-1]), (gains, lines)):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        axes.legend(shown, [line.get_label() for line in shown], fontsize="small", loc="upper left")
+        axes.margins(y=0.35)
+    png = io.BytesIO()
+    # Without the version of the program that drew it: the same numbers, the same bytes.
+    FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
+    return png.getvalue()
+
+
+def _curve(axes, history, name, label, **style):
+    points = [(entry["step"], entry[name]) for entry in history if name in entry]
+    if points:
+        axes.plot(*zip(*points), marker="o", markersize=3, label=label, **style)
+
+
+def show_history(history, accelerator, output_dir):
+    """Write validation.png into the output folder, and the same picture to TensorBoard. On the main process."""
+    png = draw_history(history)
+    write_atomic(Path(output_dir) / "validation.png", png)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            picture = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+            tracker.tracker.add_image("validation", picture, history[-1]["step"], dataformats="HWC")

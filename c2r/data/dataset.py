@@ -71,8 +71,15 @@ class ClipDataset(Dataset):
 
     def control_frames(self, index) -> torch.Tensor:
         """(F, 3, H, W) uint8 RGB: the control of one clip."""
-        clip, shape = self.clips[index], self.settings
-        file = clip.control_file or clip.file
+        clip = self.clips[index]
+        return self._frames(clip, clip.control_file or clip.file)
+
+    def coarse_frames(self, index) -> torch.Tensor:
+        """(F, 3, H, W) uint8 RGB: the coarse version of a clip that has one, real clips included."""
+        return self._frames(self.clips[index], self.clips[index].coarse_file)
+
+    def _frames(self, clip, file):
+        shape = self.settings
         return read_window(file, clip.start, shape.num_frames, shape.fps, shape.height, shape.width)
 
     def __getitem__(self, index):

@@ -9,7 +9,7 @@ import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -55,7 +55,7 @@ class Clip:
     size: int  # of the file, in bytes
     mtime_ns: int
     held_out: bool
-    control_name: str | None = None  # the coarse video of a CG pair
+    control_name: str | None = None  # the coarse video: of a CG pair, or of a real clip, for validation alone
     control_size: int | None = None
     control_mtime_ns: int | None = None
 
@@ -66,13 +66,18 @@ class Clip:
 
     @property
     def control_file(self) -> str | None:
-        """Path of the coarse video of a CG pair."""
+        """Path of the coarse video of a CG pair; a real clip is its own control."""
+        return self.coarse_file if self.domain == "cg" else None
+
+    @property
+    def coarse_file(self) -> str | None:
+        """Path of the coarse video: each CG pair has one, and a real clip may."""
         return self.control_name and str(Path(self.folder) / self.control_name)
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """A metadata row that is not used. Rows are counted by `reason`; `detail` tells one from another."""
+    """A metadata row that is not used, or not in full. Rows are counted by `reason`; `detail` tells them apart."""
 
     file: str
     reason: str
@@ -122,6 +127,8 @@ class Manifest:
     clips: list[Clip]
     dropped: list[Dropped]
     cache_dir: Path
+    # Real rows that are kept, but without the coarse version that they name.
+    without_coarse: list[Dropped] = field(default_factory=list)
 
     @property
     def train(self) -> list[Clip]:
@@ -147,15 +154,23 @@ class Manifest:
             f"dropped {len(self.dropped)} rows{': ' if self.dropped else ''}{by_reason(self.dropped)}; list in {path}",
             flush=True,
         )
+        if self.without_coarse:
+            print(
+                f"{self.folder} ({self.domain}): kept {len(self.without_coarse)} rows without their coarse version: "
+                f"{by_reason(self.without_coarse)}",
+                flush=True,
+            )
 
     def write(self, path):
-        """Write every clip and every dropped row as csv: file, window, use (train, held out, dropped), reason."""
+        """Write every clip and every dropped row as csv: file, window, use (train, held out, dropped, without coarse
+        version), reason."""
         table = io.StringIO()
         writer = csv.writer(table)
         writer.writerow(["file_name", "window", "use", "reason"])
         writer.writerows((c.name, c.window, "held out" if c.held_out else "train", "") for c in self.clips)
-        for row in self.dropped:
-            writer.writerow([row.file, "", "dropped", f"{row.reason}: {row.detail}" if row.detail else row.reason])
+        for use, rows in (("dropped", self.dropped), ("without coarse version", self.without_coarse)):
+            for row in rows:
+                writer.writerow([row.file, "", use, f"{row.reason}: {row.detail}" if row.detail else row.reason])
         try:
             write_atomic(Path(path), table.getvalue().encode())
         except OSError as error:
@@ -176,7 +191,8 @@ def read_manifest(folder, domain, options) -> Manifest:
         folder: has metadata.csv, .jsonl or .parquet (columns file_name, text, and control_name for CG pairs), in
             itself or in train/, and perhaps in validation/. Names are relative to the metadata's folder, to the
             dataset folder or to its train/.
-        domain: "real" or "cg"; only CG rows have a control_name.
+        domain: "real" or "cg". A real row may name its coarse version as control_name; one that does not fit is not
+            used, and the row is kept.
         options: has height, width, num_frames, fps, and perhaps cache_dir.
 
     Returns:
@@ -188,25 +204,43 @@ def read_manifest(folder, domain, options) -> Manifest:
     """
     check_clip_shape(options)
     folder = Path(folder).resolve()
-    rows = _read_rows(folder, ["file_name", "text"] + ["control_name"] * (domain == "cg"))
+    rows = _read_rows(folder, ["file_name", "text"] + ["control_name"] * (domain == "cg"), ["control_name"])
     cache_dir = cache_folder(folder, getattr(options, "cache_dir", None))
-    dropped, usable = [], []
+    dropped, without_coarse, usable = [], [], []
     for row in rows:
         try:
-            sources = [_locate(folder, row["folder"], row[c]) for c in ("file_name", "control_name") if c in row]
+            sources = [_locate(folder, row["folder"], row["file_name"])]
+            if domain == "cg" or row.get("control_name"):
+                try:
+                    sources.append(_locate(folder, row["folder"], row["control_name"]))
+                except DropRow as drop:
+                    if domain == "cg":
+                        raise
+                    without_coarse.append(Dropped(sources[0].name, *drop.args))
             usable.append((row["text"], sources))
         except DropRow as drop:
             dropped.append(Dropped(row["file_name"], *drop.args))
     probes = _probe_all({source for _, sources in usable for source in sources}, cache_dir)
+
+    def windows_of(text, sources):
+        count = _count_windows([probes[source] for source in sources], options)
+        for source in sources:
+            _require_decodable(source, cache_dir)
+        return _windows(folder, domain, text, sources, count, options)
+
     clips = []
     for text, sources in usable:
+        name = sources[0].name
         try:
-            count = _count_windows([probes[source] for source in sources], options)
-            for source in sources:
-                _require_decodable(source, cache_dir)
-            clips += _windows(folder, domain, text, sources, count, options)
+            clips += windows_of(text, sources)
         except DropRow as drop:
-            dropped.append(Dropped(sources[0].name, *drop.args))
+            try:
+                if domain == "cg" or len(sources) == 1:
+                    raise
+                clips += windows_of(text, sources[:1])
+                without_coarse.append(Dropped(name, *drop.args))
+            except DropRow as own:
+                dropped.append(Dropped(name, *own.args))
     if not clips:
         raise InputError(
             f"{folder}: none of its {len(rows)} rows can be used ({by_reason(dropped) or 'the metadata is empty'}); "
@@ -214,7 +248,7 @@ def read_manifest(folder, domain, options) -> Manifest:
         )
     held_out = _held_out_names(folder, {clip.name for clip in clips})
     clips = [Clip(**clip.__dict__ | {"held_out": clip.name in held_out}) for clip in clips]
-    return Manifest(folder, domain, clips, dropped, cache_dir)
+    return Manifest(folder, domain, clips, dropped, cache_dir, without_coarse)
 
 
 def _first_detail(dropped):
@@ -225,7 +259,7 @@ def _first_detail(dropped):
 # ---------------------------------------------------------------------------------------------------------- metadata
 
 
-def _read_rows(folder, columns):
+def _read_rows(folder, columns, optional=()):
     """The metadata's rows as dicts of text, with the "folder" that their names are relative to."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such dataset folder; check the path")
@@ -241,7 +275,8 @@ def _read_rows(folder, columns):
                     f"{path}: has no column {column} (its columns: {', '.join(table.column_names)}); "
                     + ("CG pairs need the coarse video's name there" if column == "control_name" else "add it")
                 )
-        for row in table.select_columns(columns).to_list():
+        present = [column for column in optional if column in table.column_names and column not in columns]
+        for row in table.select_columns([*columns, *present]).to_list():
             rows.append({name: "" if value is None else str(value) for name, value in row.items()})
             rows[-1]["folder"] = path.parent
     return rows

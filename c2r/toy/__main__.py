@@ -4,8 +4,8 @@ python -m c2r.toy --output_dir toy
 
 toy/model/            a Diffusers pipeline folder: VAE, UMT5, tokenizer, scheduler and a base Wan DiT
 toy/dinov3/           a DINOv3ViT
-toy/data/real/        metadata.csv and train/*.mp4
-toy/data/cg/          metadata.csv and train/*.mp4, each pair a coarse and a fine video
+toy/data/real/        train/*.mp4 and validation/*.mp4, each with a metadata.csv; to validation belong coarse versions
+toy/data/cg/          the same of pairs, each a coarse and a fine video
 toy/test/             scenes that are in neither: coarse video and its truth, listed in toy.json
 toy/phase1.yaml       options for train_phase1.py --config; phase2.yaml for train_phase2.py
 toy/toy.json          height, width, num_frames, fps and the test scenes; written last
@@ -81,10 +81,15 @@ def _write_metadata(folder, columns, rows):
         csv.writer(file).writerows([columns, *rows])
 
 
-def _write_real(folder, seeds):
-    _render_all([(seed, VIDEO_FRAMES, {"real": folder / f"{seed}.mp4"}) for seed in seeds], folder)
-    rows = [(f"{seed}.mp4", city.caption(city.make_scene(seed))) for seed in seeds]
-    _write_metadata(folder, ("file_name", "text"), rows)
+def _write_real(folder, seeds, with_coarse=False):
+    """Real clips, and beside each its coarse version, as validation may have it."""
+    files = {seed: {"real": folder / f"{seed}.mp4"} for seed in seeds}
+    if with_coarse:
+        files = {seed: looks | {"coarse": folder / f"{seed}_coarse.mp4"} for seed, looks in files.items()}
+    _render_all([(seed, VIDEO_FRAMES, files[seed]) for seed in seeds], folder)
+    names = {seed: [path.name for path in looks.values()] for seed, looks in files.items()}
+    rows = [(*names[seed], city.caption(city.make_scene(seed))) for seed in seeds]
+    _write_metadata(folder, ("file_name", *["control_name"] * with_coarse, "text"), rows)
 
 
 def _write_cg(folder, seeds):
@@ -122,7 +127,7 @@ def write_toy(folder, num_real=96, num_cg=32):
             shutil.copytree(weights / part, folder / part, dirs_exist_ok=True)
     real, cg, test = folder / "data/real", folder / "data/cg", folder / "test"
     _write_real(real / "train", range(1_000_000, 1_000_000 + num_real))
-    _write_real(real / "validation", range(1_500_000, 1_500_000 + NUM_VALIDATION))
+    _write_real(real / "validation", range(1_500_000, 1_500_000 + NUM_VALIDATION), with_coarse=True)
     _write_cg(cg / "train", range(2_000_000, 2_000_000 + num_cg))
     _write_cg(cg / "validation", range(2_500_000, 2_500_000 + NUM_VALIDATION))
     scenes = _write_test(test, range(3_000_000, 3_000_000 + NUM_TEST))
