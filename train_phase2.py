@@ -92,6 +92,9 @@ def build_parser():
         gradient_accumulation_steps=1,
         max_train_steps=15_000,
         learning_rate=5e-6,
+        # Under 3 % of a run at batch 1, see benchmarks/validation_share.py.
+        validation_steps=1500,
+        num_validation_clips=4,
     )
     group = parser.add_argument_group("phase 2")
     group.add_argument(

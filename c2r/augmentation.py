@@ -121,8 +121,8 @@ def draw_blur(generator):
 
 
 def draw_posterise(generator):
-    """3 to 8 levels in each channel."""
-    steps = int(torch.randint(2, 8, (), generator=generator))
+    """6 to 12 levels in each channel."""
+    steps = int(torch.randint(5, 12, (), generator=generator))
     return lambda frames: (frames * steps).round() / steps
 
 

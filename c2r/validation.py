@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
@@ -320,7 +321,7 @@ def draw_history(history):
     Returns:
         PNG as bytes, the same for the same history.
     """
-    figure = Figure(figsize=(12, 3.6), dpi=100, layout="constrained")
+    figure = Figure(figsize=(12, 4.2), dpi=100, layout="constrained")
     losses, levels, gains = figure.subplots(1, 3)
     for name, label in LOSSES.items():
         _curve(losses, history, name, label)
@@ -350,9 +351,10 @@ def draw_history(history):
         axes.axhline(0, color="black", linewidth=0.5)
     for axes, shown in ((losses, losses.get_lines()), (levels, levels.get_lines()[:-1]), (gains, lines)):
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.grid(alpha=0.3)
-        axes.legend(shown, [line.get_label() for line in shown], fontsize="small", loc="upper left")
-        axes.margins(y=0.35)
+        labels = [line.get_label() for line in shown]
+        axes.legend(shown, labels, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     png = io.BytesIO()
     # Without the version of the program that drew it: the same numbers, the same bytes.
     FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})

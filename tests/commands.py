@@ -105,3 +105,9 @@ def same(a, b):
 def scalars(out):
     events = EventAccumulator(str(out / "logs")).Reload()
     return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def images(out):
+    """{tag: how often it was logged}."""
+    events = EventAccumulator(str(out / "logs"), size_guidance={"images": 0}).Reload()
+    return {tag: len(events.Images(tag)) for tag in events.Tags()["images"]}

@@ -107,7 +107,8 @@ def test_a_resumed_run_writes_the_same_checkpoint_byte_by_byte(extra, tmp_path):
     whole = build_run(tmp_path / "whole", *extra)
     for _ in range(2):
         train_one_step(whole)
-    whole.loop.best_validation_loss, whole.loop.metrics = 0.25, {"loss": 0.5}
+    whole.loop.best = {"loss": 0.25}
+    whole.loop.add_validation({"loss": 0.5})
     save(whole)
     for _ in range(2):
         train_one_step(whole)
@@ -117,7 +118,8 @@ def test_a_resumed_run_writes_the_same_checkpoint_byte_by_byte(extra, tmp_path):
     resumed = build_run(tmp_path / "resumed", *extra, weights=checkpoint / "model")
     load(resumed, checkpoint)
     assert resumed.loop.global_step == 2
-    assert resumed.loop.best_validation_loss == 0.25
+    assert resumed.loop.best == {"loss": 0.25}
+    assert resumed.loop.history == [{"step": 2, "loss": 0.5}]
     for _ in range(2):
         train_one_step(resumed)
     save(resumed)

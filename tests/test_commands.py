@@ -11,7 +11,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 import train_phase2
 from c2r.data.video import probe
 from c2r.options import run
-from tests.commands import SIZE, phase2, same, scalars, succeed, weights
+from tests.commands import SIZE, images, phase2, same, scalars, succeed, weights
 from tests.tiny import PROMPT_LENGTH
 
 
@@ -32,6 +32,8 @@ def test_phase1_trains_and_exports(first, tiny_models):
 
 def test_phase1_logs(first):
     logged = scalars(first[0])
+    assert (first[0] / "validation.png").is_file()
+    assert len(logged["validation/prompt_gain"]) == len(logged["validation/loss_sigma_0.30"]) == 3
     assert len(logged["train/loss"]) == 4
     assert len(logged["validation/loss"]) == 3  # before the first step, at 2 and at 4
     assert logged["train/learning_rate"][:3] == pytest.approx([0, 5e-4, 1e-3])
@@ -65,6 +67,14 @@ def test_phase2_trains_and_exports(second, first):
     assert {"train/loss_cg", "train/loss_real", "train/cg_share", "validation/control_gain"} <= logged.keys()
     # Silent before the first step: whose control it is makes no difference, and it is the backbone's own loss.
     assert logged["validation/control_gain"][0] == 0
+    assert logged["validation/loss_no_control"][0] == logged["validation/loss"][0]
+    assert logged["validation/loss_no_control"][-1] != logged["validation/loss"][-1]
+    assert {"validation/prompt_gain", "validation/control_gain_sigma_0.30"} <= logged.keys()
+    # So is its look, but only real clips are asked for it.
+    assert logged["validation/leak_augmented"][0] == 0
+    assert logged["validation/leak_augmented"][-1] != 0
+    assert "validation/leak_coarse" not in logged
+    assert images(out) == {"validation": 3}
     assert logged["validation/control_gain"][-1] != 0
 
 
@@ -76,6 +86,25 @@ def test_resumed_in_the_middle_is_bit_identical(first, second, tiny_models, smal
     assert "resumed from" in done.stdout
     assert same(weights(tmp_path / "final"), weights(second[0] / "final"))
     assert scalars(tmp_path)["train/loss"] == scalars(second[0])["train/loss"][2:]
+    # The validations before the kill are in the picture too.
+    assert (tmp_path / "validation.png").read_bytes() == (second[0] / "validation.png").read_bytes()
+
+
+def test_augmented_control_trains_and_resumes_exactly(first, second, tiny_models, small_datasets, tmp_path):
+    """With --best_by control_gain: best/ is the validation of the highest one."""
+    options = ["--control_augmentation=0.7", "--best_by=control_gain", "--resume_from_checkpoint=latest"]
+    command = phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, *options)
+    done = succeed(*command, "--max_train_steps=4")
+    gains = scalars(tmp_path)["validation/control_gain"]
+    contract = json.loads((tmp_path / "best/c2r.json").read_text())
+    assert contract["metrics"]["control_gain"] == pytest.approx(max(gains))
+    assert f"(validation control gain {max(gains):.4f})" in done.stdout
+    trained = weights(tmp_path / "final")
+    assert not same(trained, weights(second[0] / "final"))
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    done = succeed(*command, "--max_train_steps=4")
+    assert "resumed from" in done.stdout
+    assert same(weights(tmp_path / "final"), trained)
 
 
 def test_the_result_does_not_depend_on_what_was_cached(first, second, tiny_models, small_datasets, tmp_path):
@@ -133,6 +162,7 @@ def test_bf16_trains_fp32_weights_over_a_bf16_backbone(first, tiny_models, small
         ("--height=33", "--height 33"),
         ("--resume_from_checkpoint=checkpoint-77", "checkpoint-77"),
         ("--cg_ratio=1.5", "--cg_ratio 1.5"),
+        ("--control_augmentation=-1", "--control_augmentation -1"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -45,7 +45,7 @@ def test_phase1_killed_ends_as_if_it_had_not_been_and_the_comparison_sees_what_d
 
     def change_the_state():
         state = json.loads((other / "checkpoint-25/state.json").read_text())
-        state["loop"]["best_validation_loss"] += 1e-9
+        state["loop"]["best"]["loss"] += 1e-9
         (other / "checkpoint-25/state.json").write_text(json.dumps(state))
 
     assert found_after(lambda: None) == []

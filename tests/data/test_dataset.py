@@ -26,7 +26,8 @@ def setup(tmp_path_factory):
     for name in ("real/a.mp4", "real/b.mp4", "cg/fine.mp4", "cg/fine2.mp4"):
         write_video(root / name, frames, 16)
     write_video(root / "cg/coarse.mp4", frames[::-1], 16)
-    (root / "real/metadata.csv").write_text("file_name,text\na.mp4,red brick\nb.mp4,\n")
+    write_video(root / "real/coarse.mp4", frames[::-1], 16)
+    (root / "real/metadata.csv").write_text("file_name,text,control_name\na.mp4,red brick,coarse.mp4\nb.mp4,,\n")
     rows = "fine.mp4,coarse.mp4,night\nfine2.mp4,coarse.mp4,night\n"
     (root / "cg/metadata.csv").write_text(f"file_name,control_name,text\n{rows}")
     options = SimpleNamespace(
@@ -118,3 +119,12 @@ def test_control_frames_come_from_the_same_window_as_the_latents(setup):
     frames = read_window(clip.file, 5 / 16, 5, 16, 32, 48)
     assert torch.equal(dataset[1]["control_frames"], frames)
     assert clip_path("c", clip, dataset.settings) != clip_path("c", real.clips[0], dataset.settings)
+
+
+def test_a_real_clip_is_its_own_control_also_where_it_has_a_coarse_version(setup):
+    options, real, _ = setup
+    dataset = ClipDataset(real.clips, options)
+    assert [clip.name for clip in real.clips if clip.coarse_file] == ["a.mp4"] * 2
+    first = next(i for i, clip in enumerate(real.clips) if (clip.name, clip.window) == ("a.mp4", 0))
+    assert read_counter(dataset.control_frames(first)) == [0, 1, 2, 3, 4]
+    assert read_counter(dataset.coarse_frames(first)) == [9, 8, 7, 6, 5]

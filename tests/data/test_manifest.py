@@ -199,8 +199,27 @@ def test_cg_pairs_that_disagree_are_dropped(tmp_path, video):
         manifest = read_manifest(tmp_path, "cg", OPTIONS)
         assert [row.reason for row in manifest.dropped] == ([reason] if reason else []), control
         assert [c.control_name for c in manifest.clips if c.window == 1] == ["coarse.mp4"] + [control] * (not reason)
-    # As real data the same folder needs no control.
-    assert read_manifest(tmp_path, "real", OPTIONS).clips[0].control_file is None
+        # As real data no row is lost: the coarse version is for validation alone, and the video is its own control.
+        real = read_manifest(tmp_path, "real", OPTIONS)
+        assert real.dropped == []
+        assert all(c.control_file is None and c.file.endswith("fine.mp4") for c in real.clips)
+        assert [c.coarse_file is not None for c in real.clips if c.window == 1] == [True, not reason]
+        # An empty name names nothing that could be missed.
+        assert [row.reason for row in real.without_coarse] == ([reason] if reason and control else []), control
+
+
+def test_real_clips_kept_without_their_coarse_version_are_told(tmp_path, video, capsys):
+    add(tmp_path, video, "a.mp4", "b.mp4", "coarse.mp4")
+    write_video(tmp_path / "longer.mp4", counter_frames(24), 16)
+    rows = zip(("a.mp4", "b.mp4", "coarse.mp4", "gone.mp4"), ("coarse.mp4", "longer.mp4", "", "coarse.mp4"))
+    write_metadata(tmp_path, [{"file_name": name, "control_name": coarse, "text": ""} for name, coarse in rows])
+    manifest = read_manifest(tmp_path, "real", OPTIONS)
+    assert [c.control_name for c in manifest.clips if c.window == 0] == ["coarse.mp4", None, None]
+    assert [row.file for row in manifest.dropped] == ["gone.mp4"]
+    manifest.report()
+    assert "kept 1 rows without their coarse version: 1 pairs of different lengths" in capsys.readouterr().out
+    (table,) = manifest.cache_dir.glob("manifest-real-*.csv")
+    assert 'b.mp4,,without coarse version,"pairs of different lengths: 1.25 s, ' in table.read_text()
 
 
 @pytest.mark.parametrize(
