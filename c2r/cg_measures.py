@@ -7,6 +7,7 @@ or shares of the height, so clips are compared at one size only, the size of tra
 
 import math
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch.nn import functional as F
@@ -23,7 +24,7 @@ LINE_ANGLES, ORIENTATION_BINS = 16, 18
 
 TEXTURE = ("fine_slope", "middle_slope", "faint_detail", "dead_area")
 LIGHTING = ("even_light", "even_rows", "weak_shade", "steady_shade")
-GEOMETRY = ("coherence", "long_lines", "repeated_orientation")
+GEOMETRY = ("line_density", "line_share", "repeated_orientation")
 
 
 def luminance(frames):
@@ -67,9 +68,9 @@ def texture(frames):
     """
     images = standardised(luminance(frames))
     levels = [images, *(blur(images, sigma) for sigma in BAND_SIGMAS)]
-    bands = [F.avg_pool2d((a - b) ** 2, CELL).sqrt().flatten(1) for a, b in zip(levels, levels[1:])]  # (F, cells)
+    bands = [F.avg_pool2d((a - b) ** 2, CELL).sqrt().flatten(1) for a, b in pairwise(levels)]  # (F, cells)
     # FLAT above and FAINT below: a cell with no detail in either band counts as steep, not as even.
-    slopes = [((coarse + FAINT) / (fine + FLAT)).log().median(1).values for fine, coarse in zip(bands, bands[1:])]
+    slopes = [((coarse + FAINT) / (fine + FLAT)).log().median(1).values for fine, coarse in pairwise(bands)]
     faint = -(bands[0].median(1).values + FLAT).log()
     along_x, along_y = gradients(images)
     dead = (torch.hypot(along_x, along_y) < FAINT).float().mean((1, 2, 3))
@@ -125,18 +126,17 @@ def geometry(frames):
         frames: (F, 3, H, W) floats in [0, 1].
 
     Returns:
-        (3,) fp32: coherence of the structure tensor, weighted by edge energy, in [0, 1]; share of the edge energy that
-        is left by averaging along the best line of a sixth of the height, in [0, 1]; negative entropy of the gradient's
-        orientation, in nats.
+        (3,) fp32, of the gradient in units of the local contrast: how much is left (logarithm), and which share, in
+        [0, 1], after it was averaged along the best line of a sixth of the height; negative entropy of its orientation,
+        in nats.
     """
     images = blur(standardised(luminance(frames)), 1.0)  # grain has no edges
     height = images.shape[-2]
+    # Each place in units of its own contrast, or the lit windows of a night were all that counts.
+    local = images - blur(images, height / 6)
+    images = local / (blur(local**2, height / 6).sqrt() + 0.1)
     along_x, along_y = gradients(images)
     energy = along_x**2 + along_y**2
-    total = energy.sum((1, 2, 3)).clamp(min=1e-6)
-
-    xx, yy, xy = (blur(product, height / 24) for product in (along_x**2, along_y**2, along_x * along_y))
-    coherence = torch.hypot(xx - yy, 2 * xy).sum((1, 2, 3)) / (xx + yy).sum((1, 2, 3)).clamp(min=1e-6)
 
     length = 2 * (height // 12) + 1
     kernels = _line_kernels(length).to(images)
@@ -144,12 +144,13 @@ def geometry(frames):
     for i, kernel in enumerate(kernels):
         angle = math.pi * i / LINE_ANGLES
         across = along_y * math.cos(angle) - along_x * math.sin(angle)
-        best = torch.maximum(best, F.conv2d(across, kernel[None], padding=length // 2) ** 2)
-    lines = best.sum((1, 2, 3)) / total
+        best = torch.maximum(best, F.conv2d(across, kernel[None], padding=length // 2).abs())
+    lines = best.mean((1, 2, 3))
+    share = lines / energy.sqrt().mean((1, 2, 3)).clamp(min=1e-3)
 
     orientation = torch.atan2(along_y, along_x).remainder(math.pi) / math.pi * ORIENTATION_BINS
     bins = orientation.long().clamp(max=ORIENTATION_BINS - 1).flatten(1)
     shares = torch.zeros(len(images), ORIENTATION_BINS, device=images.device)
-    shares = shares.scatter_add(1, bins, energy.flatten(1)) / total[:, None]
+    shares = shares.scatter_add(1, bins, energy.flatten(1)) / energy.sum((1, 2, 3)).clamp(min=1e-6)[:, None]
     entropy = -(shares * (shares + 1e-6).log()).sum(1)
-    return torch.stack([coherence, lines, -entropy]).mean(1)
+    return torch.stack([(lines + 1e-3).log(), share, -entropy]).mean(1)

@@ -2,8 +2,8 @@
 
     0 = the mean of the real clips, 1 = the mean of the CG clips
 
-on each of four measures: texture, lighting and geometry of the pixels (`c2r.cg_measures`), and a linear probe on frozen
-DINOv3 features. A measure that cannot tell the dataset's own real clips from its CG clips says nothing of samples
+on each of four measures: texture, lighting and geometry of the pixels (`c2r.cg_measures`), and a linear probe on
+frozen DINOv3 features. A measure that cannot tell the dataset's own real clips from its CG clips says nothing of samples
 either: its held-out accuracy says so, and the CG look leaves it out.
 
 What is compared must have gone the same way: the samples come out of the VAE, so the reference's clips are the decoded
@@ -31,6 +31,8 @@ MIN_FILES = 3
 RIDGE = 0.03
 #: A difference of means counts as far as it exceeds this many of its standard errors.
 SHRINKAGE = 1.0
+#: The sets count as at most this many of their standard deviations apart.
+MAX_DEVIATIONS = 3.0
 #: A clip's score is cut to this: further out it is no longer the CG look that is measured.
 SCORE_RANGE = (-1.0, 2.0)
 RESAMPLES, CONFIDENCE = 1000, 0.9
@@ -147,8 +149,8 @@ class CGLook:
 def fit_discriminant(real, cg):
     """Diagonal linear discriminant of which every feature is known to rise with the CG look.
 
-    w = max(0, Δ − s·e) / v, with Δ the difference of the means, e its standard error, v the variance within the sets:
-    a feature that falls, or rises by chance, has no say.
+    w = max(0, Δ − s·e) / v, with Δ the difference of the means, e its standard error, v the variance within the sets: a
+    feature that falls, or rises by chance, has no say.
 
     Args:
         real, cg: (n, k) and (m, k).
@@ -158,9 +160,12 @@ def fit_discriminant(real, cg):
 
     Source: Tibshirani et al. 2002, Diagnosis of multiple cancer types by shrunken centroids, for the shrinkage.
     """
-    variance = (real.var(0) * (len(real) - 1) + cg.var(0) * (len(cg) - 1)) / (len(real) + len(cg) - 2) + 1e-12
+    variance = (real.var(0) * (len(real) - 1) + cg.var(0) * (len(cg) - 1)) / (len(real) + len(cg) - 2)
+    difference = cg.mean(0) - real.mean(0)
     error = (variance * (1 / len(real) + 1 / len(cg))).sqrt()
-    weights = (cg.mean(0) - real.mean(0) - SHRINKAGE * error).clamp(min=0) / variance
+    weights = (difference - SHRINKAGE * error).clamp(min=0)
+    # A feature that hardly varies within the sets, as digital black may, would silence the others.
+    weights = weights / torch.maximum(variance, (difference / MAX_DEVIATIONS) ** 2).clamp(min=1e-12)
     zero, one = real.mean(0) @ weights, cg.mean(0) @ weights
     return lambda clips: (clips @ weights - zero) / (one - zero)  # no weight: 0 / 0
 
@@ -236,7 +241,7 @@ class CGMonitor:
         self.uninformative = tuple(m for m in MEASURES if m not in self.informative)
 
     def _tables(self, features, files):
-        """{measure: (n, k)}: the features, and among those of geometry the likeness to other scenes' coarse renderings.
+        """{measure: (n, k)}: the features, geometry's with the likeness to other scenes' coarse renderings.
 
         With its own scene's rendering a clip shares the layout; with others', only the look.
         """
@@ -290,8 +295,8 @@ class RatioController:
 
     Attributes:
         bound: of the CG look, in (0, 1).
-        patience: how many monitorings in all with the whole interval above the bound it takes. One whose interval holds
-            the bound neither counts nor clears; one that lies below it clears.
+        patience: how many monitorings with the whole interval above the bound it takes. One whose interval holds the
+            bound neither counts nor clears; one that lies below it clears.
         cg_ratio_min: the share is not brought below it; None: it is not changed at all.
         count: of such monitorings so far.
     """
