@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import default_collate
 
+from benchmarks.validation_share import validation_cost
 from c2r import InputError, flow_matching
 from c2r.data.dataset import ClipDataset
 from c2r.data.manifest import read_manifest
@@ -377,3 +378,17 @@ def test_a_validation_that_is_ended_gives_nothing(conditions, grounded, tiny_mod
     for answers in ([False], [True, True, False], [True, True, True, False]):  # in each of the three passes
         go_on = iter(answers).__next__
         assert conditions.losses(grounded, dinov3, Accelerator(cpu=True), go_on) is None
+
+
+def test_the_computed_share_counts_the_forwards_that_are_run(conditions, grounded, tiny_models):
+    dinov3 = DINOv3FeatureExtractor.from_pretrained(tiny_models / "dinov3")
+    single = ControlConditions(
+        conditions.clips, [], SimpleNamespace(**vars(conditions.args) | {"train_batch_size": 1})
+    )
+    calls = []
+    handle = grounded.register_forward_hook(lambda *inputs: calls.append(1))
+    single.losses(grounded, dinov3, Accelerator(cpu=True))
+    handle.remove()
+    nothing = {"forward with control": 0, "DINOv3 of a clip": 0}
+    expected, _ = validation_cost(nothing, clips=2, with_coarse=False)
+    assert len(calls) == expected + len(QUANTILES)  # one clip of the two has a coarse version
