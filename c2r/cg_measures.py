@@ -126,9 +126,9 @@ def geometry(frames):
         frames: (F, 3, H, W) floats in [0, 1].
 
     Returns:
-        (3,) fp32, of the gradient in units of the local contrast: how much is left (logarithm), and which share, in
-        [0, 1], after it was averaged along the best line of a sixth of the height; negative entropy of its orientation,
-        in nats.
+        (3,) fp32, of the gradient in units of the local contrast: how much is left after it was averaged along the
+        best line of a sixth of the height (logarithm), and which share (about 1 for lines, less for grain and curves);
+        negative entropy of its orientation, in nats.
     """
     images = blur(standardised(luminance(frames)), 1.0)  # grain has no edges
     height = images.shape[-2]

@@ -3,8 +3,8 @@
     0 = the mean of the real clips, 1 = the mean of the CG clips
 
 on each of four measures: texture, lighting and geometry of the pixels (`c2r.cg_measures`), and a linear probe on
-frozen DINOv3 features. A measure that cannot tell the dataset's own real clips from its CG clips says nothing of samples
-either: its held-out accuracy says so, and the CG look leaves it out.
+frozen DINOv3 features. A measure that cannot tell the dataset's own real clips from its CG clips says nothing of
+samples either: its held-out accuracy says so, and the CG look leaves it out.
 
 What is compared must have gone the same way: the samples come out of the VAE, so the reference's clips are the decoded
 latents of the cache, not the videos.
@@ -149,8 +149,8 @@ class CGLook:
 def fit_discriminant(real, cg):
     """Diagonal linear discriminant of which every feature is known to rise with the CG look.
 
-    w = max(0, Δ − s·e) / v, with Δ the difference of the means, e its standard error, v the variance within the sets: a
-    feature that falls, or rises by chance, has no say.
+    w = max(0, Δ − s·e) / v, with Δ the difference of the means, e its standard error, v the variance within the sets:
+    a feature that falls, or rises by chance, has no say.
 
     Args:
         real, cg: (n, k) and (m, k).
