@@ -22,6 +22,7 @@ from c2r import InputError, flow_matching
 from c2r.checkpoint import (
     agree_on_checkpoint,
     load_checkpoint,
+    load_domain_classifier,
     lock_output_dir,
     require_resumable,
     save_checkpoint,
@@ -263,11 +264,9 @@ def train(args, accelerator, record):
         controlnet = C2RControlNet.from_transformer(
             backbone, args.control_layers, args.control_stride, feature_dim=feature_dim, empty=empty
         )
-    domain_classifier = None
-    if args.adversarial_weight > 0 and checkpoint is not None:
-        domain_classifier = DomainClassifier.from_pretrained(checkpoint / "domain_classifier")
-    elif args.adversarial_weight > 0:
-        domain_classifier = DomainClassifier(backbone.config.out_channels)
+    domain_classifier = DomainClassifier(backbone.config.out_channels) if args.adversarial_weight > 0 else None
+    if domain_classifier and checkpoint is not None:
+        load_domain_classifier(checkpoint, domain_classifier)
     # One module: an engine such as DeepSpeed wraps one.
     model = C2RTransformer(backbone, controlnet, domain_classifier).train()
     if args.gradient_checkpointing:

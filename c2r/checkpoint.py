@@ -402,6 +402,16 @@ def load_checkpoint(path, accelerator, optimizer, lr_scheduler, sampler, loop, e
     loop.load_state_dict(state["loop"])
 
 
+def load_domain_classifier(path, domain_classifier):
+    """Give a fresh classifier the checkpoint's weights, before it is prepared.
+
+    They are copied: read in place they lie at odd addresses, for which a CPU's convolutions round otherwise, and the
+    resumed run would not be the same bit for bit.
+    """
+    saved = type(domain_classifier).from_pretrained(path / "domain_classifier", use_safetensors=True)
+    domain_classifier.load_state_dict(saved.state_dict())
+
+
 def _read(file):
     try:
         with safe_open(file, framework="pt") as handle:

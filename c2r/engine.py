@@ -206,14 +206,14 @@ def local_shard(parameter):
 def drop_gathered(model):
     """Have a prepared model hold no more than this process's part of its weights, as between two training steps.
 
-    After a forward without backward FSDP2 keeps the root's weights gathered, and ZeRO-3 all that are small.
+    After a forward without backward FSDP2 keeps the root's weights gathered, and ZeRO-3 all that are small; others it
+    is still fetching, for the modules that a training step would run next.
     """
+    if hasattr(model, "empty_partition_cache"):  # DeepSpeed's engine
+        model.empty_partition_cache()
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    for parameter in model.parameters():
-        if hasattr(parameter, "ds_status") and parameter.ds_status.name == "AVAILABLE":
-            parameter.partition()
 
 
 def local_fingerprint(module, model):
@@ -242,6 +242,8 @@ def gathered_state_dict(accelerator, module, optimizer=None):
     engine = sharding(accelerator)
     if engine in (None, "zero2"):
         return exact_state_dict(module, optimizer) if accelerator.is_main_process else {}
+    if engine == "zero3":
+        drop_gathered(accelerator.deepspeed_engine_wrapped.engine)  # what is being fetched cannot be gathered
     state_dict = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         with _gathered(tensor) as whole:

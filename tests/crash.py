@@ -229,7 +229,8 @@ def command_of(folder, phase, processes, run, *extra):
     if phase == 1:
         return phase1(*arguments, run, *options, launcher=launcher)
     backbone = folder / "models/pipeline/transformer"
-    return phase2(*arguments, backbone, run, "--control_dropout=0.3", *options, launcher=launcher)
+    options += ["--control_dropout=0.3", "--adversarial_weight=0.1"]
+    return phase2(*arguments, backbone, run, *options, launcher=launcher)
 
 
 def steps_of(moments):

@@ -160,17 +160,19 @@ def phase1_model(num_layers):
 
 
 def phase2_models(num_layers):
-    """C2RTransformer (backbone bf16, control branch fp32) and DINOv3 ViT-B in bf16; on the CPU as they are loaded."""
+    """C2RTransformer (backbone bf16, all else fp32) and DINOv3 ViT-B in bf16; on the CPU as they are loaded."""
     from diffusers import WanTransformer3DModel
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
     from transformers.initialization import no_init_weights
 
     from c2r.models.controlnet import C2RControlNet
     from c2r.models.dinov3 import DINOv3FeatureExtractor
+    from c2r.models.domain_classifier import DomainClassifier
     from c2r.models.transformer import C2RTransformer
 
     transformer = to_bf16(WanTransformer3DModel(**WAN_1_3B | {"num_layers": num_layers}))
-    model = C2RTransformer(transformer, C2RControlNet.from_transformer(transformer, min(15, num_layers))).train()
+    controlnet = C2RControlNet.from_transformer(transformer, min(15, num_layers))
+    model = C2RTransformer(transformer, controlnet, DomainClassifier()).train()
     model.enable_gradient_checkpointing()
     with no_init_weights():  # a truncated normal looks at its numbers, and there are none
         dinov3 = DINOv3ViTModel(DINOv3ViTConfig(**DINOV3_VITB))
@@ -188,6 +190,7 @@ def data_batch():
         "latents_mean": torch.randn(latents),
         "latents_logvar": torch.randn(latents),
         "prompt_embeds": torch.randn(BATCH_SIZE, 512, 4096),
+        "domain": torch.tensor([0, 1]),
         "control_frames": torch.randint(0, 256, (BATCH_SIZE, FRAMES, 3, HEIGHT, WIDTH), dtype=torch.uint8),
     }
 
@@ -203,7 +206,8 @@ def training_step(model, dinov3, optimizer, batch, device, misplaced=None):
     import torch
 
     from c2r.flow_matching import velocity_loss
-    from c2r.training import make_noisy_batch
+    from c2r.models.domain_classifier import domain_loss
+    from c2r.training import domain_weights, make_noisy_batch
 
     options = {"seed": 0, "flow_shift": 3.0, "weighting_scheme": "none", "logit_mean": 0.0, "logit_std": 1.0}
     options |= {"mode_scale": 1.29, "gradient_accumulation_steps": 1, "prompt_dropout": 0.1, "control_dropout": 0.1}
@@ -223,10 +227,14 @@ def training_step(model, dinov3, optimizer, batch, device, misplaced=None):
         control_features = dinov3(batch["control_frames"].to(device).float() / 255)
         control_features[noisy.dropped_control] = 0
         inputs.append(control_features)
+    domains = batch["domain"].to(device)
     with torch.autocast(device.type, torch.bfloat16):
-        velocity_pred = model(*inputs, **({} if dinov3 is not None else {"return_dict": False}))
-    velocity_pred = velocity_pred[0] if dinov3 is None else velocity_pred
-    loss = (noisy.weights * velocity_loss(velocity_pred, noisy.velocity_target)).mean()
+        options = {"return_dict": False} if dinov3 is None else {"reversal_strength": 0.1 * domains}
+        velocity_pred, *domain_logits = model(*inputs, **options)
+    losses = noisy.weights * velocity_loss(velocity_pred, noisy.velocity_target)
+    loss = (domain_weights(domains, 2.0, cg_ratio=0.2) * losses).mean()
+    for logits in domain_logits:
+        loss = loss + domain_loss(logits, domains, ~noisy.dropped_control, cg_ratio=0.2).mean()
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     optimizer.step()

@@ -18,38 +18,45 @@ from c2r.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    load_domain_classifier,
     lock_output_dir,
     require_resumable,
     save_checkpoint,
 )
 from c2r.ema import build_ema, step_ema
 from c2r.models.controlnet import C2RControlNet
+from c2r.models.domain_classifier import DomainClassifier
 from c2r.models.transformer import C2RTransformer
 from c2r.optimizer import build_lr_scheduler, build_optimizer
 from c2r.sampler import MixedCGRealSampler
 from c2r.training import LoopState
 from tests.test_options import options
-from tests.tiny import FEATURE_DIM, tiny_transformer
+from tests.tiny import FEATURE_DIM, LATENT_CHANNELS, tiny_transformer
 
 
-def build_run(out, *argv, weights=None):
-    """What the phase 2 script builds, on tiny models; `weights` is a model folder of an earlier run."""
+def build_run(out, *argv, checkpoint=None, adversarial_weight=0.0):
+    """What the phase 2 script builds, on tiny models; `checkpoint` is of an earlier run."""
     args = options([f"--output_dir={out}", "--learning_rate=1e-2", *argv])
+    args.adversarial_weight = adversarial_weight
     out.mkdir(exist_ok=True)
     accelerator = Accelerator(cpu=True)
     backbone = tiny_transformer()
     torch.manual_seed(1)
     controlnet = C2RControlNet.from_transformer(backbone, 2, 1, feature_dim=FEATURE_DIM)
-    if weights is not None:
-        controlnet = C2RControlNet.from_pretrained(weights)
-    optimizer = build_optimizer(controlnet, args, accelerator.device)
+    classifier = DomainClassifier(LATENT_CHANNELS, width=8) if adversarial_weight else None
+    if checkpoint is not None:
+        controlnet = C2RControlNet.from_pretrained(checkpoint / "model")
+    if checkpoint is not None and adversarial_weight:
+        load_domain_classifier(checkpoint, classifier)
+    optimizer = build_optimizer(controlnet, args, accelerator.device, classifier)
     lr_scheduler = build_lr_scheduler(optimizer, args)
-    model, optimizer = accelerator.prepare(C2RTransformer(backbone, controlnet), optimizer)
+    model, optimizer = accelerator.prepare(C2RTransformer(backbone, controlnet, classifier), optimizer)
     return SimpleNamespace(
         args=args,
         accelerator=accelerator,
         model=model,
         controlnet=controlnet,
+        classifier=classifier,
         optimizer=optimizer,
         lr_scheduler=lr_scheduler,
         sampler=MixedCGRealSampler(10, 3, cg_ratio=0.25),
@@ -67,8 +74,11 @@ def train_one_step(run):
             torch.tensor([500.0]),
             torch.randn(1, 8, 24, generator=generator),
             torch.randn(1, 5, 2, 2, FEATURE_DIM, generator=generator),
+            **({"reversal_strength": torch.tensor([run.args.adversarial_weight])} if run.classifier else {}),
         )
-    run.accelerator.backward(velocity_pred.float().square().mean())
+    velocity_pred, *domain_logits = velocity_pred if run.classifier else (velocity_pred,)
+    loss = velocity_pred.float().square().mean() + sum(logits.square().mean() for logits in domain_logits)
+    run.accelerator.backward(loss)
     run.optimizer.step()
     step_ema(run.ema, run.controlnet)
     run.optimizer.zero_grad()
@@ -78,7 +88,7 @@ def train_one_step(run):
 
 def save(run):
     parts = (run.controlnet, run.optimizer, run.lr_scheduler, run.sampler, run.loop, run.ema, run.args)
-    save_checkpoint(run.accelerator, *parts)
+    save_checkpoint(run.accelerator, *parts, run.classifier)
     return run.args.output_dir
 
 
@@ -101,10 +111,11 @@ def same_files(a, b):
         ["--weight_storage=bf16", "--mixed_precision=bf16"],
     ],
 )
-def test_a_resumed_run_writes_the_same_checkpoint_byte_by_byte(extra, tmp_path):
+@pytest.mark.parametrize("adversarial_weight", [0.0, 0.5])
+def test_a_resumed_run_writes_the_same_checkpoint_byte_by_byte(extra, adversarial_weight, tmp_path):
     if "8bit" in "".join(extra):
         pytest.importorskip("bitsandbytes")
-    whole = build_run(tmp_path / "whole", *extra)
+    whole = build_run(tmp_path / "whole", *extra, adversarial_weight=adversarial_weight)
     for _ in range(2):
         train_one_step(whole)
     whole.loop.best = {"loss": 0.25}
@@ -115,7 +126,7 @@ def test_a_resumed_run_writes_the_same_checkpoint_byte_by_byte(extra, tmp_path):
     save(whole)
 
     checkpoint = tmp_path / "whole/checkpoint-2"
-    resumed = build_run(tmp_path / "resumed", *extra, weights=checkpoint / "model")
+    resumed = build_run(tmp_path / "resumed", *extra, checkpoint=checkpoint, adversarial_weight=adversarial_weight)
     load(resumed, checkpoint)
     assert resumed.loop.global_step == 2
     assert resumed.loop.best == {"loss": 0.25}
@@ -124,7 +135,8 @@ def test_a_resumed_run_writes_the_same_checkpoint_byte_by_byte(extra, tmp_path):
         train_one_step(resumed)
     save(resumed)
     assert same_files(tmp_path / "resumed/checkpoint-4", tmp_path / "whole/checkpoint-4")
-    assert not same_files(tmp_path / "resumed/checkpoint-4/model", checkpoint / "model")
+    for name in ["model", "domain_classifier"] if adversarial_weight else ["model"]:
+        assert not same_files(tmp_path / "resumed/checkpoint-4" / name, checkpoint / name)
 
 
 def test_a_checkpoint_holds_no_frozen_weights_and_has_the_computed_size(tmp_path):
@@ -281,6 +293,7 @@ def resumable(run, checkpoint, inputs=None, config=None, **changed):
         ({"optimizer": "adamw8bit"}, "--optimizer adamw8bit"),
         ({"ema_decay": 0.9}, "--ema_decay 0.9"),
         ({"seed": 5}, "--seed 5"),
+        ({"adversarial_weight": 0.1}, "--adversarial_weight 0.1"),
     ],
 )
 def test_another_run_than_the_checkpoints_is_refused(changed, part, two_checkpoints):
@@ -298,6 +311,16 @@ def test_an_average_is_not_dropped_silently(tmp_path):
     resumable(run, tmp_path / "checkpoint-1")
     with pytest.raises(InputError, match="holds an average, which would be lost"):
         resumable(run, tmp_path / "checkpoint-1", ema_decay=None)
+
+
+def test_a_domain_classifier_is_not_dropped_silently(tmp_path):
+    run = build_run(tmp_path, adversarial_weight=0.1)
+    run.loop.global_step = 1
+    save(run)
+    resumable(run, tmp_path / "checkpoint-1", adversarial_weight=0.3)
+    with pytest.raises(InputError, match="has a domain classifier") as error:
+        resumable(run, tmp_path / "checkpoint-1", adversarial_weight=0)
+    assert "\n" not in str(error.value)
 
 
 def test_a_checkpoint_of_another_version_is_refused_before_a_model_is_loaded(two_checkpoints):

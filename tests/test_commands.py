@@ -9,6 +9,7 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 
 import train_phase2
+from c2r import InputError
 from c2r.data.video import probe
 from c2r.options import run
 from tests.commands import SIZE, images, phase2, same, scalars, succeed, weights
@@ -108,9 +109,11 @@ def test_augmented_control_trains_and_resumes_exactly(first, second, tiny_models
 
 
 def test_the_result_does_not_depend_on_what_was_cached(first, second, tiny_models, small_datasets, tmp_path):
-    options = ["--max_train_steps=2", f"--cache_dir={tmp_path}/cache"]
+    # Nor on remedies that are said to be off.
+    options = ["--max_train_steps=2", f"--cache_dir={tmp_path}/cache", "--real_weight=1", "--adversarial_weight=0"]
     succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path / "out", *options))
     assert same(weights(tmp_path / "out/final"), weights(second[0] / "checkpoint-2/model"))
+    assert not (tmp_path / "out/checkpoint-2/domain_classifier").exists()
 
 
 def test_phase2_starts_from_a_single_file(first, tiny_models, small_datasets, tmp_path):
@@ -152,6 +155,14 @@ def test_bf16_trains_fp32_weights_over_a_bf16_backbone(first, tiny_models, small
     assert not (tmp_path / "out/logs").exists()
 
 
+def test_an_adversary_needs_both_domains(tiny_models, small_datasets, tmp_path, monkeypatch):
+    options = ["--adversarial_weight=0.1", "--cg_ratio=0"]
+    command = phase2(tiny_models, small_datasets, "backbone", tmp_path, *options, launcher=())
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    with pytest.raises(InputError, match=r"--adversarial_weight 0\.1: tells CG from real, but --cg_ratio 0\.0"):
+        train_phase2.main()
+
+
 @pytest.mark.parametrize(
     ("option", "part"),
     [
@@ -163,6 +174,10 @@ def test_bf16_trains_fp32_weights_over_a_bf16_backbone(first, tiny_models, small
         ("--resume_from_checkpoint=checkpoint-77", "checkpoint-77"),
         ("--cg_ratio=1.5", "--cg_ratio 1.5"),
         ("--control_augmentation=-1", "--control_augmentation -1"),
+        ("--real_weight=0", "--real_weight 0.0"),
+        ("--real_weight=inf", "--real_weight inf"),
+        ("--adversarial_weight=-1", "--adversarial_weight -1.0"),
+        ("--adversarial_weight=nan", "--adversarial_weight nan"),
     ],
 )
 def test_bad_input_is_one_line(

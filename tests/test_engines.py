@@ -83,7 +83,7 @@ def command(tiny_models, datasets):
         launcher = LAUNCH if engine == "one process" else ENGINES[engine]
         if phase == 1:
             return phase1(tiny_models, datasets, out, *options, launcher=launcher)
-        options.append(f"--sample_steps={STEPS}")
+        options += [f"--sample_steps={STEPS}", "--real_weight=2", "--adversarial_weight=0.1"]
         return phase2(tiny_models, datasets, tiny_models / "pipeline/transformer", out, *options, launcher=launcher)
 
     return command

@@ -26,6 +26,7 @@ pytestmark = [
 
 BLOCK, CONTROL_BLOCK, ADAPTER = 46_440_704, 46_440_704 + 2 * (1536 * 1536 + 1536), 1_189_632
 BACKBONE = 1_418_996_800
+CLASSIFIER = 182_049
 
 
 def run(*cases, num_layers=30):
@@ -57,7 +58,7 @@ def expected(parameters, trainable):
 def test_a_step_of_two_blocks(outcomes):
     backbone, control = BACKBONE - 28 * BLOCK, ADAPTER + 2 * CONTROL_BLOCK
     assert outcomes["phase1"] == expected(backbone, backbone)
-    assert outcomes["phase2"] == expected(backbone + control, control)
+    assert outcomes["phase2"] == expected(backbone + control + CLASSIFIER, control + CLASSIFIER)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -73,4 +74,4 @@ def test_a_step_of_the_whole_model():
     outcomes = run("phase1", "phase2")
     control = ADAPTER + 15 * CONTROL_BLOCK
     assert outcomes["phase1"] == expected(BACKBONE, BACKBONE)
-    assert outcomes["phase2"] == expected(BACKBONE + control, control)
+    assert outcomes["phase2"] == expected(BACKBONE + control + CLASSIFIER, control + CLASSIFIER)

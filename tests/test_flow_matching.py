@@ -35,6 +35,14 @@ def test_noisy_latents_and_velocity_give_back_data_and_noise():
     torch.testing.assert_close(noisy_latents + (1 - sigmas) * velocity, noise, rtol=0, atol=1e-14)
 
 
+def test_the_predicted_latents_are_the_end_of_the_path():
+    latents, noise, sigmas = draw()
+    noisy_latents, velocity = fm.add_noise(latents, noise, sigmas), fm.velocity_target(latents, noise)
+    torch.testing.assert_close(fm.predict_latents(noisy_latents, velocity, sigmas), latents, rtol=0, atol=1e-14)
+    half = fm.predict_latents(noisy_latents.float(), velocity.bfloat16(), sigmas.float())
+    assert half.dtype == torch.float32
+
+
 def test_the_velocity_is_the_derivative_of_the_path():
     latents, noise, sigmas = draw()
     _, derivative = torch.func.jvp(lambda s: fm.add_noise(latents, noise, s), (sigmas,), (torch.ones_like(sigmas),))

@@ -3,7 +3,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from c2r.optimizer import build_lr_scheduler, build_optimizer, exact_state_dict, merge_weight, split_weight
+from c2r.models.domain_classifier import DomainClassifier
+from c2r.optimizer import (
+    CLASSIFIER_LEARNING_RATE,
+    build_lr_scheduler,
+    build_optimizer,
+    exact_state_dict,
+    merge_weight,
+    split_weight,
+)
 from tests.test_options import options
 from tests.tiny import tiny_transformer
 
@@ -63,6 +71,26 @@ def test_low_bits_are_where_the_module_will_be():
     module = torch.nn.Linear(4, 4)
     optimizer = build_optimizer(module, args_of("--weight_storage=bf16"), device)
     assert [low.device for low in optimizer.low_bits.values()] == [device] * 2
+
+
+@pytest.mark.parametrize("weight_storage", ["fp32", "bf16"])
+def test_the_domain_classifier_keeps_its_own_rate_under_the_schedule_and_fp32(weight_storage):
+    module, classifier = torch.nn.Linear(4, 4), DomainClassifier(4, width=8)
+    argv = [f"--weight_storage={weight_storage}", "--lr_warmup_steps=4", "--learning_rate=1e-5"]
+    args = options(argv)
+    optimizer = build_optimizer(module, args, CPU, classifier)
+    lr_scheduler = build_lr_scheduler(optimizer, args)
+    rates = []
+    for _ in range(5):
+        rates.append(lr_scheduler.get_last_lr())
+        for parameter in [*module.parameters(), *classifier.parameters()]:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        lr_scheduler.step()
+    shares = (0, 0.25, 0.5, 0.75, 1)
+    assert rates == [pytest.approx([1e-5 * share, CLASSIFIER_LEARNING_RATE * share]) for share in shares]
+    assert {parameter.dtype for parameter in classifier.parameters()} == {torch.float32}
+    assert len(optimizer.state) == 2 + len([*classifier.parameters()])
 
 
 @pytest.mark.parametrize("weight_storage", ["fp32", "bf16"])

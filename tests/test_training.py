@@ -5,6 +5,7 @@ from accelerate import Accelerator
 from c2r import flow_matching
 from c2r.training import (
     StepLog,
+    domain_weights,
     make_noisy_batch,
     seeded_generator,
 )
@@ -133,3 +134,51 @@ def test_step_log_groups_losses():
     log.start()
     log.add(torch.tensor([2.0]), torch.tensor([0.6]), torch.tensor([1]))
     assert log.finish()["train/loss"] == 2.0
+
+
+@pytest.mark.parametrize("cg_ratio", [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0])
+def test_the_weights_of_the_domains_keep_their_mean(cg_ratio):
+    domains = torch.tensor([0, 1])
+    real, cg = domain_weights(domains, 2.5, cg_ratio)
+    torch.testing.assert_close(real, 2.5 * cg)
+    assert ((1 - cg_ratio) * real + cg_ratio * cg).item() == pytest.approx(1)
+    assert domain_weights(domains, 1.0, cg_ratio).tolist() == [1, 1]  # exactly: training is the same bit for bit
+
+
+def test_step_log_tells_the_real_share_of_the_loss():
+    log = StepLog(Accelerator(cpu=True))
+    log.start()
+    log.add_weighted(torch.tensor([1.0, 3.0]), torch.tensor([0, 1]))
+    log.add_weighted(torch.tensor([2.0, 2.0]), torch.tensor([0, 0]))
+    assert log.finish()["train/real_loss_share"] == 5 / 8
+
+
+def test_step_log_averages_the_accuracy_of_the_classifier_over_steps():
+    domains, logits = torch.tensor([0, 0, 0, 1]), torch.tensor([-1.0, -1.0, 1.0, -1.0])
+    losses, everyone = torch.tensor([0.1, 0.2, 0.6, 0.9]), torch.ones(4, dtype=torch.bool)
+
+    def step(log, *added):
+        log.start()
+        log.add(losses, torch.full((4,), 0.5), domains)
+        if added:
+            log.add_domain_logits(*added)
+        return {name: value for name, value in log.finish().items() if "domain" in name}
+
+    log = StepLog(Accelerator(cpu=True))
+    for _ in range(200):
+        logs = step(log, losses, logits, domains, everyone)
+    assert logs == {
+        "train/domain_loss": pytest.approx(0.45),
+        "train/domain_accuracy_real": pytest.approx(2 / 3, abs=1e-3),
+        "train/domain_accuracy_cg": pytest.approx(0, abs=1e-3),
+        "train/domain_accuracy": pytest.approx(1 / 3, abs=1e-3),
+    }
+    # What does not count is left out; a step in which nothing counts says nothing, and forgets nothing.
+    real = step(log, losses, logits, domains, torch.tensor([True, True, False, False]))
+    assert real["train/domain_loss"] == pytest.approx(0.15)
+    assert real["train/domain_accuracy_cg"] == logs["train/domain_accuracy_cg"]
+    assert real["train/domain_accuracy_real"] > logs["train/domain_accuracy_real"]
+    assert step(log, losses, logits, domains, ~everyone) == {}
+    # A resumed run goes on from what was logged.
+    again = StepLog(Accelerator(cpu=True), real)
+    assert step(again, losses, logits, domains, everyone) == step(log, losses, logits, domains, everyone)

@@ -7,6 +7,7 @@ from torch.distributed.fsdp import fully_shard
 
 from c2r.models import transformer as transformer_module
 from c2r.models.controlnet import C2RControlBlock, C2RControlNet
+from c2r.models.domain_classifier import DomainClassifier
 from c2r.models.transformer import C2RTransformer
 from tests.tiny import FEATURE_DIM, LATENT_CHANNELS, TEXT_DIM, tiny_transformer
 
@@ -282,6 +283,35 @@ def test_gradients_agree_with_finite_differences():
 
     step = 1e-4
     assert (loss_at(step) - loss_at(-step)) / (2 * step) == pytest.approx(slope, rel=1e-2)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_domain_classifier_looks_at_the_predicted_latents(checkpointing):
+    plain, model = tiny_model(trained=True), tiny_model(trained=True)
+    model = C2RTransformer(model.transformer, model.controlnet, DomainClassifier(LATENT_CHANNELS, width=8))
+    model.controlnet.load_state_dict(plain.controlnet.state_dict())
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    noisy_latents, timesteps, *rest = tiny_inputs()
+    strength = torch.tensor([0.0, 0.5])
+    velocity_pred, domain_logits = model(noisy_latents, timesteps, *rest, reversal_strength=strength)
+    assert torch.equal(velocity_pred, plain(noisy_latents, timesteps, *rest))
+    assert torch.equal(model(noisy_latents, timesteps, *rest), velocity_pred)
+    sigmas = timesteps / 1000
+    latents = noisy_latents - sigmas.view(-1, 1, 1, 1, 1) * velocity_pred
+    torch.testing.assert_close(domain_logits, model.domain_classifier(latents, sigmas, strength))
+
+    # One sample's logit moves the control branch, the one of strength 0 does not; both move the classifier.
+    def moved(index):
+        model.zero_grad()
+        domain_logits[index].backward(retain_graph=True)
+        return [
+            sum(p.grad.abs().sum().item() for p in part.parameters() if p.grad is not None)
+            for part in (model.controlnet, model.domain_classifier)
+        ]
+
+    assert moved(0)[0] == 0
+    assert min(moved(0)[1], *moved(1)) > 0
 
 
 def test_wrong_shapes_are_named():
