@@ -212,7 +212,7 @@ class CGMonitor:
         for domain in ("real", "cg"):
             if len(set(reference.files[domain])) < MIN_FILES:
                 raise InputError(
-                    f"the CG monitor needs clips of at least {MIN_FILES} {domain} videos, to see what sets them apart: "
+                    f"the CG monitor needs clips of at least {MIN_FILES} {domain} videos, to tell the domains apart: "
                     "add videos, or leave the monitor out"
                 )
         # The look alone: what all clips have in common says nothing of likeness.
