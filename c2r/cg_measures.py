@@ -20,6 +20,8 @@ BAND_SIGMAS = (0.7, 1.4, 2.8)
 CELL = 8
 #: In units of the frame's own contrast: below FLAT is no texture (a grey level is about 0.02), FAINT is its measure.
 FLAT, FAINT = 0.001, 0.01
+#: Light and geometry are measured at this height in pixels, if a clip is higher: their scales are shares of the height.
+SMALL_HEIGHT = 96
 LINE_ANGLES, ORIENTATION_BINS = 16, 18
 
 TEXTURE = ("fine_slope", "middle_slope", "faint_detail", "dead_area")
@@ -40,6 +42,14 @@ def blur(images, sigma):
     kernel = kernel / kernel.sum()
     images = F.conv2d(F.pad(images, (reach, reach, 0, 0), mode="replicate"), kernel.view(1, 1, 1, -1))
     return F.conv2d(F.pad(images, (0, 0, reach, reach), mode="replicate"), kernel.view(1, 1, -1, 1))
+
+
+def small(images):
+    """(F, 1, H, W) brought to SMALL_HEIGHT, if higher, by averaging."""
+    height, width = images.shape[-2:]
+    if height <= SMALL_HEIGHT:
+        return images
+    return F.adaptive_avg_pool2d(images, (SMALL_HEIGHT, max(1, round(width * SMALL_HEIGHT / height))))
 
 
 def standardised(images):
@@ -88,7 +98,7 @@ def lighting(frames):
         a sky over a street is no light; its local spread; how much the local spread changes from place to place and
         over time, as where shadows fall.
     """
-    logs = (luminance(frames) + 0.03).log()  # ratios of light; 0.03 keeps noise in black from counting
+    logs = (small(luminance(frames)) + 0.03).log()  # ratios of light; 0.03 keeps noise in black from counting
     height = logs.shape[-2]
     light = blur(logs, height / 8)
     rows = light - light.mean(-1, keepdim=True)
@@ -130,7 +140,7 @@ def geometry(frames):
         best line of a sixth of the height (logarithm), and which share (about 1 for lines, less for grain and curves);
         negative entropy of its orientation, in nats.
     """
-    images = blur(standardised(luminance(frames)), 1.0)  # grain has no edges
+    images = blur(standardised(small(luminance(frames))), 1.0)  # grain has no edges
     height = images.shape[-2]
     # Each place in units of its own contrast, or the lit windows of a night were all that counts.
     local = images - blur(images, height / 6)

@@ -88,6 +88,14 @@ def test_measures_give_as_many_numbers_as_names():
         assert measure(clip).dtype == torch.float32
 
 
+def test_light_and_geometry_hardly_depend_on_the_size():
+    """A clip five times as large costs no more than its decoding, and gives nearly the same numbers."""
+    [clip] = render("cg", range(1))
+    large = F.interpolate(clip, scale_factor=5, mode="nearest")
+    for measure in (lighting, geometry):
+        torch.testing.assert_close(measure(large), measure(clip), atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 def test_an_empty_picture_gives_finite_numbers(value):
     for measure in MEASURES.values():
