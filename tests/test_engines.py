@@ -1,7 +1,8 @@
 """The training engines, run for real: two processes on the CPU over gloo, whole commands, both phases.
 
 One clip of the dataset is NaN in the cache: each time it is drawn, one process meets it and all must skip the step.
-Every run has gradient accumulation, clipping, warm-up, both dropouts and a moving average.
+Every run has gradient accumulation, clipping, warm-up, both dropouts and a moving average; phase 2 also a weight of
+the real samples and an adversary.
 """
 
 import json
@@ -39,6 +40,7 @@ SPLITS_OPTIMIZER = ("zero2", "zero3", "zero3_offload", "fsdp2")
 # step of the full size with that error's sign, 1e-3 here), so there is room, but far less than one such step.
 LOSS = {"rtol": 1e-6, "atol": 0, "equal_nan": True}
 NORM = {"rtol": 1e-5, "atol": 0}
+DOMAIN = {"rtol": 1e-5, "atol": 0, "equal_nan": True}
 # bf16 rounds each sample's forward alike, but batches of one and two take other kernels.
 BF16_LOSS = {"rtol": 1e-2, "atol": 0, "equal_nan": True}
 WEIGHT = {"rtol": 0, "atol": 1e-4}
@@ -167,6 +169,8 @@ def test_trains_as_one_process_does(engine, phase, runs):
     logged, expected = scalars(out), scalars(reference)
     for name in ("train/loss", "train/loss_real", "validation/loss"):
         torch.testing.assert_close(torch.tensor(logged[name]), torch.tensor(expected[name]), **LOSS)
+    for name in ("train/domain_loss", "train/domain_accuracy", "train/real_loss_share") if phase == 2 else ():
+        torch.testing.assert_close(torch.tensor(logged[name]), torch.tensor(expected[name]), **DOMAIN)
     assert len(logged["train/loss"]) == STEPS
     assert logged["train/learning_rate"] == expected["train/learning_rate"]
     assert logged["train/skipped_in_a_row"] == expected["train/skipped_in_a_row"]
@@ -201,8 +205,10 @@ def test_exports_ordinary_folders(engine, phase, runs):
     assert any(not torch.equal(tensor, averaged[key]) for key, tensor in trained.items())
 
     # Nor do the checkpoint's other files hold anything of it: two moments and an average of what trains.
-    count = sum(tensor.numel() for tensor in trained.values())
-    for kind, copies in (("optimizer", 2), ("ema", 1)):
+    own = sum(tensor.numel() for tensor in trained.values())
+    classifier = out / f"checkpoint-{STEPS}/domain_classifier"
+    beside = sum(tensor.numel() for tensor in weights(classifier).values()) if phase == 2 else 0
+    for kind, copies, count in (("optimizer", 2, own + beside), ("ema", 1, own)):
         files = sorted((out / f"checkpoint-{STEPS}").glob(f"{kind}-*.safetensors"))
         whole = (kind, engine) == ("ema", "zero2")  # its weights are not split
         assert len(files) == (2 if engine in SPLITS_OPTIMIZER and not whole else 1)

@@ -40,6 +40,23 @@ def scale_gradient(tensor, scale):
     return _ScaleGradient.apply(tensor, scale.to(tensor.dtype))
 
 
+class _UnitConv3d(nn.Conv3d):
+    """A convolution whose kernel has norm 1 for each output channel, however its weights grow.
+
+    So the slope of the classifier is bounded. Without, it gets ever steeper where the domains are easy to tell apart,
+    the reversed gradient has spikes ten times as large as the velocity's gradient, and AdamW takes steps as small as
+    these demand.
+    """
+
+    def forward(self, hidden_states):
+        return self._conv_forward(hidden_states, F.normalize(self.weight.flatten(1)).view_as(self.weight), self.bias)
+
+
+# SiLU that keeps unit variance. Source: Karras et al. 2024 (EDM2), eq. 81
+def _unit_silu(hidden_states):
+    return F.silu(hidden_states) / 0.596
+
+
 class DomainClassifier(ModelMixin, ConfigMixin):
     """Says of predicted clean latents whether they come from a CG sample or a real one.
 
@@ -56,11 +73,11 @@ class DomainClassifier(ModelMixin, ConfigMixin):
         super().__init__()
         channels = (in_channels, width, 2 * width, 2 * width)
         self.convolutions = nn.ModuleList(
-            nn.Conv3d(before, after, kernel_size=3, stride=(1, 2, 2), padding=1)
+            _UnitConv3d(before, after, kernel_size=3, stride=(1, 2, 2), padding=1)
             for before, after in pairwise(channels)
         )
         self.sigma_modulation = nn.Linear(SIGMA_EMBEDDING_DIM, 2 * width)
-        self.head = nn.Linear(channels[-1], 1)
+        self.head = _UnitConv3d(channels[-1], 1, kernel_size=1)
 
     # R(x) = x, dR/dx = −λ·I. Source: Ganin & Lempitsky 2015
     def forward(self, latents, sigmas, reversal_strength):
@@ -80,10 +97,10 @@ class DomainClassifier(ModelMixin, ConfigMixin):
             embedding = get_timestep_embedding(1000 * sigmas, SIGMA_EMBEDDING_DIM).to(dtype)
             scale, shift = self.sigma_modulation(embedding)[:, :, None, None, None].chunk(2, dim=1)  # (B, width, …)
             first, *others = self.convolutions
-            hidden_states = F.silu(first(latents.to(dtype)) * (1 + scale) + shift)  # (B, width, T, h/2, w/2)
+            hidden_states = _unit_silu(first(latents.to(dtype)) * (1 + scale) + shift)  # (B, width, T, h/2, w/2)
             for convolution in others:
-                hidden_states = F.silu(convolution(hidden_states))
-            domain_logits = self.head(hidden_states.mean((2, 3, 4))).squeeze(1)
+                hidden_states = _unit_silu(convolution(hidden_states))
+            domain_logits = self.head(hidden_states.mean((2, 3, 4), keepdim=True)).flatten()
         return scale_gradient(domain_logits, torch.full_like(domain_logits, OWN_GRADIENT_SCALE))
 
 
