@@ -18,9 +18,9 @@ LUMA = (0.2126, 0.7152, 0.0722)
 BAND_SIGMAS = (0.7, 1.4, 2.8)
 #: Pixels along one side of a cell: what is smaller than an edge's distance to the next is a surface's interior.
 CELL = 8
-#: In units of the frame's own contrast: below FLAT is no texture (a grey level is about 0.02), FAINT is its measure.
+#: In units of the frame's own contrast: below FLAT is no texture (a grey level is 0.02 or so), FAINT its measure.
 FLAT, FAINT = 0.001, 0.01
-#: Light and geometry are measured at this height in pixels, if a clip is higher: their scales are shares of the height.
+#: Pixels: light and geometry of higher clips are measured at this height, since their scales are shares of it.
 SMALL_HEIGHT = 96
 LINE_ANGLES, ORIENTATION_BINS = 16, 18
 

@@ -35,13 +35,14 @@ ROOT = Path(__file__).resolve().parents[1]
 RATIOS = (0.0, 0.1, 0.2, 0.5, 1.0)
 #: Of every run; what differs is in `planned_runs`.
 OPTIONS = {
-    "max_train_steps": 200,
-    "checkpointing_steps": 200,
+    "max_train_steps": 150,
+    "checkpointing_steps": 150,
     "checkpoints_total_limit": 1,
-    "validation_steps": 200,
-    "num_validation_clips": 6,
+    "validation_steps": 150,
+    "num_validation_clips": 4,
     "num_samples": 8,
-    "sample_steps": 200,
+    "sample_steps": 150,
+    "num_inference_steps": 12,
 }
 FIGURES = (
     "people_own",
@@ -73,9 +74,9 @@ def planned_runs():
         "cg 0.5, controller": {
             "cg_ratio": 0.5,
             "cg_ratio_min": 0.05,
-            "monitor_bound": 0.3,
+            "monitor_bound": 0.15,
             "monitor_patience": 1,
-            "sample_steps": 40,
+            "sample_steps": 30,
         },
         "cg 0.5, real weight 4": {"cg_ratio": 0.5, "real_weight": 4.0},
         "cg 0.5, adversarial": {"cg_ratio": 0.5, "adversarial_weight": 0.1},
