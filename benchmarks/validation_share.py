@@ -1,4 +1,4 @@
-"""What validation costs of a phase 2 run, computed: operations of forwards and of training steps, not time.
+"""What validation and samples cost of a phase 2 run, computed: operations of forwards and of steps, not time.
 
     python -m benchmarks.validation_share
 
@@ -12,7 +12,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
@@ -21,6 +21,7 @@ from transformers.initialization import no_init_weights
 import train_phase2
 from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet, injection_layers
 from c2r.models.transformer import C2RTransformer
+from c2r.monitor_reference import CLIPS_PER_DOMAIN
 from c2r.validation import QUANTILES
 from tests.fake_cuda import DINOV3_VITB, FRAMES, HEIGHT, WAN_1_3B, WIDTH
 
@@ -28,6 +29,8 @@ CONTROL_LAYERS = 15
 #: Forwards of each clip at each noise level, and DINOv3 passes: (real clips, CG clips). See `ControlConditions`.
 CONDITIONS = {"right": 2, "other_control": 2, "no_control": 2, "other_prompt": 2, "augmented": 1, "coarse": 1}
 WITH_DINOV3 = ("right", "other_control", "augmented", "coarse")
+#: Of a step of a sample video with the default guidance: without prompt, and with it.
+PASSES = 2
 
 
 def flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
@@ -43,7 +46,7 @@ def operations(function):
 
 
 def measure(num_layers):
-    """{what: operations of one clip}: the backbone's forward, one with control, DINOv3 and a training step."""
+    """{what: operations of one clip}."""
     F.scaled_dot_product_attention = flash_attention
     with FakeTensorMode():
         transformer = WanTransformer3DModel(**WAN_1_3B | {"num_layers": num_layers})
@@ -53,6 +56,7 @@ def measure(num_layers):
         model.enable_gradient_checkpointing()
         with no_init_weights():
             dinov3 = DINOv3ViTModel(DINOv3ViTConfig(**DINOV3_VITB)).eval()
+        vae = AutoencoderKLWan().eval()  # Wan's own sizes are the defaults
         inputs = [torch.randn(1, 16, (FRAMES - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8), torch.rand(1)]
         inputs += [torch.randn(1, 512, 4096)]
         control_features = torch.randn(1, FRAMES, HEIGHT // 16, WIDTH // 16, 768)
@@ -62,6 +66,7 @@ def measure(num_layers):
                 "forward without control": operations(lambda: model(*inputs)),
                 "forward with control": operations(lambda: model(*inputs, control_features)),
                 "DINOv3 of a clip": operations(lambda: dinov3(frames)),
+                "VAE decode of a clip": operations(lambda: vae.decode(inputs[0])),
             }
         step = operations(lambda: model(*inputs, control_features).square().mean().backward())
         return found | {"training step": step + found["DINOv3 of a clip"]}
@@ -75,19 +80,19 @@ def validation_cost(found, clips, with_coarse):
     return forwards, forwards * found["forward with control"] + passes * found["DINOv3 of a clip"]
 
 
-def sampling_cost(found, samples, steps, passes):
-    """Operations of so many generated videos, without the VAE that decodes them."""
-    without = 1 if passes > 2 else 0
-    one_step = without * found["forward without control"] + (passes - without) * found["forward with control"]
-    return samples * (found["DINOv3 of a clip"] + steps * one_step)
+def sampling_cost(found, options):
+    """(operations of one sampling, operations of what is done once): sample videos and the CG monitor."""
+    steps, samples = options.num_inference_steps, options.num_samples
+    one = steps * PASSES * found["forward with control"] + 2 * found["VAE decode of a clip"]
+    one += 2 * found["DINOv3 of a clip"]  # of the control, and of the output for the monitor
+    alone = samples * steps * PASSES * found["forward without control"]
+    reference = 2 * CLIPS_PER_DOMAIN * found["VAE decode of a clip"] + 3 * CLIPS_PER_DOMAIN * found["DINOv3 of a clip"]
+    return samples * one, alone + reference
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_layers", type=int, default=WAN_1_3B["num_layers"], help="of the backbone")
-    parser.add_argument("--samples", type=int, default=0, help="videos that are generated at each validation")
-    parser.add_argument("--sampling_steps", type=int, default=50, help="of each of them")
-    parser.add_argument("--passes", type=int, default=3, help="of a step; the first of three takes no control")
     args = parser.parse_args()
     found = measure(args.num_layers)
     print("Computed, one clip of 480x832x81, 1.3B:")
@@ -104,13 +109,20 @@ def main():
     for interval, clips in dict.fromkeys(settings):
         for with_coarse in (False, True):
             forwards, cost = validation_cost(found, clips, with_coarse)
-            cost += sampling_cost(found, args.samples, args.sampling_steps, args.passes)
             each = cost / found["training step"]
             validations = math.ceil(steps / interval) + 1
             share = validations * each / (steps + validations * each)
             is_default = " (default)" if (interval, clips) == settings[0] else ""
             columns = (interval, clips, "yes" if with_coarse else "no", forwards, f"{each:.1f}", f"{share:.2%}")
             print("  " + "  ".join(f"{column!s:>16s}" for column in columns) + is_default)
+    sampling, once = sampling_cost(found, defaults)
+    samplings = math.ceil(steps / defaults.sample_steps)
+    share = (samplings * sampling + once) / found["training step"] / steps
+    print(
+        f"\n{samplings} samplings of {defaults.num_samples} videos, every {defaults.sample_steps} steps, and the CG "
+        f"monitor's reference:\n  {sampling / found['training step']:.1f} training steps each, "
+        f"{once / found['training step']:.1f} once; {share:.2%} of the run"
+    )
 
 
 if __name__ == "__main__":
