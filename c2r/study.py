@@ -79,14 +79,20 @@ def planned_runs():
             "sample_steps": 30,
         },
         "cg 0.5, real weight 4": {"cg_ratio": 0.5, "real_weight": 4.0},
-        "cg 0.5, adversarial": {"cg_ratio": 0.5, "adversarial_weight": 0.1},
-        "cg 0.2, augmentation": {"cg_ratio": 0.2, "control_augmentation": 0.5},
-        "cg 0, augmentation": {"cg_ratio": 0.0, "control_augmentation": 0.5},
+        "cg 0.5, adversarial 0.1": {"cg_ratio": 0.5, "adversarial_weight": 0.1},
+        "cg 0.2, augmentation 0.5": {"cg_ratio": 0.2, "control_augmentation": 0.5},
         "leak: pixel features": {"cg_ratio": 0.0, "dinov3": "pixel_dinov3"},
-        "cg 0.2, 1 control block": {"cg_ratio": 0.2, "control_layers": 1},
-        "cg 0.2, 4 control blocks, stride 2": {"cg_ratio": 0.2, "control_stride": 2},
+        "leak: pixel features, augmentation 0.5": {
+            "cg_ratio": 0.0,
+            "dinov3": "pixel_dinov3",
+            "control_augmentation": 0.5,
+        },
     }
     runs |= {f"cg {ratio:g}, no phase 1": {"cg_ratio": ratio, "backbone": "base"} for ratio in RATIOS}
+    runs |= {
+        "cg 0.2, 1 control block": {"cg_ratio": 0.2, "control_layers": 1},
+        "cg 0.2, every second block": {"cg_ratio": 0.2, "control_stride": 2},
+    }
     return runs
 
 
@@ -278,7 +284,7 @@ def main():
     adapt(out, 0)  # alone: it encodes the clips for all
     with ThreadPoolExecutor(args.workers) as pool:
         list(pool.map(lambda seed: adapt(out, seed), range(1, args.seeds)))
-        jobs = [(name, options, seed) for seed in range(args.seeds) for name, options in planned_runs().items()]
+        jobs = [(name, options, seed) for name, options in planned_runs().items() for seed in range(args.seeds)]
         jobs = [job for job in jobs if (job[0], job[2]) not in known]
         for line in pool.map(lambda job: ground(out, *job), jobs):
             lines.append(line)
