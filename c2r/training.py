@@ -253,7 +253,7 @@ class StepLog:
 
     def __init__(self, accelerator, before=None):
         self.accelerator = accelerator
-        self._accuracies = {name: (before or {}).get(f"train/{name}", 0.5) for name in ACCURACIES}
+        self._accuracies = {name: (before or {}).get(f"train/{name}") for name in ACCURACIES}
         self._names = ["loss", "loss_real", "loss_cg"]
         self._names += [f"loss_sigma_{low}-{high}" for low, high in pairwise(SIGMA_BINS)]
         self._names += ["real_loss_share", "domain_loss", *ACCURACIES]
@@ -294,7 +294,8 @@ class StepLog:
         """The numbers by their TensorBoard names, with those given; starts the next step. Call on every process."""
         sums, samples = self.accelerator.reduce(self._sums.to(self.accelerator.device).float(), reduction="sum").cpu()
         logs = {f"train/{k}": (sums[i] / samples[i]).item() for i, k in enumerate(self._names) if samples[i]}
-        if "train/domain_loss" in logs:
+        # Also in a step without a sample that counts: a run that is resumed at it goes on from what is logged.
+        if "train/domain_loss" in logs or None not in self._accuracies.values():
             logs |= self._running_accuracies(logs)
         logs["train/samples_per_second"] = samples[0].item() / (time.perf_counter() - self._started)
         if self.accelerator.device.type == "cuda":
@@ -305,6 +306,7 @@ class StepLog:
     def _running_accuracies(self, logs):
         """Accuracy over the last twenty or so steps in each domain, and the mean of the two: a step has too few."""
         for name, before in self._accuracies.items():
+            before = 0.5 if before is None else before
             self._accuracies[name] = 0.95 * before + 0.05 * logs.get(f"train/{name}", before)
         accuracies = {f"train/{name}": value for name, value in self._accuracies.items()}
         return accuracies | {"train/domain_accuracy": sum(accuracies.values()) / 2}

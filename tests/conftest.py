@@ -19,7 +19,16 @@ def noise_video(seed, num_frames=10):
     return np.stack([np.roll(frame, 2 * i, axis=1) for i in range(num_frames)]).astype(np.uint8)
 
 
-def write_dataset(folder, names, texts, controls=None):
+def flat_video(seed, num_frames=10):
+    """(F, H, W, 3) uint8: one colour, with an edge that moves; nobody takes it for `noise_video`."""
+    colours = np.random.default_rng(seed).integers(0, 256, (2, 3))
+    frames = np.broadcast_to(colours[0], (num_frames, 32, 48, 3)).copy()
+    for i, frame in enumerate(frames):
+        frame[:, : 8 + 2 * i] = colours[1]
+    return frames.astype(np.uint8)
+
+
+def write_dataset(folder, names, texts, controls=None, video=noise_video):
     """Write random videos and their metadata.csv; returns the folder."""
     folder.mkdir(parents=True)
     columns = ["file_name", "text"] + (["control_name"] if controls else [])
@@ -27,7 +36,7 @@ def write_dataset(folder, names, texts, controls=None):
     with open(folder / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows([columns, *rows])
     for i, name in enumerate([*names, *(controls or [])]):
-        write_video(folder / name, noise_video(i), SIZE["fps"])
+        write_video(folder / name, video(i), SIZE["fps"])
     return folder
 
 

@@ -22,10 +22,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.background import Background
 from tests.commands import TORCHRUN, phase1, phase2
-from tests.conftest import write_dataset
+from tests.conftest import flat_video, write_dataset
 from tests.tiny import save_tiny_dinov3, save_tiny_pipeline
 
-CHECKPOINTING_STEPS, VALIDATION_STEPS = 4, 6
+CHECKPOINTING_STEPS, VALIDATION_STEPS, SAMPLE_STEPS = 4, 6, 12
 OPTIONS = {
     "train_batch_size": 1,
     "gradient_accumulation_steps": 2,
@@ -40,6 +40,17 @@ OPTIONS = {
     "validation_steps": VALIDATION_STEPS,
     "resume_from_checkpoint": "latest",
 }
+#: The bound is below any CG look: the controller lowers the share at every sampling, down to its least.
+PHASE2_OPTIONS = {
+    "control_dropout": 0.3,
+    "control_augmentation": 0.5,
+    "adversarial_weight": 0.1,
+    "real_weight": 2.0,
+    "sample_steps": SAMPLE_STEPS,
+    "monitor_bound": -9,
+    "monitor_patience": 1,
+    "cg_ratio_min": 0.1,
+}
 CG_RATIOS = (0.25, 0.5)  # of the two legs
 #: What a kill waits for, and up to how many seconds it then waits.
 MOMENTS = {
@@ -47,13 +58,15 @@ MOMENTS = {
     "encoding": 0.3,
     "training": 0.3,
     "validating": 0.1,
+    "sampling": 0.2,
     "saving": 0.02,
     "pruning": 0.0005,
     "saving best": 0.02,
     "saving final": 0.02,
 }
 #: How often each comes in a deck of kills; the last kill of each leg strikes while final/ is saved.
-DECK = {"starting": 1, "encoding": 1, "training": 2, "validating": 3, "saving": 3, "pruning": 2, "saving best": 2}
+DECK = {"starting": 1, "encoding": 1, "training": 2, "validating": 2, "saving": 3, "pruning": 2, "saving best": 2}
+DECKS = {1: DECK, 2: DECK | {"sampling": 2}}
 #: A moment that has not come after so many steps, as a best validation may not, is waited for no longer.
 PATIENCE = 16
 
@@ -93,9 +106,20 @@ class Scene(Background):
         if moment in patterns:
             return self.writes(patterns[moment]) or (moment != "saving final" and self.trained(PATIENCE))
         steps = self.steps
+        if moment == "sampling":
+            return self.sampling or self.trained(PATIENCE)
         if moment == "validating":
             return any(count > steps[0] and count % VALIDATION_STEPS == 0 for count in steps)
         return self.trained(2)
+
+    @property
+    def sampling(self):
+        """Whether this run has validated a step of phase 2 at which it also samples, and has not written these yet."""
+        steps = self.steps
+        if not steps or steps[-1] == steps[0] or steps[-1] % SAMPLE_STEPS:
+            return False
+        validated = f"step {steps[-1]}: validation loss" in self.text and "control gain" in self.text
+        return validated and not self.writes(f"samples/step-{steps[-1]}/sheet.png")
 
     def struck(self):
         """What a kill has interrupted."""
@@ -108,6 +132,8 @@ class Scene(Background):
                 return "starting"
             return "encoding or loading"
         last = steps[-1]
+        if self.sampling:
+            return "sampling"
         if last > steps[0] and last % VALIDATION_STEPS == 0 and f"step {last}: validation loss" not in text:
             return "validating"
         return "training"
@@ -163,8 +189,9 @@ def differences(out, reference):
     names = [sorted(path.name for path in run.iterdir() if path.name != "logs") for run in (out, reference)]
     if names[0] != names[1]:
         found.append(f"files {names[0]}, not {names[1]}")
-    folders = [path for path in reference.iterdir() if path.name in ("best", "final") or "checkpoint" in path.name]
-    for path in sorted(file for folder in folders for file in folder.rglob("*") if file.is_file()):
+    compared = [path for path in reference.iterdir() if path.name not in ("logs", ".c2r_cache", ".lock")]
+    files = (file for path in compared for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    for path in sorted(files):
         name = path.relative_to(reference)
         if not (out / name).is_file() or _content(out / name) != _content(path):
             found.append(str(name))
@@ -208,7 +235,9 @@ def crash_legs(folder, phase, processes, kills, seed):
     save_tiny_dinov3(folder / "models/dinov3")
     words = ["a street", "the city at night", "red brick", "", "two people on a street", "a street"]
     write_dataset(folder / "data/real", [f"r{i}.mp4" for i in range(6)], words)
-    write_dataset(folder / "data/cg", [f"f{i}.mp4" for i in range(3)], words[:3], [f"c{i}.mp4" for i in range(3)])
+    fine, coarse = ([f"{kind}{i}.mp4" for i in range(5)] for kind in "fc")
+    # Of another look than the real ones: the CG monitor has something to say, and the controller to do.
+    write_dataset(folder / "data/cg", fine, words[:5], coarse, video=flat_video)
     out, reference = folder / "killed", folder / "reference"
     draw, log, steps = random.Random(seed), [], 0
     for cg_ratio, moments in zip(CG_RATIOS, kills):
@@ -238,9 +267,9 @@ def steps_of(moments):
     return 2 * CHECKPOINTING_STEPS * len(moments) + PATIENCE + 1
 
 
-def deal(kills, seed):
+def deal(phase, kills, seed):
     """The moments of so many kills in two legs, shuffled."""
-    deck = [moment for moment, count in DECK.items() for _ in range(count)]
+    deck = [moment for moment, count in DECKS[phase].items() for _ in range(count)]
     draw, legs = random.Random(seed), []
     for count in (kills - kills // 2, kills // 2):
         moments = (deck * count)[: count - 1]
@@ -259,7 +288,7 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         out, reference, log = crash_legs(
-            Path(folder), args.phase, args.processes, deal(args.kills, args.seed), args.seed
+            Path(folder), args.phase, args.processes, deal(args.phase, args.kills, args.seed), args.seed
         )
         found = differences(out, reference)
     with open(args.output, "w", newline="") as file:

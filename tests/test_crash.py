@@ -12,7 +12,7 @@ from tests.crash import command_of, crash_legs, differences
 
 @pytest.mark.slow
 def test_phase2_killed_in_both_legs_ends_as_if_it_had_not_been(tmp_path):
-    out, reference, log = crash_legs(tmp_path, 2, 1, [["validating", "saving best"], ["pruning"]], seed=0)
+    out, reference, log = crash_legs(tmp_path, 2, 1, [["sampling", "saving best"], ["pruning"]], seed=0)
     assert len(log) == 3
     assert differences(out, reference) == []
 
