@@ -333,7 +333,7 @@ class RatioController:
         """One line of what to do about a CG look that has stayed above the bound, or None. Ask after `step`."""
         if self.count < self.patience or not look.low > self.bound:
             return None
-        said = f"CG look {look} for {self.count} validations: consider "
+        said = f"CG look {look} for {self.count} samplings: consider "
         if cg_ratio > (self.cg_ratio_min or 0):
             return said + f"--cg_ratio {cg_ratio / 2:.2g}"
         return said + "--real_weight or --control_augmentation"

@@ -224,7 +224,7 @@ def test_without_a_minimum_it_only_advises():
     for _ in range(3):
         assert controller.step(ABOVE, 0.2) == 0.2
         said.append(controller.advice(ABOVE, 0.2))
-    assert said == [None, None, "CG look 0.60 [0.55, 0.70] for 3 validations: consider --cg_ratio 0.1"]
+    assert said == [None, None, "CG look 0.60 [0.55, 0.70] for 3 samplings: consider --cg_ratio 0.1"]
     assert controller.advice(BETWEEN, 0.2) is None
 
 
