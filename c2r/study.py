@@ -35,13 +35,13 @@ ROOT = Path(__file__).resolve().parents[1]
 RATIOS = (0.0, 0.1, 0.2, 0.5, 1.0)
 #: Of every run; what differs is in `planned_runs`.
 OPTIONS = {
-    "max_train_steps": 150,
-    "checkpointing_steps": 150,
+    "max_train_steps": 100,
+    "checkpointing_steps": 100,
     "checkpoints_total_limit": 1,
-    "validation_steps": 150,
+    "validation_steps": 100,
     "num_validation_clips": 4,
     "num_samples": 8,
-    "sample_steps": 150,
+    "sample_steps": 100,
     "num_inference_steps": 12,
 }
 FIGURES = (
@@ -76,7 +76,7 @@ def planned_runs():
             "cg_ratio_min": 0.05,
             "monitor_bound": 0.15,
             "monitor_patience": 1,
-            "sample_steps": 30,
+            "sample_steps": 20,
         },
         "cg 0.5, real weight 4": {"cg_ratio": 0.5, "real_weight": 4.0},
         "cg 0.5, adversarial 0.1": {"cg_ratio": 0.5, "adversarial_weight": 0.1},
