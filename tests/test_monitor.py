@@ -153,7 +153,7 @@ def test_likeness_leaves_out_the_own_coarse_rendering():
 
 def test_too_few_files_are_refused():
     few = clips_of(4, 0, 0, "r")
-    with pytest.raises(InputError, match="three real videos"):
+    with pytest.raises(InputError, match="at least 3 real videos"):
         CGMonitor(Reference.from_clips(real=few, cg=clips_of(8, 1, 1, "c")))
 
 

@@ -136,7 +136,9 @@ def test_quickstart_runs_every_step_and_goes_on_where_it_was(tmp_path):
     write_toy(tmp_path / "toy", num_real=4, num_cg=3)
     for name in ("phase1.yaml", "phase2.yaml"):
         options = yaml.safe_load((tmp_path / "toy" / name).read_text())
-        options |= {"max_train_steps": 2, "num_validation_clips": 2}
+        options |= {"max_train_steps": 2, "num_validation_clips": 1}
+        if name == "phase2.yaml":
+            options |= {"num_samples": 1, "num_inference_steps": 2}
         (tmp_path / "toy" / name).write_text(yaml.safe_dump(options))
     command = ["-m", "c2r.quickstart", "--output_dir", str(tmp_path)]
     for expected in ("$ accelerate launch", "done already"):
