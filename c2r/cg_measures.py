@@ -2,7 +2,7 @@
 
 Every number is one that theory lets rise with a CG look; `c2r.monitor` finds out on real and CG clips which of them
 do, and how much each counts. All are invariant to exposure and contrast: night and fog are no CG. Scales are in pixels
-or shares of the height, so clips are compared at one size only, the size of training. torch only.
+or shares of the height: clips are compared at one size only, that of training. torch only.
 """
 
 import math
@@ -20,7 +20,7 @@ BAND_SIGMAS = (0.7, 1.4, 2.8)
 CELL = 8
 #: In units of the frame's own contrast: below FLAT is no texture (a grey level is about 0.02), FAINT is its measure.
 FLAT, FAINT = 0.001, 0.01
-#: Light and geometry are measured at this height in pixels, if a clip is higher: their scales are shares of the height.
+#: Higher clips are brought to this height, in pixels, for light and geometry, whose scales are shares of the height.
 SMALL_HEIGHT = 96
 LINE_ANGLES, ORIENTATION_BINS = 16, 18
 
