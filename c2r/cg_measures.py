@@ -1,8 +1,8 @@
 """What the pixels of a clip tell of a CG look: flat texture, uniform lighting, straight and repeated edges.
 
 Every number is one that theory lets rise with a CG look; `c2r.monitor` finds out on real and CG clips which of them
-do, and how much each counts. All are invariant to exposure and contrast: night and fog are no CG. Scales are in pixels
-or shares of the height: clips are compared at one size only, that of training. torch only.
+do, and how much each counts. Exposure hardly moves them, and contrast moves lighting alone: night and fog are no CG.
+Scales are in pixels or shares of the height: clips are compared at one size only, that of training. torch only.
 """
 
 import math
