@@ -1,6 +1,7 @@
 """The CG monitor in a run: what it says, and what the run does about it."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -33,10 +34,10 @@ def lowered(first, tiny_models, datasets, tmp_path_factory):
 def test_the_share_is_lowered_to_its_least_and_that_is_logged(lowered):
     out, done = lowered
     text = done.stdout + done.stderr
-    assert text.count("CG look") == 4
+    assert len(re.findall(r"step \d: CG look .*: texture", text)) == 4
     assert "step 1: cg_ratio lowered from 0.5 to 0.25" in text
     assert "step 2: cg_ratio lowered from 0.25 to 0.2" in text
-    assert text.count("lowered") == 2
+    assert text.count("cg_ratio lowered") == 2
     # At its least it can only advise.
     assert "consider --real_weight or --control_augmentation" in text
     logged = scalars(out)
@@ -44,8 +45,8 @@ def test_the_share_is_lowered_to_its_least_and_that_is_logged(lowered):
     assert {"monitor/cg_look", "monitor/cg_look_low", "monitor/cg_dinov3_accuracy"} <= logged.keys()
     metrics = json.loads((out / "final/c2r.json").read_text())["metrics"]
     assert metrics["cg_look_low"] <= metrics["cg_look"] <= metrics["cg_look_high"]
-    # Four batches are in flight at the first change and keep the share that they were drawn with: 8 of 16 samples.
-    assert metrics["cg_share"] == 0.375
+    # Four batches are in flight at a change: six of the run's eight have 0.5, two 0.25.
+    assert metrics["cg_share"] == 7 / 16
 
 
 def test_a_run_that_is_resumed_after_the_first_change_ends_alike(lowered, first, tiny_models, datasets, tmp_path):
@@ -63,10 +64,3 @@ def test_two_processes_judge_alike(lowered, first, tiny_models, datasets, tmp_pa
     options = [*OPTIONS, *ALWAYS, "--train_batch_size=1", "--num_samples=3"]
     succeed(*phase2(tiny_models, datasets, first[0] / "final", tmp_path, *options, launcher=TORCHRUN))
     assert scalars(tmp_path)["monitor/cg_ratio"] == pytest.approx([0.25, 0.2, 0.2, 0.2])
-
-
-def test_without_a_least_share_it_only_advises(first, tiny_models, datasets, tmp_path):
-    options = [*OPTIONS, "--max_train_steps=1", "--monitor_bound=-9", "--monitor_patience=1", "--cg_ratio=0.5"]
-    done = succeed(*phase2(tiny_models, datasets, first[0] / "final", tmp_path, *options))
-    assert "consider --cg_ratio 0.25" in done.stdout + done.stderr
-    assert scalars(tmp_path)["monitor/cg_ratio"] == [0.5]
