@@ -25,7 +25,7 @@ from c2r.models.assembly import (
     resolve_model_folder,
 )
 from c2r.models.dinov3 import DINOv3FeatureExtractor
-from c2r.options import add_sampling_options, check_sampling_options, run
+from c2r.options import PIPELINE_OPTIONS, add_sampling_options, check_sampling_options, run
 from c2r.pipeline import C2RPipeline, max_sequence_length, with_flow_shift
 
 #: What Wan 2.1 was made for, where neither the options nor the model's c2r.json name a size.
@@ -233,14 +233,7 @@ def main(argv=None):
         prompt_embeds, negative_prompt_embeds = embeds[i % len(embeds)]
         video = pipeline(
             control_video=control_video,
-            height=args.height,
-            width=args.width,
-            num_frames=args.num_frames,
-            num_inference_steps=args.num_inference_steps,
-            guidance=args.guidance,
-            guidance_scale=args.guidance_scale,
-            control_guidance_scale=args.control_guidance_scale,
-            conditioning_scale=args.conditioning_scale,
+            **{name: getattr(args, name) for name in PIPELINE_OPTIONS},
             control_guidance_start=args.control_guidance_start,
             control_guidance_end=args.control_guidance_end,
             generator=torch.Generator().manual_seed(args.seed),  # on CPU: the same noise on every machine

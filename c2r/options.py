@@ -19,6 +19,11 @@ from c2r.interruption import slot_deadline, stop_on_signals
 from c2r.pipeline import DEFAULT_GUIDANCE_SCALE
 from c2r.watchdog import DEFAULT_TIMEOUT_MINUTES, name_the_lost
 
+#: The options that a call of `C2RPipeline` takes by the same names.
+PIPELINE_OPTIONS = (
+    *("height", "width", "num_frames", "num_inference_steps"),
+    *("guidance", "guidance_scale", "control_guidance_scale", "conditioning_scale"),
+)
 HEAD_START = 5.0  # seconds in which the main process's error ends the others
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 

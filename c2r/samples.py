@@ -23,6 +23,7 @@ from c2r.data.manifest import Clip
 from c2r.data.video import read_window, write_video
 from c2r.engine import failing_together
 from c2r.models.parts import load_pipeline_part
+from c2r.options import PIPELINE_OPTIONS
 from c2r.pipeline import C2RPipeline, with_flow_shift
 
 COLUMNS = ("control", "with control", "without control", "truth")
@@ -110,14 +111,7 @@ def make_samples(samples, pipeline, args, accelerator, backbone_sha256, go_on):
     def generate(number, control_video):
         return pipeline(
             control_video=control_video,
-            height=args.height,
-            width=args.width,
-            num_frames=args.num_frames,
-            num_inference_steps=args.num_inference_steps,
-            guidance=args.guidance,
-            guidance_scale=args.guidance_scale,
-            control_guidance_scale=args.control_guidance_scale,
-            conditioning_scale=args.conditioning_scale,
+            **{name: getattr(args, name) for name in PIPELINE_OPTIONS},
             generator=torch.Generator().manual_seed(number),  # on CPU: the same noise on every machine
             prompt_embeds=captions[number]["prompt_embeds"][None],
             negative_prompt_embeds=captions.empty_prompt_embeds[None],

@@ -76,7 +76,7 @@ def command(tiny_models, datasets):
         options = [
             f"--train_batch_size={2 if engine == 'one process' else 1}",
             f"--max_train_steps={STEPS}",
-            "--validation_steps=10",
+            f"--validation_steps={STEPS}",
             f"--checkpointing_steps={SAVED}",
             # An average needs weights that are whole.
             *([] if "--weight_storage=bf16" in options else ["--ema_decay=0.9"]),
