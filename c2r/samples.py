@@ -73,7 +73,7 @@ def sampling_pipeline(args, transformer, dinov3, device):
     try:
         yield pipeline
     finally:
-        del vae, pipeline
+        vae.to("cpu")  # the caller may still hold the pipeline
         gc.collect()
         empty_device_cache()
 
