@@ -344,7 +344,8 @@ def test_each_condition_is_what_its_name_says(conditions, grounded, tiny_models)
     assert list(losses) == ["right", "other_control", "no_control", "other_prompt", "augmented", "coarse"]
     assert losses["augmented"].isnan().all(1).tolist() == [False, False, True, True]
     assert losses["coarse"].isnan().all(1).tolist() == [False, True, True, True]
-    assert torch.equal(losses["coarse"][0], losses["right"][0])  # its coarse version is the very same video
+    # Its coarse version is the very same video; in a batch of another size sums round otherwise.
+    torch.testing.assert_close(losses["coarse"][0], losses["right"][0], rtol=1e-5, atol=0)
     for name in ("other_control", "no_control", "other_prompt"):
         assert (losses[name] - losses["right"]).abs().min() > 0, name
     assert (losses["augmented"][:2] - losses["right"][:2]).abs().min() > 0
