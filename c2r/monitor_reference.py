@@ -68,16 +68,19 @@ def reference_of(clips, pipeline, dinov3_sha256, args, accelerator, cache_dir, b
         beat("measuring what the CG monitor compares with")
         file = clips[domain][i].name
         frames = decode_frames(pipeline, datasets[domain][i]["latents_mean"])
-        measured.append((domain, file, measure_frames(frames, pipeline.dinov3, accelerator.device)))
+        measured.append((domain, i, file, measure_frames(frames, pipeline.dinov3, accelerator.device)))
         if domain == "cg":
             coarse = datasets[domain].control_frames(i).permute(0, 2, 3, 1)
-            measured.append(("coarse", file, measure_frames(coarse, pipeline.dinov3, accelerator.device)))
+            measured.append(("coarse", i, file, measure_frames(coarse, pipeline.dinov3, accelerator.device)))
     if accelerator.num_processes > 1:
         measured = gather_object(measured)
     # In one order, however many processes there were.
     measured.sort(key=lambda entry: entry[:2])
     reference = Reference.from_clips(
-        **{d: [(file, values) for domain, file, values in measured if domain == d] for d in ("real", "cg", "coarse")}
+        **{
+            d: [(file, values) for domain, _, file, values in measured if domain == d]
+            for d in ("real", "cg", "coarse")
+        }
     )
     with failing_together(accelerator, path):
         if accelerator.is_main_process:
