@@ -7,10 +7,10 @@ look, the control branch can only use the layout.
 import torch
 from torch.nn import functional as F
 
+from c2r.images import blur, luminance
+
 #: Frames that are altered at once; bounds the memory, not the result.
 CHUNK_SIZE = 16
-#: Rec. 709 luma of linear RGB, here taken for the stored values: a weight of the channels, no photometry.
-LUMA = (0.2126, 0.7152, 0.0722)
 
 
 def augment_control_frames(frames, generator, chance=0.5):
@@ -44,11 +44,6 @@ def _uniform(generator, low, high, size=()):
     return low + (high - low) * torch.rand(size, generator=generator)
 
 
-def _luma(frames):
-    """(n, 3, H, W) -> (n, 1, H, W)."""
-    return (frames * frames.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
-
-
 def draw_colour(generator):
     """Hue, saturation and the channels' gains: a mix of the channels that keeps grey grey but for the gains."""
     angle = _uniform(generator, -torch.pi, torch.pi)
@@ -74,7 +69,7 @@ def draw_flat_light(generator):
     level = _uniform(generator, 0.4, 0.6).item()
 
     def flatten(frames):
-        coarse = F.adaptive_avg_pool2d(_luma(frames), (4, 6))
+        coarse = F.adaptive_avg_pool2d(luminance(frames), (4, 6))
         light = F.interpolate(coarse, size=frames.shape[2:], mode="bilinear", align_corners=False)
         return frames * level / (light + 0.05)
 
@@ -93,7 +88,9 @@ def draw_flat_texture(generator):
         height, width = frames.shape[2:]
         padded = F.pad(frames, (radius,) * 4, mode="replicate")
         means = F.avg_pool2d(padded, size, stride=1)  # (n, 3, H + radius, W + radius), by the square's first corner
-        spread = F.avg_pool2d(_luma(padded) ** 2, size, stride=1) - F.avg_pool2d(_luma(padded), size, stride=1) ** 2
+        spread = (
+            F.avg_pool2d(luminance(padded) ** 2, size, stride=1) - F.avg_pool2d(luminance(padded), size, stride=1) ** 2
+        )
         best, least = None, None
         for top in (0, radius):
             for left in (0, radius):
@@ -107,17 +104,8 @@ def draw_flat_texture(generator):
 
 def draw_blur(generator):
     """Gaussian blur of 0.5 to 2 pixels."""
-    sigma = _uniform(generator, 0.5, 2.0)
-    reach = int(3 * sigma) + 1
-    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
-    kernel = kernel / kernel.sum()
-
-    def blur(frames):
-        weight = kernel.to(frames).repeat(3, 1, 1, 1)  # (3, 1, 1, K)
-        frames = F.conv2d(F.pad(frames, (reach, reach, 0, 0), mode="replicate"), weight, groups=3)
-        return F.conv2d(F.pad(frames, (0, 0, reach, reach), mode="replicate"), weight.mT, groups=3)
-
-    return blur
+    sigma = _uniform(generator, 0.5, 2.0).item()
+    return lambda frames: blur(frames, sigma)
 
 
 def draw_posterise(generator):

@@ -12,8 +12,8 @@ from itertools import pairwise
 import torch
 from torch.nn import functional as F
 
-#: Rec. 709 luma.
-LUMA = (0.2126, 0.7152, 0.0722)
+from c2r.images import blur, luminance
+
 #: σ in pixels of the blurs whose differences are the bands of fine, middle and coarse texture.
 BAND_SIGMAS = (0.7, 1.4, 2.8)
 #: Pixels along one side of a cell: what is smaller than an edge's distance to the next is a surface's interior.
@@ -27,21 +27,6 @@ LINE_ANGLES, ORIENTATION_BINS = 16, 18
 TEXTURE = ("fine_slope", "middle_slope", "faint_detail", "dead_area")
 LIGHTING = ("even_light", "even_rows", "weak_shade", "steady_shade")
 GEOMETRY = ("line_density", "line_share", "repeated_orientation")
-
-
-def luminance(frames):
-    """(F, 3, H, W) in [0, 1] -> (F, 1, H, W)."""
-    return (frames.float() * frames.new_tensor(LUMA, dtype=torch.float32).view(1, 3, 1, 1)).sum(1, keepdim=True)
-
-
-def blur(images, sigma):
-    """Gaussian blur of (F, 1, H, W), σ in pixels, edges replicated."""
-    reach = max(1, math.ceil(3 * sigma))
-    offsets = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
-    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
-    kernel = kernel / kernel.sum()
-    images = F.conv2d(F.pad(images, (reach, reach, 0, 0), mode="replicate"), kernel.view(1, 1, 1, -1))
-    return F.conv2d(F.pad(images, (0, 0, reach, reach), mode="replicate"), kernel.view(1, 1, -1, 1))
 
 
 def small(images):
