@@ -33,7 +33,7 @@ from c2r import InputError
 from c2r.engine import failing_together, gathered_state_dict, sharding, stepped_parameters
 from c2r.models.assembly import save_weights
 from c2r.models.weights import atomic_folder, read_json, sync_file, temporary_folder
-from c2r.training import LoopState
+from c2r.training import LoopState, tensorboard_writer
 
 STATE = "state.json"
 _PATTERN = re.compile(r"checkpoint-(\d+)")
@@ -339,9 +339,8 @@ def _require_space(folder, model, args):
 
 def _flush(accelerator):
     """Put the logged numbers on disk before the checkpoint that is later than they are."""
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.tracker.flush()
+    if (writer := tensorboard_writer(accelerator)) is not None:
+        writer.flush()
 
 
 def _prune(output_dir, newest, limit):

@@ -25,6 +25,7 @@ from c2r.engine import failing_together
 from c2r.models.parts import load_pipeline_part
 from c2r.options import PIPELINE_OPTIONS
 from c2r.pipeline import C2RPipeline, with_flow_shift
+from c2r.training import tensorboard_writer
 
 COLUMNS = ("control", "with control", "without control", "truth")
 GIF_WIDTH = 960  # pixels of the whole row in TensorBoard
@@ -174,11 +175,10 @@ def write_samples(rows, samples, args, accelerator, step):
             columns = {name: [row[name] for row in rows] for name in COLUMNS}
             sheet = draw_contact_sheet(columns, [sample.caption.text for sample in samples])
             write_atomic(folder / "sheet.png", _encoded(sheet, "PNG"))
-            for tracker in accelerator.trackers:
-                if tracker.name == "tensorboard":
-                    tracker.writer.add_image("samples/sheet", np.asarray(sheet), step, dataformats="HWC")
-                    for number, row in enumerate(rows):
-                        _log_moving_picture(tracker.writer, f"samples/{number}", row, args.fps, step)
+            if (writer := tensorboard_writer(accelerator)) is not None:
+                writer.add_image("samples/sheet", np.asarray(sheet), step, dataformats="HWC")
+                for number, row in enumerate(rows):
+                    _log_moving_picture(writer, f"samples/{number}", row, args.fps, step)
 
 
 def _encoded(image, format, **options):

@@ -30,6 +30,11 @@ def start_logs(accelerator, args, loop):
         accelerator.log(loop.logs, loop.global_step)
 
 
+def tensorboard_writer(accelerator):
+    """The run's `SummaryWriter`; None on other processes and with `--report_to none`."""
+    return next((tracker.tracker for tracker in accelerator.trackers if tracker.name == "tensorboard"), None)
+
+
 def in_full_precision(module, device):
     """Exempt a module from autocast. In bf16 the time embedding would round the noise level that it is given."""
     module.forward = torch.autocast(device.type, enabled=False)(module.forward)

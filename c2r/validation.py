@@ -20,7 +20,7 @@ from c2r import InputError, flow_matching
 from c2r.augmentation import augment_control_frames
 from c2r.data.cache import write_atomic
 from c2r.data.dataset import ClipDataset
-from c2r.training import seeded_generator
+from c2r.training import seeded_generator, tensorboard_writer
 
 # Quantiles of the uniform density at which each clip is noised: the mid-points of four equal strata.
 QUANTILES = (0.125, 0.375, 0.625, 0.875)
@@ -371,7 +371,6 @@ def show_history(history, accelerator, output_dir):
     """Write validation.png into the output folder, and the same picture to TensorBoard. On the main process."""
     png = draw_history(history)
     write_atomic(Path(output_dir) / "validation.png", png)
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            picture = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-            tracker.tracker.add_image("validation", picture, history[-1]["step"], dataformats="HWC")
+    if (writer := tensorboard_writer(accelerator)) is not None:
+        picture = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+        writer.add_image("validation", picture, history[-1]["step"], dataformats="HWC")
