@@ -8,6 +8,7 @@ best/ and final/ are folders that `WanTransformer3DModel.from_pretrained` loads.
 
 import argparse
 import sys
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from c2r.checkpoint import (
     save_checkpoint,
 )
 from c2r.data.dataset import ClipDataset
-from c2r.data.manifest import read_manifest
+from c2r.data.sources import read_sources
 from c2r.dry_run import RunRecord, dry_run, few
 from c2r.ema import averaged_weights, build_ema, step_ema
 from c2r.encode import count_missing, encode_missing
@@ -85,13 +86,18 @@ def train(args, accelerator, record):
     transformer_source = args.dit_path or args.pretrained_model_name_or_path
     require_access(args.pretrained_model_name_or_path)
     config = read_transformer_config(transformer_source, args.pretrained_model_name_or_path)
-    with watchdog.main_process_first():  # the others find in the cache what the first has looked into
-        manifest = read_manifest(args.real_dataset, "real", args)
-    if accelerator.is_main_process:
-        manifest.report()
+
+    def read():
+        with watchdog.main_process_first():  # the others find in the cache what the first has looked into
+            sources = read_sources(args.real_dataset, "real", args)
+        if accelerator.is_main_process:
+            sources.report()
+        return sources
+
+    real = read()
     record.trainable = count_parameters(WanTransformer3DModel, config)
-    preflight(accelerator, args, manifests=[manifest], config=config, trainable=record.trainable, frozen=0)
-    inputs = {"real dataset": manifest.fingerprint}
+    preflight(accelerator, args, manifests=[real], config=config, trainable=record.trainable, frozen=0)
+    inputs = {"real dataset": real.fingerprint}
     if checkpoint is not None:
         require_resumable(checkpoint, accelerator, args, config, inputs)
     require_encoders(args.pretrained_model_name_or_path)
@@ -100,13 +106,22 @@ def train(args, accelerator, record):
         transformer_source = checkpoint / "model"
 
     # ---------------------------------------------------------------------------------------------------------- data
-    train_clips = few(manifest.train, args, accelerator)
-    validation_clips = choose_validation_clips(manifest, args.num_validation_clips)
-    if args.dry_run:
-        record.clips_to_encode = count_missing([*manifest.train, *validation_clips], args)
-    other_prompt_clips = other_clips(validation_clips, manifest.clips, "text")
-    to_encode = [*train_clips, *validation_clips, *other_prompt_clips]
-    record.seconds_per_clip = encode_missing(to_encode, args, accelerator, watchdog)
+    while True:
+        train_clips = few(real.train, args, accelerator)
+        validation_clips = choose_validation_clips(real, args.num_validation_clips)
+        other_prompt_clips = other_clips(validation_clips, [real.clips], "text")
+        held_out_clips = [*validation_clips, *other_prompt_clips]
+        if args.dry_run:
+            record.clips_to_encode = count_missing(chain(real.train, held_out_clips), args)
+        encoded = encode_missing(chain(train_clips, held_out_clips), args, accelerator, watchdog)
+        record.seconds_per_clip = record.seconds_per_clip or encoded.seconds_per_clip
+        if not encoded.failures:
+            break
+        accelerator.print(f"{len(encoded.failures)} clips could not be encoded, the first: {encoded.failures[0]}")
+        real = read()  # without them
+        inputs["real dataset"] = real.fingerprint
+        if checkpoint is not None:
+            require_resumable(checkpoint, accelerator, args, config, inputs)
     train_dataset = ClipDataset(train_clips, args)
     validation_dataset, other_prompts = ClipDataset(validation_clips, args), ClipDataset(other_prompt_clips, args)
     sampler = MixedCGRealSampler(
@@ -117,6 +132,8 @@ def train(args, accelerator, record):
         seed=args.seed,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
+        buckets=train_clips.bucket_numbers,
+        real_sources=real.parts(train_clips),
     )
     # Not prepared by Accelerate: the sampler has given this process its share already.
     train_loader = DataLoader(
@@ -199,7 +216,7 @@ def train(args, accelerator, record):
         with failing_together(accelerator, folder):
             if accelerator.is_main_process:
                 contract = build_contract(
-                    args, loop, phase=1, base_model=args.pretrained_model_name_or_path, manifests=[manifest]
+                    args, loop, phase=1, base_model=args.pretrained_model_name_or_path, manifests=[real]
                 )
                 save_phase(folder, transformer, contract, weights)
 

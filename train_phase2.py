@@ -11,6 +11,7 @@ name the backbone that it belongs to.
 import argparse
 import math
 import sys
+from itertools import chain
 from pathlib import Path
 
 from accelerate.utils import set_seed
@@ -27,9 +28,10 @@ from c2r.checkpoint import (
     require_resumable,
     save_checkpoint,
 )
+from c2r.data.buckets import buckets_of
 from c2r.data.cache import encoder_fingerprint
 from c2r.data.dataset import ClipDataset
-from c2r.data.manifest import read_manifest
+from c2r.data.sources import read_sources
 from c2r.dry_run import RunRecord, dry_run, few
 from c2r.ema import averaged_weights, build_ema, step_ema
 from c2r.encode import count_missing, encode_missing
@@ -103,7 +105,12 @@ def build_parser():
         required=True,
         help="the backbone: a phase 1 best/ or final/, a Diffusers transformer folder or a .safetensors file",
     )
-    group.add_argument("--cg_dataset", help="folder with CG pairs: metadata.csv with file_name, control_name, text")
+    group.add_argument(
+        "--cg_dataset",
+        nargs="+",
+        metavar="FOLDER[:WEIGHT]",
+        help="folder or address with CG pairs: metadata.csv with file_name, control_name, text; or several",
+    )
     group.add_argument("--cg_ratio", type=float, default=0.2, help="share of CG samples, exact over the run")
     group.add_argument("--dinov3", default="facebook/dinov3-vitb16-pretrain-lvd1689m", help="a folder or a hub id")
     group.add_argument("--control_layers", type=int, default=15, help="number of ControlNet blocks")
@@ -176,15 +183,20 @@ def train(args, accelerator, record):
     require_access(args.pretrained_model_name_or_path, args.dinov3)
     backbone_config = read_transformer_config(args.resume_backbone_from, args.pretrained_model_name_or_path)
     layers = injection_layers(args.control_layers, args.control_stride, backbone_config["num_layers"])
-    feature_dim, dinov3_parameters = check_dinov3(args.dinov3, args.height, args.width)
-    with watchdog.main_process_first():  # the others find in the cache what the first has looked into
-        real = read_manifest(args.real_dataset, "real", args)
-        cg = read_manifest(args.cg_dataset, "cg", args) if args.cg_dataset else None
-        scenes = read_manifest(args.sample_dataset, "cg", args) if args.sample_dataset else None
+    feature_dim, dinov3_parameters = check_dinov3(args.dinov3, [bucket[1:] for bucket in buckets_of(args)])
+
+    def read():
+        with watchdog.main_process_first():  # the others find in the cache what the first has looked into
+            real = read_sources(args.real_dataset, "real", args)
+            cg = read_sources(args.cg_dataset, "cg", args) if args.cg_dataset else None
+            scenes = read_sources([args.sample_dataset], "cg", args) if args.sample_dataset else None
+        if accelerator.is_main_process:
+            for sources in filter(None, (real, cg, scenes)):
+                sources.report()
+        return real, cg, scenes
+
+    real, cg, scenes = read()
     manifests = [real, cg] if cg else [real]
-    if accelerator.is_main_process:
-        for manifest in filter(None, (*manifests, scenes)):
-            manifest.report()
     config = {name: backbone_config[name] for name in SHARED_CONFIG}
     config |= {"injection_layers": layers, "feature_dim": feature_dim}
     record.trainable = count_parameters(C2RControlNet, config)
@@ -208,27 +220,38 @@ def train(args, accelerator, record):
         require_resumable(checkpoint, accelerator, args, config, inputs)
 
     # ---------------------------------------------------------------------------------------------------------- data
-    real_clips, cg_clips = (few(m.train, args, accelerator) if m else [] for m in (real, cg))
-    validation_clips = [
-        clip for manifest in manifests for clip in choose_validation_clips(manifest, args.num_validation_clips)
-    ]
-    conditions = ControlConditions(validation_clips, [clip for manifest in manifests for clip in manifest.clips], args)
-    if scenes:
-        samples = choose_samples(scenes.clips, None, args.num_samples)
-    else:
-        samples = choose_samples((cg or real).held_out, real.held_out if cg else None, args.num_samples)
-    sample_clips = [clip for sample in samples for clip in (sample.scene, sample.caption)]
-    reference_clips = choose_reference_clips(real_clips, cg_clips)
+    while True:
+        real_clips = few(real.train, args, accelerator)
+        cg_clips = few(cg.train, args, accelerator) if cg else real_clips[:0]
+        validation_clips = [
+            clip for sources in manifests for clip in choose_validation_clips(sources, args.num_validation_clips)
+        ]
+        conditions = ControlConditions(validation_clips, [sources.clips for sources in manifests], args)
+        if scenes:
+            samples = choose_samples(scenes.clips, None, args.num_samples)
+        else:
+            samples = choose_samples((cg or real).held_out, real.held_out if cg else None, args.num_samples)
+        sample_clips = [clip for sample in samples for clip in (sample.scene, sample.caption)]
+        if args.dry_run:
+            planned = chain(*(sources.train for sources in manifests), conditions.to_encode, sample_clips)
+            record.clips_to_encode = count_missing(planned, args)
+        to_encode = chain(real_clips, cg_clips, conditions.to_encode, sample_clips)
+        encoded = encode_missing(to_encode, args, accelerator, watchdog)
+        record.seconds_per_clip = record.seconds_per_clip or encoded.seconds_per_clip
+        if not encoded.failures:
+            break
+        accelerator.print(f"{len(encoded.failures)} clips could not be encoded, the first: {encoded.failures[0]}")
+        real, cg, scenes = read()  # without them
+        manifests = [real, cg] if cg else [real]
+        inputs |= {f"{sources.domain} dataset": sources.fingerprint for sources in manifests}
+        if checkpoint is not None:
+            require_resumable(checkpoint, accelerator, args, config, inputs)
+    reference_clips = choose_reference_clips(real_clips, cg_clips, samples[0].scene.bucket if samples else None)
     monitored = bool(samples) and can_monitor(reference_clips)
     if samples and not monitored and not args.dry_run:
         accelerator.print(
             f"CG monitor: off, it needs clips of at least {MIN_FILES} real and {MIN_FILES} CG videos to train on"
         )
-    if args.dry_run:
-        planned = [clip for manifest in manifests for clip in manifest.train]
-        record.clips_to_encode = count_missing([*planned, *conditions.to_encode, *sample_clips], args)
-    to_encode = [*real_clips, *cg_clips, *conditions.to_encode, *sample_clips]
-    record.seconds_per_clip = encode_missing(to_encode, args, accelerator, watchdog)
     real_dataset = ClipDataset(real_clips, args, with_control=True)
     cg_dataset = ClipDataset(cg_clips, args, with_control=True)
     sampler = MixedCGRealSampler(
@@ -239,6 +262,9 @@ def train(args, accelerator, record):
         seed=args.seed,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
+        buckets=[*real_clips.bucket_numbers, *cg_clips.bucket_numbers],
+        real_sources=real.parts(real_clips),
+        cg_sources=cg.parts(cg_clips) if cg else None,
     )
     # Not prepared by Accelerate: the sampler has given this process its share already.
     train_loader = DataLoader(

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers.utils.torch_utils import empty_device_cache
 
@@ -56,8 +57,12 @@ class RunRecord:
 
 
 def few(clips, args, accelerator):
-    """The clips of a domain to train on: in a dry run no more than its steps take."""
-    return clips[: STEPS[-1] * samples_per_step(accelerator, args)] if args.dry_run else clips
+    """The clips of a domain to train on: in a dry run no more than its steps take, of the largest bucket first."""
+    if not args.dry_run:
+        return clips
+    sizes = np.array([math.prod(bucket) for bucket in clips.buckets], np.int64)[clips.bucket_numbers]
+    largest = np.argsort(-sizes, kind="stable")[: STEPS[-1] * samples_per_step(accelerator, args)]
+    return clips[np.sort(largest)]
 
 
 def dry_run(train, args):

@@ -9,9 +9,11 @@ whatever is missing when they start.
 
 import argparse
 import gc
-import json
+import itertools
+import math
 import shutil
 import time
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -31,113 +33,166 @@ from c2r.data.cache import (
     clip_path,
     is_complete,
     load_tensors,
+    note_failure,
     prompt_path,
     save_tensors,
-    undecodable_path,
-    write_atomic,
 )
-from c2r.data.manifest import Source, read_manifest
-from c2r.data.video import read_window
+from c2r.data.folders import read_source
+from c2r.data.manifest import read_manifest
+from c2r.data.video import UnusableVideo
 from c2r.engine import require_joined
 from c2r.interruption import shield_worker
 from c2r.models.parts import load_pipeline_part, resolve_model_folder
 from c2r.models.weights import existing_parent, read_json
-from c2r.options import HelpFormatter, add_clip_options, run
+from c2r.options import HelpFormatter, add_clip_options, check_clip_options, run
 from c2r.pipeline import max_sequence_length
 from c2r.watchdog import DEFAULT_TIMEOUT_MINUTES, Watchdog
 
+# Batches of each bucket that a dry run measures, after a first one that is not counted.
+MEASURED_BATCHES = 3
 
-def encode_missing(clips, options, accelerator, watchdog=None):
-    """Encode the clips that the cache lacks; returns when every process has done its share. Call it on every process.
 
-    The text encoder is loaded only if a prompt is missing, the VAE only if latents are, and each is freed again.
+@dataclass
+class Encoded:
+    """What an encoding pass has done, the same on every process."""
+
+    seconds_per_clip: float | None = None  #: all processes together; None: nothing was missing
+    #: One line for each clip that gives no latents; noted, so that the next `read_manifest` drops their files.
+    failures: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Missing:
+    """What the cache lacks.
+
+    Batches are cut from all that there is, and so are the shares of the processes: one that looks a little later would
+    see others' files and cut differently, and a clip's last bits may depend on its batch.
+    """
+
+    batches: list  #: of this process: list of (path, Clip) of one bucket, of which one at least is missing
+    count: int  #: clips of all processes
+    texts: dict  #: {path: text} of the missing clips' captions and of the empty one, of all processes
+    room: dict  #: {cache folder: bytes of the missing latents}
+    damaged: int  #: files that are there, but are not whole or not ours
+
+
+def find_missing(clips, options, process_index=0, num_processes=1) -> Missing:
+    """Look for what the cache lacks.
 
     Args:
-        clips: list of `Clip`, the same on every process.
-        options: has height, width, num_frames, fps, pretrained_model_name_or_path, dataloader_num_workers, and
-            perhaps cache_dir.
+        clips: iterable of `Clip`; those that come twice count once.
+        options: see `encode_missing`.
+        process_index, num_processes: whose share.
+    """
+    settings, cache_dir = CacheSettings.from_options(options), getattr(options, "cache_dir", None)
+    found = Missing([], 0, {}, {}, 0)
+    seen, open_batches, numbers, bytes_of = set(), {}, itertools.count(), _LatentBytes(options)
+
+    def close(batch):
+        if next(numbers) % num_processes == process_index and any(missing for *_, missing in batch):
+            found.batches.append([entry[:2] for entry in batch])
+
+    for clip in clips:
+        folder = cache_folder(clip.folder, cache_dir)
+        path = clip_path(folder, clip, settings)
+        if (name := hash(path.name)) in seen:
+            continue
+        if not seen:
+            found.texts[prompt_path(folder, "", settings)] = ""
+        seen.add(name)
+        missing = not is_complete(path, CLIP_TENSORS)
+        if missing:
+            found.count += 1
+            found.damaged += path.exists()
+            found.texts[prompt_path(folder, "", settings)] = ""
+            found.texts[prompt_path(folder, clip.text, settings)] = clip.text
+            found.room[folder] = found.room.get(folder, 0) + bytes_of(clip.bucket)
+        batch = open_batches.setdefault(clip.bucket, [])
+        batch.append((path, clip, missing))
+        if len(batch) == clips_at_once(clip.bucket):
+            close(open_batches.pop(clip.bucket))
+    for batch in open_batches.values():
+        close(batch)
+    found.damaged += sum(path.exists() and not is_complete(path, PROMPT_TENSORS) for path in found.texts)
+    return found
+
+
+def count_missing(clips, options) -> int:
+    """How many of the clips `encode_missing` would encode."""
+    return find_missing(clips, options).count
+
+
+def clips_at_once(bucket) -> int:
+    """How many clips the VAE encodes in one batch. It takes four frames at a time: a batch of small ones needs no more
+    memory for them than one clip of 480×832 does, for which a batch gains nothing."""
+    return max(1, min(8, 4 * 480 * 832 // (min(4, bucket.num_frames) * bucket.height * bucket.width)))
+
+
+def encode_missing(clips, options, accelerator, watchdog=None) -> Encoded:
+    """Encode the clips that the cache lacks; returns when every process has done its share. Call it on every process.
+
+    The text encoder is loaded only if a prompt is missing, the VAE only if latents are, and each is freed again before
+    the other is loaded. A clip that cannot be encoded is noted with its reason, and the pass goes on.
+
+    Args:
+        clips: iterable of `Clip`, the same on every process.
+        options: has buckets (or height, width, num_frames), fps, pretrained_model_name_or_path,
+            dataloader_num_workers, and perhaps cache_dir.
         accelerator: an `Accelerator`: whose device, and which share.
         watchdog: the run's `Watchdog`, through which a process that is done waits for the others, for any time; None:
             one of its own.
 
-    Returns:
-        seconds that a clip took, by all processes together; None if none was missing.
-
     Raises:
-        InputError: no room for the latents; or files failed to decode. All others are encoded by then, and the
-            failures noted: the next `read_manifest` drops them with their reasons.
+        InputError: no room for the latents, or a VAE that gives NaN for whatever it is given.
     """
     watchdog = watchdog or Watchdog(accelerator, 60 * DEFAULT_TIMEOUT_MINUTES)
     settings = CacheSettings.from_options(options)
-    folder_of = {clip.folder: cache_folder(clip.folder, getattr(options, "cache_dir", None)) for clip in clips}
-    # Shares are cut from all that there is, not from what is missing: a process that looks a little later would see
-    # others' files and cut differently.
-    by_path = paths_of(clips, options, settings)
-    missing = {path: clip for path, clip in by_path.items() if not is_complete(path, CLIP_TENSORS)}
-    _require_room(missing, options)
-    texts = {prompt_path(cache_dir, "", settings): "" for cache_dir in folder_of.values()}
-    texts |= {prompt_path(folder_of[clip.folder], clip.text, settings): clip.text for clip in missing.values()}
-    if accelerator.is_main_process:
-        damaged = [path for path in missing if path.exists()]
-        damaged += [path for path in texts if path.exists() and not is_complete(path, PROMPT_TENSORS)]
-        if damaged:
-            print(f"{len(damaged)} damaged files in the cache are encoded anew", flush=True)
+    missing = find_missing(clips, options, accelerator.process_index, accelerator.num_processes)
+    _require_room(missing)
+    if accelerator.is_main_process and missing.damaged:
+        print(f"{missing.damaged} damaged files in the cache are encoded anew", flush=True)
 
-    my_texts = [item for item in _share(texts, accelerator) if not is_complete(item[0], PROMPT_TENSORS)]
-    if my_texts:
-        _encode_prompts(my_texts, options, settings, accelerator, watchdog)
+    texts = list(missing.texts.items())[accelerator.process_index :: accelerator.num_processes]
+    texts = [(path, text) for path, text in texts if not is_complete(path, PROMPT_TENSORS)]
+    if texts:
+        _encode_prompts(texts, options, settings, accelerator, watchdog)
     watchdog.wait_for_everyone()
 
-    my_clips = [item for item in _share(by_path, accelerator) if item[0] in missing]
     failures, seconds = [], 0.0
-    if my_clips:
-        failures, seconds = _encode_clips(my_clips, options, settings, folder_of, accelerator, watchdog)
+    if missing.batches:
+        failures, seconds = _encode_clips(missing.batches, options, settings, accelerator, watchdog)
     watchdog.wait_for_everyone()
     if accelerator.num_processes > 1:
         failures = gather_object(failures)
-    if failures:
-        raise InputError(
-            f"{len(failures)} of {len(by_path)} clips cannot be decoded, the first: {failures[0]}; they are noted in "
-            "the cache: run the same command again to go on without these files"
-        )
-    return seconds / len(my_clips) / accelerator.num_processes if my_clips else None
+        seconds = max(gather_object([seconds]))
+    return Encoded(seconds / missing.count if missing.count else None, failures)
 
 
-def paths_of(clips, options, settings):
-    """{path in the cache: clip}, whether it is there or not."""
-    return {
-        clip_path(cache_folder(clip.folder, getattr(options, "cache_dir", None)), clip, settings): clip
-        for clip in clips
-    }
+class _LatentBytes:
+    """Bytes of a clip's latents in the cache: fp32 mean and fp16 log-variance of each number."""
+
+    def __init__(self, options):
+        folder = resolve_model_folder(options.pretrained_model_name_or_path, ["vae"])
+        self.channels = read_json(folder / "vae/config.json")["z_dim"]
+
+    def __call__(self, bucket):
+        return 6 * self.channels * math.prod(bucket.latent_grid)
 
 
-def count_missing(clips, options):
-    """How many of the clips `encode_missing` would encode."""
-    paths = paths_of(clips, options, CacheSettings.from_options(options))
-    return sum(not is_complete(path, CLIP_TENSORS) for path in paths)
-
-
-def _require_room(missing, options):
-    """Raise InputError if the disk cannot hold the latents: fp32 mean and fp16 log-variance of each number."""
-    folder = resolve_model_folder(options.pretrained_model_name_or_path, ["vae"])
-    channels = read_json(folder / "vae/config.json")["z_dim"]
-    latent_frames = (options.num_frames - 1) // 4 + 1
-    one = 6 * channels * latent_frames * (options.height // 8) * (options.width // 8)
+def _require_room(missing):
+    """Raise InputError if a disk cannot hold the latents."""
     disks = {}  # datasets on one disk share its room
-    for clip in missing.values():
-        folder = existing_parent(cache_folder(clip.folder, getattr(options, "cache_dir", None)))
-        disks.setdefault(folder.stat().st_dev, []).append(folder)
-    for folders in disks.values():
-        needed, free = one * len(folders), shutil.disk_usage(folders[0]).free
+    for folder, needed in missing.room.items():
+        there = existing_parent(folder)
+        entry = disks.setdefault(there.stat().st_dev, [there, 0])
+        entry[1] += needed
+    for folder, needed in disks.values():
+        free = shutil.disk_usage(folder).free
         if free < needed:
             raise InputError(
-                f"{folders[0]}: {needed / 1e9:.2f} GB needed for the latents of {len(folders):,} clips, "
+                f"{folder}: {needed / 1e9:.2f} GB needed for the latents of {missing.count:,} clips, "
                 f"{free / 1e9:.2f} GB free; make room, or give a --cache_dir on another disk"
             )
-
-
-def _share(items, accelerator):
-    return list(items.items())[accelerator.process_index :: accelerator.num_processes]
 
 
 def _provenance(options, **more):
@@ -178,27 +233,32 @@ def _encode_prompts(texts, options, settings, accelerator, watchdog):
 # ------------------------------------------------------------------------------------------------------------- clips
 
 
-class _Windows(Dataset):
-    """The clips' pixels; decoding runs in the data loader's workers while the VAE encodes."""
+class _Batches(Dataset):
+    """The batches' pixels; decoding runs in the data loader's workers while the VAE encodes."""
 
-    def __init__(self, clips, settings):
-        self.clips = clips
-        self.settings = settings
+    def __init__(self, batches, options):
+        self.batches = batches
+        self.options = options
 
     def __len__(self):
-        return len(self.clips)
+        return len(self.batches)
 
-    def __getitem__(self, index):
-        """(index, (F, 3, H, W) uint8, None), or (index, None, (which of the two files failed, why))."""
-        clip, shape = self.clips[index], self.settings
+    def __getitem__(self, number):
+        """(number, list of (F, 3, H, W) uint8, or of (Source, reason, detail) where a file fails)."""
+        # Another pass may have been faster; and then this one decodes nothing.
+        if all(is_complete(path, CLIP_TENSORS) for path, _ in self.batches[number]):
+            return number, []
+        return number, [self._frames(clip) for _, clip in self.batches[number]]
+
+    def _frames(self, clip):
         # The coarse video is not encoded, but a pair whose control fails must not be found out in the midst of
         # training, nor a real clip whose coarse version does in the midst of validation.
-        for file in filter(None, (clip.coarse_file, clip.file)):
+        for source in filter(None, (clip.coarse_source, clip.source)):
             try:
-                frames = read_window(file, clip.start, shape.num_frames, shape.fps, shape.height, shape.width)
-            except InputError as error:
-                return index, None, (file == clip.coarse_file, str(error))
-        return index, frames, None
+                frames = read_source(source, clip, self.options)
+            except UnusableVideo as error:
+                return source, error.reason, str(error)
+        return frames
 
 
 def _one_item(items):
@@ -206,31 +266,47 @@ def _one_item(items):
 
 
 @torch.no_grad()
-def _encode_clips(items, options, settings, folder_of, accelerator, watchdog):
-    """Encode this process's clips; returns one line for each that failed, and the seconds that all took."""
+def _encode_clips(batches, options, settings, accelerator, watchdog):
+    """Encode this process's batches; returns one line for each clip that failed, and the seconds that all took."""
     device = accelerator.device
     # fp32, as the pipeline decodes: in bf16 the latents lose more than the source's 8 bits.
     vae = load_pipeline_part(options.pretrained_model_name_or_path, "vae", torch_dtype=torch.float32).to(device)
     loader = DataLoader(
-        _Windows([clip for _, clip in items], settings),
+        _Batches(batches, options),
         batch_size=1,
         collate_fn=_one_item,
         num_workers=options.dataloader_num_workers,
         worker_init_fn=shield_worker,
         pin_memory=device.type == "cuda",
     )
-    failures, started = [], time.perf_counter()
-    with tqdm(total=len(items), desc="clips", unit="clip", disable=not accelerator.is_main_process) as bar:
-        for done, (index, frames, failure) in enumerate(loader, start=1):
-            path, clip = items[index]
-            watchdog.beat(f"encoding of {clip.name}")
-            if failure is None:
-                _encode_clip(vae, path, clip, frames.to(device), options, settings, folder_of[clip.folder])
-            else:
-                failures.append(failure[1])
-                _note_undecodable(clip, *failure, folder_of[clip.folder])
+    failures, not_finite, started, done = [], [], time.perf_counter(), 0
+    total = sum(map(len, batches))
+    with tqdm(total=total, desc="clips", unit="clip", disable=not accelerator.is_main_process) as bar:
+        for number, frames in loader:
+            batch = batches[number]
+            watchdog.beat(f"encoding of {batch[0][1].name}")
+            decoded = [(*entry, one) for entry, one in zip(batch, frames) if isinstance(one, torch.Tensor)]
+            for source, reason, detail in (one for one in frames if not isinstance(one, torch.Tensor)):
+                failures.append(detail)
+                note_failure(_cache_of(source, options), source, reason, detail)
+            if decoded:
+                latents = encode_frames(vae, torch.stack([one for *_, one in decoded]).to(device))
+                for (path, clip, _), mean, logvar in zip(decoded, *latents):
+                    if not (mean.isfinite().all() and logvar.isfinite().all()):
+                        not_finite.append(clip)
+                    elif not is_complete(path, CLIP_TENSORS):
+                        _save_clip(path, clip, mean, logvar, options, settings)
+            done += len(batch)
             bar.set_postfix_str(f"all processes {accelerator.num_processes * done / _since(started):.2f} clips/s")
-            bar.update()
+            bar.update(len(batch))
+    if not_finite and len(not_finite) + len(failures) == total:
+        raise InputError(
+            f"{options.pretrained_model_name_or_path}: its VAE gives NaN for every clip, {not_finite[0].file} the "
+            "first; check the VAE"
+        )
+    for clip in not_finite:
+        failures.append(f"{clip.file}: the VAE gives latents that are not finite")
+        note_failure(_cache_of(clip, options), clip.source, "non-finite latents", failures[-1])
     seconds = _since(started)
     del vae
     gc.collect()
@@ -238,15 +314,16 @@ def _encode_clips(items, options, settings, folder_of, accelerator, watchdog):
     return failures, seconds
 
 
+def _cache_of(source, options):
+    return cache_folder(source.folder, getattr(options, "cache_dir", None))
+
+
 def _since(started):
     return max(time.perf_counter() - started, 1e-9)
 
 
-def _encode_clip(vae, path, clip, frames, options, settings, cache_dir):
-    mean, logvar = encode_frames(vae, frames)
-    if not (mean.isfinite().all() and logvar.isfinite().all()):
-        raise InputError(f"{options.pretrained_model_name_or_path}: its VAE gives NaN for {clip.file}; check the VAE")
-    prompt, _ = load_tensors(prompt_path(cache_dir, clip.text, settings))
+def _save_clip(path, clip, mean, logvar, options, settings):
+    prompt, _ = load_tensors(prompt_path(_cache_of(clip, options), clip.text, settings))
     metadata = _provenance(
         options,
         file=clip.name,
@@ -254,6 +331,7 @@ def _encode_clip(vae, path, clip, frames, options, settings, cache_dir):
         mtime_ns=clip.mtime_ns,
         window=clip.window,
         start=clip.start,
+        bucket=str(clip.bucket),
         text=clip.text,
         settings=vars(settings),
     )
@@ -262,33 +340,25 @@ def _encode_clip(vae, path, clip, frames, options, settings, cache_dir):
 
 
 def encode_frames(vae, frames):
-    """The distribution of a clip's normalised latents, z' = (z − latents_mean) / latents_std per channel.
+    """The distributions of clips' normalised latents, z' = (z − latents_mean) / latents_std per channel.
 
     Args:
         vae: AutoencoderKLWan.
-        frames: (F, 3, H, W) uint8 RGB on the VAE's device; F = 4k + 1.
+        frames: (B, F, 3, H, W) uint8 RGB on the VAE's device; F = 4k + 1.
 
     Returns:
-        mean and log-variance of z', each (C, T, H/8, W/8) fp32; WanPipeline undoes the normalisation before decoding.
+        mean and log-variance of z', each (B, C, T, H/8, W/8) fp32; WanPipeline undoes the normalisation before
+        decoding.
     """
-    pixel_values = frames.to(vae.dtype).div(127.5).sub(1).permute(1, 0, 2, 3)[None]  # (1, 3, F, H, W) in [-1, 1]
+    pixel_values = frames.to(vae.dtype).div(127.5).sub(1).permute(0, 2, 1, 3, 4)  # (B, 3, F, H, W) in [-1, 1]
     distribution = vae.encode(pixel_values).latent_dist
     shift, scale = (
         torch.tensor(statistic, device=frames.device, dtype=torch.float32).view(-1, 1, 1, 1)
         for statistic in (vae.config.latents_mean, vae.config.latents_std)
     )
-    mean = (distribution.mean[0].float() - shift) / scale
-    logvar = distribution.logvar[0].float() - 2 * scale.log()  # Var[z'] = Var[z] / latents_std²
+    mean = (distribution.mean.float() - shift) / scale
+    logvar = distribution.logvar.float() - 2 * scale.log()  # Var[z'] = Var[z] / latents_std²
     return mean, logvar
-
-
-def _note_undecodable(clip, in_control, reason, cache_dir):
-    if in_control:
-        source = Source(clip.folder, clip.control_name, clip.control_size, clip.control_mtime_ns)
-    else:
-        source = Source(clip.folder, clip.name, clip.size, clip.mtime_ns)
-    note = {"file": source.name, "reason": reason}
-    write_atomic(undecodable_path(cache_dir, source), json.dumps(note).encode())
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -296,25 +366,85 @@ def _note_undecodable(clip, in_control, reason, cache_dir):
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--dataset", required=True, help="folder with videos and metadata.csv")
+    parser.add_argument("--dataset", required=True, help="folder or address with videos and metadata.csv")
     parser.add_argument("--domain", choices=("real", "cg"), default="real", help="cg: pairs, with control_name")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="tell what would be encoded and how long it would take; write no latents",
+    )
     add_clip_options(parser)
     return parser
 
 
 def main():
     args = build_parser().parse_args()
+    check_clip_options(args)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     require_joined(accelerator)
     watchdog = Watchdog(accelerator, 60 * DEFAULT_TIMEOUT_MINUTES)
-    with watchdog.main_process_first():
-        manifest = read_manifest(args.dataset, args.domain, args)
-    if accelerator.is_main_process:
-        manifest.report()
-    encode_missing(manifest.clips, args, accelerator, watchdog)
-    accelerator.print(f"all {len(manifest.clips)} clips are in {manifest.cache_dir}")
+
+    def read():
+        with watchdog.main_process_first():
+            manifest = read_manifest(args.dataset, args.domain, args)
+        if accelerator.is_main_process:
+            manifest.report()
+        return manifest
+
+    manifest = read()
+    if args.dry_run:
+        if accelerator.is_main_process:
+            for line in project(manifest.clips, args, accelerator):
+                print(f"dry run: {line}", flush=True)
+    else:
+        encoded = encode_missing(manifest.clips, args, accelerator, watchdog)
+        if encoded.failures:
+            accelerator.print(f"{len(encoded.failures)} clips could not be encoded, the first: {encoded.failures[0]}")
+            manifest = read()
+        accelerator.print(f"all {len(manifest.clips)} clips are in {manifest.cache_dir}")
     watchdog.close()
     accelerator.end_training()
+
+
+def project(clips, options, accelerator):
+    """Lines that tell what an encoding pass would do, from a few clips of each bucket that are encoded and not kept.
+
+    Args:
+        clips, options, accelerator: see `encode_missing`; to be called on one process.
+    """
+    missing = find_missing(clips, options)
+    texts = sum(not is_complete(path, PROMPT_TENSORS) for path in missing.texts)
+    needed = sum(missing.room.values())
+    yield f"{missing.count:,} clips and {texts:,} captions to encode, {needed / 1e9:.3g} GB of latents"
+    _require_room(missing)
+    if not missing.batches:
+        return
+    vae = load_pipeline_part(options.pretrained_model_name_or_path, "vae", torch_dtype=torch.float32)
+    vae.to(accelerator.device)
+    of_bucket = {}
+    for batch in missing.batches:
+        of_bucket.setdefault(batch[0][1].bucket, []).append(batch)
+    total = 0.0
+    for bucket, batches in of_bucket.items():
+        seconds = [_time_batch(vae, batch, options, accelerator.device) for batch in batches[: 1 + MEASURED_BATCHES]]
+        warm = seconds[1:] or seconds  # the first one pays for the start
+        here = sum(map(len, batches)) / len(batches[0]) * sum(warm) / len(warm) / accelerator.num_processes
+        total += here
+        yield (
+            f"{bucket}: {sum(map(len, batches)):,} clips, {sum(warm) / len(warm) / len(batches[0]):.3f} s each on one "
+            f"process with no worker ahead (measured on {len(warm) * len(batches[0])}): {here / 60:.1f} min"
+        )
+    yield f"{total / 60:.1f} min in all on {accelerator.num_processes} processes, and the captions"
+
+
+def _time_batch(vae, batch, options, device):
+    started = time.perf_counter()
+    _, frames = _Batches([batch], options)[0]
+    decoded = [one for one in frames if isinstance(one, torch.Tensor)]
+    if decoded:
+        with torch.no_grad():
+            encode_frames(vae, torch.stack(decoded).to(device))[0].cpu()
+    return _since(started)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,15 @@ CLIPS_PER_DOMAIN = 32
 VERSION = 1
 
 
-def choose_reference_clips(real_clips, cg_clips):
-    """The clips that stand for each domain, from as many files as possible: {"real", "cg": list of `Clip`}."""
+def choose_reference_clips(real_clips, cg_clips, bucket):
+    """The clips that stand for each domain, from as many files as possible: {"real", "cg": list of `Clip`}.
+
+    Args:
+        real_clips, cg_clips: `Clips`.
+        bucket: of the samples, so that like is compared with like.
+    """
     both = {"real": real_clips, "cg": cg_clips}
-    return {d: sorted(clips, key=lambda clip: clip.window)[:CLIPS_PER_DOMAIN] for d, clips in both.items()}
+    return {d: list(clips.of_bucket(bucket).first_windows(CLIPS_PER_DOMAIN)) for d, clips in both.items()}
 
 
 def can_monitor(clips):

@@ -14,7 +14,7 @@ import yaml
 from diffusers.optimization import SchedulerType
 
 from c2r import InputError, flow_matching
-from c2r.data.cache import check_clip_shape
+from c2r.data.buckets import buckets_of, parse_bucket
 from c2r.interruption import slot_deadline, stop_on_signals
 from c2r.pipeline import DEFAULT_GUIDANCE_SCALE
 from c2r.watchdog import DEFAULT_TIMEOUT_MINUTES, name_the_lost
@@ -54,8 +54,33 @@ def add_clip_options(group):
     group.add_argument("--height", type=int, default=480, help="pixels, divisible by 16")
     group.add_argument("--width", type=int, default=832, help="pixels, divisible by 16")
     group.add_argument("--num_frames", type=int, default=81, help="frames of a clip, 4k + 1")
+    group.add_argument(
+        "--buckets",
+        type=parse_bucket,
+        nargs="+",
+        metavar="81x480x832",
+        help="frames x height x width of several kinds of clips, instead of --num_frames, --height and --width; "
+        "a clip goes to the one that fits it best, images to those of one frame",
+    )
     group.add_argument("--fps", type=float, default=16.0, help="frame rate that the clips are resampled to")
+    group.add_argument(
+        "--max_dropped", type=float, help="end where more than this share of a dataset's rows is dropped, e.g. 0.1"
+    )
+    group.add_argument(
+        "--video_cache_gb", type=float, default=50.0, help="bound of what is fetched of datasets at an address"
+    )
     group.add_argument("--dataloader_num_workers", type=int, default=4, help="per process; 0 loads in the loop itself")
+
+
+def check_clip_options(args):
+    """Raise InputError for the first value of `add_clip_options` that cannot work."""
+    buckets_of(args)
+    if args.max_dropped is not None and not 0 <= args.max_dropped <= 1:
+        raise InputError(f"--max_dropped {args.max_dropped}: must be from 0 to 1")
+    if not args.video_cache_gb > 0:
+        raise InputError(f"--video_cache_gb {args.video_cache_gb}: must be above 0")
+    if args.dataloader_num_workers < 0:
+        raise InputError(f"--dataloader_num_workers {args.dataloader_num_workers}: must not be negative")
 
 
 def add_sampling_options(group, num_inference_steps):
@@ -123,7 +148,13 @@ def add_common_options(parser, **defaults):
     group.add_argument("--report_to", default="tensorboard", choices=("tensorboard", "none"), help="where logs go")
 
     group = parser.add_argument_group("model and data")
-    group.add_argument("--real_dataset", required=True, help="folder with real videos and metadata.csv")
+    group.add_argument(
+        "--real_dataset",
+        required=True,
+        nargs="+",
+        metavar="FOLDER[:WEIGHT]",
+        help="folder or address with real videos and metadata.csv; of several, each with the weight of its samples",
+    )
     add_clip_options(group)
     group.add_argument(
         "--num_validation_clips", type=int, default=8, help="held-out clips of each domain to validate on"
@@ -244,13 +275,18 @@ def _read_config(path, actions):
             valid = isinstance(value, bool)
         else:
             # As the command line would read it: YAML takes 1e-5 for a string and 2024 for a number.
+            read = action.type or str
             try:
-                value = None if value is None else (action.type or str)(str(value))
-                valid = action.choices is None or value in action.choices
-            except ValueError:
+                if value is None:
+                    valid = action.default is None and not action.required
+                elif action.nargs == "+":
+                    value = [read(str(one)) for one in (value if isinstance(value, list) else [value])]
+                    valid = bool(value)
+                else:
+                    value = read(str(value))
+                    valid = action.choices is None or value in action.choices
+            except (ValueError, argparse.ArgumentTypeError):
                 valid = False
-            if value is None:
-                valid = action.default is None and not action.required
         if not valid:
             raise InputError(f"--config {path}: {key}: {value!r} is not a valid value; see --help")
         checked[key] = value
@@ -259,7 +295,7 @@ def _read_config(path, actions):
 
 def check_options(args):
     """Raise InputError for the first value that cannot work."""
-    check_clip_shape(args)
+    check_clip_options(args)
     positive = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps")
     positive += ("distributed_timeout_minutes",)
     for name in (*positive, "validation_steps", "num_validation_clips", "flow_shift", "max_grad_norm", "sample_steps"):
@@ -275,7 +311,7 @@ def check_options(args):
     for name in ("prompt_dropout", "control_dropout", "control_augmentation", "cg_ratio"):
         if not 0 <= getattr(args, name, 0) <= 1:
             raise InputError(f"--{name} {getattr(args, name)}: must be from 0 to 1")
-    for name in ("learning_rate", "lr_warmup_steps", "dataloader_num_workers", "max_skipped_steps", "num_samples"):
+    for name in ("learning_rate", "lr_warmup_steps", "max_skipped_steps", "num_samples"):
         if not getattr(args, name, 0) >= 0:
             raise InputError(f"--{name} {getattr(args, name)}: must not be negative")
 

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from c2r import InputError
 from c2r.checkpoint import checkpoint_bytes, list_checkpoints
+from c2r.data.buckets import buckets_of
 from c2r.engine import failing_together, sharding
 from c2r.estimate import estimate_memory
 from c2r.models.assembly import CONTRACT, fingerprint_transformer, read_contract, resolve_model_folder
@@ -175,7 +176,7 @@ def _memory(accelerator, args, config, trainable, frozen):
         config,
         trainable=trainable,
         frozen=frozen,
-        latent_grid=((args.num_frames - 1) // 4 + 1, args.height // 8, args.width // 8),
+        latent_grid=max((bucket.latent_grid for bucket in buckets_of(args)), key=math.prod),
         sharding=_memory_sharding(accelerator),
         num_processes=accelerator.num_processes,
     ).total
@@ -186,7 +187,7 @@ def _memory(accelerator, args, config, trainable, frozen):
     if estimate > ESTIMATE_MARGIN * there:
         raise InputError(
             f"{about}, but the device has {there / GIB:.1f} GiB: shard it (accelerate_configs/deepspeed_zero3.yaml), "
-            "or lower --train_batch_size, --num_frames, --height or --width, or take --optimizer adamw8bit"
+            "or lower --train_batch_size or the size of the clips, or take --optimizer adamw8bit"
         )
     tight = "; it may not fit: try --dry_run" if estimate + 3 * GIB > there else ""
     return f"{about}, of {there / GIB:.1f} GiB on the device{tight}"

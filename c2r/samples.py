@@ -18,9 +18,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 from c2r.contact_sheet import draw_contact_sheet
 from c2r.data.cache import digest, load_tensors, save_tensors, write_atomic
+from c2r.data.clips import Clip
 from c2r.data.dataset import ClipDataset
-from c2r.data.manifest import Clip
-from c2r.data.video import read_window, write_video
+from c2r.data.video import write_video
 from c2r.engine import failing_together
 from c2r.models.parts import load_pipeline_part
 from c2r.options import PIPELINE_OPTIONS
@@ -43,15 +43,16 @@ def choose_samples(scenes, captions, count):
     """Up to `count` samples, from as many files as possible.
 
     Args:
-        scenes: clips to take the control from: held-out CG pairs, or the clips of `--sample_dataset`.
-        captions: clips to take the prompts from: held-out real clips, so that a CG scene is asked to look real. None:
-            each scene's own.
+        scenes: `Clips` to take the control from, those of most clips' bucket: held-out CG pairs, or the clips of
+            `--sample_dataset`.
+        captions: `Clips` to take the prompts from: held-out real clips, so that a CG scene is asked to look real.
+            None: each scene's own.
         count: how many.
     """
-    scenes = sorted(scenes, key=lambda clip: clip.window)[:count]
+    scenes = scenes.of_bucket(scenes.main_bucket).first_windows(count)
     if captions is None:
         return [Sample(scene, scene) for scene in scenes]
-    captions = sorted(captions, key=lambda clip: clip.window)
+    captions = captions.first_windows(count)
     return [Sample(scene, captions[i % len(captions)]) for i, scene in enumerate(scenes)]
 
 
@@ -112,7 +113,7 @@ def make_samples(samples, pipeline, args, accelerator, backbone_sha256, go_on):
     def generate(number, control_video):
         return pipeline(
             control_video=control_video,
-            **{name: getattr(args, name) for name in PIPELINE_OPTIONS},
+            **{name: getattr(args, name) for name in PIPELINE_OPTIONS} | samples[number].scene.bucket._asdict(),
             generator=torch.Generator().manual_seed(number),  # on CPU: the same noise on every machine
             prompt_embeds=captions[number]["prompt_embeds"][None],
             negative_prompt_embeds=captions.empty_prompt_embeds[None],
@@ -121,7 +122,8 @@ def make_samples(samples, pipeline, args, accelerator, backbone_sha256, go_on):
 
     def path_without_control(number):
         setting = [samples[number].caption.text, number, backbone_sha256, args.num_inference_steps, args.guidance]
-        setting += [args.guidance_scale, args.flow_shift, *vars(captions.settings).values()]
+        setting += [args.guidance_scale, args.flow_shift, samples[number].scene.bucket]
+        setting += vars(captions.settings).values()
         return Path(args.output_dir) / "samples/.without_control" / f"{digest(setting)}.safetensors"
 
     kept = all(gather_object([path_without_control(number).exists() for number in numbers]))
@@ -136,13 +138,11 @@ def make_samples(samples, pipeline, args, accelerator, backbone_sha256, go_on):
             with failing_together(accelerator, without_control):
                 save_tensors(without_control, {"latents": generate(number, None)}, {})
         if position < len(samples):
-            clip, shape = samples[number].scene, scenes.settings
-            truth = read_window(clip.file, clip.start, shape.num_frames, shape.fps, shape.height, shape.width)
             columns = (
                 control_frames.permute(0, 2, 3, 1).numpy(),
                 decode_frames(pipeline, latents),
                 decode_frames(pipeline, load_tensors(without_control)[0]["latents"]),
-                truth.permute(0, 2, 3, 1).numpy(),
+                scenes.source_frames(number).permute(0, 2, 3, 1).numpy(),
             )
             rows[number] = dict(zip(COLUMNS, columns))
     return rows

@@ -11,6 +11,7 @@ from diffusers.training_utils import compute_loss_weighting_for_sd3
 
 from c2r import flow_matching
 from c2r.augmentation import augment_control_frames
+from c2r.data.buckets import buckets_of
 from c2r.models.assembly import PhaseContract
 
 # ----------------------------------------------------------------------------------------------- logs and precision
@@ -329,9 +330,7 @@ def build_contract(args, state, phase, base_model, manifests, **phase2):
         validation_loss=state.metrics.get("loss"),
         metrics=state.metrics | state.look,
         dataset_fingerprints={manifest.domain: manifest.fingerprint for manifest in manifests},
-        height=args.height,
-        width=args.width,
-        num_frames=args.num_frames,
+        **buckets_of(args)[0]._asdict(),
         fps=args.fps,
         flow_shift=args.flow_shift,
         **phase2,

@@ -6,6 +6,7 @@ and two runs can be compared.
 
 import io
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ QUANTILES = (0.125, 0.375, 0.625, 0.875)
 LEAK_BOUND = 0.5
 #: A leak is a share of the control gain; below this share of the loss there is no gain that could be shared out.
 LEAST_GAIN = 0.01
+# So many clips of a dataset are looked through for another file or caption.
+SPARE = 10_000
 #: Each gain and the condition that it is measured against.
 GAINS = {"control_gain": "other_control", "prompt_gain": "other_prompt"}
 
@@ -41,12 +44,12 @@ def choose_validation_clips(manifest, count):
     """
     if not manifest.held_out:
         raise InputError(
-            f"{manifest.folder}: no clip is left to validate on; add a second video, or a validation/ folder"
+            f"{manifest.name}: no clip is left to validate on; add a second video, or a validation/ folder"
         )
-    return sorted(manifest.held_out, key=lambda clip: clip.window)[:count]
+    return list(manifest.held_out.first_windows(count))
 
 
-def other_clips(clips, spare, differ="file"):
+def other_clips(clips, spare, differ="source"):
     """For each clip, one of the same domain whose `differ` is another one: whose control, or prompt, is the wrong one.
 
     With another clip's control the model must do worse, or it has not learned to follow the control: a real clip that
@@ -54,16 +57,20 @@ def other_clips(clips, spare, differ="file"):
 
     Args:
         clips: the validation clips.
-        spare: clips to take from where `clips` has none that fits, such as all of the datasets'.
-        differ: "file" or "text".
+        spare: sequences of clips to take from where `clips` has none that fits, such as all of the datasets'.
+        differ: "source" or "text".
 
     Returns:
-        list of clips, one for each of `clips`; the clip itself where its domain has no other.
+        list of clips, one for each of `clips`, of its domain and bucket; the clip itself where there is no other.
     """
     chosen = []
     for i, clip in enumerate(clips):
-        candidates = [*clips[i + 1 :], *clips[:i], *spare]
-        wanted = (c for c in candidates if c.domain == clip.domain and getattr(c, differ) != getattr(clip, differ))
+        candidates = chain(clips[i + 1 :], clips[:i], *(clips[:SPARE] for clips in spare))
+        wanted = (
+            c
+            for c in candidates
+            if (c.domain, c.bucket) == (clip.domain, clip.bucket) and getattr(c, differ) != getattr(clip, differ)
+        )
         chosen.append(next(wanted, clip))
     return chosen
 
@@ -99,6 +106,8 @@ def clip_losses(dataset, predictors_of, accelerator, flow_shift, batch_size=1, g
     """
     # Every process runs equally many batches, or a sharded model's collectives would hang: the last shares are filled
     # up with clips that another process counts.
+    if len({clip.bucket for clip in dataset.clips}) > 1:
+        batch_size = 1  # no two clips that cannot be stacked, and equally many batches on every process
     per_process = -(-len(dataset) // accelerator.num_processes)
     positions = [accelerator.process_index * per_process + i for i in range(per_process)]
     loader = DataLoader(
@@ -218,7 +227,7 @@ class ControlConditions:
 
         every = list(range(len(self.clips)))
         real = [i for i in every if self.clips[i].domain == "real"]
-        with_coarse = [i for i in real if self.clips[i].coarse_file is not None]
+        with_coarse = [i for i in real if self.clips[i].coarse_source is not None]
         tables = {}
         for rows, conditions_of in ((every, all_conditions), (real, augmented), (with_coarse, coarse)):
             if not rows:

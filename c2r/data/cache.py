@@ -2,7 +2,7 @@
 
     <cache>/clips/ab/abcd….safetensors     latents_mean, latents_logvar, prompt_embeds of one window
     <cache>/prompts/ef/efab….safetensors   prompt_embeds of one caption, and of the empty prompt
-    <cache>/undecodable/….json             a file that failed to decode: the manifest drops it, with this reason
+    <cache>/failures/….json                a file that failed within: the manifest drops it, with this reason
 
 Whatever changes the content changes the name, so nothing here is ever out of date; folders may be deleted at any time.
 """
@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -61,54 +61,35 @@ def encoder_fingerprint(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """What a cached clip depends on besides its source: its shape in pixels, frames and time, and the encoders."""
+    """What every cached clip of a command depends on: the rate and the encoders."""
 
-    height: int
-    width: int
-    num_frames: int
     fps: float
     vae: str
     text_encoder: str
 
     @classmethod
     def from_options(cls, options):
-        """From a command's options: height, width, num_frames, fps, pretrained_model_name_or_path.
+        """From a command's options: fps, pretrained_model_name_or_path.
 
         Raises:
-            InputError: a size that the model cannot take, or no such model.
+            InputError: no such model.
         """
-        check_clip_shape(options)
         parts = ["vae", "text_encoder", "tokenizer"]
         folder = resolve_model_folder(options.pretrained_model_name_or_path, parts)
         vae, text_encoder, tokenizer = (encoder_fingerprint(folder / part) for part in parts)
-        return cls(
-            options.height,
-            options.width,
-            options.num_frames,
-            float(options.fps),
-            vae,
-            digest([text_encoder, tokenizer]),
-        )
+        return cls(float(options.fps), vae, digest([text_encoder, tokenizer]))
 
 
-def check_clip_shape(options):
-    """Raise InputError for a height, width, num_frames or fps that Wan's VAE and patches cannot take."""
-    for name in ("height", "width"):
-        value = getattr(options, name)
-        if value < 16 or value % 16:
-            raise InputError(f"--{name} {value}: must be divisible by 16; try {max(16, round(value / 16) * 16)}")
-    if options.num_frames < 1 or options.num_frames % 4 != 1:
-        nearest = max(1, options.num_frames // 4 * 4 + 1)
-        raise InputError(f"--num_frames {options.num_frames}: must be 4k + 1; try {nearest}")
-    if options.fps <= 0:
-        raise InputError(f"--fps {options.fps}: must be above 0")
+def clip_key(clip, settings: CacheSettings) -> str:
+    """SHA-256 hex of all that the latents and prompt embeddings of one window depend on."""
+    source = (clip.name, clip.size, clip.mtime_ns, clip.start, *clip.bucket, clip.text)
+    return hashlib.sha256(repr((source, settings)).encode()).hexdigest()
 
 
 def clip_path(cache_dir, clip, settings: CacheSettings) -> Path:
     """Where the latents and prompt embeddings of one window are, or will be."""
-    source = [clip.name, clip.size, clip.mtime_ns, clip.window, clip.text]
-    key = digest([source, asdict(settings)])
-    return Path(cache_dir) / "clips" / key[:2] / f"{key}.safetensors"
+    key = clip_key(clip, settings)
+    return Path(f"{cache_dir}/clips/{key[:2]}/{key}.safetensors")
 
 
 def prompt_path(cache_dir, text, settings: CacheSettings) -> Path:
@@ -117,10 +98,25 @@ def prompt_path(cache_dir, text, settings: CacheSettings) -> Path:
     return Path(cache_dir) / "prompts" / key[:2] / f"{key}.safetensors"
 
 
-def undecodable_path(cache_dir, clip_or_file) -> Path:
-    """Where it is noted that a file (as it is now) failed to decode; for anything with name, size and mtime_ns."""
-    key = digest([clip_or_file.name, clip_or_file.size, clip_or_file.mtime_ns])
-    return Path(cache_dir) / "undecodable" / f"{key}.json"
+def _failure_path(cache_dir, source):
+    key = digest([source.name, source.size, source.mtime_ns])
+    return Path(cache_dir) / "failures" / f"{key}.json"
+
+
+def note_failure(cache_dir, source, reason, detail):
+    """Note that a file, as it is now, gives no clips: the next `read_manifest` drops it with this reason."""
+    note = {"file": source.name, "reason": reason, "detail": detail}
+    write_atomic(_failure_path(cache_dir, source), json.dumps(note).encode())
+
+
+def noted_failure(cache_dir, source):
+    """(reason, detail) if such a note is there, else None."""
+    path = _failure_path(cache_dir, source)
+    try:
+        note = json.loads(path.read_text())
+    except OSError:
+        return None
+    return note["reason"], f"{note['detail']} (noted in {path}; delete that to try again)"
 
 
 def write_atomic(path: Path, data: bytes):

@@ -1,5 +1,6 @@
 """ClipDataset: what a training step needs of a clip, from the cache and, for control, from the video itself."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -8,29 +9,29 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, default_collate
 
 from c2r.data.cache import CacheSettings, cache_folder, clip_path, load_tensors, prompt_path
-from c2r.data.manifest import Clip
-from c2r.data.video import read_window
+from c2r.data.clips import Clip
+from c2r.data.folders import read_source
 
 DOMAINS = {"real": 0, "cg": 1}
 
 
 class ClipDataset(Dataset):
-    """Encoded clips (see `c2r.encode`), of one dataset folder or of several.
+    """Encoded clips (see `c2r.encode`), of one dataset or of several.
 
     Args:
-        clips: list of `Clip`.
-        options: has height, width, num_frames, fps, pretrained_model_name_or_path, and perhaps cache_dir; the same
-            as at encoding.
+        clips: sequence of `Clip`: `Clips` or a list.
+        options: has fps, pretrained_model_name_or_path, and perhaps cache_dir; the same as at encoding.
         with_control: also decode the control frames: the coarse video of a CG pair, a real clip's own video.
 
-    An item is a dict; C, T, h, w are the latents' channels, frames, height and width, L and D_text the length that the
-    prompt is padded to and the text encoder's width:
+    An item is a dict; F, H, W are the clip's bucket, C, T, h, w the latents' channels, frames, height and width, L and
+    D_text the length that the prompt is padded to and the text encoder's width:
         latents_mean, latents_logvar: (C, T, h, w) fp32, the distribution of the normalised latents.
         prompt_embeds: (L, D_text) fp32, zeros behind the prompt's end.
         control_frames: (F, 3, H, W) uint8 RGB in [0, 255]; only with_control.
         domain: 0 real, 1 CG.
         name: the clip's file and window.
         index: its place in this dataset.
+    Only clips of one bucket can be collated.
 
     Raises:
         InputError: from an item: not encoded, or a video that cannot be decoded; it names the file.
@@ -38,17 +39,17 @@ class ClipDataset(Dataset):
 
     collate = staticmethod(default_collate)
 
-    def __init__(self, clips: list[Clip], options, with_control=False):
+    def __init__(self, clips: Sequence[Clip], options, with_control=False):
         self.clips = clips
         self.with_control = with_control
-        self.cache_dir = getattr(options, "cache_dir", None)
+        self.options = options
         self.settings = CacheSettings.from_options(options)
 
     def __len__(self):
         return len(self.clips)
 
     def _cache_of(self, clip) -> Path:
-        return cache_folder(clip.folder, self.cache_dir)
+        return cache_folder(clip.folder, getattr(self.options, "cache_dir", None))
 
     @cached_property
     def _empty_prompt(self):
@@ -69,18 +70,20 @@ class ClipDataset(Dataset):
     def _padded(self, prompt_embeds):
         return F.pad(prompt_embeds, (0, 0, 0, self.max_sequence_length - len(prompt_embeds)))
 
+    def source_frames(self, index) -> torch.Tensor:
+        """(F, 3, H, W) uint8 RGB: what was encoded."""
+        clip = self.clips[index]
+        return read_source(clip.source, clip, self.options)
+
     def control_frames(self, index) -> torch.Tensor:
         """(F, 3, H, W) uint8 RGB: the control of one clip."""
         clip = self.clips[index]
-        return self._frames(clip, clip.control_file or clip.file)
+        return read_source(clip.control_source, clip, self.options)
 
     def coarse_frames(self, index) -> torch.Tensor:
         """(F, 3, H, W) uint8 RGB: the coarse version of a clip that has one, real clips included."""
-        return self._frames(self.clips[index], self.clips[index].coarse_file)
-
-    def _frames(self, clip, file):
-        shape = self.settings
-        return read_window(file, clip.start, shape.num_frames, shape.fps, shape.height, shape.width)
+        clip = self.clips[index]
+        return read_source(clip.coarse_source, clip, self.options)
 
     def __getitem__(self, index):
         clip = self.clips[index]

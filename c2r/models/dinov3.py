@@ -11,12 +11,12 @@ from c2r.models.parts import freeze, load_transformers_model, require_complete, 
 from c2r.models.weights import WeightIndex, read_json
 
 
-def check_dinov3(name_or_path, height, width):
+def check_dinov3(name_or_path, sizes):
     """Check a DINOv3 by its configs and its files' headers; the weights are not read.
 
     Args:
         name_or_path: see `DINOv3FeatureExtractor.from_pretrained`.
-        height, width: of the control frames, in pixels.
+        sizes: (height, width) of the control frames, in pixels; one or several.
 
     Returns:
         Dd, the width of a patch feature; the number of its parameters.
@@ -26,11 +26,12 @@ def check_dinov3(name_or_path, height, width):
     """
     folder = resolve_model_folder(name_or_path)
     config, _ = _read_configs(folder)
-    for option, pixels in (("height", height), ("width", width)):
-        if pixels % config["patch_size"]:
-            raise InputError(
-                f"--{option} {pixels}: must be divisible by the patch size {config['patch_size']} of {folder}"
-            )
+    for height, width in sizes:
+        for option, pixels in (("height", height), ("width", width)):
+            if pixels % config["patch_size"]:
+                raise InputError(
+                    f"--{option} {pixels}: must be divisible by the patch size {config['patch_size']} of {folder}"
+                )
     return config["hidden_size"], sum(math.prod(shape) for shape in WeightIndex(folder).shapes().values())
 
 

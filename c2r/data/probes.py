@@ -1,0 +1,97 @@
+"""What is known of a dataset's files: looked into once, kept in the cache."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from fractions import Fraction
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+from tqdm import tqdm
+
+from c2r import InputError
+from c2r.data.cache import write_atomic
+from c2r.data.video import VideoInfo
+
+# Fewer files than this are looked into before a progress bar could be read.
+BAR_FROM = 200
+# So many files are looked into between two writes: a killed command repeats no more.
+SAVE_EVERY = 10_000
+# Raise it when `probe` measures otherwise: what older ones have found is then looked into anew.
+VERSION = 2
+
+
+class Probes:
+    """`probe` of files, by `Source`; what an earlier command found out is taken from the cache.
+
+    Args:
+        cache_dir: the dataset's; probes.safetensors in it holds a row of numbers for each file.
+    """
+
+    def __init__(self, cache_dir):
+        self.store = Path(cache_dir) / "probes.safetensors"
+        try:
+            stored = load_file(self.store)
+            self._keys, self._values = stored["keys"], stored["values"]
+        except (OSError, SafetensorError, KeyError):
+            self._keys, self._values = np.empty((0, 16), np.uint8), np.empty((0, 7))
+        self._rows = {key.tobytes(): row for row, key in enumerate(self._keys)}
+        self._failed = {}
+
+    def look_into(self, folder, sources):
+        """Probe the files that are not known yet. Call it before `of`."""
+        unknown = {key: source for source in sources if (key := _key(source)) not in self._rows}
+
+        def probe(item):
+            try:
+                return item[0], folder.probe(item[1])
+            except InputError as error:
+                return item[0], error
+
+        unknown = list(unknown.items())
+        quiet = len(unknown) < BAR_FROM or os.environ.get("RANK", "0") != "0"
+        with (
+            ThreadPoolExecutor(max(2, min(16, os.cpu_count() or 1))) as pool,
+            tqdm(total=len(unknown), desc="looking into files", unit="file", disable=quiet) as bar,
+        ):
+            for first in range(0, len(unknown), SAVE_EVERY):
+                found = []
+                for item in pool.map(probe, unknown[first : first + SAVE_EVERY]):
+                    found.append(item)
+                    bar.update()
+                # Failures are not kept: a right to read or a file server may come back without a change of the file.
+                self._failed |= {key: info for key, info in found if isinstance(info, InputError)}
+                self._add({key: info for key, info in found if key not in self._failed})
+
+    def of(self, source) -> VideoInfo | InputError:
+        """What is known of a file."""
+        key = _key(source)
+        if key in self._failed:
+            return self._failed[key]
+        *fractions, aspect, height, is_image = self._values[self._rows[key]].tolist()
+        last, last_of, interval, interval_of = map(int, fractions)
+        return VideoInfo(
+            Fraction(last, last_of), Fraction(interval, interval_of), aspect, bool(is_image), height=int(height)
+        )
+
+    def _add(self, new):
+        if not new:
+            return
+        values = [
+            (*info.last.as_integer_ratio(), *info.interval.as_integer_ratio(), info.aspect, info.height, info.is_image)
+            for info in new.values()
+        ]
+        keys = np.frombuffer(b"".join(new), np.uint8).reshape(-1, 16)
+        self._rows |= {key: len(self._keys) + i for i, key in enumerate(new)}
+        self._keys = np.concatenate([self._keys, keys])
+        self._values = np.concatenate([self._values, np.array(values, np.float64)])
+        # A cache that cannot be written is an error where it must be written.
+        with suppress(OSError):
+            write_atomic(self.store, save({"keys": self._keys, "values": self._values}))
+
+
+def _key(source):
+    return sha256(f"{VERSION} {source.name} {source.size} {source.mtime_ns}".encode(errors="replace")).digest()[:16]
