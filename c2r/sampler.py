@@ -1,33 +1,57 @@
 """Which clips a step trains on: an exact mix of CG and real, the same after a resume as without one."""
 
+import hashlib
 import math
 import random
 from collections import deque
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
+
+import numpy as np
 
 from c2r import InputError
 
 
 @dataclass(frozen=True)
 class _Position:
-    """Where the global order stands: with the seed and the two lengths it determines every batch to come."""
+    """Where the global order stands: with the seed and the datasets it determines every batch to come."""
 
+    drawn: tuple  # samples of each source that the stream has given so far
+    queues: dict  # {bucket: indices that wait for their batch, the oldest first}
     batches: int = 0
-    real_samples: int = 0
-    cg_samples: int = 0
     # What the ratios drawn with so far ask for. Exact: in floats, 0.2 is not a fifth and the account would drift.
     cg_due: Fraction = Fraction(0)
+
+    @property
+    def emitted(self):
+        """Samples in all batches so far."""
+        return sum(self.drawn) - sum(map(len, self.queues.values()))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A part of a domain that is walked in epochs of its own."""
+
+    name: str  # of its random stream
+    first: int  # index of its first sample in the concatenation
+    length: int
+    share: Fraction  # of its domain's samples
+    is_cg: bool
 
 
 class MixedCGRealSampler:
     """Batch sampler over the concatenation [real, cg] with an exact share of CG at any batch size.
 
     The order is global: all processes compute the same batches of `batch_size * num_processes` samples, and each takes
-    its slice, so nothing is communicated. How many of a global batch are CG follows from error diffusion: after every
-    one, the number of CG samples drawn is what `cg_ratio` asks for, rounded. (`int(batch_size * cg_ratio)` would be 0
-    for small batches, for ever.) Their places within the batch are shuffled, or one process would see all the CG. Each
-    domain is walked in shuffled epochs without repeats, whichever process a sample goes to.
+    its slice, so nothing is communicated. It begins with one endless stream of samples. Which of them are CG follows
+    from error diffusion: after every one, the number of CG samples drawn is what `cg_ratio` asks for, rounded.
+    (`int(batch_size * cg_ratio)` would be 0 for small batches, for ever.) Within a domain the source that is furthest
+    behind its weight comes next, and each source is walked in shuffled epochs without repeats.
+
+    Each sample of the stream waits in the queue of its bucket; a queue that is long enough is the next batch, so all
+    processes have the same bucket at the same step. Nothing is skipped or put in the place of anything else. With one
+    bucket no sample ever waits, and the CG share is exact at every batch; with several, it is exact over the stream,
+    and the batches are off that by what waits. Places in a batch are shuffled, or one process would see all the CG.
 
     Iterating it never ends, and starts behind the last consumed batch. A DataLoader draws batches ahead of the loop
     that trains on them. So that the saved state does not count batches no step has seen, the loop calls
@@ -40,20 +64,41 @@ class MixedCGRealSampler:
         batch_size: samples per batch of one process.
         seed: of the epochs' order and of the places within the batches.
         num_processes, process_index: this process among all.
+        buckets: bucket number of each sample of the concatenation; None: all are of one.
+        real_sources, cg_sources: [(length, weight), …] of the parts that the domain consists of, one after the other.
+            Weights are shares of its samples, whatever the lengths: 2 and 1 are two thirds and one third. None: one.
 
     Raises:
-        InputError: if a domain that the ratio asks for is empty, or the ratio or the batch size is out of range.
+        InputError: if a domain that the ratio asks for is empty, or the ratio, a weight or the batch size is out of
+            range.
     """
 
-    def __init__(self, real_dataset, cg_dataset, cg_ratio=0.2, batch_size=1, seed=0, num_processes=1, process_index=0):
+    def __init__(
+        self,
+        real_dataset,
+        cg_dataset,
+        cg_ratio=0.2,
+        batch_size=1,
+        seed=0,
+        num_processes=1,
+        process_index=0,
+        buckets=None,
+        real_sources=None,
+        cg_sources=None,
+    ):
         if not 0 <= process_index < num_processes:
             raise ValueError(f"process_index is {process_index}: it must be in 0..{num_processes - 1}")
         self.num_real, self.num_cg = (d if isinstance(d, int) else len(d) for d in (real_dataset, cg_dataset))
         self.batch_size = _checked_batch_size(batch_size)
         self.seed = seed
         self.num_processes, self.process_index = num_processes, process_index
+        self._sources = _sources("real", 0, self.num_real, real_sources)
+        self._sources += _sources("cg", self.num_real, self.num_cg, cg_sources)
+        self._buckets = None if buckets is None else np.asarray(buckets)
+        if buckets is not None and len(self._buckets) != self.num_real + self.num_cg:
+            raise ValueError(f"{len(self._buckets)} buckets for {self.num_real} real and {self.num_cg} CG samples")
 
-        self._consumed = _Position()
+        self._consumed = _Position(drawn=(0,) * len(self._sources), queues={})
         self._in_flight = deque()  # positions after the batches that were drawn but not yet consumed, oldest first
         # The share of CG by the number of the first batch it holds for. A change while batches are in flight must be
         # remembered with that number: a resume draws these batches again, and they had the old share.
@@ -124,18 +169,44 @@ class MixedCGRealSampler:
     @property
     def realised_cg_share(self):
         """CG samples among all that the processes have consumed, a float in [0, 1]; 0 before the first."""
-        samples = self._consumed.real_samples + self._consumed.cg_samples
-        return self._consumed.cg_samples / samples if samples else 0.0
+        samples = self._consumed.emitted
+        waiting = sum(index >= self.num_real for queue in self._consumed.queues.values() for index in queue)
+        drawn = sum(count for source, count in zip(self._sources, self._consumed.drawn) if source.is_cg)
+        return (drawn - waiting) / samples if samples else 0.0
+
+    def small_buckets(self):
+        """{bucket: samples} of those with fewer samples than a global batch: it holds some of them twice."""
+        numbers, counts = np.unique([] if self._buckets is None else self._buckets, return_counts=True)
+        needed = self.batch_size * self.num_processes
+        return {int(number): int(count) for number, count in zip(numbers, counts) if count < needed}
 
     def state_dict(self):
         """The state behind the last consumed batch, the same in every process, of ints and strings only."""
-        position = asdict(self._consumed)
+        position = self._consumed
+        return {
+            **self._identity(),
+            "position": {
+                "drawn": list(position.drawn),
+                "queues": [[bucket, list(queue)] for bucket, queue in sorted(position.queues.items())],
+                "batches": position.batches,
+                "cg_due": str(position.cg_due),
+            },
+            "cg_ratios": [[first_batch, str(ratio)] for first_batch, ratio in sorted(self._ratios.items())],
+        }
+
+    def _identity(self):
+        """What the order depends on besides the position."""
+        buckets = None
+        if self._buckets is not None and len(np.unique(self._buckets)) > 1:
+            buckets = hashlib.sha256(self._buckets.astype(np.int64).tobytes()).hexdigest()
+        sources = {is_cg: [[s.length, str(s.share)] for s in self._sources if s.is_cg == is_cg] for is_cg in (0, 1)}
         return {
             "seed": self.seed,
             "num_real": self.num_real,
             "num_cg": self.num_cg,
-            "position": position | {"cg_due": str(position["cg_due"])},
-            "cg_ratios": [[first_batch, str(ratio)] for first_batch, ratio in sorted(self._ratios.items())],
+            "real_sources": sources[0],
+            "cg_sources": sources[1],
+            "buckets": buckets,
         }
 
     def load_state_dict(self, state):
@@ -150,18 +221,21 @@ class MixedCGRealSampler:
         Raises:
             InputError: if seed or datasets are not those of the saving run, so that the order would be another.
         """
-        for name, option, value in [
-            ("seed", "--seed", self.seed),
-            ("num_real", "--real_dataset", self.num_real),
-            ("num_cg", "--cg_dataset", self.num_cg),
-        ]:
+        options = {"seed": "--seed", "num_real": "--real_dataset", "num_cg": "--cg_dataset", "buckets": "--buckets"}
+        options |= {"real_sources": "--real_dataset", "cg_sources": "--cg_dataset"}
+        for name, value in self._identity().items():
             if state[name] != value:
                 raise InputError(
-                    f"{option}: {name} is {value}, but the checkpoint was saved with {state[name]}: "
+                    f"{options[name]}: {name} is {value}, but the checkpoint was saved with {state[name]}: "
                     "resume with the same data and seed, or start a new run"
                 )
         position = state["position"]
-        self._consumed = _Position(**position | {"cg_due": Fraction(position["cg_due"])})
+        self._consumed = _Position(
+            drawn=tuple(position["drawn"]),
+            queues={bucket: tuple(queue) for bucket, queue in position["queues"]},
+            batches=position["batches"],
+            cg_due=Fraction(position["cg_due"]),
+        )
         self._in_flight.clear()
         self._ratios = {first_batch: Fraction(ratio) for first_batch, ratio in state["cg_ratios"]}
 
@@ -182,33 +256,48 @@ class MixedCGRealSampler:
     def _draw(self, batch_size):
         """The next global batch's slice for this process, and the position after it."""
         start = self._drawn
-        global_batch_size = batch_size * self.num_processes
-        cg_due = start.cg_due + self._ratio_of(start.batches) * global_batch_size
-        cg_samples = math.floor(cg_due + Fraction(1, 2))  # over all batches; never more than 1/2 off what is due
-        cg_count = cg_samples - start.cg_samples
-        end = replace(
-            start,
-            batches=start.batches + 1,
-            real_samples=start.real_samples + global_batch_size - cg_count,
-            cg_samples=cg_samples,
-            cg_due=cg_due,
-        )
-        indices = self._walk("real", self.num_real, start.real_samples, end.real_samples)
-        indices += [self.num_real + i for i in self._walk("cg", self.num_cg, start.cg_samples, end.cg_samples)]
-        # Seeded by what is drawn so far, not by the batch's number: so it holds for every batch size.
-        self._random("batch", start.real_samples + start.cg_samples).shuffle(indices)
+        needed, ratio = batch_size * self.num_processes, self._ratio_of(start.batches)
+        drawn, queues = list(start.drawn), {bucket: list(queue) for bucket, queue in start.queues.items()}
+        cg_drawn = sum(count for source, count in zip(self._sources, drawn) if source.is_cg)
+        # In units of 1 / unit, all whole numbers.
+        unit = math.lcm(ratio.denominator, start.cg_due.denominator)
+        step, due = int(ratio * unit), int(start.cg_due * unit)
+        # More than one is full only after a resume with smaller batches.
+        full = next((bucket for bucket in sorted(queues) if len(queues[bucket]) >= needed), None)
+        while full is None:
+            due += step
+            is_cg = (2 * due + unit) // (2 * unit) > cg_drawn  # due + 1/2, rounded down: never more than 1/2 off
+            cg_drawn += is_cg
+            index = self._next_sample(drawn, is_cg)
+            bucket = 0 if self._buckets is None else int(self._buckets[index])
+            queue = queues.setdefault(bucket, [])
+            queue.append(index)
+            full = bucket if len(queue) == needed else None
+        indices, queues[full] = queues[full][:needed], queues[full][needed:]
+        indices.sort(key=lambda index: index >= self.num_real)
+        # Seeded by what is in earlier batches, not by the batch's number: so it holds for every batch size.
+        self._random("batch", start.emitted).shuffle(indices)
+        waiting = {bucket: tuple(queue) for bucket, queue in queues.items() if queue}
+        end = _Position(tuple(drawn), waiting, start.batches + 1, Fraction(due, unit))
         return indices[self.process_index * batch_size : (self.process_index + 1) * batch_size], end
 
-    def _walk(self, domain, length, start, stop):
-        """Samples number `start` to `stop` of a domain's endless walk through shuffled epochs."""
-        return [self._epoch_order(domain, length, i // length)[i % length] for i in range(start, stop)]
+    def _next_sample(self, drawn, is_cg):
+        """The stream's next sample of a domain; counts it in `drawn`."""
+        candidates = [i for i, source in enumerate(self._sources) if source.is_cg == is_cg]
+        chosen = candidates[0]
+        if len(candidates) > 1:
+            total = 1 + sum(drawn[i] for i in candidates)
+            chosen = max(candidates, key=lambda i: self._sources[i].share * total - drawn[i])
+        source, number = self._sources[chosen], drawn[chosen]
+        drawn[chosen] += 1
+        return source.first + self._epoch_order(source, number // source.length)[number % source.length]
 
-    def _epoch_order(self, domain, length, epoch):
-        if self._epoch_orders.get(domain, (None,))[0] != epoch:
-            order = list(range(length))
-            self._random(domain, epoch).shuffle(order)
-            self._epoch_orders[domain] = (epoch, order)
-        return self._epoch_orders[domain][1]
+    def _epoch_order(self, source, epoch):
+        if self._epoch_orders.get(source.name, (None,))[0] != epoch:
+            order = list(range(source.length))
+            self._random(source.name, epoch).shuffle(order)
+            self._epoch_orders[source.name] = (epoch, order)
+        return self._epoch_orders[source.name][1]
 
     def _random(self, *stream):
         # Seeding with a string hashes it: nearby seeds and numbers give unrelated streams.
@@ -232,3 +321,24 @@ def _checked_batch_size(batch_size):
     if batch_size < 1:
         raise InputError(f"--train_batch_size is {batch_size}: it must be at least 1")
     return batch_size
+
+
+def _sources(domain, first, length, parts):
+    """The `_Source`s of a domain from its (length, weight) pairs."""
+    parts = [(length, 1)] * (length > 0) if parts is None else parts
+    if sum(count for count, _ in parts) != length:
+        raise ValueError(f"the {domain} sources have {[count for count, _ in parts]} of {length} samples")
+    try:
+        weights = [Fraction(str(weight)) for _, weight in parts]
+    except ValueError:
+        weights = []
+    if len(weights) < len(parts) or not all(weight > 0 for weight in weights):
+        raise InputError(f"--{domain}_dataset: the weights {[w for _, w in parts]} must be numbers above 0")
+    sources = []
+    for number, ((count, _), weight) in enumerate(zip(parts, weights)):
+        if count == 0:
+            raise InputError(f"--{domain}_dataset: its dataset {number + 1} has no clips; leave it out")
+        name = f"{domain} {number}" if number else domain
+        sources.append(_Source(name, first, count, weight / sum(weights), domain == "cg"))
+        first += count
+    return sources

@@ -316,3 +316,151 @@ def test_misuse_is_an_error():
         MixedCGRealSampler(5, 3, num_processes=2, process_index=2)
     with pytest.raises(InputError, match="--train_batch_size"):
         MixedCGRealSampler(5, 3).sample_batch(0)
+
+
+# ------------------------------------------------------------------------------------------------ buckets and sources
+
+
+@st.composite
+def mixes(draw):
+    """Arguments of a sampler with several buckets and sources."""
+    real, cg = (draw(st.lists(st.integers(1, 12), min_size=1, max_size=3)) for _ in range(2))
+    weights = st.sampled_from(["1", "2", "0.5", "1/3"])
+    count = sum(real) + sum(cg)
+    return {
+        "real_dataset": sum(real),
+        "cg_dataset": sum(cg),
+        "cg_ratio": draw(st.sampled_from([0.2, 0.5, 0.37])),
+        "batch_size": draw(st.integers(1, 4)),
+        "seed": draw(st.integers(0, 99)),
+        "buckets": draw(st.lists(st.integers(0, 3), min_size=count, max_size=count)),
+        "real_sources": [(length, draw(weights)) for length in real],
+        "cg_sources": [(length, draw(weights)) for length in cg],
+    }
+
+
+def source_ranges(mix):
+    """(first index, length, weight as a share of its domain, whether CG) of each source."""
+    first, ranges = 0, []
+    for name in ("real_sources", "cg_sources"):
+        total = sum(Fraction(weight) for _, weight in mix[name])
+        for length, weight in mix[name]:
+            ranges.append((first, length, Fraction(weight) / total, name == "cg_sources"))
+            first += length
+    return ranges
+
+
+@settings(deadline=None)
+@given(mixes(), st.integers(1, 4))
+def test_all_processes_have_one_and_the_same_bucket_at_a_step(mix, num_processes):
+    seen = set()
+    for batch in global_batches(60, num_processes=num_processes, **mix):
+        assert [len(part) for part in batch] == [mix["batch_size"]] * num_processes
+        (bucket,) = {mix["buckets"][index] for index in flat(batch)}
+        seen.add(bucket)
+    assert seen <= set(mix["buckets"])
+
+
+@settings(deadline=None)
+@given(mixes(), st.integers(1, 4), st.integers(1, 60))
+def test_shares_and_epochs_are_exact_but_for_what_waits_in_a_bucket(mix, num_processes, count):
+    sampler = MixedCGRealSampler(num_processes=num_processes, **mix)
+    drawn = [sampler.sample_batch(mix["batch_size"]) for _ in range(count)]
+    assert len(drawn) == count
+    position = sampler.state_dict()["position"]
+    waiting = flat(queue for _, queue in position["queues"])
+    # Fewer than a global batch wait in each bucket.
+    assert all(len(queue) < mix["batch_size"] * num_processes for _, queue in position["queues"])
+    emitted = flat(flat(global_batches(count, num_processes=num_processes, **mix)))
+    stream = Counter([*emitted, *waiting])
+    total = sum(stream.values())
+    cg_drawn = sum(n for index, n in stream.items() if index >= mix["real_dataset"])
+    assert abs(cg_drawn - Fraction(str(mix["cg_ratio"])) * total) <= Fraction(1, 2)
+    cg_emitted = sum(index >= mix["real_dataset"] for index in emitted)
+    assert sampler.realised_cg_share == pytest.approx(cg_emitted / len(emitted))
+    for first, length, share, is_cg in source_ranges(mix):
+        counts = [stream[index] for index in range(first, first + length)]
+        assert max(counts) - min(counts) <= 1  # epochs without repeats, whatever the buckets
+        due = share * (cg_drawn if is_cg else total - cg_drawn)
+        assert abs(sum(counts) - due) <= len(mix["cg_sources" if is_cg else "real_sources"])
+
+
+@settings(deadline=None)
+@given(mixes())
+def test_no_sample_of_any_bucket_is_left_out(mix):
+    needed = 4 * mix["batch_size"] * len(mix["buckets"]) * 40
+    batches = global_batches(needed // mix["batch_size"] // 4, num_processes=1, **mix)
+    assert set(flat(flat(batches))) == set(range(len(mix["buckets"])))
+
+
+@settings(deadline=None)
+@given(mixes(), st.integers(1, 3))
+def test_processes_share_the_batch_of_one_process_in_every_bucket(mix, num_processes):
+    several = global_batches(30, num_processes=num_processes, **mix)
+    one = global_batches(30, **mix | {"batch_size": mix["batch_size"] * num_processes})
+    assert [flat(batch) for batch in several] == [flat(batch) for batch in one]
+
+
+@settings(deadline=None)
+@given(mixes(), st.integers(0, 30), st.integers(0, 6), RATIOS)
+def test_a_resume_with_batches_in_flight_goes_on_exactly(mix, consumed, in_flight, ratio):
+    sampler = MixedCGRealSampler(**mix)
+    iterator = iter(sampler)
+    batches = [next(iterator) for _ in range(consumed + in_flight)]
+    for _ in range(consumed):
+        sampler.mark_consumed()
+    sampler.set_cg_ratio(ratio)
+    batches += [next(iterator) for _ in range(20)]
+    resumed = MixedCGRealSampler(**mix)
+    resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+    again = iter(resumed)
+    assert [next(again) for _ in range(in_flight + 20)] == batches[consumed:]
+
+
+@settings(deadline=None)
+@given(mixes(), st.integers(1, 30), st.integers(1, 4), st.integers(1, 3))
+def test_a_resume_with_other_batches_and_processes_repeats_and_loses_nothing(mix, consumed, batch_size, num_processes):
+    before = MixedCGRealSampler(**mix)
+    drawn = [before.sample_batch(mix["batch_size"]) for _ in range(consumed)]
+    samplers = []
+    for process in range(num_processes):
+        samplers.append(
+            MixedCGRealSampler(**mix | {"batch_size": batch_size}, num_processes=num_processes, process_index=process)
+        )
+        samplers[-1].load_state_dict(before.state_dict())
+    for _ in range(40):
+        parts = [sampler.sample_batch(batch_size) for sampler in samplers]
+        assert len({mix["buckets"][index] for index in flat(parts)}) == 1
+        drawn += parts
+    stream = Counter(flat(drawn)) + Counter(flat(queue for _, queue in samplers[0].state_dict()["position"]["queues"]))
+    for first, length, _, _ in source_ranges(mix):
+        counts = [stream[index] for index in range(first, first + length)]
+        assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "option"),
+    [
+        ({"buckets": [0, 0, 1, 1, 1, 0]}, "--buckets: buckets is "),
+        ({"real_sources": [(2, 1), (2, 1)]}, "--real_dataset: real_sources is "),
+        ({"real_sources": [(1, 2), (3, 1)]}, "--real_dataset: real_sources is "),
+    ],
+)
+def test_a_resume_with_other_buckets_or_sources_is_refused(change, option):
+    mix = {"real_dataset": 4, "cg_dataset": 2, "buckets": [0, 1, 0, 1, 1, 0], "real_sources": [(2, 2), (2, 1)]}
+    state = MixedCGRealSampler(**mix).state_dict()
+    with pytest.raises(InputError, match=option):
+        MixedCGRealSampler(**mix | change).load_state_dict(state)
+
+
+def test_a_bucket_smaller_than_a_global_batch_is_told():
+    buckets = [0, 0, 0, 0, 1, 1, 0]
+    sampler = MixedCGRealSampler(6, 1, batch_size=2, num_processes=2, buckets=buckets)
+    assert sampler.small_buckets() == {1: 2}
+    assert MixedCGRealSampler(6, 1, batch_size=2, buckets=buckets).small_buckets() == {}
+
+
+@pytest.mark.parametrize("sources", [[(3, 0)], [(3, -1)], [(3, "much")], [(3, "nan")], [(3, 1), (0, 1)]])
+def test_bad_sources_are_named(sources):
+    with pytest.raises(InputError, match="--real_dataset: "):
+        MixedCGRealSampler(3, 1, real_sources=sources)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from c2r import InputError
 from c2r.data.clips import Source
-from c2r.data.remote import RemoteFolder, is_remote, remote_folder
+from c2r.data.remote import RemoteFolder, is_remote
 from c2r.data.video import probe, read_window
 
 
@@ -83,14 +83,14 @@ class RemoteDataset:
         self.address, self._folder = folder.address, folder
 
     def has(self, name) -> bool:
-        return name in self._folder.files()
+        return name in self._folder.files
 
     def has_folder(self, name) -> bool:
-        return any(file.startswith(f"{name}/") for file in self._folder.files())
+        return any(file.startswith(f"{name}/") for file in self._folder.files)
 
     def locate(self, name) -> Source | None:
         name = os.path.normpath(name)
-        file = self._folder.files().get(name)
+        file = self._folder.files.get(name)
         if file is None and name.startswith(("/", "..")):
             raise DropRow("path outside the folder", name)
         return file and Source(self.address, name, file.size, file.version)
@@ -118,10 +118,15 @@ def open_folder(address, options):
     cache_dir = getattr(options, "cache_dir", None)
     if cache_dir is None:
         raise InputError(f"{address}: is not on this machine: give a --cache_dir for what is fetched and encoded")
-    return RemoteDataset(remote_folder(str(address), cache_dir, int(options.video_cache_gb * 1e9)))
+    return _remote_dataset(str(address), str(cache_dir), int(options.video_cache_gb * 1e9))
 
 
 _local_folder = cache(LocalFolder)
+
+
+@cache
+def _remote_dataset(*where):
+    return RemoteDataset(RemoteFolder(*where))
 
 
 def read_source(source, clip, options):

@@ -29,6 +29,10 @@ INTERPOLATION = (
 GUESSED_TIMES_FORMATS = {"avi", "mpeg"}
 # AVI stores decode times only. Of frames in show order, without threads that hold some back, they are as good.
 DECODE_TIMES_FORMATS = {"avi"}
+# A file may declare what it likes. Of larger frames than 8192x8192 one alone fills 200 MB; and of a file of more than
+# a day the windows would fill the memory, whether there are frames in them or not.
+MAX_PIXELS = 8192 * 8192
+MAX_SECONDS = 24 * 3600
 UNSPECIFIED_COLORSPACE = 2  # AVCOL_SPC_UNSPECIFIED
 # After a seek, decoding starts this many seconds early: a key frame is found by decode time, which runs before show
 # time, and the frames around an open group of pictures need the one before.
@@ -40,13 +44,15 @@ class VideoInfo:
     """What the manifest needs to know of a file.
 
     `last` is the time of the last frame in seconds from the first one, `interval` the mean time between two frames,
-    `aspect` the shown width / height (pixel shape and rotation applied). An image has `last` = 0.
+    `aspect` the shown width / height (pixel shape and rotation applied), `height` that height in pixels. An image has
+    `last` = 0.
     """
 
     last: Fraction
     interval: Fraction
     aspect: float
     is_image: bool
+    height: int
 
     @property
     def rate(self) -> float:
@@ -57,6 +63,11 @@ class VideoInfo:
     def duration(self) -> float:
         """Seconds from the first frame's start to the last frame's end."""
         return float(self.last + self.interval)
+
+    @property
+    def native_frames(self) -> int:
+        """How many frames the file has at its own rate."""
+        return round(self.last / self.interval) + 1
 
     def frames_at(self, fps) -> int:
         """How many frames the file gives at `fps`: sample n, at n / fps, counts until half an interval after the last
@@ -71,22 +82,41 @@ def exact(seconds) -> Fraction:
     return Fraction(seconds).limit_denominator(100_000)
 
 
-def unreadable(path, reason) -> InputError:
-    reason = " ".join(str(reason).split()) or "unknown decoder error"
-    return InputError(f"{path}: cannot be decoded ({reason}); repair or re-encode it, or take its row out")
+class UnusableVideo(InputError):
+    """A file that gives no frames; `reason` is one of "unreadable", "no video stream", "beyond the limits"."""
+
+    def __init__(self, path, detail, reason="unreadable"):
+        detail = " ".join(str(detail).split()) or "unknown decoder error"
+        super().__init__(f"{path}: cannot be decoded ({detail}); repair or re-encode it, or take its row out")
+        self.reason = reason
+
+    def __reduce__(self):  # from a data loader's worker
+        return _rebuild, (str(self), self.reason)
+
+
+def _rebuild(message, reason):
+    error = UnusableVideo.__new__(UnusableVideo)
+    InputError.__init__(error, message)
+    error.reason = reason
+    return error
 
 
 @contextmanager
-def open_video(path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """Open a local file and its main picture stream (not cover art); decoder errors become one InputError line."""
+def open_video(path, file=None) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """Open a file, local or an object, and its main picture stream (not cover art); decoder errors become one line."""
     try:
         # pattern_type none: FFmpeg would take a "%03d" in an image's name for a numbered series.
-        with av.open(str(path), options={"protocol_whitelist": "file", "pattern_type": "none"}) as container:
+        with av.open(file or str(path), options={"protocol_whitelist": "file", "pattern_type": "none"}) as container:
             if PLAYLIST_FORMATS & set(container.format.name.split(",")):
-                raise unreadable(path, f"{container.format.name} is a playlist, not a video")
+                raise UnusableVideo(path, f"{container.format.name} is a playlist, not a video")
             stream = container.streams.best("video")
             if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
-                raise unreadable(path, "it has no video stream")
+                raise UnusableVideo(path, "it has no video stream", "no video stream")
+            width, height = stream.codec_context.width, stream.codec_context.height
+            if width * height > MAX_PIXELS:
+                raise UnusableVideo(path, f"frames of {width}x{height} pixels", "beyond the limits")
+            # A frame may still be larger than its container says: then the decoder refuses it before it makes room.
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
             # In a data loader's worker the workers are the parallelism.
             if get_worker_info() is not None:
                 stream.codec_context.thread_count = 1
@@ -96,7 +126,7 @@ def open_video(path) -> Iterator[tuple[av.container.InputContainer, av.VideoStre
     except InputError:
         raise
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise unreadable(path, getattr(error, "strerror", None) or error) from error
+        raise UnusableVideo(path, getattr(error, "strerror", None) or error) from error
 
 
 def frame_time(container, frame) -> Fraction | None:
@@ -105,14 +135,14 @@ def frame_time(container, frame) -> Fraction | None:
     return None if ticks is None else ticks * Fraction(frame.time_base)
 
 
-def first_frame(container, decoder):
+def first_frame(path, container, decoder):
     """The first frame and its time in seconds on the stream's own clock (an image's is 0)."""
     frame = next(decoder, None)
     if frame is None:
-        raise unreadable(container.name, "it holds no frame")
+        raise UnusableVideo(path, "it holds no frame")
     time = Fraction(0) if is_image(container) else frame_time(container, frame)
     if time is None:
-        raise unreadable(container.name, "its frames carry no times, as in a raw stream: remux it into mp4 or mkv")
+        raise UnusableVideo(path, "its frames carry no times, as in a raw stream: remux it into mp4 or mkv")
     return frame, time
 
 
@@ -146,36 +176,43 @@ def display_transform(frame) -> tuple[bool, bool, bool]:
     return True, b < 0, c < 0
 
 
-def probe(path) -> VideoInfo:
+def probe(path, file=None) -> VideoInfo:
     """Length, rate and shape of a video or image, cheaply: the first frame is decoded and the last packets are read.
 
     The length comes from the last packets and not from the header: a header knows neither that the file was cut off,
     nor that the sound is longer than the picture.
 
+    Args:
+        path: of the file.
+        file: a seekable binary file object that is read instead; the path is for messages then.
+
     Raises:
-        InputError: the file is no video, is damaged, or was cut off.
+        UnusableVideo: the file is no video, is damaged, was cut off, or is beyond the limits.
     """
-    with open_video(path) as (container, stream):
+    with open_video(path, file) as (container, stream):
         stream.thread_type = "NONE"  # one frame is not worth starting threads for
-        frame, first = first_frame(container, container.decode(stream))
+        frame, first = first_frame(path, container, container.decode(stream))
         transpose = display_transform(frame)[0]
+        height = frame.width if transpose else frame.height
         aspect = Fraction(frame.width, frame.height) * (stream.sample_aspect_ratio or 1)
         aspect = float(1 / aspect if transpose else aspect)
         interval = frame_interval(stream)
         if is_image(container):
-            return VideoInfo(Fraction(0), interval, aspect, True)
+            return VideoInfo(Fraction(0), interval, aspect, True, height)
         # The container's length includes its sound; it says something about the picture only where there is no sound.
         length = stream.duration and stream.duration * stream.time_base
         if length is None and container.duration is not None and len(container.streams) == 1:
             length = Fraction(container.duration, av.time_base)
-        last, end = last_packet(container, stream)
+        last, end = last_packet(path, container, stream)
         missing = 0 if length is None else (stream.start_time or 0) * stream.time_base + length - end
         if missing > max(1, length / 10 if length else 0):
-            raise unreadable(path, f"it was cut off: its last {float(missing):.1f} s are missing")
-        return VideoInfo(max(last - first, Fraction(0)), interval, aspect, False)
+            raise UnusableVideo(path, f"it was cut off: its last {float(missing):.1f} s are missing")
+        if last - first > MAX_SECONDS:
+            raise UnusableVideo(path, f"it lasts {float(last - first) / 3600:.0f} hours", "beyond the limits")
+        return VideoInfo(max(last - first, Fraction(0)), interval, aspect, False, height)
 
 
-def last_packet(container, stream) -> tuple[Fraction, Fraction]:
+def last_packet(path, container, stream) -> tuple[Fraction, Fraction]:
     """Show time of the last frame, and the time when it ends, in seconds on the stream's clock."""
 
     def last_of(packets):
@@ -201,7 +238,7 @@ def last_packet(container, stream) -> tuple[Fraction, Fraction]:
         container.seek(stream.start_time or 0, stream=stream)
         last, end = last_of(container.demux(stream))
     if last is None:
-        raise unreadable(container.name, "none of its packets can be read")
+        raise UnusableVideo(path, "none of its packets can be read")
     return last * stream.time_base, end * stream.time_base
 
 
@@ -234,19 +271,19 @@ def read_window(path, start, num_frames, fps, height, width) -> torch.Tensor:
         filled, converted = 0, None
         for count, frame in nearest_frames(timed_frames(container, stream, wanted[0]), wanted, reach):
             if frame.is_corrupt:
-                raise unreadable(path, f"the frame {float(wanted[filled]):.2f} s after the first is damaged")
+                raise UnusableVideo(path, f"the frame {float(wanted[filled]):.2f} s after the first is damaged")
             converted = to_rgb(frame, stream.sample_aspect_ratio or 1, height, width)
             window[filled : filled + count] = converted.transpose(2, 0, 1)  # (H, W, 3) -> (3, H, W)
             filled += count
     if filled < num_frames:
-        raise unreadable(path, f"it ends before {float(wanted[filled]):.2f} s, within a window that needs it")
+        raise UnusableVideo(path, f"it ends before {float(wanted[filled]):.2f} s, within a window that needs it")
     return torch.from_numpy(window)
 
 
 def timed_frames(container, stream, start, search=True) -> Iterator[tuple[Fraction, av.VideoFrame]]:
     """(seconds since the file's first frame, frame) in order of time, from a frame at or before `start` on."""
     decoder = container.decode(stream)
-    frame, first = first_frame(container, decoder)
+    frame, first = first_frame(container.name, container, decoder)
     target = first + start - SEEK_MARGIN
     if search and target > first and container.format.name not in GUESSED_TIMES_FORMATS:
         container.seek(floor(target / stream.time_base), stream=stream)  # to the key frame before
