@@ -4,6 +4,7 @@ import argparse
 import errno
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -324,7 +325,7 @@ def run(main):
     except InputError as error:
         _leave_it_to_the_main_process()
         # From a data loader's worker it comes wrapped in the worker's traceback; the last line is the message.
-        sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix("c2r.InputError: "))
+        sys.exit("error: " + re.sub(r"^c2r[.\w]*: ", "", str(error).strip().splitlines()[-1]))
     except (OSError, EOFError, RuntimeError) as error:
         if _lost_worker(error):
             sys.exit(

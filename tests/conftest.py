@@ -64,7 +64,7 @@ REAL_VIDEOS = {
 def small_datasets(tmp_path_factory):
     """A folder with real/ (five videos of two clips each, one too short) and cg/ (three pairs)."""
     folder = tmp_path_factory.mktemp("data")
-    texts = ["a street", "the city at night", "red brick", "", "two people on a street", "a street"]
+    texts = ["a street", "the city at night", "red brick", "rain", "two people on a street", "a street"]
     write_dataset(folder / "real", [], [])
     with open(folder / "real/metadata.csv", "a", newline="") as file:
         csv.writer(file).writerows(zip(REAL_VIDEOS, texts))

@@ -28,7 +28,7 @@ def test_command_line_wins_over_config_over_defaults(tmp_path):
     assert args.height == 32
     assert args.width == 832
     assert args.gradient_checkpointing is False
-    assert args.real_dataset == "data"
+    assert args.real_dataset == ["data"]
 
 
 def test_config_can_give_required_options(tmp_path):
@@ -40,7 +40,7 @@ def test_config_can_give_required_options(tmp_path):
     )
     parser.set_defaults(learning_rate=1.0)
     args = parse_options(parser, ["--config", str(config)])
-    assert (args.real_dataset, args.output_dir) == ("a", "b")
+    assert (args.real_dataset, args.output_dir) == (["a"], "b")
 
 
 @pytest.mark.parametrize(

@@ -5,23 +5,27 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from c2r.data.manifest import Clip
+from c2r.data.buckets import Bucket
 from c2r.data.video import read_window
 from c2r.samples import choose_samples
+from tests.clips import clip, clips_of
 from tests.commands import SIZE, TORCHRUN, phase2, same, succeed, weights
 
 
-def clip(name, window=0, domain="cg"):
-    return Clip("data", name, f"text of {name}", domain, window, 0.0, 1, 1, held_out=True)
-
-
 def test_scenes_come_from_many_files_and_captions_from_real_clips():
-    scenes = [clip("a", 0), clip("a", 1), clip("b", 0)]
-    captions = [clip("x", 1, "real"), clip("y", 0, "real"), clip("z", 0, "real")]
+    scenes = clips_of(clip("a", 0, "cg"), clip("a", 1, "cg"), clip("b", 0, "cg"))
+    captions = clips_of(clip("x", 1), clip("y", 0), clip("z", 0))
     samples = choose_samples(scenes, captions, 2)
     assert [(s.scene.name, s.scene.window, s.caption.name) for s in samples] == [("a", 0, "y"), ("b", 0, "z")]
     assert len(choose_samples(scenes, captions[:1], 4)) == 3
     assert all(s.caption is s.scene for s in choose_samples(scenes, None, 3))
+    assert choose_samples(scenes[:0], None, 3) == []
+
+
+def test_scenes_are_of_the_bucket_of_most_clips():
+    tall = Bucket(5, 48, 32)
+    scenes = clips_of(clip("a", 0, "cg"), clip("b", 0, "cg", bucket=tall), clip("c", 0, "cg", bucket=tall))
+    assert [s.scene.name for s in choose_samples(scenes, None, 3)] == ["b", "c"]
 
 
 @pytest.fixture(scope="module")

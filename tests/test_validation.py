@@ -11,6 +11,8 @@ from torch.utils.data import default_collate
 
 from benchmarks.validation_share import validation_cost
 from c2r import InputError, flow_matching
+from c2r.data.buckets import Bucket
+from c2r.data.clips import Clips
 from c2r.data.dataset import ClipDataset
 from c2r.data.manifest import read_manifest
 from c2r.encode import encode_missing
@@ -29,17 +31,10 @@ from c2r.validation import (
     other_clips,
     validation_metrics,
 )
+from tests.clips import clip, clips_of
 from tests.commands import SIZE
 from tests.conftest import write_dataset
 from tests.tiny import FEATURE_DIM, tiny_transformer
-
-
-@dataclass(frozen=True)
-class Clip:
-    file: str
-    window: int
-    domain: str = "real"
-    text: str = ""
 
 
 class Latents(torch.utils.data.Dataset):
@@ -48,10 +43,10 @@ class Latents(torch.utils.data.Dataset):
     collate = staticmethod(default_collate)
 
     def __init__(self, count):
-        self.count = count
+        self.clips = [clip(str(i)) for i in range(count)]
 
     def __len__(self):
-        return self.count
+        return len(self.clips)
 
     def __getitem__(self, index):
         latents = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(index))
@@ -108,7 +103,7 @@ def test_conditions_share_clip_noise_and_level_and_leave_the_global_rng_alone():
 
 def test_a_loss_that_is_not_finite_names_its_clip():
     dataset = Latents(3)
-    dataset.clips = [SimpleNamespace(name=f"{i}.mp4", window=2) for i in range(3)]
+    dataset.clips = [clip(f"{i}.mp4", window=2) for i in range(3)]
 
     def predictors_of(batch):
         factor = torch.where(torch.tensor(batch["name"][0] == "clip 1"), torch.nan, 1.0)
@@ -154,35 +149,42 @@ def test_validation_ends_where_it_is_told_to():
 
 
 def test_other_clips_are_of_another_file_and_the_same_domain():
-    clips = [Clip("a", 0), Clip("a", 1), Clip("b", 0), Clip("x", 0, "cg"), Clip("x", 1, "cg"), Clip("y", 0, "cg")]
-    for clip, other in zip(clips, other_clips(clips, [])):
-        assert other.domain == clip.domain
-        assert other.file != clip.file
+    clips = [clip("a", 0), clip("a", 1), clip("b", 0), clip("x", 0, "cg"), clip("x", 1, "cg"), clip("y", 0, "cg")]
+    for own, other in zip(clips, other_clips(clips, [])):
+        assert other.domain == own.domain
+        assert other.file != own.file
+
+
+def test_other_clips_have_the_shape_of_the_clip():
+    tall = Bucket(5, 48, 32)
+    clips = [clip("a"), clip("b", bucket=tall), clip("c"), clip("d", bucket=tall)]
+    assert [other.name for other in other_clips(clips, [])] == ["c", "d", "a", "b"]
+    assert other_clips(clips[:2], []) == clips[:2]
 
 
 def test_other_clips_come_from_the_spare_ones_where_a_domain_has_one_file():
-    clips, spare = [Clip("a", 0), Clip("x", 0, "cg")], [Clip("b", 0), Clip("x", 1, "cg"), Clip("y", 3, "cg")]
-    assert other_clips(clips, spare) == [Clip("b", 0), Clip("y", 3, "cg")]
+    clips, spare = [clip("a", 0), clip("x", 0, "cg")], [clip("b", 0), clip("x", 1, "cg"), clip("y", 3, "cg")]
+    assert other_clips(clips, [spare]) == [clip("b", 0), clip("y", 3, "cg")]
 
 
 @dataclass
 class HeldOut:
-    held_out: list
-    folder: str = "data/real"
+    held_out: Clips
+    name: str = "data/real"
 
 
 def test_validation_clips_come_from_many_files():
-    clips = [Clip("a", 0), Clip("a", 1), Clip("a", 2), Clip("b", 0)]
-    assert choose_validation_clips(HeldOut(clips), 2) == [Clip("a", 0), Clip("b", 0)]
+    clips = clips_of(clip("a", 0), clip("a", 1), clip("a", 2), clip("b", 0))
+    assert choose_validation_clips(HeldOut(clips), 2) == [clip("a", 0), clip("b", 0)]
     with pytest.raises(InputError, match="data/real"):
-        choose_validation_clips(HeldOut([]), 2)
+        choose_validation_clips(HeldOut(clips[:0]), 2)
 
 
 def test_another_prompt_is_another_text_of_the_domain_where_there_is_one():
-    clips = [Clip("a", 0, text="rain"), Clip("b", 0, text="rain"), Clip("x", 0, "cg", "night")]
-    spare = [Clip("y", 0, "cg", "night"), Clip("c", 0, text="sun")]
-    chosen = other_clips(clips, spare, "text")
-    assert [clip.file for clip in chosen] == ["c", "c", "x"]  # the CG clips all have one text: it can gain nothing
+    clips = [clip("a", text="rain"), clip("b", text="rain"), clip("x", 0, "cg", "night")]
+    spare = [clip("y", 0, "cg", "night"), clip("c", text="sun")]
+    chosen = other_clips(clips, [spare], "text")
+    assert [clip.name for clip in chosen] == ["c", "c", "x"]  # the CG clips all have one text: it can gain nothing
 
 
 def losses_of(**conditions):

@@ -85,20 +85,14 @@ def exact(seconds) -> Fraction:
 class UnusableVideo(InputError):
     """A file that gives no frames; `reason` is one of "unreadable", "no video stream", "beyond the limits"."""
 
-    def __init__(self, path, detail, reason="unreadable"):
-        detail = " ".join(str(detail).split()) or "unknown decoder error"
-        super().__init__(f"{path}: cannot be decoded ({detail}); repair or re-encode it, or take its row out")
+    def __init__(self, message, reason="unreadable"):
+        super().__init__(message)
         self.reason = reason
 
-    def __reduce__(self):  # from a data loader's worker
-        return _rebuild, (str(self), self.reason)
 
-
-def _rebuild(message, reason):
-    error = UnusableVideo.__new__(UnusableVideo)
-    InputError.__init__(error, message)
-    error.reason = reason
-    return error
+def unusable(path, detail, reason="unreadable") -> UnusableVideo:
+    detail = " ".join(str(detail).split()) or "unknown decoder error"
+    return UnusableVideo(f"{path}: cannot be decoded ({detail}); repair or re-encode it, or take its row out", reason)
 
 
 @contextmanager
@@ -108,13 +102,13 @@ def open_video(path, file=None) -> Iterator[tuple[av.container.InputContainer, a
         # pattern_type none: FFmpeg would take a "%03d" in an image's name for a numbered series.
         with av.open(file or str(path), options={"protocol_whitelist": "file", "pattern_type": "none"}) as container:
             if PLAYLIST_FORMATS & set(container.format.name.split(",")):
-                raise UnusableVideo(path, f"{container.format.name} is a playlist, not a video")
+                raise unusable(path, f"{container.format.name} is a playlist, not a video")
             stream = container.streams.best("video")
             if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
-                raise UnusableVideo(path, "it has no video stream", "no video stream")
+                raise unusable(path, "it has no video stream", "no video stream")
             width, height = stream.codec_context.width, stream.codec_context.height
             if width * height > MAX_PIXELS:
-                raise UnusableVideo(path, f"frames of {width}x{height} pixels", "beyond the limits")
+                raise unusable(path, f"frames of {width}x{height} pixels", "beyond the limits")
             # A frame may still be larger than its container says: then the decoder refuses it before it makes room.
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
             # In a data loader's worker the workers are the parallelism.
@@ -126,7 +120,7 @@ def open_video(path, file=None) -> Iterator[tuple[av.container.InputContainer, a
     except InputError:
         raise
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise UnusableVideo(path, getattr(error, "strerror", None) or error) from error
+        raise unusable(path, getattr(error, "strerror", None) or error) from error
 
 
 def frame_time(container, frame) -> Fraction | None:
@@ -139,10 +133,10 @@ def first_frame(path, container, decoder):
     """The first frame and its time in seconds on the stream's own clock (an image's is 0)."""
     frame = next(decoder, None)
     if frame is None:
-        raise UnusableVideo(path, "it holds no frame")
+        raise unusable(path, "it holds no frame")
     time = Fraction(0) if is_image(container) else frame_time(container, frame)
     if time is None:
-        raise UnusableVideo(path, "its frames carry no times, as in a raw stream: remux it into mp4 or mkv")
+        raise unusable(path, "its frames carry no times, as in a raw stream: remux it into mp4 or mkv")
     return frame, time
 
 
@@ -206,9 +200,9 @@ def probe(path, file=None) -> VideoInfo:
         last, end = last_packet(path, container, stream)
         missing = 0 if length is None else (stream.start_time or 0) * stream.time_base + length - end
         if missing > max(1, length / 10 if length else 0):
-            raise UnusableVideo(path, f"it was cut off: its last {float(missing):.1f} s are missing")
+            raise unusable(path, f"it was cut off: its last {float(missing):.1f} s are missing")
         if last - first > MAX_SECONDS:
-            raise UnusableVideo(path, f"it lasts {float(last - first) / 3600:.0f} hours", "beyond the limits")
+            raise unusable(path, f"it lasts {float(last - first) / 3600:.0f} hours", "beyond the limits")
         return VideoInfo(max(last - first, Fraction(0)), interval, aspect, False, height)
 
 
@@ -238,7 +232,7 @@ def last_packet(path, container, stream) -> tuple[Fraction, Fraction]:
         container.seek(stream.start_time or 0, stream=stream)
         last, end = last_of(container.demux(stream))
     if last is None:
-        raise UnusableVideo(path, "none of its packets can be read")
+        raise unusable(path, "none of its packets can be read")
     return last * stream.time_base, end * stream.time_base
 
 
@@ -271,12 +265,12 @@ def read_window(path, start, num_frames, fps, height, width) -> torch.Tensor:
         filled, converted = 0, None
         for count, frame in nearest_frames(timed_frames(container, stream, wanted[0]), wanted, reach):
             if frame.is_corrupt:
-                raise UnusableVideo(path, f"the frame {float(wanted[filled]):.2f} s after the first is damaged")
+                raise unusable(path, f"the frame {float(wanted[filled]):.2f} s after the first is damaged")
             converted = to_rgb(frame, stream.sample_aspect_ratio or 1, height, width)
             window[filled : filled + count] = converted.transpose(2, 0, 1)  # (H, W, 3) -> (3, H, W)
             filled += count
     if filled < num_frames:
-        raise UnusableVideo(path, f"it ends before {float(wanted[filled]):.2f} s, within a window that needs it")
+        raise unusable(path, f"it ends before {float(wanted[filled]):.2f} s, within a window that needs it")
     return torch.from_numpy(window)
 
 

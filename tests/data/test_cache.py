@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from c2r import InputError
+from c2r.data.buckets import Bucket
 from c2r.data.cache import (
     MIB,
     CacheSettings,
@@ -21,34 +22,29 @@ from c2r.data.cache import (
     save_tensors,
     write_atomic,
 )
-from c2r.data.manifest import Clip
+from c2r.data.clips import Clip
 
-CLIP = Clip("data", "a.mp4", "a street", "cg", 1, 0.5, 100, 10**18, False, "b.mp4", 50, 10**18)
-SETTINGS = CacheSettings(48, 64, 9, 16.0, "vae", "text")
+CLIP = Clip("data", "a.mp4", "a street", "cg", 1, 0.5, Bucket(9, 48, 64), 100, 10**18, False, "b.mp4", 50, 10**18)
+SETTINGS = CacheSettings(16.0, "vae", "text")
 TENSORS = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.ones(2, dtype=torch.bfloat16)}
 
 
 def test_every_part_of_the_content_changes_the_name():
     names = {clip_path("c", CLIP, SETTINGS)}
-    for change in ({"name": "x.mp4"}, {"size": 101}, {"mtime_ns": 10**18 + 1}, {"window": 2}, {"text": "a road"}):
+    changes = [{"name": "x.mp4"}, {"size": 101}, {"mtime_ns": 10**18 + 1}, {"start": 1.0}, {"text": "a road"}]
+    changes += [{"bucket": Bucket(*shape)} for shape in ((13, 48, 64), (9, 64, 64), (9, 48, 48))]
+    for change in changes:
         names.add(clip_path("c", replace(CLIP, **change), SETTINGS))
-    for change in (
-        {"height": 64},
-        {"width": 48},
-        {"num_frames": 13},
-        {"fps": 24.0},
-        {"vae": "x"},
-        {"text_encoder": "x"},
-    ):
+    for change in ({"fps": 24.0}, {"vae": "x"}, {"text_encoder": "x"}):
         names.add(clip_path("c", CLIP, replace(SETTINGS, **change)))
     assert len(names) == 12
     # What the latents do not depend on does not.
-    same = replace(CLIP, folder="moved", held_out=True, domain="real", control_name="x.mp4")
+    same = replace(CLIP, folder="moved", window=3, held_out=True, domain="real", control_name="x.mp4")
     assert clip_path("c", same, SETTINGS) == clip_path("c", CLIP, SETTINGS)
 
 
 def test_prompts_are_shared_by_all_sizes():
-    assert prompt_path("c", "a", SETTINGS) == prompt_path("c", "a", replace(SETTINGS, height=64, vae="x"))
+    assert prompt_path("c", "a", SETTINGS) == prompt_path("c", "a", replace(SETTINGS, fps=24.0, vae="x"))
     assert (
         len({prompt_path("c", t, s) for t in ("a", "") for s in (SETTINGS, replace(SETTINGS, text_encoder="x"))}) == 4
     )

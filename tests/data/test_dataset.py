@@ -27,7 +27,7 @@ def setup(tmp_path_factory):
         write_video(root / name, frames, 16)
     write_video(root / "cg/coarse.mp4", frames[::-1], 16)
     write_video(root / "real/coarse.mp4", frames[::-1], 16)
-    (root / "real/metadata.csv").write_text("file_name,text,control_name\na.mp4,red brick,coarse.mp4\nb.mp4,,\n")
+    (root / "real/metadata.csv").write_text("file_name,text,control_name\na.mp4,red brick,coarse.mp4\nb.mp4,night,\n")
     rows = "fine.mp4,coarse.mp4,night\nfine2.mp4,coarse.mp4,night\n"
     (root / "cg/metadata.csv").write_text(f"file_name,control_name,text\n{rows}")
     options = SimpleNamespace(
@@ -82,7 +82,7 @@ def test_prompts_are_padded_with_zeros(setup):
     assert (prompt.abs().sum(dim=1) > 0).tolist() == [True] * 3 + [False] * (PROMPT_LENGTH - 3)
     empty = dataset.empty_prompt_embeds
     assert (empty.abs().sum(dim=1) > 0).tolist() == [True] + [False] * (PROMPT_LENGTH - 1)
-    assert torch.equal(empty, dataset[2]["prompt_embeds"])  # b.mp4 has no caption
+    assert not torch.equal(empty, dataset[2]["prompt_embeds"])
 
 
 def test_a_dataset_without_clips_has_no_length(setup):
@@ -93,7 +93,7 @@ def test_a_dataset_without_clips_has_no_length(setup):
 def test_a_video_that_is_gone_or_broken_raises_and_names_it(setup, tmp_path, workers):
     options, real, _ = setup
     write_video(tmp_path / "a.mp4", np.zeros((10, 32, 48, 3), np.uint8), 16)
-    (tmp_path / "metadata.csv").write_text("file_name,text\na.mp4,\n")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.mp4,red brick\n")
     clips = read_manifest(tmp_path, "real", options).clips
     encode_missing(clips, options, Accelerator(cpu=True))
     dataset = ClipDataset(clips, options, with_control=True)
@@ -124,7 +124,7 @@ def test_control_frames_come_from_the_same_window_as_the_latents(setup):
 def test_a_real_clip_is_its_own_control_also_where_it_has_a_coarse_version(setup):
     options, real, _ = setup
     dataset = ClipDataset(real.clips, options)
-    assert [clip.name for clip in real.clips if clip.coarse_file] == ["a.mp4"] * 2
+    assert [clip.name for clip in real.clips if clip.coarse_source] == ["a.mp4"] * 2
     first = next(i for i, clip in enumerate(real.clips) if (clip.name, clip.window) == ("a.mp4", 0))
     assert read_counter(dataset.control_frames(first)) == [0, 1, 2, 3, 4]
     assert read_counter(dataset.coarse_frames(first)) == [9, 8, 7, 6, 5]

@@ -67,23 +67,23 @@ def reasons(manifest):
 )
 def test_every_layout_and_format(tmp_path, video, name, metadata, videos, prefix):
     add(tmp_path / videos, video, "a.mp4", "b.mp4")
-    rows = [{"file_name": f"{prefix}a.mp4", "text": "a street"}, {"file_name": f"{prefix}b.mp4", "text": ""}]
+    rows = [{"file_name": f"{prefix}a.mp4", "text": "a street"}, {"file_name": f"{prefix}b.mp4", "text": "a"}]
     write_metadata(tmp_path / metadata, rows, name)
     manifest = read_manifest(tmp_path, "real", OPTIONS)
     where = "" if videos == "." else f"{videos}/"
     assert [(c.name, c.window, c.start, c.text) for c in manifest.clips] == [
         (f"{where}a.mp4", 0, 0.0, "a street"),
         (f"{where}a.mp4", 1, 9 / 16, "a street"),
-        (f"{where}b.mp4", 0, 0.0, ""),
-        (f"{where}b.mp4", 1, 9 / 16, ""),
+        (f"{where}b.mp4", 0, 0.0, "a"),
+        (f"{where}b.mp4", 1, 9 / 16, "a"),
     ]
     assert manifest.dropped == []
-    assert all(os.path.samefile(c.file, tmp_path / c.name) and c.control_file is None for c in manifest.clips)
+    assert all(os.path.samefile(c.file, tmp_path / c.name) and c.control_source == c.source for c in manifest.clips)
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
 def test_captions_stay_text(tmp_path, video, name):
-    texts = ["NA", "007", "null", "1e5", "ça, «rue»", 'said "hi"', "two\nlines", "", " padded ", "True"]
+    texts = ["NA", "007", "null", "1e5", "ça, «rue»", 'said "hi"', "two\nlines", " padded ", "True"]
     names = [f"{n}.mp4" for n in range(len(texts))]
     add(tmp_path, video, *names)
     write_metadata(tmp_path, [{"file_name": n, "text": t, "extra": 1} for n, t in zip(names, texts)], name)
@@ -92,10 +92,10 @@ def test_captions_stay_text(tmp_path, video, name):
 
 def test_a_byte_order_mark_and_numeric_columns(tmp_path, video):
     add(tmp_path, video, "007", "8")
-    (tmp_path / "metadata.csv").write_text("\ufefffile_name,text\n007,12\n8,\n", encoding="utf-8")
+    (tmp_path / "metadata.csv").write_text("\ufefffile_name,text\n007,12\n8,9\n", encoding="utf-8")
     assert [(c.name, c.text) for c in read_manifest(tmp_path, "real", OPTIONS).clips if not c.window] == [
         ("007", "12"),
-        ("8", ""),
+        ("8", "9"),
     ]
 
 
@@ -120,28 +120,33 @@ def test_no_row_is_dropped_silently(tmp_path, video, capsys):
     (data / "link.mp4").symlink_to(tmp_path / "outside.mp4")
     names = ["good.mp4", "twice.mp4", "twice.mp4", "short.mp4", "text.mp4", "cut.mp4", "image.png", "link.mp4"]
     names += ["../outside.mp4", str(tmp_path / "outside.mp4"), "gone.mp4", "", "sub/../good.mp4"]
-    write_metadata(data, [{"file_name": name, "text": "a"} for name in names])
+    add(data, video, "no caption.mp4")
+    names += ["no caption.mp4"]
+    write_metadata(data, [{"file_name": n, "text": " " if n == "no caption.mp4" else "a"} for n in names])
     manifest = read_manifest(data, "real", OPTIONS)
-    assert [c.name for c in manifest.clips if c.window == 0] == ["good.mp4", "twice.mp4", "twice.mp4", "good.mp4"]
+    assert [c.name for c in manifest.clips if c.window == 0] == ["good.mp4", "twice.mp4"]
     assert reasons(manifest) == {
-        "short.mp4": "shorter than 9 frames at 16 fps",
-        "text.mp4": "cannot be decoded",
-        "cut.mp4": "cannot be decoded",
-        "image.png": "single images",
-        "link.mp4": "outside the dataset folder",
-        "../outside.mp4": "outside the dataset folder",
-        str(tmp_path / "outside.mp4"): "outside the dataset folder",
-        "gone.mp4": "file not found",
-        "": "without a file name",
+        "twice.mp4": "duplicate row",
+        "sub/../good.mp4": "duplicate row",
+        "no caption.mp4": "empty caption",
+        "short.mp4": "too short",
+        "text.mp4": "unreadable",
+        "cut.mp4": "unreadable",
+        "image.png": "image",
+        "link.mp4": "path outside the folder",
+        "../outside.mp4": "path outside the folder",
+        str(tmp_path / "outside.mp4"): "path outside the folder",
+        "gone.mp4": "missing file",
+        "": "missing file",
     }
-    assert len(manifest.dropped) + 4 == len(names)
+    assert len(manifest.dropped) + 2 == len(names)
     manifest.report()
     printed = capsys.readouterr().out
-    assert "kept 8 clips of 2 files" in printed
-    assert "dropped 9 rows: 3 outside the dataset folder, 2 cannot be decoded, 1 " in printed
+    assert "kept 4 clips of 2 files" in printed
+    assert "dropped 12 rows: 3 path outside the folder, 2 duplicate row, 2 unreadable, 2 missing file, 1 " in printed
     with open(data / ".c2r_cache/manifest-real-data.csv", newline="") as file:
         listed = list(csv.DictReader(file))
-    assert len(listed) == 8 + 9
+    assert len(listed) == 4 + 12
     assert {row["use"] for row in listed} == {"train", "held out", "dropped"}
     assert any(row["file_name"] == "cut.mp4" and "cut off" in row["reason"] for row in listed)
 
@@ -150,7 +155,7 @@ def test_images_are_clips_where_a_clip_is_one_frame(tmp_path, video):
     Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
     Image.new("RGB", (64, 48)).save(tmp_path / "b.jpg")
     add(tmp_path, video, "c.mp4")
-    write_metadata(tmp_path, [{"file_name": n, "text": ""} for n in ("a.png", "b.jpg", "c.mp4")])
+    write_metadata(tmp_path, [{"file_name": n, "text": "a"} for n in ("a.png", "b.jpg", "c.mp4")])
     options = SimpleNamespace(**vars(OPTIONS) | {"num_frames": 1})
     names = [c.name for c in read_manifest(tmp_path, "real", options).clips]
     assert names == ["a.png", "b.jpg"] + ["c.mp4"] * 20
@@ -158,11 +163,11 @@ def test_images_are_clips_where_a_clip_is_one_frame(tmp_path, video):
 
 def test_windows_follow_the_rate(tmp_path):
     write_video(tmp_path / "a.mp4", counter_frames(25), 24)
-    write_metadata(tmp_path, [{"file_name": "a.mp4", "text": ""}])
+    write_metadata(tmp_path, [{"file_name": "a.mp4", "text": "a"}])
     for fps, windows in ((24, 2), (16, 1), (48, 5), (8, 1)):
         options = SimpleNamespace(**vars(OPTIONS) | {"fps": fps})
         assert len(read_manifest(tmp_path, "real", options).clips) == windows
-    with pytest.raises(InputError, match=r"none of its 1 rows.*shorter than 9 frames at 4 fps"):
+    with pytest.raises(InputError, match=r"none of its 1 rows.*1 too few frames after resampling"):
         read_manifest(tmp_path, "real", SimpleNamespace(**vars(OPTIONS) | {"fps": 4}))
 
 
@@ -184,17 +189,18 @@ def test_cg_pairs_that_disagree_are_dropped(tmp_path, video):
         "one_more.mp4": None,
         "ntsc.mp4": None,
         "turned.mp4": None,
-        "longer.mp4": "pairs of different lengths",
-        "faster.mp4": "pairs of different frame rates",
-        "wide.mp4": "pairs of different aspect ratios",
-        "sideways.mp4": "pairs of different aspect ratios",
-        "image.png": "pairs of an image and a video",
-        "gone.mp4": "file not found",
-        "": "without a file name",
-        "../coarse.mp4": "file not found",
+        "longer.mp4": "pair differs in length",
+        "faster.mp4": "pair differs in rate",
+        "wide.mp4": "pair differs in aspect",
+        "sideways.mp4": "pair differs in aspect",
+        "image.png": "pair of an image and a video",
+        "gone.mp4": "missing file",
+        "": "missing file",
+        "../coarse.mp4": "missing file",
     }
     for control, reason in controls.items():
-        rows = [{"file_name": "fine.mp4", "control_name": c, "text": ""} for c in ("coarse.mp4", control)]
+        pairs = [("a", "coarse.mp4"), ("another caption", control)]
+        rows = [{"file_name": "fine.mp4", "control_name": c, "text": text} for text, c in pairs]
         write_metadata(tmp_path, rows)
         manifest = read_manifest(tmp_path, "cg", OPTIONS)
         assert [row.reason for row in manifest.dropped] == ([reason] if reason else []), control
@@ -202,8 +208,8 @@ def test_cg_pairs_that_disagree_are_dropped(tmp_path, video):
         # As real data no row is lost: the coarse version is for validation alone, and the video is its own control.
         real = read_manifest(tmp_path, "real", OPTIONS)
         assert real.dropped == []
-        assert all(c.control_file is None and c.file.endswith("fine.mp4") for c in real.clips)
-        assert [c.coarse_file is not None for c in real.clips if c.window == 1] == [True, not reason]
+        assert all(c.control_source == c.source and c.file.endswith("fine.mp4") for c in real.clips)
+        assert [c.coarse_source is not None for c in real.clips if c.window == 1] == [True, not reason]
         # An empty name names nothing that could be missed.
         assert [row.reason for row in real.without_coarse] == ([reason] if reason and control else []), control
 
@@ -212,14 +218,14 @@ def test_real_clips_kept_without_their_coarse_version_are_told(tmp_path, video, 
     add(tmp_path, video, "a.mp4", "b.mp4", "coarse.mp4")
     write_video(tmp_path / "longer.mp4", counter_frames(24), 16)
     rows = zip(("a.mp4", "b.mp4", "coarse.mp4", "gone.mp4"), ("coarse.mp4", "longer.mp4", "", "coarse.mp4"))
-    write_metadata(tmp_path, [{"file_name": name, "control_name": coarse, "text": ""} for name, coarse in rows])
+    write_metadata(tmp_path, [{"file_name": name, "control_name": coarse, "text": "a"} for name, coarse in rows])
     manifest = read_manifest(tmp_path, "real", OPTIONS)
     assert [c.control_name for c in manifest.clips if c.window == 0] == ["coarse.mp4", None, None]
     assert [row.file for row in manifest.dropped] == ["gone.mp4"]
     manifest.report()
-    assert "kept 1 rows without their coarse version: 1 pairs of different lengths" in capsys.readouterr().out
+    assert "kept 1 rows without their coarse version: 1 pair differs in length" in capsys.readouterr().out
     (table,) = manifest.cache_dir.glob("manifest-real-*.csv")
-    assert 'b.mp4,,without coarse version,"pairs of different lengths: 1.25 s, ' in table.read_text()
+    assert 'b.mp4,,,without coarse version,"pair differs in length: 1.25 s, ' in table.read_text()
 
 
 @pytest.mark.parametrize(
@@ -228,11 +234,11 @@ def test_real_clips_kept_without_their_coarse_version_are_told(tmp_path, video, 
         (lambda d: None, r"no such dataset folder; check"),
         (lambda d: d.mkdir(), r"has no metadata\.csv.*; add"),
         (
-            lambda d: write_metadata(d, [{"file": "a.mp4", "text": ""}]),
+            lambda d: write_metadata(d, [{"file": "a.mp4", "text": "a"}]),
             r"csv: has no column file_name.*file, ",
         ),
         (lambda d: write_metadata(d, [{"file_name": "a.mp4"}]), r"metadata\.csv: has no column text.*; add"),
-        (lambda d: write_metadata(d, [{"file_name": "a.mp4", "text": ""}]), r"none of its 1 rows.*1 file not found"),
+        (lambda d: write_metadata(d, [{"file_name": "a.mp4", "text": "a"}]), r"none of its 1 rows.*1 missing file"),
         (lambda d: d.mkdir() or (d / "metadata.csv").write_text("file_name,text\n"), r"metadata\.csv: has no rows"),
         (lambda d: d.mkdir() or (d / "metadata.csv").write_text(""), r"metadata\.csv: cannot be read \(No columns"),
         (lambda d: d.mkdir() or (d / "metadata.csv").write_text("a,b\n1,2,3\n4\n5,6,7,8\n"), r"metadata\.csv: "),
@@ -252,13 +258,13 @@ def test_bad_folders_end_in_one_line(tmp_path, prepare, message, capfd):
 
 def test_other_one_line_errors(tmp_path, video):
     add(tmp_path, video, "a.mp4")
-    write_metadata(tmp_path, [{"file_name": "a.mp4", "text": ""}])
+    write_metadata(tmp_path, [{"file_name": "a.mp4", "text": "a"}])
     with pytest.raises(InputError, match=r"no column control_name.*coarse"):
         read_manifest(tmp_path, "cg", OPTIONS)
     for option, value in (("height", 50), ("width", 0), ("num_frames", 8), ("fps", 0)):
         with pytest.raises(InputError, match=f"--{option} {value}: must be"):
             read_manifest(tmp_path, "real", SimpleNamespace(**vars(OPTIONS) | {option: value}))
-    write_metadata(tmp_path, [{"file_name": "a.mp4", "text": ""}], "metadata.jsonl")
+    write_metadata(tmp_path, [{"file_name": "a.mp4", "text": "a"}], "metadata.jsonl")
     with pytest.raises(InputError, match=r"metadata\.csv and metadata\.jsonl; keep one"):
         read_manifest(tmp_path, "real", OPTIONS)
 
@@ -266,7 +272,7 @@ def test_other_one_line_errors(tmp_path, video):
 def test_held_out_files_are_the_same_whatever_else_is_there(tmp_path, video):
     names = [f"{n}.mp4" for n in range(40)]
     add(tmp_path, video, *names)
-    write_metadata(tmp_path, [{"file_name": n, "text": ""} for n in names])
+    write_metadata(tmp_path, [{"file_name": n, "text": "a"} for n in names])
     manifest = read_manifest(tmp_path, "real", OPTIONS)
     held_out = {c.name for c in manifest.held_out}
     assert held_out == {n for n in names if is_held_out(n)}
@@ -274,7 +280,7 @@ def test_held_out_files_are_the_same_whatever_else_is_there(tmp_path, video):
     assert held_out.isdisjoint(c.name for c in manifest.train)
     assert len(manifest.held_out) == 2 * len(held_out)  # both windows
     # Reordered and with fewer files, each of them stays on its side.
-    write_metadata(tmp_path, [{"file_name": n, "text": ""} for n in names[::-1][10:]])
+    write_metadata(tmp_path, [{"file_name": n, "text": "a"} for n in names[::-1][10:]])
     again = read_manifest(tmp_path, "real", OPTIONS)
     assert {c.name for c in again.held_out} == held_out & set(names[::-1][10:])
     assert manifest.fingerprint != again.fingerprint
@@ -284,11 +290,11 @@ def test_two_files_are_one_for_each_side(tmp_path, video):
     for a, b in (("a.mp4", "b.mp4"), ("x1.mp4", "x7.mp4")):
         folder = tmp_path / a
         add(folder, video, a, b)
-        write_metadata(folder, [{"file_name": n, "text": ""} for n in (a, b)])
+        write_metadata(folder, [{"file_name": n, "text": "a"} for n in (a, b)])
         manifest = read_manifest(folder, "real", OPTIONS)
         assert len(manifest.held_out) == len(manifest.train) == 2
-    write_metadata(folder, [{"file_name": a, "text": ""}])
-    assert read_manifest(folder, "real", OPTIONS).held_out == []
+    write_metadata(folder, [{"file_name": a, "text": "a"}])
+    assert read_manifest(folder, "real", OPTIONS).held_out.file_count == 0
 
 
 @given(st.sets(st.text(min_size=1), min_size=2, max_size=30), st.floats(0, 1))
@@ -309,10 +315,10 @@ def test_the_hash_never_changes():
 def test_a_validation_folder_is_used_instead_of_the_hash(tmp_path, video, own_metadata):
     add(tmp_path, video, "train/a.mp4", "train/b.mp4", "validation/c.mp4")
     if own_metadata:
-        write_metadata(tmp_path / "train", [{"file_name": n, "text": ""} for n in ("a.mp4", "b.mp4")])
-        write_metadata(tmp_path / "validation", [{"file_name": "c.mp4", "text": ""}])
+        write_metadata(tmp_path / "train", [{"file_name": n, "text": "a"} for n in ("a.mp4", "b.mp4")])
+        write_metadata(tmp_path / "validation", [{"file_name": "c.mp4", "text": "a"}])
     else:
-        rows = [{"file_name": n, "text": ""} for n in ("train/a.mp4", "train/b.mp4", "validation/c.mp4")]
+        rows = [{"file_name": n, "text": "a"} for n in ("train/a.mp4", "train/b.mp4", "validation/c.mp4")]
         write_metadata(tmp_path, rows)
     manifest = read_manifest(tmp_path, "real", OPTIONS)
     assert {c.name for c in manifest.held_out} == {"validation/c.mp4"}
@@ -324,11 +330,11 @@ def test_a_validation_folder_is_used_instead_of_the_hash(tmp_path, video, own_me
 
 def test_probes_are_kept_until_the_file_changes(tmp_path, video, monkeypatch):
     add(tmp_path, video, "a.mp4", "b.mp4")
-    write_metadata(tmp_path, [{"file_name": n, "text": ""} for n in ("a.mp4", "b.mp4")])
+    write_metadata(tmp_path, [{"file_name": n, "text": "a"} for n in ("a.mp4", "b.mp4")])
     first = read_manifest(tmp_path, "real", OPTIONS)
     looked_into = []
-    monkeypatch.setattr("c2r.data.manifest.probe", lambda path: looked_into.append(path.name) or 1 / 0)
-    assert read_manifest(tmp_path, "real", OPTIONS) == first
+    monkeypatch.setattr("c2r.data.folders.probe", lambda path: looked_into.append(path) or 1 / 0)
+    assert read_manifest(tmp_path, "real", OPTIONS).fingerprint == first.fingerprint
     assert looked_into == []
     monkeypatch.undo()
     time.sleep(0.01)
@@ -336,5 +342,5 @@ def test_probes_are_kept_until_the_file_changes(tmp_path, video, monkeypatch):
     second = read_manifest(tmp_path, "real", OPTIONS)
     assert [c.name for c in second.clips] == ["a.mp4", "b.mp4", "b.mp4"]
     assert second.fingerprint != first.fingerprint
-    (tmp_path / ".c2r_cache/probes.json").write_text('{"trunca')
-    assert read_manifest(tmp_path, "real", OPTIONS) == second
+    (tmp_path / ".c2r_cache/probes.safetensors").write_text('{"trunca')
+    assert read_manifest(tmp_path, "real", OPTIONS).fingerprint == second.fingerprint

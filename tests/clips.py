@@ -1,0 +1,35 @@
+"""Clips without videos, for tests of what is chosen among them."""
+
+import numpy as np
+import pyarrow as pa
+
+from c2r.data.buckets import Bucket
+from c2r.data.clips import INDEX, Clip, Clips, FileTable
+
+BUCKET = Bucket(5, 32, 48)
+
+
+def clip(name, window=0, domain="real", text="a street", bucket=BUCKET, held_out=False):
+    """A `Clip` of a file that is not there."""
+    return Clip("data", name, text, domain, window, 0.0, bucket, 1, 1, held_out)
+
+
+def clips_of(*clips, fps=16):
+    """`Clips` of these, each with a row of its own in one table."""
+    buckets = list(dict.fromkeys(clip.bucket for clip in clips))
+    zeros = np.ones(len(clips), np.int64)
+    table = FileTable(
+        folder="data",
+        domain=clips[0].domain if clips else "real",
+        fps=fps,
+        buckets=buckets,
+        names=pa.array([clip.name for clip in clips], pa.string()),
+        texts=pa.array([clip.text for clip in clips], pa.string()),
+        sizes=zeros,
+        mtimes=zeros,
+        control_names=pa.array([None] * len(clips), pa.string()),
+        control_sizes=zeros,
+        control_mtimes=zeros,
+    )
+    rows = [(0, row, c.window, 0, buckets.index(c.bucket), c.held_out) for row, c in enumerate(clips)]
+    return Clips([table], np.array(rows, INDEX))
