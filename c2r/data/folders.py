@@ -86,7 +86,7 @@ class RemoteDataset:
         return name in self._folder.files
 
     def has_folder(self, name) -> bool:
-        return any(file.startswith(f"{name}/") for file in self._folder.files)
+        return not name or any(file.startswith(f"{name}/") for file in self._folder.files)
 
     def locate(self, name) -> Source | None:
         name = os.path.normpath(name)

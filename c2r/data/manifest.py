@@ -204,14 +204,16 @@ def read_manifest(address, domain, options) -> Manifest:
     dropped, without_coarse, located, seen, row_count = [], [], [], set(), 0
     for place, table in find_metadata(folder, domain, cache_dir):
         row_count += len(table)
+        # Names are relative to the metadata's folder, to the dataset's, or to its train/.
+        bases = [base for base in dict.fromkeys((place, "", "train")) if folder.has_folder(base)]
         for name, text, control_name in rows_of(table):
             try:
-                sources = [_locate(folder, place, name)]
+                sources = [_locate(folder, bases, name)]
                 if not text.strip():
                     raise DropRow("empty caption", "")
                 if domain == "cg" or control_name:
                     try:
-                        sources.append(_locate(folder, place, control_name))
+                        sources.append(_locate(folder, bases, control_name))
                     except DropRow as drop:
                         if domain == "cg":
                             raise
@@ -264,11 +266,11 @@ def _first_detail(dropped):
     return f"the first: {detail}; " if detail else ""
 
 
-def _locate(folder, place, name):
-    """The file that a row names, relative to the metadata's folder, the dataset's or its train/."""
+def _locate(folder, bases, name):
+    """The file that a row names, relative to the first base that has it."""
     if not name:
         raise DropRow("missing file", "the row names none")
-    for base in dict.fromkeys((place, "", "train")):
+    for base in bases:
         if (source := folder.locate(f"{base}/{name}" if base else name)) is not None:
             return source
     raise DropRow("missing file", name)

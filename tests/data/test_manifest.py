@@ -143,7 +143,7 @@ def test_no_row_is_dropped_silently(tmp_path, video, capsys):
     manifest.report()
     printed = capsys.readouterr().out
     assert "kept 4 clips of 2 files" in printed
-    assert "dropped 12 rows: 3 path outside the folder, 2 duplicate row, 2 unreadable, 2 missing file, 1 " in printed
+    assert "dropped 12 rows: 3 path outside the folder, 2 duplicate row, 2 missing file, 2 unreadable, 1 " in printed
     with open(data / ".c2r_cache/manifest-real-data.csv", newline="") as file:
         listed = list(csv.DictReader(file))
     assert len(listed) == 4 + 12
