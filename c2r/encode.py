@@ -29,7 +29,9 @@ from c2r.data.cache import (
     CLIP_TENSORS,
     PROMPT_TENSORS,
     CacheSettings,
+    CheckedClips,
     cache_folder,
+    clip_key,
     clip_path,
     is_complete,
     load_tensors,
@@ -87,32 +89,36 @@ def find_missing(clips, options, process_index=0, num_processes=1) -> Missing:
     settings, cache_dir = CacheSettings.from_options(options), getattr(options, "cache_dir", None)
     found = Missing([], 0, {}, {}, 0)
     seen, open_batches, numbers, bytes_of = set(), {}, itertools.count(), _LatentBytes(options)
+    caches = {}
 
     def close(batch):
-        if next(numbers) % num_processes == process_index and any(missing for *_, missing in batch):
-            found.batches.append([entry[:2] for entry in batch])
+        if next(numbers) % num_processes == process_index and any(missing for _, missing in batch):
+            folders = [caches[clip.folder].cache_dir for clip, _ in batch]
+            found.batches.append([(clip_path(f, clip, settings), clip) for f, (clip, _) in zip(folders, batch)])
 
     for clip in clips:
-        folder = cache_folder(clip.folder, cache_dir)
-        path = clip_path(folder, clip, settings)
-        if (name := hash(path.name)) in seen:
+        if clip.folder not in caches:
+            caches[clip.folder] = CheckedClips(cache_folder(clip.folder, cache_dir))
+            found.texts[prompt_path(caches[clip.folder].cache_dir, "", settings)] = ""
+        key = clip_key(clip, settings)
+        if (number := int(key[:16], 16)) in seen:
             continue
-        if not seen:
-            found.texts[prompt_path(folder, "", settings)] = ""
-        seen.add(name)
-        missing = not is_complete(path, CLIP_TENSORS)
+        seen.add(number)
+        missing = not caches[clip.folder].has(key)
         if missing:
+            folder = caches[clip.folder].cache_dir
             found.count += 1
-            found.damaged += path.exists()
-            found.texts[prompt_path(folder, "", settings)] = ""
+            found.damaged += clip_path(folder, clip, settings).exists()
             found.texts[prompt_path(folder, clip.text, settings)] = clip.text
             found.room[folder] = found.room.get(folder, 0) + bytes_of(clip.bucket)
         batch = open_batches.setdefault(clip.bucket, [])
-        batch.append((path, clip, missing))
+        batch.append((clip, missing))
         if len(batch) == clips_at_once(clip.bucket):
             close(open_batches.pop(clip.bucket))
     for batch in open_batches.values():
         close(batch)
+    for checked in caches.values():
+        checked.save()
     found.damaged += sum(path.exists() and not is_complete(path, PROMPT_TENSORS) for path in found.texts)
     return found
 

@@ -11,11 +11,15 @@ import hashlib
 import json
 import os
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load
+from safetensors.numpy import save as save_arrays
 from safetensors.torch import save
 
 from c2r import InputError
@@ -88,8 +92,50 @@ def clip_key(clip, settings: CacheSettings) -> str:
 
 def clip_path(cache_dir, clip, settings: CacheSettings) -> Path:
     """Where the latents and prompt embeddings of one window are, or will be."""
-    key = clip_key(clip, settings)
-    return Path(f"{cache_dir}/clips/{key[:2]}/{key}.safetensors")
+    return Path(_clip_path(cache_dir, clip_key(clip, settings)))
+
+
+def _clip_path(cache_dir, key):
+    return f"{cache_dir}/clips/{key[:2]}/{key}.safetensors"
+
+
+class CheckedClips:
+    """Which clips are in a cache, whole. What was looked into once is not opened again while it stays as it is.
+
+    Args:
+        cache_dir: the cache's; checked.safetensors in it has 16 bytes for each file that was found whole.
+    """
+
+    def __init__(self, cache_dir):
+        self.cache_dir, self._store = cache_dir, Path(cache_dir) / "checked.safetensors"
+        try:
+            stored = load(self._store.read_bytes())["files"]
+        except (OSError, SafetensorError, KeyError):
+            stored = np.empty((0, 16), np.uint8)
+        self._known = {file.tobytes() for file in stored}
+        self._new = 0
+
+    def has(self, key) -> bool:
+        """Whether the clip of this `clip_key` is there in its full length."""
+        path = _clip_path(self.cache_dir, key)
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            return False
+        file = hashlib.sha256(f"{key} {status.st_size} {status.st_mtime_ns}".encode()).digest()[:16]
+        if file not in self._known:
+            if not is_complete(path, CLIP_TENSORS):
+                return False
+            self._known.add(file)
+            self._new += 1
+        return True
+
+    def save(self):
+        """Keep what was found."""
+        if self._new:
+            files = np.frombuffer(b"".join(sorted(self._known)), np.uint8).reshape(-1, 16)
+            with suppress(OSError):  # then it is looked into again
+                write_atomic(self._store, save_arrays({"files": files}))
 
 
 def prompt_path(cache_dir, text, settings: CacheSettings) -> Path:

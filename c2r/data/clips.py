@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -97,6 +98,11 @@ class FileTable:
     control_sizes: np.ndarray
     control_mtimes: np.ndarray
 
+    @cached_property
+    def rate(self) -> tuple[int, int]:
+        """So many frames in so many seconds."""
+        return exact(self.fps).as_integer_ratio()
+
 
 class Clips(Sequence):
     """A sequence of `Clip`, made when they are asked for. A slice, a mask or an array of positions gives `Clips`.
@@ -117,6 +123,7 @@ class Clips(Sequence):
             return Clips(self.tables, self.index[key])
         number, row, window, first_frame, bucket, held_out = self.index[key].item()
         table = self.tables[number]
+        frames, seconds = table.rate
         control_name = table.control_names[row].as_py()
         return Clip(
             folder=table.folder,
@@ -124,7 +131,7 @@ class Clips(Sequence):
             text=table.texts[row].as_py(),
             domain=table.domain,
             window=window,
-            start=float(first_frame / exact(table.fps)),
+            start=first_frame * seconds / frames,
             bucket=table.buckets[bucket],
             size=int(table.sizes[row]),
             mtime_ns=int(table.mtimes[row]),

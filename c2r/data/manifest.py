@@ -229,9 +229,14 @@ def read_manifest(address, domain, options) -> Manifest:
     probes.look_into(folder, (source for _, sources in located for source in sources))
 
     failures = any(cache_dir.glob("failures/*.json"))  # spares a million looks for nothing
+    known = {}
 
     def windows_of(sources):
-        windows = _windows([probes.of(source) for source in sources], buckets, options.fps)
+        infos = [probes.of(source) for source in sources]
+        alike = tuple(map(id, infos))  # `probes` keeps them
+        if alike not in known:
+            known[alike] = _windows(infos, buckets, options.fps)
+        windows = known[alike]
         for source in sources if failures else ():
             if (failure := noted_failure(cache_dir, source)) is not None:
                 raise DropRow(*failure)
@@ -321,9 +326,8 @@ def _held_out_names(folder, names) -> set[str]:
                 )
         return held_out
     held_out = {name for name in names if is_held_out(name)}
-    by_place = sorted(names, key=_place)
-    if len(names) >= 2:
-        held_out = (held_out or {by_place[0]}) - ({by_place[-1]} if held_out == names else set())
+    if len(names) >= 2 and not held_out:
+        held_out = {min(names, key=_place)}
     elif held_out == names:
-        held_out = set()
+        held_out -= {max(names, key=_place)}
     return held_out

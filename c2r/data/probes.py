@@ -40,6 +40,8 @@ class Probes:
             self._keys, self._values = np.empty((0, 16), np.uint8), np.empty((0, 7))
         self._rows = {key.tobytes(): row for row, key in enumerate(self._keys)}
         self._failed = {}
+        # Files are of few kinds and lengths: a million of them are hundreds of these.
+        self._infos = {}
 
     def look_into(self, folder, sources):
         """Probe the files that are not known yet. Call it before `of`."""
@@ -67,15 +69,18 @@ class Probes:
                 self._add({key: info for key, info in found if key not in self._failed})
 
     def of(self, source) -> VideoInfo | InputError:
-        """What is known of a file."""
+        """What is known of a file; the same object for all files that are alike."""
         key = _key(source)
         if key in self._failed:
             return self._failed[key]
-        *fractions, aspect, height, is_image = self._values[self._rows[key]].tolist()
-        last, last_of, interval, interval_of = map(int, fractions)
-        return VideoInfo(
-            Fraction(last, last_of), Fraction(interval, interval_of), aspect, bool(is_image), height=int(height)
-        )
+        values = self._values[self._rows[key]].tobytes()
+        if values not in self._infos:
+            *fractions, aspect, height, is_image = np.frombuffer(values).tolist()
+            last, last_of, interval, interval_of = map(int, fractions)
+            self._infos[values] = VideoInfo(
+                Fraction(last, last_of), Fraction(interval, interval_of), aspect, bool(is_image), height=int(height)
+            )
+        return self._infos[values]
 
     def _add(self, new):
         if not new:
