@@ -1,5 +1,6 @@
 """Videos as one picture: a row per clip, a few frames in each column."""
 
+import io
 from fractions import Fraction
 
 import numpy as np
@@ -38,3 +39,10 @@ def draw_contact_sheet(columns, captions, num_frames=3, max_frame_width=320):
     for row, caption in enumerate(captions):
         draw.text((2, TITLE_HEIGHT + row * row_height), caption, fill="black")
     return sheet
+
+
+def encoded(image, format="PNG", **options) -> bytes:
+    """An image as a file's content."""
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()

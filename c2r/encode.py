@@ -48,6 +48,7 @@ from c2r.models.parts import load_pipeline_part, resolve_model_folder
 from c2r.models.weights import existing_parent, read_json
 from c2r.options import HelpFormatter, add_clip_options, check_clip_options, run
 from c2r.pipeline import max_sequence_length
+from c2r.preview import choose_clips, write_preview
 from c2r.watchdog import DEFAULT_TIMEOUT_MINUTES, Watchdog
 
 # Batches of each bucket that a dry run measures, after a first one that is not counted.
@@ -379,6 +380,11 @@ def build_parser():
         action="store_true",
         help="tell what would be encoded and how long it would take; write no latents",
     )
+    parser.add_argument(
+        "--preview",
+        metavar="DIR",
+        help="encode a few clips of each bucket, show there how they come back, and stop",
+    )
     add_clip_options(parser)
     return parser
 
@@ -402,6 +408,12 @@ def main():
         if accelerator.is_main_process:
             for line in project(manifest.clips, args, accelerator):
                 print(f"dry run: {line}", flush=True)
+    elif args.preview is not None:
+        chosen = choose_clips(manifest.clips)
+        encode_missing(itertools.chain(*chosen.values()), args, accelerator, watchdog)
+        if accelerator.is_main_process:
+            for line in write_preview(chosen, args.preview, args, accelerator.device):
+                print(line, flush=True)
     else:
         encoded = encode_missing(manifest.clips, args, accelerator, watchdog)
         if encoded.failures:

@@ -10,7 +10,7 @@ from c2r.data.dataset import ClipDataset
 from c2r.data.manifest import clips_fingerprint
 from c2r.engine import failing_together
 from c2r.monitor import MIN_FILES, Reference, clip_features
-from c2r.samples import decode_frames
+from c2r.pipeline import decode_frames
 
 CLIPS_PER_DOMAIN = 32
 # Raise it when the measures change: what older ones have measured is then made anew.
@@ -72,7 +72,7 @@ def reference_of(clips, pipeline, dinov3_sha256, args, accelerator, cache_dir, b
     for domain, i in tasks[accelerator.process_index :: accelerator.num_processes]:
         beat("measuring what the CG monitor compares with")
         file = clips[domain][i].name
-        frames = decode_frames(pipeline, datasets[domain][i]["latents_mean"])
+        frames = decode_frames(pipeline.vae, datasets[domain][i]["latents_mean"])
         measured.append((domain, i, file, measure_frames(frames, pipeline.dinov3, accelerator.device)))
         if domain == "cg":
             coarse = datasets[domain].control_frames(i).permute(0, 2, 3, 1)

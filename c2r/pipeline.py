@@ -15,6 +15,23 @@ DEFAULT_GUIDANCE_SCALE = {"apg": 10.0, "cfg": 5.0}
 APG_MOMENTUM = -0.5
 
 
+@torch.no_grad()
+def decode_latents(vae, latents):
+    """Normalised latents (B, C, T, h, w) -> pixel values (B, 3, F, H, W), nominally in [−1, 1]."""
+    latents = latents.to(vae.device, vae.dtype)
+    mean, std = (
+        torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return vae.decode(latents * std + mean, return_dict=False)[0]
+
+
+def decode_frames(vae, latents):
+    """Normalised latents of one clip (C, T, h, w) -> frames (F, H, W, 3) uint8 on CPU."""
+    pixel_values = decode_latents(vae, latents[None])[0]  # (3, F, H, W)
+    return (pixel_values * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+
+
 class C2RPipeline(WanPipeline):
     """Coarse video and prompt in, video out. Without a coarse video it generates what a WanPipeline does.
 
@@ -198,14 +215,8 @@ class C2RPipeline(WanPipeline):
 
     @torch.no_grad()
     def decode_latents(self, latents):
-        """Normalised latents (B, C, T, h, w) -> pixel values (B, 3, F, H, W), nominally in [−1, 1]."""
-        vae = self.vae
-        latents = latents.to(self._execution_device, vae.dtype)
-        mean, std = (
-            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        return vae.decode(latents * std + mean, return_dict=False)[0]
+        """`decode_latents` with the pipeline's VAE."""
+        return decode_latents(self.vae, latents)
 
     def _predict_velocity(
         self, noisy_latents, timesteps, prompts, controls, conditioning_scale, with_control, with_prompt

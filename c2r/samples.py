@@ -4,7 +4,6 @@ A row for each sample: the control, the output with it, the output of the backbo
 """
 
 import gc
-import io
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from diffusers.utils.torch_utils import empty_device_cache
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from c2r.contact_sheet import draw_contact_sheet
+from c2r.contact_sheet import draw_contact_sheet, encoded
 from c2r.data.cache import digest, load_tensors, save_tensors, write_atomic
 from c2r.data.clips import Clip
 from c2r.data.dataset import ClipDataset
@@ -24,7 +23,7 @@ from c2r.data.video import write_video
 from c2r.engine import failing_together
 from c2r.models.parts import load_pipeline_part
 from c2r.options import PIPELINE_OPTIONS
-from c2r.pipeline import C2RPipeline, with_flow_shift
+from c2r.pipeline import C2RPipeline, decode_frames, with_flow_shift
 from c2r.training import tensorboard_writer
 
 COLUMNS = ("control", "with control", "without control", "truth")
@@ -80,13 +79,6 @@ def sampling_pipeline(args, transformer, dinov3, device):
         empty_device_cache()
 
 
-@torch.no_grad()
-def decode_frames(pipeline, latents):
-    """Normalised latents (C, T, h, w) -> frames (F, H, W, 3) uint8 on CPU."""
-    pixel_values = pipeline.decode_latents(latents[None])[0]  # (3, F, H, W), nominally in [-1, 1]
-    return (pixel_values * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
-
-
 def make_samples(samples, pipeline, args, accelerator, backbone_sha256, go_on):
     """Generate this process's share of the samples. Call it on every process.
 
@@ -140,8 +132,8 @@ def make_samples(samples, pipeline, args, accelerator, backbone_sha256, go_on):
         if position < len(samples):
             columns = (
                 control_frames.permute(0, 2, 3, 1).numpy(),
-                decode_frames(pipeline, latents),
-                decode_frames(pipeline, load_tensors(without_control)[0]["latents"]),
+                decode_frames(pipeline.vae, latents),
+                decode_frames(pipeline.vae, load_tensors(without_control)[0]["latents"]),
                 scenes.source_frames(number).permute(0, 2, 3, 1).numpy(),
             )
             rows[number] = dict(zip(COLUMNS, columns))
@@ -174,17 +166,11 @@ def write_samples(rows, samples, args, accelerator, step):
             rows = [rows[number] for number in range(len(samples))]
             columns = {name: [row[name] for row in rows] for name in COLUMNS}
             sheet = draw_contact_sheet(columns, [sample.caption.text for sample in samples])
-            write_atomic(folder / "sheet.png", _encoded(sheet, "PNG"))
+            write_atomic(folder / "sheet.png", encoded(sheet))
             if (writer := tensorboard_writer(accelerator)) is not None:
                 writer.add_image("samples/sheet", np.asarray(sheet), step, dataformats="HWC")
                 for number, row in enumerate(rows):
                     _log_moving_picture(writer, f"samples/{number}", row, args.fps, step)
-
-
-def _encoded(image, format, **options):
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
 
 
 def _log_moving_picture(writer, tag, row, fps, step):
@@ -192,7 +178,7 @@ def _log_moving_picture(writer, tag, row, fps, step):
     frames = [Image.fromarray(frame) for frame in np.concatenate(list(row.values()), axis=2)]
     for frame in frames:
         frame.thumbnail((GIF_WIDTH, GIF_WIDTH))
-    gif = _encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=1000 / fps, loop=0)
+    gif = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=1000 / fps, loop=0)
     width, height = frames[0].size
     picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
     writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
