@@ -1,7 +1,9 @@
 import re
 from types import SimpleNamespace
 
+from c2r.data.buckets import Bucket
 from c2r.dry_run import RunRecord, few, projection
+from tests.clips import BUCKET, clip, clips_of
 from tests.commands import ENGINES, phase1, phase2, start, succeed
 from tests.test_options import options
 
@@ -43,10 +45,13 @@ def test_a_dry_run_that_fails_leaves_nothing_and_an_earlier_run_alone(first, tin
 
 def test_it_trains_on_no_more_clips_than_its_steps_take():
     accelerator = SimpleNamespace(num_processes=2)
-    clips = list(range(1000))
+    tall = Bucket(9, 48, 32)
+    clips = clips_of(*(clip(str(i), bucket=tall if i % 2 else BUCKET) for i in range(1000)))
     args = options()  # batch 2 x accumulation 2
     assert few(clips, args, accelerator) is clips
-    assert few(clips, options(["--dry_run"]), accelerator) == clips[: 3 * 2 * 2 * 2]
+    chosen = few(clips, options(["--dry_run"]), accelerator)
+    # The largest bucket is what a run may fail on.
+    assert [(c.name, c.bucket) for c in chosen] == [(str(2 * i + 1), tall) for i in range(3 * 2 * 2 * 2)]
 
 
 def test_projection():

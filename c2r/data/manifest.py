@@ -294,7 +294,7 @@ def _windows(infos, buckets, fps):
         return windows
     if infos[0].is_image:
         raise DropRow("image", "no bucket has one frame")
-    least = min(bucket.num_frames for bucket in buckets)
+    least = min((bucket.num_frames for bucket in buckets if bucket.num_frames > 1), default=1)
     detail = f"{frames} frames at {fps:g} fps, {float(infos[0].duration):.2f} s"
     if min(info.native_frames for info in infos) < least:
         raise DropRow("too short", detail)

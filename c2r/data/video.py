@@ -14,6 +14,7 @@ import av
 import numpy as np
 import torch
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from PIL import Image
 from torch.utils.data import get_worker_info
 
 from c2r import InputError
@@ -33,6 +34,11 @@ DECODE_TIMES_FORMATS = {"avi"}
 # a day the windows would fill the memory, whether there are frames in them or not.
 MAX_PIXELS = 8192 * 8192
 MAX_SECONDS = 24 * 3600
+OPEN_OPTIONS = {
+    "protocol_whitelist": "file",  # no network, whatever a file says
+    "pattern_type": "none",  # FFmpeg would take a "%03d" in an image's name for a numbered series
+    "max_pixels": str(MAX_PIXELS),  # for the decoders: refused before room is made
+}
 UNSPECIFIED_COLORSPACE = 2  # AVCOL_SPC_UNSPECIFIED
 # After a seek, decoding starts this many seconds early: a key frame is found by decode time, which runs before show
 # time, and the frames around an open group of pictures need the one before.
@@ -99,8 +105,7 @@ def unusable(path, detail, reason="unreadable") -> UnusableVideo:
 def open_video(path, file=None) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """Open a file, local or an object, and its main picture stream (not cover art); decoder errors become one line."""
     try:
-        # pattern_type none: FFmpeg would take a "%03d" in an image's name for a numbered series.
-        with av.open(file or str(path), options={"protocol_whitelist": "file", "pattern_type": "none"}) as container:
+        with av.open(file or str(path), options=OPEN_OPTIONS) as container:
             if PLAYLIST_FORMATS & set(container.format.name.split(",")):
                 raise unusable(path, f"{container.format.name} is a playlist, not a video")
             stream = container.streams.best("video")
@@ -120,7 +125,20 @@ def open_video(path, file=None) -> Iterator[tuple[av.container.InputContainer, a
     except InputError:
         raise
     except (av.FFmpegError, OSError, ValueError) as error:
+        if file is None and _is_huge_picture(path):
+            raise unusable(path, f"it declares more than {MAX_PIXELS} pixels", "beyond the limits") from error
         raise unusable(path, getattr(error, "strerror", None) or error) from error
+
+
+def _is_huge_picture(path):
+    """Whether a picture that FFmpeg refuses is too large: FFmpeg does not say why. Reads the header alone."""
+    try:
+        with Image.open(path) as image:
+            return image.width * image.height > MAX_PIXELS
+    except Image.DecompressionBombError:
+        return True
+    except (OSError, ValueError, SyntaxError):  # no picture
+        return False
 
 
 def frame_time(container, frame) -> Fraction | None:

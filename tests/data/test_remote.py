@@ -100,10 +100,11 @@ def read_all(remote, order, results):
 
 def test_two_processes_at_once_keep_the_bound(origin, tmp_path):
     remote = folder_at(origin, tmp_path, max_bytes=4000)
-    results = multiprocessing.get_context("fork").Queue()
+    results = multiprocessing.get_context("spawn").Queue()
     orders = [[0, 1, 2, 3, 4, 5] * 10, [5, 4, 3, 2, 1, 0] * 10]
     processes = [
-        multiprocessing.get_context("fork").Process(target=read_all, args=(remote, order, results)) for order in orders
+        multiprocessing.get_context("spawn").Process(target=read_all, args=(remote, order, results))
+        for order in orders
     ]
     for process in processes:
         process.start()
