@@ -149,3 +149,16 @@ def test_two_processes_fill_the_same_cache_byte_for_byte(by_one, folder, tiny_mo
     one, two = content(by_one[0]), content(tmp_path / "two")
     assert one.keys() == two.keys()
     assert all(one[name] == two[name] for name in one)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments_the_cache_is_that_of_an_undisturbed_pass(by_one, folder, tiny_models, tmp_path):
+    moments = ",".join(f"{seconds:.2f}" for seconds in np.random.default_rng(0).uniform(0.05, 0.45, 20))
+    arguments = encode(folder, tiny_models / "pipeline", tmp_path / "killed")[2:]
+    done = succeed("-m", "tests.encode_server", moments, *arguments, ACCELERATE_USE_CPU="true")
+    lines = done.stdout.splitlines()
+    assert lines.count("killed") >= 15, lines
+    assert "ended with 0" in lines
+    once, killed = content(by_one[0]), content(tmp_path / "killed")
+    assert once.keys() == killed.keys()
+    assert all(once[name] == killed[name] for name in once)
