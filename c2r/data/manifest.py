@@ -139,7 +139,7 @@ class Manifest:
 
 
 def by_reason(dropped) -> str:
-    """'3 shorter than 81 frames at 16 fps, 1 file not found', the most frequent first."""
+    """'3 too short, 1 missing file', the most frequent first."""
     return ", ".join(f"{n} {reason}" for reason, n in Counter(row.reason for row in dropped).most_common())
 
 
@@ -206,7 +206,7 @@ def read_manifest(address, domain, options) -> Manifest:
         row_count += len(table)
         # Names are relative to the metadata's folder, to the dataset's, or to its train/.
         bases = [base for base in dict.fromkeys((place, "", "train")) if folder.has_folder(base)]
-        for name, text, control_name in rows_of(table):
+        for name, text, control_name in rows_of(table, f"{folder.address}/{place}".rstrip("/")):
             try:
                 sources = [_locate(folder, bases, name)]
                 if not text.strip():

@@ -56,10 +56,21 @@ def find_metadata(folder, domain, cache_dir) -> list[tuple[str, Dataset]]:
     return tables
 
 
-def rows_of(table):
-    """All rows of a table as (file_name, text, control_name), each text; "" for nothing."""
+def rows_of(table, where):
+    """All rows of a table as (file_name, text, control_name), each text; "" for nothing.
+
+    Args:
+        table: of `find_metadata`.
+        where: it is, for messages.
+
+    Raises:
+        InputError: it holds text that is not UTF-8, which not every reader minds.
+    """
     for batch in table.with_format("arrow").iter(ROWS_AT_ONCE):
-        columns = [batch[name].to_pylist() if name in batch.column_names else None for name in COLUMNS]
+        try:
+            columns = [batch[name].to_pylist() if name in batch.column_names else None for name in COLUMNS]
+        except UnicodeDecodeError as error:
+            raise InputError(f"{where}: its metadata is not UTF-8 ({error.reason}); correct the file") from error
         columns = [[""] * batch.num_rows if column is None else column for column in columns]
         for row in zip(*columns):
             yield tuple("" if value is None else value if isinstance(value, str) else str(value) for value in row)

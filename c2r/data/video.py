@@ -111,6 +111,8 @@ def open_video(path, file=None) -> Iterator[tuple[av.container.InputContainer, a
             stream = container.streams.best("video")
             if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
                 raise unusable(path, "it has no video stream", "no video stream")
+            if stream.codec_context is None:
+                raise unusable(path, "no decoder knows its video stream")
             width, height = stream.codec_context.width, stream.codec_context.height
             if width * height > MAX_PIXELS:
                 raise unusable(path, f"frames of {width}x{height} pixels", "beyond the limits")
