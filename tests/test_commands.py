@@ -7,12 +7,14 @@ import sys
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
+from PIL import Image
 
 import train_phase2
 from c2r import InputError
 from c2r.data.video import probe
 from c2r.options import run
 from tests.commands import SIZE, images, phase2, same, scalars, succeed, weights
+from tests.conftest import noise_video, write_dataset
 from tests.tiny import PROMPT_LENGTH
 
 
@@ -190,3 +192,23 @@ def test_bad_input_is_one_line(
     (line,) = str(ended.value).splitlines()
     assert line.startswith("error: ")
     assert part in line
+
+
+def test_phase2_on_buckets_and_several_datasets(first, tiny_models, small_datasets, tmp_path):
+    """Clips of three shapes, from two folders of which the second weighs three times the first."""
+    more = write_dataset(tmp_path / "more", [f"m{i}.mp4" for i in range(4)], ["rain"] * 4)
+    for i in range(3):
+        Image.fromarray(noise_video(i, 1)[0]).save(more / f"still{i}.png")
+    with open(more / "metadata.csv", "a") as file:
+        file.writelines(f"still{i}.png,night\n" for i in range(3))
+    options = ["--max_train_steps=6", "--gradient_accumulation_steps=1", "--validation_steps=6", "--cg_ratio=0.25"]
+    options += ["--buckets", "5x32x48", "5x48x32", "1x32x48"]
+    options += ["--real_dataset", f"{small_datasets / 'real'}:1", f"{more}:3"]
+    command = phase2(tiny_models, small_datasets, first[0] / "final", tmp_path / "out", *options)
+    done = succeed(*command)
+    assert "clips by bucket: 8 of 5x32x48, 2 of 5x48x32, 0 of 1x32x48" in done.stdout
+    assert "clips by bucket: 8 of 5x32x48, 0 of 5x48x32, 3 of 1x32x48" in done.stdout
+    logged = scalars(tmp_path / "out")
+    assert len(logged["train/loss"]) == 6
+    state = json.loads((tmp_path / "out/checkpoint-6/state.json").read_text())
+    assert state["sampler"]["real_sources"][1][1] == "3/4"
