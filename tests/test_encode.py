@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 import c2r.encode
@@ -23,6 +24,7 @@ from c2r.data.manifest import read_manifest
 from c2r.data.video import read_window, write_video
 from c2r.encode import count_missing, encode_frames, encode_missing
 from c2r.options import run
+from c2r.preview import psnr
 from tests.tiny import LATENT_CHANNELS, PROMPT_LENGTH, TEXT_DIM, save_tiny_pipeline
 from tests.videos import corner_frames, counter_frames, encode_video
 
@@ -367,3 +369,26 @@ def test_latents_that_do_not_fit_the_disk_are_refused_before_a_model_is_loaded(
     latents = [t["latents_mean"].nbytes + t["latents_logvar"].half().nbytes for t in stored]
     assert latents == [one] * 3
     assert encode_missing(clips, options, accelerator).seconds_per_clip is None
+
+
+def test_a_preview_shows_what_comes_back_and_marks_what_does_not(data, options, monkeypatch, capsys, tmp_path):
+    folder = tmp_path / "preview"
+    monkeypatch.setattr(sys, "argv", ["encode", *command(data, options), f"--preview={folder}"])
+    run(c2r.encode.main)
+    out = capsys.readouterr().out
+    # The tiny VAE has random weights: nothing comes back.
+    assert out.count("LOW: below 20 dB") == 3
+    assert "b.mp4 #0, real, 5x32x48, " in out
+    with Image.open(folder / "preview-real-5x32x48.png") as sheet:
+        assert sheet.width == 2 * 3 * 48 + 10  # source and cache, three frames of each
+    white = np.full((5, 32, 48, 3), 255, np.uint8)
+    assert psnr(white, white - 1) == pytest.approx(20 * np.log10(255))
+
+
+def test_a_dry_run_tells_what_is_missing_and_writes_no_latents(data, options, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["encode", *command(data, options), "--dry_run"])
+    run(c2r.encode.main)
+    out = capsys.readouterr().out
+    assert "dry run: 3 clips and 3 captions to encode, " in out
+    assert "dry run: 5x32x48: 3 clips, " in out
+    assert not cached(data, options)
