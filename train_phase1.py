@@ -51,6 +51,7 @@ from c2r.training import (
     in_full_precision,
     make_noisy_batch,
     start_logs,
+    tell_small_buckets,
     under_autocast,
 )
 from c2r.validation import choose_validation_clips, clip_losses, other_clips, show_history, validation_metrics
@@ -135,6 +136,7 @@ def train(args, accelerator, record):
         buckets=train_clips.bucket_numbers,
         real_sources=real.parts(train_clips),
     )
+    tell_small_buckets(accelerator, sampler, train_clips.buckets)
     # Not prepared by Accelerate: the sampler has given this process its share already.
     train_loader = DataLoader(
         train_dataset,

@@ -81,6 +81,7 @@ from c2r.training import (
     in_full_precision,
     make_noisy_batch,
     start_logs,
+    tell_small_buckets,
     under_autocast,
 )
 from c2r.validation import ControlConditions, choose_validation_clips, leak_warning, show_history, validation_metrics
@@ -266,6 +267,7 @@ def train(args, accelerator, record):
         real_sources=real.parts(real_clips),
         cg_sources=cg.parts(cg_clips) if cg else None,
     )
+    tell_small_buckets(accelerator, sampler, real_clips.buckets)
     # Not prepared by Accelerate: the sampler has given this process its share already.
     train_loader = DataLoader(
         ConcatDataset([real_dataset, cg_dataset]),

@@ -132,6 +132,15 @@ class LoopState:
         return self.global_step % steps == 0 or self.global_step == args.max_train_steps
 
 
+def tell_small_buckets(accelerator, sampler, buckets):
+    """Say which buckets have so few clips that a batch over all processes holds some of them twice."""
+    for number, count in sampler.small_buckets().items():
+        accelerator.print(
+            f"bucket {buckets[number]}: its {count} clips are fewer than a batch over all processes, "
+            f"{sampler.batch_size * sampler.num_processes}: batches repeat them; add clips, or leave the bucket out"
+        )
+
+
 def seeded_generator(*parts):
     """A CPU generator seeded by what is named alone, such as (seed, "sample", micro_step, place).
 
