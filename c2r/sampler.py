@@ -35,7 +35,8 @@ class _Source:
     name: str  # of its random stream
     first: int  # index of its first sample in the concatenation
     length: int
-    share: Fraction  # of its domain's samples
+    weight: int  # its domain's samples are shared as weight / weights
+    weights: int  # the sum over the domain
     is_cg: bool
 
 
@@ -199,7 +200,10 @@ class MixedCGRealSampler:
         buckets = None
         if self._buckets is not None and len(np.unique(self._buckets)) > 1:
             buckets = hashlib.sha256(self._buckets.astype(np.int64).tobytes()).hexdigest()
-        sources = {is_cg: [[s.length, str(s.share)] for s in self._sources if s.is_cg == is_cg] for is_cg in (0, 1)}
+        sources = {
+            is_cg: [[s.length, str(Fraction(s.weight, s.weights))] for s in self._sources if s.is_cg == is_cg]
+            for is_cg in (0, 1)
+        }
         return {
             "seed": self.seed,
             "num_real": self.num_real,
@@ -287,7 +291,10 @@ class MixedCGRealSampler:
         chosen = candidates[0]
         if len(candidates) > 1:
             total = 1 + sum(drawn[i] for i in candidates)
-            chosen = max(candidates, key=lambda i: self._sources[i].share * total - drawn[i])
+            # What is due less what is drawn, times the sum of the weights: whole numbers.
+            chosen = max(
+                candidates, key=lambda i: self._sources[i].weight * total - self._sources[i].weights * drawn[i]
+            )
         source, number = self._sources[chosen], drawn[chosen]
         drawn[chosen] += 1
         return source.first + self._epoch_order(source, number // source.length)[number % source.length]
@@ -330,15 +337,17 @@ def _sources(domain, first, length, parts):
         raise ValueError(f"the {domain} sources have {[count for count, _ in parts]} of {length} samples")
     try:
         weights = [Fraction(str(weight)) for _, weight in parts]
-    except ValueError:
+    except (ValueError, ZeroDivisionError):
         weights = []
     if len(weights) < len(parts) or not all(weight > 0 for weight in weights):
         raise InputError(f"--{domain}_dataset: the weights {[w for _, w in parts]} must be numbers above 0")
-    sources = []
+    unit, sources = math.lcm(*(weight.denominator for weight in weights)), []
+    weights = [int(weight * unit) for weight in weights]
     for number, ((count, _), weight) in enumerate(zip(parts, weights)):
+        count = int(count)  # a NumPy integer would not go into the state's JSON
         if count == 0:
             raise InputError(f"--{domain}_dataset: its dataset {number + 1} has no clips; leave it out")
         name = f"{domain} {number}" if number else domain
-        sources.append(_Source(name, first, count, weight / sum(weights), domain == "cg"))
+        sources.append(_Source(name, first, count, weight, sum(weights), domain == "cg"))
         first += count
     return sources

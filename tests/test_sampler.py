@@ -1,8 +1,11 @@
+import hashlib
 import itertools
 import json
+import time
 from collections import Counter
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -110,6 +113,39 @@ def test_seeds_give_different_orders_and_one_seed_the_same():
 
     assert order(1) == order(1)
     assert order(1) != order(2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "digest"),
+    [
+        ({"real_dataset": 50, "cg_dataset": 7}, {}, "a0f38acfd7031d77"),
+        ({"real_dataset": 17, "cg_dataset": 5, "cg_ratio": 0.37, "batch_size": 4, "seed": 3}, {}, "abe1e97f187e7a69"),
+        (
+            {"real_dataset": 40, "cg_dataset": 9, "cg_ratio": 0.25, "batch_size": 2}
+            | {"num_processes": 4, "process_index": 2},
+            {},
+            "dba9ed0171d9a60c",
+        ),
+        ({"real_dataset": 12, "cg_dataset": 0, "cg_ratio": 0, "batch_size": 5, "seed": 9}, {}, "a2b343df4caf0dff"),
+        (
+            {"real_dataset": 30, "cg_dataset": 12, "cg_ratio": 0.1, "batch_size": 3},
+            {20: 0.8, 35: 0.05},
+            "635baf05c75fbf5f",
+        ),
+    ],
+)
+@pytest.mark.parametrize("one_bucket", [False, True])
+def test_orders_with_one_bucket_and_source_stay_what_they_were(arguments, changes, digest, one_bucket):
+    # Recorded before there were buckets: the README's figures and every resume depend on these orders.
+    if one_bucket:
+        arguments = arguments | {"buckets": [4] * (arguments["real_dataset"] + arguments["cg_dataset"])}
+    sampler = MixedCGRealSampler(**arguments)
+    iterator, batches = iter(sampler), []
+    for number in range(50):
+        if number in changes:
+            sampler.set_cg_ratio(changes[number])
+        batches.append(next(iterator))
+    assert hashlib.sha256(json.dumps(batches).encode()).hexdigest()[:16] == digest
 
 
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 99))
@@ -436,6 +472,53 @@ def test_a_resume_with_other_batches_and_processes_repeats_and_loses_nothing(mix
     for first, length, _, _ in source_ranges(mix):
         counts = [stream[index] for index in range(first, first + length)]
         assert max(counts) - min(counts) <= 1
+    cg_drawn = sum(count for index, count in stream.items() if index >= mix["real_dataset"])
+    assert abs(cg_drawn - Fraction(str(mix["cg_ratio"])) * sum(stream.values())) <= Fraction(1, 2)
+
+
+def test_queues_that_are_full_for_smaller_batches_come_before_new_draws():
+    mix = {"real_dataset": 40, "cg_dataset": 0, "cg_ratio": 0, "buckets": [0, 1] * 20}
+    before = MixedCGRealSampler(**mix, batch_size=8)
+    before.sample_batch(8)
+    state = before.state_dict()["position"]
+    ((_, waiting),) = state["queues"]
+    assert len(waiting) >= 2
+    after = MixedCGRealSampler(**mix, batch_size=2)
+    after.load_state_dict(before.state_dict())
+    for start in range(0, len(waiting) - 1, 2):
+        assert sorted(after.sample_batch(2)) == sorted(waiting[start : start + 2])  # the oldest first
+        assert after.state_dict()["position"]["drawn"] == state["drawn"]
+
+
+def test_weights_are_shares_whatever_the_lengths():
+    sampler = MixedCGRealSampler(103, 0, cg_ratio=0, real_sources=[(3, 2), (100, 1)])
+    first = sum(sampler.sample_batch(1)[0] < 3 for _ in range(3000))
+    assert first == 2000
+    sampler = MixedCGRealSampler(20, 0, cg_ratio=0, real_sources=[(10, 0.1), (10, 0.2)])  # as written: a third
+    assert sum(sampler.sample_batch(1)[0] < 10 for _ in range(3000)) == 1000
+    sampler = MixedCGRealSampler(20, 0, cg_ratio=0, real_sources=[(10, 1), (10, 1)])  # a tie goes to the first
+    assert [sampler.sample_batch(1)[0] < 10 for _ in range(4)] == [True, False, True, False]
+
+
+def test_a_state_of_numpy_lengths_and_buckets_goes_into_json():
+    parts = [(length, 1) for length in np.array([4, 2])]
+    sampler = MixedCGRealSampler(6, 2, batch_size=3, buckets=np.array([0, 1] * 4), real_sources=parts)
+    sampler.sample_batch(3)
+    state = sampler.state_dict()
+    assert json.loads(json.dumps(state)) == state
+
+
+def test_a_million_samples_in_buckets_are_drawn_in_milliseconds():
+    parts = [(250_000, weight) for weight in ("2", "1", "0.5", "0.333")]
+    start = time.process_time()
+    sampler = MixedCGRealSampler(10**6, 0, cg_ratio=0, buckets=np.arange(10**6) % 4, real_sources=parts)
+    sampler.sample_batch(512)
+    assert time.process_time() - start < 3
+    start = time.process_time()
+    for _ in range(20):
+        sampler.sample_batch(512)
+    assert (time.process_time() - start) / 20 < 0.05
+    assert len(json.dumps(sampler.state_dict())) < 20_000  # what waits is less than four batches
 
 
 @pytest.mark.parametrize(
@@ -460,7 +543,9 @@ def test_a_bucket_smaller_than_a_global_batch_is_told():
     assert MixedCGRealSampler(6, 1, batch_size=2, buckets=buckets).small_buckets() == {}
 
 
-@pytest.mark.parametrize("sources", [[(3, 0)], [(3, -1)], [(3, "much")], [(3, "nan")], [(3, 1), (0, 1)]])
+@pytest.mark.parametrize(
+    "sources", [[(3, 0)], [(3, -1)], [(3, "much")], [(3, "nan")], [(3, "1/0")], [(3, float("inf"))], [(3, 1), (0, 1)]]
+)
 def test_bad_sources_are_named(sources):
     with pytest.raises(InputError, match="--real_dataset: "):
         MixedCGRealSampler(3, 1, real_sources=sources)
