@@ -251,13 +251,14 @@ def test_what_is_no_video_is_named_in_one_line(tmp_path, content):
 
 
 def declared_png(path, width, height):
-    """A PNG whose header declares so many pixels; 1 kB."""
+    """A PNG of so many black pixels, 50 kB; of more than 4e8 of them, the first."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(10**6))) + chunk(b"IEND", b""))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    pixels = zlib.compress(bytes(min(height * (1 + width // 8), 20_000 * 2_501)), 9)  # a filter byte before each row
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
 
 
 def patched(path, old, new):
@@ -267,21 +268,21 @@ def patched(path, old, new):
 
 
 JPEG_SIZE = b"\xff\xc0\x00\x11\x08" + struct.pack(">HH", 48, 64)
-JPEG_BOMB = b"\xff\xc0\x00\x11\x08" + struct.pack(">HH", 65535, 65535)
+JPEG_BOMB = b"\xff\xc0\x00\x11\x08" + struct.pack(">HH", 20_000, 20_000)
 
 
 def write_bomb(path):
     """A small file that declares, or would be made, enormous."""
     frames = counter_frames(20)
     match path.stem:
-        case "pixels" if path.suffix == ".png":
-            declared_png(path, 100_000, 100_000)
+        case "pixels" | "more_pixels" if path.suffix == ".png":
+            declared_png(path, *((20_000, 20_000) if path.stem == "pixels" else (100_000, 100_000)))
         case "pixels":
             Image.fromarray(frames[0]).save(path)
             if path.suffix == ".jpg":
                 patched(path, JPEG_SIZE, JPEG_BOMB)
             else:
-                patched(path, b"GIF87a" + struct.pack("<HH", 64, 48), b"GIF87a" + bytes([255] * 4))
+                patched(path, b"GIF87a" + struct.pack("<HH", 64, 48), b"GIF87a" + struct.pack("<HH", 20_000, 20_000))
         case "frames_larger_than_declared":
             encode_video(path, frames, codec="mjpeg", pix_fmt="yuvj420p")
             patched(path, JPEG_SIZE, JPEG_BOMB)
@@ -321,6 +322,7 @@ print(json.dumps([*found, peak() - before]))
     ("name", "reason"),
     [
         ("pixels.png", "beyond the limits"),
+        ("more_pixels.png", "beyond the limits"),  # FFmpeg's own limit is between the two
         ("pixels.jpg", "beyond the limits"),
         ("pixels.gif", "beyond the limits"),
         ("frames_larger_than_declared.mov", "unreadable"),  # FFmpeg refuses, and does not say why
