@@ -251,13 +251,13 @@ def test_what_is_no_video_is_named_in_one_line(tmp_path, content):
 
 
 def declared_png(path, width, height):
-    """A PNG of so many black pixels, 50 kB; of more than 4e8 of them, the first."""
+    """A PNG of so many black pixels, small; of more than 2.6e8 of them, the first."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
-    pixels = zlib.compress(bytes(min(height * (1 + width // 8), 20_000 * 2_501)), 9)  # a filter byte before each row
+    pixels = zlib.compress(bytes(min(height * (1 + width // 8), 16_000 * 2_001)), 9)  # a filter byte before each row
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
 
 
@@ -268,7 +268,7 @@ def patched(path, old, new):
 
 
 JPEG_SIZE = b"\xff\xc0\x00\x11\x08" + struct.pack(">HH", 48, 64)
-JPEG_BOMB = b"\xff\xc0\x00\x11\x08" + struct.pack(">HH", 20_000, 20_000)
+JPEG_BOMB = b"\xff\xc0\x00\x11\x08" + struct.pack(">HH", 16_000, 16_000)
 
 
 def write_bomb(path):
@@ -276,13 +276,13 @@ def write_bomb(path):
     frames = counter_frames(20)
     match path.stem:
         case "pixels" | "more_pixels" if path.suffix == ".png":
-            declared_png(path, *((20_000, 20_000) if path.stem == "pixels" else (100_000, 100_000)))
+            declared_png(path, *((16_000, 16_000) if path.stem == "pixels" else (100_000, 100_000)))
         case "pixels":
             Image.fromarray(frames[0]).save(path)
             if path.suffix == ".jpg":
                 patched(path, JPEG_SIZE, JPEG_BOMB)
             else:
-                patched(path, b"GIF87a" + struct.pack("<HH", 64, 48), b"GIF87a" + struct.pack("<HH", 20_000, 20_000))
+                patched(path, b"GIF87a" + struct.pack("<HH", 64, 48), b"GIF87a" + struct.pack("<HH", 16_000, 16_000))
         case "frames_larger_than_declared":
             encode_video(path, frames, codec="mjpeg", pix_fmt="yuvj420p")
             patched(path, JPEG_SIZE, JPEG_BOMB)
