@@ -34,6 +34,9 @@ DECODE_TIMES_FORMATS = {"avi"}
 # a day the windows would fill the memory, whether there are frames in them or not.
 MAX_PIXELS = 8192 * 8192
 MAX_SECONDS = 24 * 3600
+# A picture is resized until it covers the window: of one much wider or higher, all would be made large to be cropped
+# away, gigabytes where a header declares pixels of 10000:1. Scrolls and panoramas are within 32:1.
+MAX_ASPECT = 32
 OPEN_OPTIONS = {
     "protocol_whitelist": "file",  # no network, whatever a file says
     "pattern_type": "none",  # FFmpeg would take a "%03d" in an image's name for a numbered series
@@ -127,15 +130,17 @@ def open_video(path, file=None) -> Iterator[tuple[av.container.InputContainer, a
     except InputError:
         raise
     except (av.FFmpegError, OSError, ValueError) as error:
-        if file is None and _is_huge_picture(path):
+        if _is_huge_picture(path, file):
             raise unusable(path, f"it declares more than {MAX_PIXELS} pixels", "beyond the limits") from error
         raise unusable(path, getattr(error, "strerror", None) or error) from error
 
 
-def _is_huge_picture(path):
+def _is_huge_picture(path, file=None):
     """Whether a picture that FFmpeg refuses is too large: FFmpeg does not say why. Reads the header alone."""
     try:
-        with Image.open(path) as image:
+        if file is not None:
+            file.seek(0)
+        with Image.open(file or path) as image:
             return image.width * image.height > MAX_PIXELS
     except Image.DecompressionBombError:
         return True
@@ -168,6 +173,15 @@ def frame_interval(stream) -> Fraction:
     """Mean seconds between frames, from the header."""
     rate = stream.average_rate or stream.guessed_rate
     return 1 / Fraction(rate) if rate else Fraction(1, 25)
+
+
+def stored_aspect(path, frame, stream) -> Fraction:
+    """Width / height of a frame as it is stored, before rotation, with the shape of its pixels."""
+    aspect = Fraction(frame.width, frame.height) * (stream.sample_aspect_ratio or 1)
+    if not Fraction(1, MAX_ASPECT) <= aspect <= MAX_ASPECT:
+        detail = f"{frame.width}x{frame.height} pixels, shown {float(aspect):.3g} times as wide as high"
+        raise unusable(path, detail, "beyond the limits")
+    return aspect
 
 
 def display_transform(frame) -> tuple[bool, bool, bool]:
@@ -208,7 +222,7 @@ def probe(path, file=None) -> VideoInfo:
         frame, first = first_frame(path, container, container.decode(stream))
         transpose = display_transform(frame)[0]
         height = frame.width if transpose else frame.height
-        aspect = Fraction(frame.width, frame.height) * (stream.sample_aspect_ratio or 1)
+        aspect = stored_aspect(path, frame, stream)
         aspect = float(1 / aspect if transpose else aspect)
         interval = frame_interval(stream)
         if is_image(container):
@@ -221,9 +235,10 @@ def probe(path, file=None) -> VideoInfo:
         missing = 0 if length is None else (stream.start_time or 0) * stream.time_base + length - end
         if missing > max(1, length / 10 if length else 0):
             raise unusable(path, f"it was cut off: its last {float(missing):.1f} s are missing")
-        if last - first > MAX_SECONDS:
-            raise unusable(path, f"it lasts {float(last - first) / 3600:.0f} hours", "beyond the limits")
-        return VideoInfo(max(last - first, Fraction(0)), interval, aspect, False, height)
+        info = VideoInfo(max(last - first, Fraction(0)), interval, aspect, False, height)
+        if info.duration > MAX_SECONDS:  # the last frame may be shown for years, too
+            raise unusable(path, f"it lasts {info.duration / 3600:.0f} hours", "beyond the limits")
+        return info
 
 
 def last_packet(path, container, stream) -> tuple[Fraction, Fraction]:
@@ -270,7 +285,8 @@ def read_window(path, start, num_frames, fps, height, width) -> torch.Tensor:
         (F, 3, H, W) uint8 RGB in [0, 255].
 
     Raises:
-        InputError: the file cannot be decoded, or ends before the window does.
+        UnusableVideo: the file cannot be decoded, ends before the window does, or is beyond the limits.
+        InputError: an image is asked for several frames.
     """
     wanted = [exact(start) + n / exact(fps) for n in range(num_frames)]
     window = np.empty((num_frames, 3, height, width), dtype=np.uint8)
@@ -286,6 +302,7 @@ def read_window(path, start, num_frames, fps, height, width) -> torch.Tensor:
         for count, frame in nearest_frames(timed_frames(container, stream, wanted[0]), wanted, reach):
             if frame.is_corrupt:
                 raise unusable(path, f"the frame {float(wanted[filled]):.2f} s after the first is damaged")
+            stored_aspect(path, frame, stream)  # frames may change within a file
             converted = to_rgb(frame, stream.sample_aspect_ratio or 1, height, width)
             window[filled : filled + count] = converted.transpose(2, 0, 1)  # (H, W, 3) -> (3, H, W)
             filled += count

@@ -1,5 +1,10 @@
 """Decoding of real files: the right frames, upright, in the right colours; one clear line where it fails."""
 
+import json
+import struct
+import subprocess
+import sys
+import zlib
 from fractions import Fraction
 
 import av
@@ -11,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from c2r import InputError
-from c2r.data.video import nearest_frames, open_video, probe, read_window, to_rgb, write_video
+from c2r.data.video import UnusableVideo, nearest_frames, open_video, probe, read_window, to_rgb, write_video
+from tests.commands import ENVIRONMENT, ROOT
 from tests.videos import corner_frames, counter_frames, encode_video, read_counter
 
 CODECS = {
@@ -242,6 +248,134 @@ def test_what_is_no_video_is_named_in_one_line(tmp_path, content):
         with pytest.raises(InputError, match=r"broken\.mp4: cannot be decoded \(.+\); ") as error:
             read()
         assert one_line(error)
+
+
+def declared_png(path, width, height):
+    """A PNG of so many black pixels, small; of more than 2.6e8 of them, the first."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    pixels = zlib.compress(bytes(min(height * (1 + width // 8), 16_000 * 2_001)), 9)  # a filter byte before each row
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+
+
+def patched(path, old, new):
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+
+
+JPEG_SIZE = b"\xff\xc0\x00\x11\x08" + struct.pack(">HH", 48, 64)
+JPEG_BOMB = b"\xff\xc0\x00\x11\x08" + struct.pack(">HH", 16_000, 16_000)
+
+
+def write_bomb(path):
+    """A small file that declares, or would be made, enormous."""
+    frames = counter_frames(20)
+    match path.stem:
+        case "pixels" | "more_pixels" if path.suffix == ".png":
+            declared_png(path, *((16_000, 16_000) if path.stem == "pixels" else (100_000, 100_000)))
+        case "pixels":
+            Image.fromarray(frames[0]).save(path)
+            if path.suffix == ".jpg":
+                patched(path, JPEG_SIZE, JPEG_BOMB)
+            else:
+                patched(path, b"GIF87a" + struct.pack("<HH", 64, 48), b"GIF87a" + struct.pack("<HH", 16_000, 16_000))
+        case "frames_larger_than_declared":
+            encode_video(path, frames, codec="mjpeg", pix_fmt="yuvj420p")
+            patched(path, JPEG_SIZE, JPEG_BOMB)
+        case "two_frames_years_apart":
+            encode_video(path, frames[:2], times=[0, 10**8])
+        case "last_frame_lasts_days":
+            encode_video(path, frames)
+            times = path.read_bytes().index(b"stts") + 4
+            patched(path, path.read_bytes()[times : times + 16], struct.pack(">IIII", 0, 1, 20, 0x7F000000))
+        case "wide_pixels" | "high_pixels":
+            encode_video(path, frames, sample_aspect_ratio=Fraction(2, 1))
+            shape = (30_000, 1) if path.stem == "wide_pixels" else (1, 30_000)
+            patched(path, b"pasp" + struct.pack(">II", 2, 1), b"pasp" + struct.pack(">II", *shape))
+        case "ribbon":
+            encode_video(path, np.zeros((2, 2, 16384, 3), np.uint8))
+
+
+READ_BOMB = """
+import json, sys
+from c2r.data.video import UnusableVideo, probe, read_window
+
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+
+before, found = peak(), []
+for read in (probe, lambda path: read_window(path, 0, 1, 16, 480, 832)):
+    try:
+        read(sys.argv[1])
+        found.append(None)
+    except UnusableVideo as error:
+        found.append(error.reason)
+print(json.dumps([*found, peak() - before]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("pixels.png", "beyond the limits"),
+        ("more_pixels.png", "beyond the limits"),  # FFmpeg's own limit is between the two
+        ("pixels.jpg", "beyond the limits"),
+        ("pixels.gif", "beyond the limits"),
+        ("frames_larger_than_declared.mov", "unreadable"),  # FFmpeg refuses, and does not say why
+        ("two_frames_years_apart.mkv", "beyond the limits"),
+        ("last_frame_lasts_days.mp4", "beyond the limits"),
+        ("wide_pixels.mp4", "beyond the limits"),
+        ("high_pixels.mp4", "beyond the limits"),
+        ("ribbon.mp4", "beyond the limits"),
+    ],
+)
+def test_a_small_file_cannot_fill_the_memory(tmp_path, name, reason):
+    write_bomb(tmp_path / name)
+    done = subprocess.run(
+        [sys.executable, "-c", READ_BOMB, tmp_path / name],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    of_probe, of_window, growth = json.loads(done.stdout)
+    assert of_probe == reason
+    # A window of a long file is as small as any.
+    assert of_window == (None if name.startswith(("two_frames", "last_frame")) else reason)
+    assert growth < 100 * 2**20
+
+
+@pytest.mark.parametrize("name", [*CODECS, "picture.png", "pixels.png", "text.mp4"])
+def test_a_file_object_is_probed_as_its_path(tmp_path, name):
+    path = tmp_path / name
+    if name in CODECS:
+        encode(tmp_path, counter_frames(60), name)
+    elif name == "pixels.png":
+        write_bomb(path)
+    elif name == "picture.png":
+        Image.fromarray(counter_frames(1)[0]).save(path)
+    else:
+        path.write_text("no video")
+
+    def result(*file):
+        try:
+            return probe(path, *file)
+        except UnusableVideo as error:
+            return str(error), error.reason
+
+    with open(path, "rb") as file:
+        assert result(file) == result()
+
+
+def test_a_video_knows_its_own_height_and_frames(tmp_path):
+    info = probe(encode_video(tmp_path / "a.mp4", counter_frames(40), 24, rotation=90))
+    assert (info.height, info.native_frames, info.frames_at(16)) == (64, 40, 27)
 
 
 def test_a_missing_file_is_named(tmp_path):
