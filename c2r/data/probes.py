@@ -21,7 +21,7 @@ BAR_FROM = 200
 # So many files are looked into between two writes: a killed command repeats no more.
 SAVE_EVERY = 10_000
 # Raise it when `probe` measures otherwise: what older ones have found is then looked into anew.
-VERSION = 2
+VERSION = 3
 
 
 class Probes:
