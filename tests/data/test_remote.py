@@ -1,11 +1,19 @@
 """Datasets at an address: fetched on first use, within a bound, and never torn from a reader."""
 
+import errno
+import functools
+import http.server
 import multiprocessing
 import os
-from types import SimpleNamespace
+import pickle
+import signal
+import threading
+import time
+from types import MappingProxyType, SimpleNamespace
 
 import fsspec
 import pytest
+from fsspec.spec import AbstractFileSystem
 
 from c2r import InputError
 from c2r.data.folders import read_source
@@ -30,7 +38,7 @@ def folder_at(origin, tmp_path, max_bytes=10_000):
 
 
 def copies(remote):
-    return sorted(path.read_bytes()[0] for path in remote.folder.iterdir())
+    return sorted(path.read_bytes()[0] for path in remote.folder.iterdir() if path.name != ".lock")
 
 
 def fetch(remote, number):
@@ -82,7 +90,7 @@ def test_what_comes_in_another_length_is_refused(origin, tmp_path):
     (origin / "sub/0.bin").write_bytes(bytes(999 - remote.files["sub/0.bin"].size + 500))
     with pytest.raises(InputError, match=r"sub/0\.bin: 499 bytes came of 1000"):
         fetch(remote, 0)
-    assert list(remote.folder.iterdir()) == []
+    assert copies(remote) == []
 
 
 def test_what_is_missing_is_named(origin, tmp_path):
@@ -94,25 +102,196 @@ def test_what_is_missing_is_named(origin, tmp_path):
         pass
 
 
+def start(target, *args):
+    """A forked process, as the data loader's workers are, and its end of a queue."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    process = context.Process(target=target, args=(*args, results), daemon=True)
+    process.start()
+    return process, results
+
+
 def read_all(remote, order, results):
-    results.put(all(fetch(remote, number) == bytes([number]) * 1000 for number in order))
+    most = 0
+    for number in order:
+        name = f"sub/{number}.bin"
+        with remote.fetch(name, *remote.files[name]) as path:
+            with remote._alone():  # a moment at which none comes or goes
+                most = max(most, sum(p.stat().st_size for p in remote.folder.iterdir() if p.suffix != ".part"))
+            if path.read_bytes() != bytes([number]) * 1000:
+                results.put("torn")
+                return
+    results.put(most)
 
 
 def test_two_processes_at_once_keep_the_bound(origin, tmp_path):
-    remote = folder_at(origin, tmp_path, max_bytes=4000)
-    results = multiprocessing.get_context("spawn").Queue()
-    orders = [[0, 1, 2, 3, 4, 5] * 10, [5, 4, 3, 2, 1, 0] * 10]
-    processes = [
-        multiprocessing.get_context("spawn").Process(target=read_all, args=(remote, order, results))
-        for order in orders
-    ]
-    for process in processes:
-        process.start()
-    assert [results.get(timeout=60) for _ in processes] == [True, True]
-    for process in processes:
-        process.join()
-    # Both may make room for one file each at the same moment.
-    assert sum(path.stat().st_size for path in remote.folder.iterdir()) <= 5000
+    remote = pickle.loads(pickle.dumps(folder_at(origin, tmp_path, max_bytes=2000)))
+    orders = [[0, 1, 2, 3, 4, 5] * 40, [5, 4, 3, 2, 1, 0] * 40]
+    running = [start(read_all, remote, order) for order in orders]
+    most = [results.get(timeout=30) for _, results in running]
+    assert "torn" not in most
+    assert 1000 < max(most) <= 2000
+
+
+class Shelf(AbstractFileSystem):
+    """Says and gives what a test puts on it: {path: (what the listing says, content or what to do instead)}."""
+
+    protocol = "shelf"
+    entries = MappingProxyType({})
+
+    def find(self, path, detail=True, **kwargs):
+        return {path: listed for path, (listed, _) in self.entries.items()}
+
+    def info(self, path, **kwargs):
+        return {"size": len(self.entries[path][1]), "ETag": "from-info"}
+
+    def get_file(self, rpath, lpath, **kwargs):
+        content = self.entries[rpath][1]
+        if callable(content):
+            content = content(lpath)
+        with open(lpath, "wb") as file:
+            file.write(content)
+
+
+fsspec.register_implementation("shelf", Shelf, clobber=True)
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """A function that puts entries on a shelf and gives its `RemoteFolder`."""
+
+    def of(entries, max_bytes=10_000):
+        monkeypatch.setattr(Shelf, "entries", entries)
+        return RemoteFolder("shelf://data/set", tmp_path / "cache", max_bytes)
+
+    return of
+
+
+@pytest.mark.parametrize("mark", ["ETag", "blob_id", "LastModified", "last_modified", "updated", "created"])
+def test_each_mark_of_a_listing_makes_another_version(shelf, mark):
+    versions = [shelf({"data/set/a": ({"size": 3, mark: value}, b"")}).files["a"].version for value in ("x", "y", "x")]
+    assert versions[0] == versions[2] != versions[1]
+    assert all(0 <= version < 2**63 for version in versions)
+
+
+def test_without_a_mark_the_size_alone_counts(shelf):
+    a, b, c = (shelf({"data/set/a": ({"size": size}, b"")}).files["a"].version for size in (3, 3, 4))
+    assert a == b != c
+
+
+def test_names_that_leave_the_folder_are_not_listed(shelf):
+    outside = ["data/set/../a", "data/other/a", "data/settle", "data/set/b//c", "data/set//etc/passwd", "data/set/./a"]
+    remote = shelf({path: ({"size": 1}, b"1") for path in [*outside, "data/set/sub/ok.mp4"]})
+    assert list(remote.files) == ["sub/ok.mp4"]
+    for name in ("../a", "/etc/passwd"):
+        with pytest.raises(InputError, match="leads out of the dataset's folder"), remote.fetch(name, 1, 0):
+            pass
+        with pytest.raises(InputError, match="leads out of the dataset's folder"):
+            remote.open(name)
+
+
+def test_a_listing_without_sizes_is_asked_for_them(shelf):
+    remote = shelf({"data/set/a": ({"size": None}, b"four")})
+    with remote.fetch("a", *remote.files["a"]) as path:
+        assert path.read_bytes() == b"four"
+
+
+def test_an_address_without_files_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"memory://nowhere: no files there; check the address"):
+        RemoteFolder("memory://nowhere", tmp_path, 1).files  # noqa: B018
+
+
+def test_a_file_rewritten_in_memory_is_another_one(tmp_path):
+    memory = fsspec.filesystem("memory")
+    versions = []
+    for content in (b"one", b"two"):
+        memory.pipe_file("/rewritten/a", content)
+        remote = RemoteFolder("memory://rewritten", tmp_path, 10)
+        versions.append(remote.files["a"].version)
+        with remote.fetch("a", *remote.files["a"]) as path:
+            assert path.read_bytes() == content
+    assert versions[0] != versions[1]
+
+
+def test_a_file_larger_than_the_bound_costs_no_copy(origin, tmp_path):
+    fetch(folder_at(origin, tmp_path), 0)
+    small = folder_at(origin, tmp_path, max_bytes=999)
+    with pytest.raises(InputError, match=r"--video_cache_gb .*sub/1.bin .* does not fit"):
+        fetch(small, 1)
+    assert copies(small) == [0]
+
+
+def test_a_full_disk_is_told_as_such(shelf):
+    def no_room(lpath):
+        raise OSError(errno.ENOSPC, "No space left on device", lpath)
+
+    remote = shelf({"data/set/a": ({"size": 1}, no_room)})
+    with pytest.raises(InputError, match=r"no room on the disk for shelf://data/set/a; make room, or lower --video"):
+        fetch_one(remote, "a")
+    assert copies(remote) == []
+
+
+def fetch_one(remote, name, results=None):
+    with remote.fetch(name, *remote.files[name]) as path:
+        if results is None:
+            return path.read_bytes()
+        results.put(path.read_bytes())
+
+
+def test_processes_that_want_one_file_fetch_it_once(shelf, tmp_path):
+    def slowly(lpath):
+        with open(tmp_path / "fetched", "a") as log:
+            log.write("once\n")
+        time.sleep(0.3)
+        return b"1234"
+
+    # There is room for one: a second download at the same time would be refused.
+    remote = shelf({"data/set/a": ({"size": 4}, slowly)}, max_bytes=4)
+    running = [start(fetch_one, remote, "a") for _ in range(3)]
+    assert [results.get(timeout=30) for _, results in running] == [b"1234"] * 3
+    assert (tmp_path / "fetched").read_text() == "once\n"
+
+
+def test_a_killed_download_leaves_nothing_for_the_next(shelf):
+    def half(lpath):
+        with open(lpath, "wb") as file:
+            file.write(b"12")
+        time.sleep(60)
+
+    remote = shelf({"data/set/a": ({"size": 4}, half), "data/set/b": ({"size": 4}, b"abcd")}, max_bytes=4)
+    process, _ = start(fetch_one, remote, "a")
+    while not list(remote.folder.glob(".*.tmp")):
+        time.sleep(0.01)
+    with pytest.raises(InputError, match="does not fit beside the files in use"):
+        fetch_one(remote, "b")
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert fetch_one(remote, "b") == b"abcd"
+    assert [path.suffix for path in remote.folder.iterdir() if path.name != ".lock"] == [""]
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder without a line per request."""
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_folder_of_a_web_server(origin, tmp_path):
+    pytest.importorskip("aiohttp", reason="fsspec reads https:// through aiohttp")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(origin.parent)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        remote = RemoteFolder(f"http://127.0.0.1:{server.server_port}/origin", tmp_path / "cache", 2000)
+        assert sorted(remote.files) == [f"sub/{number}.bin" for number in range(6)]
+        for number in (0, 1, 2):
+            assert fetch(remote, number) == bytes([number]) * 1000
+        assert copies(remote) == [1, 2]
+        with pytest.raises(InputError, match=r"sub/9\.bin: cannot be read"), remote.fetch("sub/9.bin", 1, 2):
+            pass
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.fixture
