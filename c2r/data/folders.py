@@ -99,7 +99,7 @@ class RemoteDataset:
         return self._folder.fetch(source.name, source.size, source.mtime_ns)
 
     def probe(self, source):
-        with self._folder.open(source.name) as file:
+        with self._folder.telling(source.file), self._folder.open(source.name) as file:
             return probe(source.file, file)
 
 

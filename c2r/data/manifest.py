@@ -21,6 +21,7 @@ from c2r.data.clips import INDEX, Clips, FileTable
 from c2r.data.folders import DropRow, open_folder
 from c2r.data.metadata import find_metadata, rows_of
 from c2r.data.probes import Probes
+from c2r.data.video import UnusableVideo
 
 HELD_OUT_FRACTION = 0.05
 # A pair's rates may differ by this much: 23.976 and 24 are one rate to a clip of seconds.
@@ -284,7 +285,7 @@ def _locate(folder, bases, name):
 def _windows(infos, buckets, fps):
     """The windows of a file, or of a pair of files, see `cut_into_windows`; DropRow if there is none."""
     for info in infos:
-        if isinstance(info, InputError):
+        if isinstance(info, UnusableVideo):
             raise DropRow(info.reason, str(info))
     if len(infos) == 2:
         _require_pair(*infos)

@@ -12,9 +12,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
-from c2r import InputError
 from c2r.data.cache import write_atomic
-from c2r.data.video import VideoInfo
+from c2r.data.video import UnusableVideo, VideoInfo
 
 # Fewer files than this are looked into before a progress bar could be read.
 BAR_FROM = 200
@@ -44,13 +43,17 @@ class Probes:
         self._infos = {}
 
     def look_into(self, folder, sources):
-        """Probe the files that are not known yet. Call it before `of`."""
+        """Probe the files that are not known yet. Call it before `of`.
+
+        Raises:
+            InputError: a remote file cannot be reached, which says nothing of its content.
+        """
         unknown = {key: source for source in sources if (key := _key(source)) not in self._rows}
 
         def probe(item):
             try:
                 return item[0], folder.probe(item[1])
-            except InputError as error:
+            except UnusableVideo as error:
                 return item[0], error
 
         unknown = list(unknown.items())
@@ -65,10 +68,10 @@ class Probes:
                     found.append(item)
                     bar.update()
                 # Failures are not kept: a right to read or a file server may come back without a change of the file.
-                self._failed |= {key: info for key, info in found if isinstance(info, InputError)}
+                self._failed |= {key: info for key, info in found if isinstance(info, UnusableVideo)}
                 self._add({key: info for key, info in found if key not in self._failed})
 
-    def of(self, source) -> VideoInfo | InputError:
+    def of(self, source) -> VideoInfo | UnusableVideo:
         """What is known of a file; the same object for all files that are alike."""
         key = _key(source)
         if key in self._failed:

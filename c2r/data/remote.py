@@ -68,7 +68,7 @@ class RemoteFolder:
         Raises:
             InputError: no such folder, nothing in it, or no access.
         """
-        with self._telling(self.address):
+        with self.telling(self.address):
             filesystem, root = self._connect()
             listing = filesystem.find(root, detail=True)
             found = {}
@@ -88,7 +88,7 @@ class RemoteFolder:
 
     def open(self, name):
         """A seekable binary file object, to look into a file without fetching it."""
-        with self._telling(f"{self.address}/{name}"):
+        with self.telling(f"{self.address}/{name}"):
             filesystem, path = self._locate(name)
             return filesystem.open(path, "rb")
 
@@ -124,7 +124,7 @@ class RemoteFolder:
             return None
         aside = announced.with_suffix(".tmp")
         try:
-            with self._telling(f"{self.address}/{name}"):
+            with self.telling(f"{self.address}/{name}"):
                 filesystem, there = self._locate(name)
                 filesystem.get_file(there, str(aside))
             if aside.stat().st_size != size:
@@ -213,7 +213,7 @@ class RemoteFolder:
             os.close(lock)
 
     @contextmanager
-    def _telling(self, what):
+    def telling(self, what):
         """Network and access errors, of whatever library, and a full disk, in one line."""
         try:
             yield

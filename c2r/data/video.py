@@ -130,6 +130,8 @@ def open_video(path, file=None) -> Iterator[tuple[av.container.InputContainer, a
     except InputError:
         raise
     except (av.FFmpegError, OSError, ValueError) as error:
+        if file is not None and isinstance(error, OSError) and not isinstance(error, av.FFmpegError):
+            raise  # of the file object's own, such as a lost connection: it says nothing of the video
         if _is_huge_picture(path, file):
             raise unusable(path, f"it declares more than {MAX_PIXELS} pixels", "beyond the limits") from error
         raise unusable(path, getattr(error, "strerror", None) or error) from error

@@ -3,6 +3,7 @@
 import errno
 import functools
 import http.server
+import io
 import multiprocessing
 import os
 import pickle
@@ -327,3 +328,23 @@ def test_a_remote_dataset_needs_a_place_for_its_cache():
     options = SimpleNamespace(height=48, width=64, num_frames=5, fps=16, cache_dir=None, video_cache_gb=1)
     with pytest.raises(InputError, match=r"memory://nothing: is not on this machine: give a --cache_dir"):
         read_manifest("memory://nothing", "real", options)
+
+
+class Flaky(io.BytesIO):
+    """Loses its connection after two reads."""
+
+    def read(self, size=-1):
+        self.reads = getattr(self, "reads", 0) + 1
+        if self.reads > 2:
+            raise ConnectionError("gone away")
+        return super().read(min(size, 500))
+
+
+def test_a_lost_connection_drops_no_video(dataset, tmp_path, monkeypatch):
+    options = SimpleNamespace(
+        height=48, width=64, num_frames=5, fps=16, cache_dir=str(tmp_path / "cache"), video_cache_gb=1
+    )
+    content = (dataset / "train/a.mp4").read_bytes()
+    monkeypatch.setattr(RemoteFolder, "open", lambda self, name: Flaky(content))
+    with pytest.raises(InputError, match=r"train/[ab]\.mp4: cannot be read \(gone away\); check the address"):
+        read_manifest(f"file://{dataset}", "real", options)
