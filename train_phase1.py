@@ -26,10 +26,11 @@ from c2r.checkpoint import (
     save_checkpoint,
 )
 from c2r.data.dataset import ClipDataset
+from c2r.data.missing import find_missing
 from c2r.data.sources import read_sources
 from c2r.dry_run import RunRecord, dry_run, few
 from c2r.ema import averaged_weights, build_ema, step_ema
-from c2r.encode import count_missing, encode_missing
+from c2r.encode import encode_missing
 from c2r.engine import (
     build_accelerator,
     failing_together,
@@ -113,12 +114,11 @@ def train(args, accelerator, record):
         other_prompt_clips = other_clips(validation_clips, [real.clips], "text")
         held_out_clips = [*validation_clips, *other_prompt_clips]
         if args.dry_run:
-            record.clips_to_encode = count_missing(chain(real.train, held_out_clips), args)
+            record.clips_to_encode = find_missing(chain(real.train, held_out_clips), args).count
         encoded = encode_missing(chain(train_clips, held_out_clips), args, accelerator, watchdog)
         record.seconds_per_clip = record.seconds_per_clip or encoded.seconds_per_clip
         if not encoded.failures:
             break
-        accelerator.print(f"{len(encoded.failures)} clips could not be encoded, the first: {encoded.failures[0]}")
         real = read()  # without them
         inputs["real dataset"] = real.fingerprint
         if checkpoint is not None:

@@ -14,6 +14,7 @@ import sys
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 from accelerate.utils import set_seed
 from diffusers import WanTransformer3DModel
 from torch.utils.data import ConcatDataset, DataLoader
@@ -31,10 +32,11 @@ from c2r.checkpoint import (
 from c2r.data.buckets import buckets_of
 from c2r.data.cache import encoder_fingerprint
 from c2r.data.dataset import ClipDataset
+from c2r.data.missing import find_missing
 from c2r.data.sources import read_sources
 from c2r.dry_run import RunRecord, dry_run, few
 from c2r.ema import averaged_weights, build_ema, step_ema
-from c2r.encode import count_missing, encode_missing
+from c2r.encode import encode_missing
 from c2r.engine import (
     build_accelerator,
     failing_together,
@@ -235,13 +237,12 @@ def train(args, accelerator, record):
         sample_clips = [clip for sample in samples for clip in (sample.scene, sample.caption)]
         if args.dry_run:
             planned = chain(*(sources.train for sources in manifests), conditions.to_encode, sample_clips)
-            record.clips_to_encode = count_missing(planned, args)
+            record.clips_to_encode = find_missing(planned, args).count
         to_encode = chain(real_clips, cg_clips, conditions.to_encode, sample_clips)
         encoded = encode_missing(to_encode, args, accelerator, watchdog)
         record.seconds_per_clip = record.seconds_per_clip or encoded.seconds_per_clip
         if not encoded.failures:
             break
-        accelerator.print(f"{len(encoded.failures)} clips could not be encoded, the first: {encoded.failures[0]}")
         real, cg, scenes = read()  # without them
         manifests = [real, cg] if cg else [real]
         inputs |= {f"{sources.domain} dataset": sources.fingerprint for sources in manifests}
@@ -263,7 +264,7 @@ def train(args, accelerator, record):
         seed=args.seed,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
-        buckets=[*real_clips.bucket_numbers, *cg_clips.bucket_numbers],
+        buckets=np.concatenate([real_clips.bucket_numbers, cg_clips.bucket_numbers]),
         real_sources=real.parts(real_clips),
         cg_sources=cg.parts(cg_clips) if cg else None,
     )

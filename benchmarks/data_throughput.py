@@ -79,7 +79,7 @@ def write_dataset(folder, model):
     size = {"num_frames": FRAMES, "height": HEIGHT, "width": WIDTH, "fps": FPS}
     options = SimpleNamespace(**size, pretrained_model_name_or_path=str(model), cache_dir=None)
     clips = read_manifest(folder, "real", options).clips
-    settings, cache_dir = ClipDataset(clips, options).settings, cache_folder(folder)
+    settings, cache_dir = ClipDataset(clips, options).settings, cache_folder(folder, options)
     empty = {"prompt_embeds": torch.randn(1, TEXT_DIM).bfloat16()}
     save_tensors(prompt_path(cache_dir, "", settings), empty, {"max_sequence_length": MAX_SEQUENCE_LENGTH})
     for clip in clips:

@@ -10,8 +10,6 @@ whatever is missing when they start.
 import argparse
 import gc
 import itertools
-import math
-import shutil
 import time
 from dataclasses import dataclass, field
 
@@ -25,14 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from c2r import InputError
+from c2r.data.buckets import Bucket
 from c2r.data.cache import (
     CLIP_TENSORS,
-    PROMPT_TENSORS,
     CacheSettings,
-    CheckedClips,
     cache_folder,
-    clip_key,
-    clip_path,
     is_complete,
     load_tensors,
     note_failure,
@@ -41,11 +36,11 @@ from c2r.data.cache import (
 )
 from c2r.data.folders import read_source
 from c2r.data.manifest import read_manifest
+from c2r.data.missing import find_missing, is_mine
 from c2r.data.video import UnusableVideo
 from c2r.engine import require_joined
 from c2r.interruption import shield_worker
-from c2r.models.parts import load_pipeline_part, resolve_model_folder
-from c2r.models.weights import existing_parent, read_json
+from c2r.models.parts import load_pipeline_part
 from c2r.options import HelpFormatter, add_clip_options, check_clip_options, run
 from c2r.pipeline import max_sequence_length
 from c2r.preview import choose_clips, write_preview
@@ -62,71 +57,6 @@ class Encoded:
     seconds_per_clip: float | None = None  #: all processes together; None: nothing was missing
     #: One line for each clip that gives no latents; noted, so that the next `read_manifest` drops their files.
     failures: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Missing:
-    """What the cache lacks.
-
-    Batches are cut from all that there is, and so are the shares of the processes: one that looks a little later would
-    see others' files and cut differently, and a clip's last bits may depend on its batch.
-    """
-
-    batches: list  #: of this process: list of (path, Clip) of one bucket, of which one at least is missing
-    count: int  #: clips of all processes
-    texts: dict  #: {path: text} of the missing clips' captions and of the empty one, of all processes
-    room: dict  #: {cache folder: bytes of the missing latents}
-    damaged: int  #: files that are there, but are not whole or not ours
-
-
-def find_missing(clips, options, process_index=0, num_processes=1) -> Missing:
-    """Look for what the cache lacks.
-
-    Args:
-        clips: iterable of `Clip`; those that come twice count once.
-        options: see `encode_missing`.
-        process_index, num_processes: whose share.
-    """
-    settings, cache_dir = CacheSettings.from_options(options), getattr(options, "cache_dir", None)
-    found = Missing([], 0, {}, {}, 0)
-    seen, open_batches, numbers, bytes_of = set(), {}, itertools.count(), _LatentBytes(options)
-    caches = {}
-
-    def close(batch):
-        if next(numbers) % num_processes == process_index and any(missing for _, missing in batch):
-            folders = [caches[clip.folder].cache_dir for clip, _ in batch]
-            found.batches.append([(clip_path(f, clip, settings), clip) for f, (clip, _) in zip(folders, batch)])
-
-    for clip in clips:
-        if clip.folder not in caches:
-            caches[clip.folder] = CheckedClips(cache_folder(clip.folder, cache_dir))
-            found.texts[prompt_path(caches[clip.folder].cache_dir, "", settings)] = ""
-        key = clip_key(clip, settings)
-        if (number := int(key[:16], 16)) in seen:
-            continue
-        seen.add(number)
-        missing = not caches[clip.folder].has(key)
-        if missing:
-            folder = caches[clip.folder].cache_dir
-            found.count += 1
-            found.damaged += clip_path(folder, clip, settings).exists()
-            found.texts[prompt_path(folder, clip.text, settings)] = clip.text
-            found.room[folder] = found.room.get(folder, 0) + bytes_of(clip.bucket)
-        batch = open_batches.setdefault(clip.bucket, [])
-        batch.append((clip, missing))
-        if len(batch) == clips_at_once(clip.bucket):
-            close(open_batches.pop(clip.bucket))
-    for batch in open_batches.values():
-        close(batch)
-    for checked in caches.values():
-        checked.save()
-    found.damaged += sum(path.exists() and not is_complete(path, PROMPT_TENSORS) for path in found.texts)
-    return found
-
-
-def count_missing(clips, options) -> int:
-    """How many of the clips `encode_missing` would encode."""
-    return find_missing(clips, options).count
 
 
 def clips_at_once(bucket) -> int:
@@ -153,53 +83,36 @@ def encode_missing(clips, options, accelerator, watchdog=None) -> Encoded:
         InputError: no room for the latents, or a VAE that gives NaN for whatever it is given.
     """
     watchdog = watchdog or Watchdog(accelerator, 60 * DEFAULT_TIMEOUT_MINUTES)
-    settings = CacheSettings.from_options(options)
-    missing = find_missing(clips, options, accelerator.process_index, accelerator.num_processes)
-    _require_room(missing)
+    settings, missing = CacheSettings.from_options(options), find_missing(clips, options, accelerator)
+    missing.require_room()
     if accelerator.is_main_process and missing.damaged:
         print(f"{missing.damaged} damaged files in the cache are encoded anew", flush=True)
 
-    texts = list(missing.texts.items())[accelerator.process_index :: accelerator.num_processes]
-    texts = [(path, text) for path, text in texts if not is_complete(path, PROMPT_TENSORS)]
+    texts = [(path, text) for path, text in missing.texts.items() if is_mine(path, accelerator)]
     if texts:
         _encode_prompts(texts, options, settings, accelerator, watchdog)
     watchdog.wait_for_everyone()
 
-    failures, seconds = [], 0.0
-    if missing.batches:
-        failures, seconds = _encode_clips(missing.batches, options, settings, accelerator, watchdog)
+    failures, not_finite, seconds = [], [], 0.0
+    if missing.clips:
+        failures, not_finite, seconds = _encode_clips(missing.clips, options, settings, accelerator, watchdog)
     watchdog.wait_for_everyone()
     if accelerator.num_processes > 1:
-        failures = gather_object(failures)
+        failures, not_finite = gather_object(failures), gather_object(not_finite)
         seconds = max(gather_object([seconds]))
+    if not_finite and not missing.any_there and len(failures) + len(not_finite) >= missing.count:
+        raise InputError(
+            f"{options.pretrained_model_name_or_path}: its VAE gives NaN for every clip, {not_finite[0].file} the "
+            "first; check the VAE"
+        )
+    for source in not_finite:
+        failures.append(f"{source.file}: the VAE gives latents that are not finite")
+        if accelerator.is_main_process:
+            note_failure(cache_folder(source.folder, options), source, "non-finite latents", failures[-1])
+    watchdog.wait_for_everyone()  # the notes are there
+    if failures:
+        accelerator.print(f"{len(failures)} clips could not be encoded, the first: {failures[0]}")
     return Encoded(seconds / missing.count if missing.count else None, failures)
-
-
-class _LatentBytes:
-    """Bytes of a clip's latents in the cache: fp32 mean and fp16 log-variance of each number."""
-
-    def __init__(self, options):
-        folder = resolve_model_folder(options.pretrained_model_name_or_path, ["vae"])
-        self.channels = read_json(folder / "vae/config.json")["z_dim"]
-
-    def __call__(self, bucket):
-        return 6 * self.channels * math.prod(bucket.latent_grid)
-
-
-def _require_room(missing):
-    """Raise InputError if a disk cannot hold the latents."""
-    disks = {}  # datasets on one disk share its room
-    for folder, needed in missing.room.items():
-        there = existing_parent(folder)
-        entry = disks.setdefault(there.stat().st_dev, [there, 0])
-        entry[1] += needed
-    for folder, needed in disks.values():
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise InputError(
-                f"{folder}: {needed / 1e9:.2f} GB needed for the latents of {missing.count:,} clips, "
-                f"{free / 1e9:.2f} GB free; make room, or give a --cache_dir on another disk"
-            )
 
 
 def _provenance(options, **more):
@@ -241,21 +154,30 @@ def _encode_prompts(texts, options, settings, accelerator, watchdog):
 
 
 class _Batches(Dataset):
-    """The batches' pixels; decoding runs in the data loader's workers while the VAE encodes."""
+    """Clips' pixels, in batches of one bucket; decoding runs in the data loader's workers while the VAE encodes.
 
-    def __init__(self, batches, options):
-        self.batches = batches
-        self.options = options
+    Args:
+        clips: list of (path in the cache, `Clip`).
+        options: see `read_source`.
+    """
+
+    def __init__(self, clips, options):
+        self.options, self.batches, open_batches = options, [], {}
+        for path, clip in clips:
+            batch = open_batches.setdefault(clip.bucket, [])
+            batch.append((path, clip))
+            if len(batch) == clips_at_once(clip.bucket):
+                self.batches.append(open_batches.pop(clip.bucket))
+        self.batches += open_batches.values()
 
     def __len__(self):
         return len(self.batches)
 
     def __getitem__(self, number):
-        """(number, list of (F, 3, H, W) uint8, or of (Source, reason, detail) where a file fails)."""
-        # Another pass may have been faster; and then this one decodes nothing.
-        if all(is_complete(path, CLIP_TENSORS) for path, _ in self.batches[number]):
-            return number, []
-        return number, [self._frames(clip) for _, clip in self.batches[number]]
+        """[(path, clip, its (F, 3, H, W) uint8, or (Source, reason, detail) where a file fails)]."""
+        # Another pass may have been faster; then this one decodes nothing.
+        missing = [(path, clip) for path, clip in self.batches[number] if not is_complete(path, CLIP_TENSORS)]
+        return [(path, clip, self._frames(clip)) for path, clip in missing]
 
     def _frames(self, clip):
         # The coarse video is not encoded, but a pair whose control fails must not be found out in the midst of
@@ -273,56 +195,56 @@ def _one_item(items):
 
 
 @torch.no_grad()
-def _encode_clips(batches, options, settings, accelerator, watchdog):
-    """Encode this process's batches; returns one line for each clip that failed, and the seconds that all took."""
+def _encode_batch(vae, decoded, device):
+    """[(mean, log-variance)] of clips of one bucket, see `encode_frames`.
+
+    The batch always has `clips_at_once`, filled up with black: a clip's last bits depend on the size of its batch, but
+    not on what else is in it. So the cache does not depend on what was missing, on kills or on the processes.
+    """
+    frames = torch.stack(decoded).to(device)  # (B, F, 3, H, W)
+    num_frames, _, height, width = frames.shape[1:]
+    filler = frames.new_zeros(clips_at_once(Bucket(num_frames, height, width)) - len(frames), *frames.shape[1:])
+    return list(zip(*encode_frames(vae, torch.cat([frames, filler]))))[: len(frames)]
+
+
+def _encode_clips(clips, options, settings, accelerator, watchdog):
+    """Encode this process's clips; returns a line for each that failed, the sources of those whose latents are not
+    finite, and the seconds that all took."""
     device = accelerator.device
     # fp32, as the pipeline decodes: in bf16 the latents lose more than the source's 8 bits.
     vae = load_pipeline_part(options.pretrained_model_name_or_path, "vae", torch_dtype=torch.float32).to(device)
+    batches = _Batches(clips, options)
     loader = DataLoader(
-        _Batches(batches, options),
+        batches,
         batch_size=1,
         collate_fn=_one_item,
         num_workers=options.dataloader_num_workers,
         worker_init_fn=shield_worker,
         pin_memory=device.type == "cuda",
     )
-    failures, not_finite, started, done = [], [], time.perf_counter(), 0
-    total = sum(map(len, batches))
-    with tqdm(total=total, desc="clips", unit="clip", disable=not accelerator.is_main_process) as bar:
-        for number, frames in loader:
-            batch = batches[number]
+    failures, not_finite, started = [], [], time.perf_counter()
+    with tqdm(total=len(clips), desc="clips", unit="clip", disable=not accelerator.is_main_process) as bar:
+        for batch, items in zip(batches.batches, loader):
             watchdog.beat(f"encoding of {batch[0][1].name}")
-            decoded = [(*entry, one) for entry, one in zip(batch, frames) if isinstance(one, torch.Tensor)]
-            for source, reason, detail in (one for one in frames if not isinstance(one, torch.Tensor)):
-                failures.append(detail)
-                note_failure(_cache_of(source, options), source, reason, detail)
+            decoded = [item for item in items if isinstance(item[-1], torch.Tensor)]
             if decoded:
-                latents = encode_frames(vae, torch.stack([one for *_, one in decoded]).to(device))
-                for (path, clip, _), mean, logvar in zip(decoded, *latents):
-                    if not (mean.isfinite().all() and logvar.isfinite().all()):
-                        not_finite.append(clip)
-                    elif not is_complete(path, CLIP_TENSORS):
+                latents = _encode_batch(vae, [frames for *_, frames in decoded], device)
+                for (path, clip, _), (mean, logvar) in zip(decoded, latents):
+                    if mean.isfinite().all() and logvar.isfinite().all():
                         _save_clip(path, clip, mean, logvar, options, settings)
-            done += len(batch)
-            bar.set_postfix_str(f"all processes {accelerator.num_processes * done / _since(started):.2f} clips/s")
+                    else:
+                        not_finite.append(clip.source)
+            for source, reason, detail in (item[-1] for item in items if not isinstance(item[-1], torch.Tensor)):
+                failures.append(detail)
+                note_failure(cache_folder(source.folder, options), source, reason, detail)
             bar.update(len(batch))
-    if not_finite and len(not_finite) + len(failures) == total:
-        raise InputError(
-            f"{options.pretrained_model_name_or_path}: its VAE gives NaN for every clip, {not_finite[0].file} the "
-            "first; check the VAE"
-        )
-    for clip in not_finite:
-        failures.append(f"{clip.file}: the VAE gives latents that are not finite")
-        note_failure(_cache_of(clip, options), clip.source, "non-finite latents", failures[-1])
+            rate = accelerator.num_processes * bar.n / _since(started)
+            bar.set_postfix_str(f"all processes {rate:.2f} clips/s")
     seconds = _since(started)
     del vae
     gc.collect()
     empty_device_cache()
-    return failures, seconds
-
-
-def _cache_of(source, options):
-    return cache_folder(source.folder, getattr(options, "cache_dir", None))
+    return failures, not_finite, seconds
 
 
 def _since(started):
@@ -330,7 +252,7 @@ def _since(started):
 
 
 def _save_clip(path, clip, mean, logvar, options, settings):
-    prompt, _ = load_tensors(prompt_path(_cache_of(clip, options), clip.text, settings))
+    prompt, _ = load_tensors(prompt_path(cache_folder(clip.folder, options), clip.text, settings))
     metadata = _provenance(
         options,
         file=clip.name,
@@ -375,12 +297,13 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--dataset", required=True, help="folder or address with videos and metadata.csv")
     parser.add_argument("--domain", choices=("real", "cg"), default="real", help="cg: pairs, with control_name")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--dry_run",
         action="store_true",
         help="tell what would be encoded and how long it would take; write no latents",
     )
-    parser.add_argument(
+    instead.add_argument(
         "--preview",
         metavar="DIR",
         help="encode a few clips of each bucket, show there how they come back, and stop",
@@ -408,18 +331,18 @@ def main():
         if accelerator.is_main_process:
             for line in project(manifest.clips, args, accelerator):
                 print(f"dry run: {line}", flush=True)
-    elif args.preview is not None:
-        chosen = choose_clips(manifest.clips)
-        encode_missing(itertools.chain(*chosen.values()), args, accelerator, watchdog)
-        if accelerator.is_main_process:
+    else:
+        while True:
+            chosen = choose_clips(manifest.clips) if args.preview is not None else {None: manifest.clips}
+            if not encode_missing(itertools.chain(*chosen.values()), args, accelerator, watchdog).failures:
+                break
+            manifest = read()  # without them
+        if args.preview is None:
+            accelerator.print(f"all {len(manifest.clips)} clips are in {manifest.cache_dir}")
+        elif accelerator.is_main_process:
             for line in write_preview(chosen, args.preview, args, accelerator.device):
                 print(line, flush=True)
-    else:
-        encoded = encode_missing(manifest.clips, args, accelerator, watchdog)
-        if encoded.failures:
-            accelerator.print(f"{len(encoded.failures)} clips could not be encoded, the first: {encoded.failures[0]}")
-            manifest = read()
-        accelerator.print(f"all {len(manifest.clips)} clips are in {manifest.cache_dir}")
+    watchdog.wait_for_everyone()
     watchdog.close()
     accelerator.end_training()
 
@@ -431,37 +354,32 @@ def project(clips, options, accelerator):
         clips, options, accelerator: see `encode_missing`; to be called on one process.
     """
     missing = find_missing(clips, options)
-    texts = sum(not is_complete(path, PROMPT_TENSORS) for path in missing.texts)
     needed = sum(missing.room.values())
-    yield f"{missing.count:,} clips and {texts:,} captions to encode, {needed / 1e9:.3g} GB of latents"
-    _require_room(missing)
-    if not missing.batches:
+    yield f"{missing.count:,} clips and {len(missing.texts):,} captions to encode, {needed / 1e9:.3g} GB of latents"
+    missing.require_room()
+    if not missing.clips:
         return
     vae = load_pipeline_part(options.pretrained_model_name_or_path, "vae", torch_dtype=torch.float32)
     vae.to(accelerator.device)
-    of_bucket = {}
-    for batch in missing.batches:
-        of_bucket.setdefault(batch[0][1].bucket, []).append(batch)
-    total = 0.0
-    for bucket, batches in of_bucket.items():
-        seconds = [_time_batch(vae, batch, options, accelerator.device) for batch in batches[: 1 + MEASURED_BATCHES]]
+    batches = _Batches(missing.clips, options)
+    of_bucket, total = {}, 0.0
+    for number, batch in enumerate(batches.batches):
+        of_bucket.setdefault(batch[0][1].bucket, []).append(number)
+    for bucket, numbers in of_bucket.items():
+        seconds = [_time_batch(vae, batches, number, accelerator.device) for number in numbers[: 1 + MEASURED_BATCHES]]
         warm = seconds[1:] or seconds  # the first one pays for the start
-        here = sum(map(len, batches)) / len(batches[0]) * sum(warm) / len(warm) / accelerator.num_processes
+        here = len(numbers) * sum(warm) / len(warm) / accelerator.num_processes
         total += here
-        yield (
-            f"{bucket}: {sum(map(len, batches)):,} clips, {sum(warm) / len(warm) / len(batches[0]):.3f} s each on one "
-            f"process with no worker ahead (measured on {len(warm) * len(batches[0])}): {here / 60:.1f} min"
-        )
+        count = sum(len(batches.batches[number]) for number in numbers)
+        yield f"{bucket}: {count:,} clips, {here / 60:.1f} min with no worker ahead ({len(warm)} batches measured)"
     yield f"{total / 60:.1f} min in all on {accelerator.num_processes} processes, and the captions"
 
 
-def _time_batch(vae, batch, options, device):
+def _time_batch(vae, batches, number, device):
     started = time.perf_counter()
-    _, frames = _Batches([batch], options)[0]
-    decoded = [one for one in frames if isinstance(one, torch.Tensor)]
+    decoded = [frames for *_, frames in batches[number] if isinstance(frames, torch.Tensor)]
     if decoded:
-        with torch.no_grad():
-            encode_frames(vae, torch.stack(decoded).to(device))[0].cpu()
+        _encode_batch(vae, decoded, device)[0][0].cpu()
     return _since(started)
 
 

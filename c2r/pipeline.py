@@ -209,14 +209,9 @@ class C2RPipeline(WanPipeline):
         if output_type == "latent":
             frames = latents
         else:
-            frames = self.video_processor.postprocess_video(self.decode_latents(latents), output_type)
+            frames = self.video_processor.postprocess_video(decode_latents(self.vae, latents), output_type)
         self.maybe_free_model_hooks()
         return WanPipelineOutput(frames=frames)
-
-    @torch.no_grad()
-    def decode_latents(self, latents):
-        """`decode_latents` with the pipeline's VAE."""
-        return decode_latents(self.vae, latents)
 
     def _predict_velocity(
         self, noisy_latents, timesteps, prompts, controls, conditioning_scale, with_control, with_prompt

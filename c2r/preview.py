@@ -13,8 +13,8 @@ from c2r.pipeline import decode_frames
 
 # Clips of each bucket, spread over the dataset.
 CLIPS_PER_BUCKET = 6
-#: dB. Wan's VAE gives real video back at about 30 and more, by public reports; wrong colours, a wrong crop or latents
-#: of another VAE end far below this.
+#: dB. Measured on 15 real clips of the toy: 23.5 to 35.6 if right, at most 14.9 where another clip comes back.
+#: Shifts by 16 pixels (13.8 to 22.3) or an exchange of red and blue (11.8 to 33.4) may pass: they are for the eye.
 LOW_PSNR = 20.0
 
 

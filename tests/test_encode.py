@@ -17,12 +17,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+import c2r.data.missing
 import c2r.encode
 from c2r import InputError
 from c2r.data.cache import CacheSettings, clip_path, load_tensors, prompt_path
 from c2r.data.manifest import read_manifest
+from c2r.data.missing import find_missing
 from c2r.data.video import read_window, write_video
-from c2r.encode import count_missing, encode_frames, encode_missing
+from c2r.encode import encode_frames, encode_missing
 from c2r.options import run
 from c2r.preview import psnr
 from tests.tiny import LATENT_CHANNELS, PROMPT_LENGTH, TEXT_DIM, save_tiny_pipeline
@@ -359,15 +361,15 @@ def test_latents_that_do_not_fit_the_disk_are_refused_before_a_model_is_loaded(
     data, options, accelerator, monkeypatch
 ):
     clips = read_manifest(data, "real", options).clips
-    assert count_missing(clips, options) == 3
+    assert find_missing(clips, options).count == 3
     one = 6 * LATENT_CHANNELS * 2 * 4 * 6  # bytes of two latent frames
-    monkeypatch.setattr(c2r.encode.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3 * one - 1))
+    monkeypatch.setattr(c2r.data.missing.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3 * one - 1))
     with pytest.raises(InputError, match=r"needed for the latents of 3 clips, .* free; make room, or give a --cache"):
         encode_missing(clips, options, accelerator)
     assert not cached(data, options)
-    monkeypatch.setattr(c2r.encode.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3 * one))
+    monkeypatch.setattr(c2r.data.missing.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3 * one))
     assert encode_missing(clips, options, accelerator).seconds_per_clip > 0
-    assert count_missing(clips, options) == 0
+    assert find_missing(clips, options).count == 0
     stored = [load_tensors(path)[0] for path in cached(data, options) if path.parts[-3] == "clips"]
     latents = [t["latents_mean"].nbytes + t["latents_logvar"].half().nbytes for t in stored]
     assert latents == [one] * 3

@@ -46,12 +46,12 @@ def buckets_of(options) -> list[Bucket]:
     buckets = named or [Bucket(options.num_frames, options.height, options.width)]
     for bucket in buckets:
         for name, value in bucket._asdict().items():
-            # 8 of the VAE times 2 of the patches; the VAE's first frame stands alone, then it takes them by fours.
-            wrong, nearest = value < 16 or value % 16, max(16, round(value / 16) * 16)
-            rule = "divisible by 16"
-            if name == "num_frames":
-                wrong, nearest, rule = value < 1 or value % 4 != 1, max(1, value // 4 * 4 + 1), "4k + 1"
-            if wrong:
+            if name == "num_frames":  # the VAE's first frame stands alone, then it takes them by fours
+                fits, nearest, rule = value >= 1 and value % 4 == 1, max(1, value // 4 * 4 + 1), "4k + 1"
+            else:  # 8 of the VAE times 2 of the patches
+                fits, nearest = value >= 16 and value % 16 == 0, max(16, round(value / 16) * 16)
+                rule = "divisible by 16"
+            if not fits:
                 option = f"--buckets {bucket}: its {name}" if named else f"--{name} {value}:"
                 raise InputError(f"{option} must be {rule}; try {nearest}")
         if buckets.count(bucket) > 1:
@@ -66,7 +66,8 @@ def cut_into_windows(frames, info, buckets) -> list[tuple[int, int]]:
 
     Of the aspect ratios the nearest is taken; of several sizes with this ratio the largest that the file fills without
     being enlarged, or else the smallest. Then as many windows of the longest bucket are cut as there are frames for,
-    and what is left gives windows of the shorter ones. Images go to buckets of one frame, and nothing else does.
+    and what is left gives windows of the shorter ones. Images go to buckets of one frame, and videos only where there
+    are no others: then each frame is a clip.
 
     Args:
         frames: how many the file has at the rate of the clips.
@@ -78,7 +79,7 @@ def cut_into_windows(frames, info, buckets) -> list[tuple[int, int]]:
     """
     fitting = [bucket for bucket in buckets if (bucket.num_frames == 1) == info.is_image]
     if not fitting and not info.is_image:
-        fitting = buckets  # only one-frame buckets are asked for: videos give single frames
+        fitting = buckets
     if not fitting:
         return []
 

@@ -31,8 +31,9 @@ CLIP_TENSORS = {"latents_mean", "latents_logvar", "prompt_embeds"}
 PROMPT_TENSORS = {"prompt_embeds"}
 
 
-def cache_folder(dataset_folder, cache_dir=None) -> Path:
-    """`--cache_dir`, or .c2r_cache in the dataset's folder."""
+def cache_folder(dataset_folder, options) -> Path:
+    """A command's `--cache_dir`, or .c2r_cache in the dataset's folder."""
+    cache_dir = getattr(options, "cache_dir", None)
     return Path(cache_dir) if cache_dir else Path(dataset_folder) / ".c2r_cache"
 
 
@@ -113,7 +114,7 @@ class CheckedClips:
         except (OSError, SafetensorError, KeyError):
             stored = np.empty((0, 16), np.uint8)
         self._known = {file.tobytes() for file in stored}
-        self._new = 0
+        self._is_new = False
 
     def has(self, key) -> bool:
         """Whether the clip of this `clip_key` is there in its full length."""
@@ -127,12 +128,12 @@ class CheckedClips:
             if not is_complete(path, CLIP_TENSORS):
                 return False
             self._known.add(file)
-            self._new += 1
+            self._is_new = True
         return True
 
     def save(self):
         """Keep what was found."""
-        if self._new:
+        if self._is_new:
             files = np.frombuffer(b"".join(sorted(self._known)), np.uint8).reshape(-1, 16)
             with suppress(OSError):  # then it is looked into again
                 write_atomic(self._store, save_arrays({"files": files}))

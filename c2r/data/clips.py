@@ -57,8 +57,8 @@ class Clip:
 
     @property
     def file(self) -> str:
-        """Path of the video whose latents are learned."""
-        return f"{self.folder}/{self.name}"
+        """Path, or address, of the video whose latents are learned."""
+        return self.source.file
 
     @property
     def source(self) -> Source:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -48,13 +47,10 @@ class ClipDataset(Dataset):
     def __len__(self):
         return len(self.clips)
 
-    def _cache_of(self, clip) -> Path:
-        return cache_folder(clip.folder, getattr(self.options, "cache_dir", None))
-
     @cached_property
     def _empty_prompt(self):
         clip = self.clips[0]
-        tensors, metadata = load_tensors(prompt_path(self._cache_of(clip), "", self.settings))
+        tensors, metadata = load_tensors(prompt_path(cache_folder(clip.folder, self.options), "", self.settings))
         return tensors["prompt_embeds"].float(), metadata["max_sequence_length"]
 
     @property
@@ -87,7 +83,7 @@ class ClipDataset(Dataset):
 
     def __getitem__(self, index):
         clip = self.clips[index]
-        tensors, _ = load_tensors(clip_path(self._cache_of(clip), clip, self.settings))
+        tensors, _ = load_tensors(clip_path(cache_folder(clip.folder, self.options), clip, self.settings))
         item = {
             "latents_mean": tensors["latents_mean"].float(),
             "latents_logvar": tensors["latents_logvar"].float(),

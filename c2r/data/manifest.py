@@ -201,31 +201,8 @@ def read_manifest(address, domain, options) -> Manifest:
     """
     buckets = buckets_of(options)
     folder = open_folder(address, options)
-    cache_dir = cache_folder(folder.address, getattr(options, "cache_dir", None))
-    dropped, without_coarse, located, seen, row_count = [], [], [], set(), 0
-    for place, table in find_metadata(folder, domain, cache_dir):
-        row_count += len(table)
-        # Names are relative to the metadata's folder, to the dataset's, or to its train/.
-        bases = [base for base in dict.fromkeys((place, "", "train")) if folder.has_folder(base)]
-        for name, text, control_name in rows_of(table, f"{folder.address}/{place}".rstrip("/")):
-            try:
-                sources = [_locate(folder, bases, name)]
-                if not text.strip():
-                    raise DropRow("empty caption", "")
-                if domain == "cg" or control_name:
-                    try:
-                        sources.append(_locate(folder, bases, control_name))
-                    except DropRow as drop:
-                        if domain == "cg":
-                            raise
-                        without_coarse.append(Dropped(sources[0].name, *drop.args))
-                if (row := hash((text, *sources))) in seen:
-                    raise DropRow("duplicate row", "")
-                seen.add(row)
-                located.append((text, sources))
-            except DropRow as drop:
-                dropped.append(Dropped(name, *drop.args))
-    del seen
+    cache_dir = cache_folder(folder.address, options)
+    located, dropped, without_coarse, row_count = _locate_rows(folder, domain, cache_dir)
     probes = Probes(cache_dir)
     probes.look_into(folder, (source for _, sources in located for source in sources))
 
@@ -265,6 +242,35 @@ def read_manifest(address, domain, options) -> Manifest:
     if getattr(options, "max_dropped", None) is not None:
         manifest.require_kept(options.max_dropped)
     return manifest
+
+
+def _locate_rows(folder, domain, cache_dir):
+    """The rows whose files are there: [(caption, sources)]; what is dropped, the coarse versions that are not there,
+    and the number of all rows."""
+    located, dropped, without_coarse, seen, row_count = [], [], [], set(), 0
+    for place, table in find_metadata(folder, domain, cache_dir):
+        row_count += len(table)
+        # Names are relative to the metadata's folder, to the dataset's, or to its train/.
+        bases = [base for base in dict.fromkeys((place, "", "train")) if folder.has_folder(base)]
+        for name, text, control_name in rows_of(table, f"{folder.address}/{place}".rstrip("/")):
+            try:
+                sources = [_locate(folder, bases, name)]
+                if not text.strip():
+                    raise DropRow("empty caption", "")
+                if domain == "cg" or control_name:
+                    try:
+                        sources.append(_locate(folder, bases, control_name))
+                    except DropRow as drop:
+                        if domain == "cg":
+                            raise
+                        without_coarse.append(Dropped(sources[0].name, *drop.args))
+                if (row := hash((text, *sources))) in seen:
+                    raise DropRow("duplicate row", "")
+                seen.add(row)
+                located.append((text, sources))
+            except DropRow as drop:
+                dropped.append(Dropped(name, *drop.args))
+    return located, dropped, without_coarse, row_count
 
 
 def _first_detail(dropped):

@@ -1,7 +1,7 @@
-"""The metadata of a dataset folder, read through `datasets` and never held in memory whole."""
+"""The metadata of a dataset, read through `datasets`, which maps it from disk."""
 
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import datasets
 from datasets import Dataset
@@ -29,7 +29,7 @@ def find_metadata(folder, domain, cache_dir) -> list[tuple[str, Dataset]]:
     """The metadata tables of a dataset: [(folder that names are relative to, table)], the main one first.
 
     Args:
-        folder: `LocalFolder` or `RemoteFolder`; has metadata.csv, .jsonl or .parquet in itself or in train/, and
+        folder: `LocalFolder` or `RemoteDataset`; has metadata.csv, .jsonl or .parquet in itself or in train/, and
             perhaps in validation/.
         domain: CG pairs must have a control_name.
         cache_dir: where the tables are kept in arrow's format, which is read from disk as needed.
@@ -43,15 +43,16 @@ def find_metadata(folder, domain, cache_dir) -> list[tuple[str, Dataset]]:
             f"{folder.address}: has no metadata.csv, .jsonl or .parquet, nor has its train/; add one of them"
         )
     tables = []
-    for place, name in filter(None, (main, _find(folder, "validation"))):
-        table = _read(folder, f"{place}/{name}".lstrip("/"), cache_dir)
+    for name in filter(None, (main, _find(folder, "validation"))):
+        table = _read(folder, name, cache_dir)
         for column in COLUMNS if domain == "cg" else COLUMNS[:2]:
             if column not in table.column_names:
                 raise InputError(
-                    f"{folder.address}/{place}/{name}: has no column {column} (its columns: "
+                    f"{folder.address}/{name}: has no column {column} (its columns: "
                     f"{', '.join(table.column_names)}); "
                     + ("CG pairs need the coarse video's name there" if column == "control_name" else "add it")
                 )
+        place = name.rpartition("/")[0]
         tables.append((place, table.select_columns([c for c in COLUMNS if c in table.column_names])))
     return tables
 
@@ -77,11 +78,12 @@ def rows_of(table, where):
 
 
 def _find(folder, place):
+    """Name of the metadata in this part of a dataset, or None."""
     names = [f"{place}/{name}".lstrip("/") for name in READERS]
     found = [name for name in names if folder.has(name)]
     if len(found) > 1:
         raise InputError(f"{folder.address}: has {' and '.join(found)}; keep one of them")
-    return (place, Path(found[0]).name) if found else None
+    return found[0] if found else None
 
 
 def _read(folder, name, cache_dir) -> Dataset:
@@ -96,7 +98,7 @@ def _read(folder, name, cache_dir) -> Dataset:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is in the exception
     try:
         with folder.local_copy(source) as path:
-            return READERS[Path(name).name](str(path), cache_dir=str(kept), keep_in_memory=False)
+            return READERS[PurePosixPath(name).name](str(path), cache_dir=str(kept), keep_in_memory=False)
     except InputError:
         raise
     except Exception as error:  # pandas, pyarrow and datasets each have their own

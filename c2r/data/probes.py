@@ -1,6 +1,7 @@
 """What is known of a dataset's files: looked into once, kept in the cache."""
 
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fractions import Fraction
@@ -17,8 +18,9 @@ from c2r.data.video import UnusableVideo, VideoInfo
 
 # Fewer files than this are looked into before a progress bar could be read.
 BAR_FROM = 200
-# So many files are looked into between two writes: a killed command repeats no more.
-SAVE_EVERY = 10_000
+# What was found is written so often, in seconds: a killed command repeats no more. At each write all is written.
+SAVE_EVERY = 60
+FILES_AT_ONCE = 1000
 # Raise it when `probe` measures otherwise: what older ones have found is then looked into anew.
 VERSION = 3
 
@@ -62,14 +64,17 @@ class Probes:
             ThreadPoolExecutor(max(2, min(16, os.cpu_count() or 1))) as pool,
             tqdm(total=len(unknown), desc="looking into files", unit="file", disable=quiet) as bar,
         ):
-            for first in range(0, len(unknown), SAVE_EVERY):
-                found = []
-                for item in pool.map(probe, unknown[first : first + SAVE_EVERY]):
-                    found.append(item)
+            new, saved = {}, time.monotonic()
+            for first in range(0, len(unknown), FILES_AT_ONCE):
+                for key, info in pool.map(probe, unknown[first : first + FILES_AT_ONCE]):
+                    # Failures are not kept: a right to read or a file server may come back without a change of the
+                    # file.
+                    (self._failed if isinstance(info, UnusableVideo) else new)[key] = info
                     bar.update()
-                # Failures are not kept: a right to read or a file server may come back without a change of the file.
-                self._failed |= {key: info for key, info in found if isinstance(info, UnusableVideo)}
-                self._add({key: info for key, info in found if key not in self._failed})
+                if time.monotonic() - saved > SAVE_EVERY:
+                    self._add(new)
+                    new, saved = {}, time.monotonic()
+            self._add(new)
 
     def of(self, source) -> VideoInfo | UnusableVideo:
         """What is known of a file; the same object for all files that are alike."""

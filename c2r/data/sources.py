@@ -54,7 +54,10 @@ class Sources:
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def parts(self, clips) -> list[tuple[int, str]]:
-        """(length, weight) of each dataset that clips of these are of, for `MixedCGRealSampler`."""
+        """(length, weight) of each dataset that has some of these clips, for `MixedCGRealSampler`.
+
+        All of them have clips to train on, see `read_manifest`; the few of a dry run may all be of the first.
+        """
         counts = [int((clips.index["table"] == number).sum()) for number in range(len(self.manifests))]
         return [(count, weight) for count, weight in zip(counts, self.weights) if count]
 
