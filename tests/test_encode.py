@@ -15,12 +15,12 @@ import torch
 from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import c2r.data.missing
 import c2r.encode
 from c2r import InputError
-from c2r.data.cache import CacheSettings, clip_path, load_tensors, prompt_path
+from c2r.data.cache import CLIP_TENSORS, CacheSettings, clip_path, load_tensors, prompt_path, save_tensors
 from c2r.data.manifest import read_manifest
 from c2r.data.missing import find_missing
 from c2r.data.video import read_window, write_video
@@ -397,3 +397,26 @@ def test_a_dry_run_tells_what_is_missing_and_writes_no_latents(data, options, mo
     assert "dry run: 3 clips and 3 captions to encode, " in out
     assert "dry run: 5x32x48: 3 clips, " in out
     assert not cached(data, options)
+
+
+def test_clips_whose_latents_are_not_finite_are_dropped_and_a_vae_that_gives_no_others_is_named(
+    data, options, accelerator, tmp_path
+):
+    broken = tmp_path / "broken"
+    shutil.copytree(options.pretrained_model_name_or_path, broken)
+    weights = load_file(broken / "vae/diffusion_pytorch_model.safetensors")
+    weights["encoder.conv_in.weight"] *= torch.nan
+    save_file(weights, broken / "vae/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    options.pretrained_model_name_or_path = str(broken)
+    clips = read_manifest(data, "real", options).clips
+    with pytest.raises(
+        InputError, match=r"broken: its VAE gives NaN for every clip, .*a\.mp4 the first; check the VAE"
+    ):
+        encode_missing(clips, options, accelerator)
+    assert len(read_manifest(data, "real", options).clips) == 3
+    # Where the cache has another one, it is these clips that are bad.
+    path = clip_path(data / ".c2r_cache", clips[0], CacheSettings.from_options(options))
+    save_tensors(path, {name: torch.zeros(2) for name in CLIP_TENSORS}, {})
+    assert len(encode_missing(clips, options, accelerator).failures) == 2
+    with pytest.raises(InputError, match=r"none of its 2 rows can be used \(2 non-finite latents\)"):
+        read_manifest(data, "real", options)
