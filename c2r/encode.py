@@ -337,11 +337,13 @@ def main():
             if not encode_missing(itertools.chain(*chosen.values()), args, accelerator, watchdog).failures:
                 break
             manifest = read()  # without them
-        if args.preview is None:
-            accelerator.print(f"all {len(manifest.clips)} clips are in {manifest.cache_dir}")
-        elif accelerator.is_main_process:
+        if accelerator.is_main_process and args.preview is not None:
             for line in write_preview(chosen, args.preview, args, accelerator.device):
                 print(line, flush=True)
+        elif accelerator.is_main_process:
+            # Looked through once more, which the start of training is then spared.
+            there = len(manifest.clips) - find_missing(manifest.clips, args).count
+            print(f"{there} of {len(manifest.clips)} clips are in {manifest.cache_dir}", flush=True)
     watchdog.wait_for_everyone()
     watchdog.close()
     accelerator.end_training()

@@ -313,7 +313,7 @@ class MixedCGRealSampler:
     def _checked_ratio(self, cg_ratio):
         try:
             ratio = Fraction(str(cg_ratio))
-        except ValueError:
+        except (ValueError, ZeroDivisionError):
             ratio = None
         if ratio is None or not 0 <= ratio <= 1:
             raise InputError(f"--cg_ratio is {cg_ratio}: it must be a number in [0, 1]")

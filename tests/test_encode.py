@@ -345,7 +345,7 @@ def test_the_command_fills_the_cache_and_says_so(data, options, monkeypatch, cap
     run(c2r.encode.main)
     out = capsys.readouterr()
     assert "kept 3 clips of 2 files" in out.out
-    assert "all 3 clips are in" in out.out
+    assert "3 of 3 clips are in" in out.out
     assert "clips/s" in out.err
     assert len(cached(data, options)) == 6
 

@@ -315,6 +315,7 @@ def test_resume_before_the_change_with_prefetching_workers():
         ({"cg_ratio": -0.1}, r"^--cg_ratio is -0.1"),
         ({"cg_ratio": float("nan")}, r"^--cg_ratio is nan"),
         ({"cg_ratio": "a fifth"}, r"^--cg_ratio is a fifth"),
+        ({"cg_ratio": "1/0"}, r"^--cg_ratio is 1/0"),
         ({"batch_size": 0}, r"^--train_batch_size is 0"),
     ],
 )
