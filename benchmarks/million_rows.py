@@ -106,8 +106,8 @@ def main():
         options = SimpleNamespace(**SIZE, pretrained_model_name_or_path=str(model), cache_dir=None)
         for rows in (10, args.rows):
             write_dataset(scratch / str(rows), rows, options)
-            # The first start opens each cached file's header; later ones, and those after `c2r.encode`, know it by size
-            # and time.
+            # The first start opens each cached file's header, as the end of `c2r.encode` does; later ones know them by
+            # size and time.
             for start in ("first start", "again"):
                 seconds, memory = start_training(scratch / str(rows), model, scratch / f"{rows} {start}")
                 print(

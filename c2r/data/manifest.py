@@ -222,7 +222,7 @@ def read_manifest(address, domain, options) -> Manifest:
 
     rows = _Rows()
     located.reverse()
-    while located:  # freed as they are used: a million rows are half a gigabyte
+    while located:  # freed as they are used, or a million rows would be held twice
         text, sources = located.pop()
         try:
             try:
