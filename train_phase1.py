@@ -114,9 +114,9 @@ def train(args, accelerator, record):
         other_prompt_clips = other_clips(validation_clips, [real.clips], "text")
         held_out_clips = [*validation_clips, *other_prompt_clips]
         if args.dry_run:
-            record.clips_to_encode = find_missing(chain(real.train, held_out_clips), args).count
+            record.plan_encoding(find_missing(chain(real.train, held_out_clips), args))
         encoded = encode_missing(chain(train_clips, held_out_clips), args, accelerator, watchdog)
-        record.seconds_per_clip = record.seconds_per_clip or encoded.seconds_per_clip
+        record.add_encoding(encoded)
         if not encoded.failures:
             break
         real = read()  # without them

@@ -30,13 +30,13 @@ from c2r.checkpoint import (
     save_checkpoint,
 )
 from c2r.data.buckets import buckets_of
-from c2r.data.cache import encoder_fingerprint
+from c2r.data.cache import ControlSettings, encoder_fingerprint
 from c2r.data.dataset import ClipDataset
-from c2r.data.missing import find_missing
+from c2r.data.missing import find_missing, find_missing_control
 from c2r.data.sources import read_sources
 from c2r.dry_run import RunRecord, dry_run, few
 from c2r.ema import averaged_weights, build_ema, step_ema
-from c2r.encode import encode_missing
+from c2r.encode import encode_control, encode_missing
 from c2r.engine import (
     build_accelerator,
     failing_together,
@@ -65,6 +65,7 @@ from c2r.optimizer import build_lr_scheduler, build_optimizer
 from c2r.options import (
     HelpFormatter,
     add_common_options,
+    add_dinov3_option,
     add_sampling_options,
     check_sampling_options,
     parse_options,
@@ -115,7 +116,12 @@ def build_parser():
         help="folder or address with CG pairs: metadata.csv with file_name, control_name, text; or several",
     )
     group.add_argument("--cg_ratio", type=float, default=0.2, help="share of CG samples, exact over the run")
-    group.add_argument("--dinov3", default="facebook/dinov3-vitb16-pretrain-lvd1689m", help="a folder or a hub id")
+    add_dinov3_option(group)
+    group.add_argument(
+        "--cache_control_features",
+        action="store_true",
+        help="run DINOv3 once for each clip, not in each step: 194 MB a clip of 480x832x81 on disk",
+    )
     group.add_argument("--control_layers", type=int, default=15, help="number of ControlNet blocks")
     group.add_argument(
         "--control_stride", type=int, default=1, help="1 injects after the first blocks, 3 after every third"
@@ -237,11 +243,17 @@ def train(args, accelerator, record):
         sample_clips = [clip for sample in samples for clip in (sample.scene, sample.caption)]
         if args.dry_run:
             planned = chain(*(sources.train for sources in manifests), conditions.to_encode, sample_clips)
-            record.clips_to_encode = find_missing(planned, args).count
+            record.plan_encoding(find_missing(planned, args))
+            if args.cache_control_features:
+                planned = chain(*(sources.train for sources in manifests))
+                record.plan_encoding(find_missing_control(planned, args, weight_dtype))
         to_encode = chain(real_clips, cg_clips, conditions.to_encode, sample_clips)
-        encoded = encode_missing(to_encode, args, accelerator, watchdog)
-        record.seconds_per_clip = record.seconds_per_clip or encoded.seconds_per_clip
-        if not encoded.failures:
+        passes = [encode_missing(to_encode, args, accelerator, watchdog)]
+        if args.cache_control_features:
+            to_encode = chain(real_clips, cg_clips)
+            passes.append(encode_control(to_encode, args, weight_dtype, accelerator, watchdog))
+        record.add_encoding(*passes)
+        if not any(encoded.failures for encoded in passes):
             break
         real, cg, scenes = read()  # without them
         manifests = [real, cg] if cg else [real]
@@ -254,8 +266,9 @@ def train(args, accelerator, record):
         accelerator.print(
             f"CG monitor: off, it needs clips of at least {MIN_FILES} real and {MIN_FILES} CG videos to train on"
         )
-    real_dataset = ClipDataset(real_clips, args, with_control=True)
-    cg_dataset = ClipDataset(cg_clips, args, with_control=True)
+    control_settings = ControlSettings.from_options(args, weight_dtype) if args.cache_control_features else None
+    real_dataset = ClipDataset(real_clips, args, with_control=True, control_settings=control_settings)
+    cg_dataset = ClipDataset(cg_clips, args, with_control=True, control_settings=control_settings)
     sampler = MixedCGRealSampler(
         real_dataset,
         cg_dataset,
@@ -443,14 +456,17 @@ def train(args, accelerator, record):
                 num_processes=accelerator.num_processes,
                 device=device,
             )
-            control_frames = augment_real_control(
-                batch["control_frames"].to(device).float() / 255,  # (B, F, 3, H, W)
-                batch["domain"],
-                args,
-                micro_step=micro_step,
-                process_index=accelerator.process_index,
-            )
-            control_features = dinov3(control_frames)  # (B, F, h, w, Dd)
+            if args.cache_control_features:
+                control_features = batch["control_features"].to(device)  # (B, F, h, w, Dd)
+            else:
+                control_frames = augment_real_control(
+                    batch["control_frames"].to(device).float() / 255,  # (B, F, 3, H, W)
+                    batch["domain"],
+                    args,
+                    micro_step=micro_step,
+                    process_index=accelerator.process_index,
+                )
+                control_features = dinov3(control_frames)
             # A blank control goes through the branch as zero features: guidance must know what no control looks like.
             control_features[noisy.dropped_control] = 0
             watchdog.beat(f"step {loop.global_step + 1}: forward and backward")
@@ -556,6 +572,11 @@ def main():
         )
     if args.cg_ratio_min is not None and not 0 <= args.cg_ratio_min <= args.cg_ratio:
         raise InputError(f"--cg_ratio_min {args.cg_ratio_min}: must be from 0 to --cg_ratio {args.cg_ratio}")
+    if args.cache_control_features and args.control_augmentation > 0:
+        raise InputError(
+            f"--cache_control_features: keeps no features of the control that --control_augmentation "
+            f"{args.control_augmentation} alters anew in each step; leave one of them out"
+        )
     if args.monitor_patience < 1:
         raise InputError(f"--monitor_patience {args.monitor_patience}: must be at least 1")
     if not 0 < args.real_weight < math.inf:

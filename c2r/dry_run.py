@@ -34,8 +34,8 @@ class RunRecord:
     started: float = field(default_factory=time.perf_counter)  #: when the first validation has, and then training
     samples_per_second: float | None = None  #: of the last step
     trainable: int = 0  #: parameters
-    clips_to_encode: int = 0  #: by the whole run, before this one started
-    seconds_per_clip: float | None = None  #: of encoding, all processes together; None: nothing was missing
+    to_encode: dict = field(default_factory=dict)  #: {"latents": clips} that the whole run lacked before this one
+    seconds_per_clip: dict = field(default_factory=dict)  #: {"latents": of all processes together} if any were missing
 
     @contextmanager
     def time(self, name):
@@ -44,6 +44,21 @@ class RunRecord:
         yield
         self.seconds[name] = time.perf_counter() - started
         self.spent[name] = self.spent.get(name, 0.0) + self.seconds[name]
+
+    def plan_encoding(self, missing):
+        """Note what the whole run would encode, a `Missing`.
+
+        Raises:
+            InputError: there is no room for it.
+        """
+        missing.require_room()
+        self.to_encode[missing.kind] = missing.count
+
+    def add_encoding(self, *passes):
+        """Note how long encoding takes; each an `Encoded`."""
+        for encoded in passes:
+            if encoded.seconds_per_clip is not None:
+                self.seconds_per_clip.setdefault(encoded.kind, encoded.seconds_per_clip)
 
     def start(self):
         """What is timed starts now: the first validation, then the training loop."""
@@ -128,8 +143,8 @@ def projection(args, first, last, samples):
     if "sampling" in last.seconds:
         samplings = math.ceil(args.max_train_steps / args.sample_steps)
         parts[f"{samplings} samplings"] = samplings * last.seconds["sampling"]
-    if first.seconds_per_clip is not None:
-        parts[f"encoding of {first.clips_to_encode:,} clips"] = first.clips_to_encode * first.seconds_per_clip
+    for kind, seconds in first.seconds_per_clip.items():
+        parts[f"encoding the {kind} of {first.to_encode[kind]:,} clips"] = first.to_encode[kind] * seconds
     yield (
         f"measured: {step:.2f} s a step, {last.seconds['validation']:.2f} s a validation, "
         f"{last.seconds['checkpoint']:.2f} s a checkpoint"

@@ -73,6 +73,11 @@ def add_clip_options(group):
     group.add_argument("--dataloader_num_workers", type=int, default=4, help="per process; 0 loads in the loop itself")
 
 
+def add_dinov3_option(group):
+    """Add what the control is encoded by, to an `argparse` parser or group."""
+    group.add_argument("--dinov3", default="facebook/dinov3-vitb16-pretrain-lvd1689m", help="a folder or a hub id")
+
+
 def check_clip_options(args):
     """Raise InputError for the first value of `add_clip_options` that cannot work."""
     buckets_of(args)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import train_phase2
 from c2r import InputError
@@ -79,6 +80,25 @@ def test_phase2_trains_and_exports(second, first):
     assert "validation/leak_coarse" not in logged
     assert images(out)["validation"] == 3
     assert logged["validation/control_gain"][-1] != 0
+
+
+def test_phase2_trains_on_cached_control_features(second, first, tiny_models, small_datasets, tmp_path):
+    cache = tmp_path / "cache"
+
+    def train(name):
+        extra = ["--max_train_steps=4", "--cache_control_features", f"--cache_dir={cache}"]
+        return succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path / name, *extra))
+
+    train("out")
+    live, cached = weights(second[0] / "final"), weights(tmp_path / "out/final")
+    # The batch of frames that DINOv3 takes is another one, which changes last bits.
+    assert scalars(tmp_path / "out")["train/loss"] == pytest.approx(scalars(second[0])["train/loss"], rel=1e-5)
+    assert max((live[name] - cached[name]).abs().max() for name in live) < 1e-4
+    for path in (cache / "control").rglob("*.safetensors"):
+        save_file({"control_features": 3 - load_file(path)["control_features"]}, path)
+    train("other")
+    other = weights(tmp_path / "other/final")
+    assert max((live[name] - other[name]).abs().max() for name in live) > 1e-3
 
 
 def test_resumed_in_the_middle_is_bit_identical(first, second, tiny_models, small_datasets, tmp_path):

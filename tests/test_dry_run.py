@@ -56,10 +56,13 @@ def test_it_trains_on_no_more_clips_than_its_steps_take():
 
 def test_projection():
     args = options(["--max_train_steps=1000", "--checkpointing_steps=300", "--validation_steps=250"])
-    first = RunRecord(clips_to_encode=600, seconds_per_clip=12.0)
+    first = RunRecord(to_encode={"latents": 600}, seconds_per_clip={"latents": 12.0})
     last = RunRecord(seconds={"validation": 10.0, "checkpoint": 5.0}, samples_per_second=2.0, trainable=10**9)
     lines = "\n".join(projection(args, first, last, samples=8))
     assert "4.00 s a step, 10.00 s a validation, 5.00 s a checkpoint" in lines
-    assert "1,000 steps 66.7 min, 5 validations 50.0 s, 4 checkpoints 20.0 s, encoding of 600 clips 2.0 h" in lines
+    assert (
+        "1,000 steps 66.7 min, 5 validations 50.0 s, 4 checkpoints 20.0 s, encoding the latents of 600 clips 2.0 h"
+        in lines
+    )
     assert "3.1 h in all" in lines
     assert "up to 60.00 GB in out" in lines

@@ -19,12 +19,14 @@ from safetensors.torch import load_file, save_file
 
 import c2r.data.missing
 import c2r.encode
+import c2r.encoders
 from c2r import InputError
 from c2r.data.cache import CLIP_TENSORS, CacheSettings, clip_path, load_tensors, prompt_path, save_tensors
 from c2r.data.manifest import read_manifest
 from c2r.data.missing import find_missing
 from c2r.data.video import read_window, write_video
-from c2r.encode import encode_frames, encode_missing
+from c2r.encode import encode_missing
+from c2r.encoders import encode_frames
 from c2r.options import run
 from c2r.preview import psnr
 from tests.tiny import LATENT_CHANNELS, PROMPT_LENGTH, TEXT_DIM, save_tiny_pipeline
@@ -162,7 +164,8 @@ def forbid(monkeypatch, *parts):
         assert part not in parts, f"{part} was loaded"
         return load(source, part, **kwargs)
 
-    monkeypatch.setattr(c2r.encode, "load_pipeline_part", guarded)
+    for module in (c2r.encode, c2r.encoders):
+        monkeypatch.setattr(module, "load_pipeline_part", guarded)
 
 
 def test_only_what_is_missing_is_made(data, options, accelerator, monkeypatch):
@@ -410,7 +413,7 @@ def test_clips_whose_latents_are_not_finite_are_dropped_and_a_vae_that_gives_no_
     options.pretrained_model_name_or_path = str(broken)
     clips = read_manifest(data, "real", options).clips
     with pytest.raises(
-        InputError, match=r"broken: its VAE gives NaN for every clip, .*a\.mp4 the first; check the VAE"
+        InputError, match=r"a\.mp4: .*broken gives latents that are not finite, nor are those of any other clip; check"
     ):
         encode_missing(clips, options, accelerator)
     assert len(read_manifest(data, "real", options).clips) == 3

@@ -1,7 +1,8 @@
-"""The cache of latents and prompt embeddings: one safetensors file per window, named by what it was made from.
+"""The cache of what frozen models give: one safetensors file per window, named by what it was made from.
 
     <cache>/clips/ab/abcd….safetensors     latents_mean, latents_logvar, prompt_embeds of one window
     <cache>/prompts/ef/efab….safetensors   prompt_embeds of one caption, and of the empty prompt
+    <cache>/control/cd/cdef….safetensors   control_features of one window of a control, if asked for
     <cache>/failures/….json                a file that failed within: the manifest drops it, with this reason
 
 Whatever changes the content changes the name, so nothing here is ever out of date; folders may be deleted at any time.
@@ -15,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -23,12 +25,14 @@ from safetensors.numpy import save as save_arrays
 from safetensors.torch import save
 
 from c2r import InputError
+from c2r.data.clips import Source
 from c2r.models.parts import resolve_model_folder
 
 MIB = 2**20
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".model"}
 CLIP_TENSORS = {"latents_mean", "latents_logvar", "prompt_embeds"}
 PROMPT_TENSORS = {"prompt_embeds"}
+CONTROL_TENSORS = {"control_features"}
 
 
 def cache_folder(dataset_folder, options) -> Path:
@@ -73,7 +77,7 @@ class CacheSettings:
     text_encoder: str
 
     @classmethod
-    def from_options(cls, options):
+    def from_options(cls, options) -> "CacheSettings":
         """From a command's options: fps, pretrained_model_name_or_path.
 
         Raises:
@@ -83,6 +87,24 @@ class CacheSettings:
         folder = resolve_model_folder(options.pretrained_model_name_or_path, parts)
         vae, text_encoder, tokenizer = (encoder_fingerprint(folder / part) for part in parts)
         return cls(float(options.fps), vae, digest([text_encoder, tokenizer]))
+
+
+@dataclass(frozen=True)
+class ControlSettings:
+    """What the cached features of every control of a command depend on: the rate, DINOv3 and its dtype."""
+
+    fps: float
+    dinov3: str
+    dtype: str
+
+    @classmethod
+    def from_options(cls, options, dtype) -> "ControlSettings":
+        """From a command's options: fps, dinov3; and the torch dtype of DINOv3's weights.
+
+        Raises:
+            InputError: no such model.
+        """
+        return cls(float(options.fps), encoder_fingerprint(resolve_model_folder(options.dinov3)), str(dtype))
 
 
 def clip_key(clip, settings: CacheSettings) -> str:
@@ -98,6 +120,13 @@ def clip_path(cache_dir, clip, settings: CacheSettings) -> Path:
 
 def _clip_path(cache_dir, key):
     return f"{cache_dir}/clips/{key[:2]}/{key}.safetensors"
+
+
+def control_path(cache_dir, clip, settings: ControlSettings) -> Path:
+    """Where the features of one window of a clip's control are, or will be; clips with one control share them."""
+    source = clip.control_source
+    key = digest([source.name, source.size, source.mtime_ns, clip.start, *clip.bucket, vars(settings)])
+    return Path(cache_dir) / "control" / key[:2] / f"{key}.safetensors"
 
 
 class CheckedClips:
@@ -150,10 +179,18 @@ def _failure_path(cache_dir, source):
     return Path(cache_dir) / "failures" / f"{key}.json"
 
 
-def note_failure(cache_dir, source, reason, detail):
+class Failure(NamedTuple):
+    """A file that looked usable and is not."""
+
+    source: Source
+    reason: str
+    detail: str  # one line that names the file
+
+
+def note_failure(cache_dir, failure: Failure):
     """Note that a file, as it is now, gives no clips: the next `read_manifest` drops it with this reason."""
-    note = {"file": source.name, "reason": reason, "detail": detail}
-    write_atomic(_failure_path(cache_dir, source), json.dumps(note).encode())
+    note = {"file": failure.source.name, "reason": failure.reason, "detail": failure.detail}
+    write_atomic(_failure_path(cache_dir, failure.source), json.dumps(note).encode())
 
 
 def noted_failure(cache_dir, source):

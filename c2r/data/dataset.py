@@ -1,4 +1,4 @@
-"""ClipDataset: what a training step needs of a clip, from the cache and, for control, from the video itself."""
+"""ClipDataset: what a training step needs of a clip, from the cache, and control frames from the video itself."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset, default_collate
 
-from c2r.data.cache import CacheSettings, cache_folder, clip_path, load_tensors, prompt_path
+from c2r.data.cache import CacheSettings, cache_folder, clip_path, control_path, load_tensors, prompt_path
 from c2r.data.clips import Clip
 from c2r.data.folders import read_source
 
@@ -20,13 +20,16 @@ class ClipDataset(Dataset):
     Args:
         clips: sequence of `Clip`: `Clips` or a list.
         options: has fps, pretrained_model_name_or_path, and perhaps cache_dir; the same as at encoding.
-        with_control: also decode the control frames: the coarse video of a CG pair, a real clip's own video.
+        with_control: also give the control: the coarse video of a CG pair, a real clip's own video. Its frames are
+            decoded, unless there is
+        control_settings: `ControlSettings`: its features come from the cache, see `c2r.encode.encode_control`.
 
     An item is a dict; F, H, W are the clip's bucket, C, T, h, w the latents' channels, frames, height and width, L and
     D_text the length that the prompt is padded to and the text encoder's width:
         latents_mean, latents_logvar: (C, T, h, w) fp32, the distribution of the normalised latents.
         prompt_embeds: (L, D_text) fp32, zeros behind the prompt's end.
-        control_frames: (F, 3, H, W) uint8 RGB in [0, 255]; only with_control.
+        control_frames: (F, 3, H, W) uint8 RGB in [0, 255]; or
+        control_features: (F, h, w, Dd), see `DINOv3FeatureExtractor`; one of both, only with_control.
         domain: 0 real, 1 CG.
         name: the clip's file and window.
         index: its place in this dataset.
@@ -38,9 +41,9 @@ class ClipDataset(Dataset):
 
     collate = staticmethod(default_collate)
 
-    def __init__(self, clips: Sequence[Clip], options, with_control=False):
+    def __init__(self, clips: Sequence[Clip], options, with_control=False, control_settings=None):
         self.clips = clips
-        self.with_control = with_control
+        self.with_control, self.control_settings = with_control, control_settings
         self.options = options
         self.settings = CacheSettings.from_options(options)
 
@@ -92,6 +95,9 @@ class ClipDataset(Dataset):
             "name": f"{clip.name}#{clip.window}",
             "index": index,
         }
-        if self.with_control:
+        if self.with_control and self.control_settings:
+            path = control_path(cache_folder(clip.folder, self.options), clip, self.control_settings)
+            item["control_features"] = load_tensors(path)[0]["control_features"]
+        elif self.with_control:
             item["control_frames"] = self.control_frames(index)
         return item

@@ -17,7 +17,7 @@ import pyarrow as pa
 from c2r import InputError
 from c2r.data.buckets import buckets_of, cut_into_windows
 from c2r.data.cache import cache_folder, noted_failure, write_atomic
-from c2r.data.clips import INDEX, Clips, FileTable
+from c2r.data.clips import INDEX, Clips, FileTable, Source
 from c2r.data.folders import DropRow, open_folder
 from c2r.data.metadata import find_metadata, rows_of
 from c2r.data.probes import Probes
@@ -145,15 +145,22 @@ def by_reason(dropped) -> str:
 
 
 class _Rows:
-    """The columns of a `FileTable` and of the index, while the rows of a dataset are gone through."""
+    """The columns of a `FileTable`, of the rows whose files are there, and of the index, while they are filled.
 
-    def __init__(self):
-        self.names, self.texts, self.control_names, self.windows = [], [], [], []
+    Args:
+        folder: `LocalFolder` or `RemoteDataset`, of all rows.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.names, self.texts, self.control_names = folder, [], [], []
         self.numbers = {name: array("q") for name in ("sizes", "mtimes", "control_sizes", "control_mtimes")}
+        self.windows = {name: array("q") for name in ("row", "window", "first_frame", "bucket")}
 
-    def add(self, text, sources, windows):
-        source, coarse = sources[0], sources[1] if len(sources) == 2 else None
-        row = len(self.names)
+    def __len__(self):
+        return len(self.names)
+
+    def add(self, text, source, coarse=None):
+        """Add a row with the `Source` of its file, and of its coarse video."""
         self.names.append(source.name)
         self.texts.append(text)
         self.control_names.append(coarse and coarse.name)
@@ -161,15 +168,33 @@ class _Rows:
         self.numbers["mtimes"].append(source.mtime_ns)
         self.numbers["control_sizes"].append(coarse.size if coarse else 0)
         self.numbers["control_mtimes"].append(coarse.mtime_ns if coarse else 0)
-        self.windows += [(0, row, window, first, bucket, False) for window, (first, bucket) in enumerate(windows)]
 
-    def clips(self, folder, domain, fps, buckets) -> Clips:
+    def sources(self, row):
+        """The `Source`s of a row: its file, and its coarse video if it has one."""
+        sizes, mtimes, control_sizes, control_mtimes = self.numbers.values()
+        sources = [Source(self.folder.address, self.names[row], sizes[row], mtimes[row])]
+        if (coarse := self.control_names[row]) is not None:
+            sources.append(Source(self.folder.address, coarse, control_sizes[row], control_mtimes[row]))
+        return sources
+
+    def add_windows(self, row, windows):
+        """Add windows, see `cut_into_windows`, of a row; a row without any is not used."""
+        for window, (first, bucket) in enumerate(windows):
+            for column, value in zip(self.windows.values(), (row, window, first, bucket)):
+                column.append(value)
+
+    def clips(self, domain, fps, buckets) -> Clips:
         """All of them, with those that are held out marked."""
-        index = np.array(self.windows, INDEX)
-        held_out = _held_out_names(folder, set(self.names))
-        index["held_out"] = np.array([name in held_out for name in self.names], bool)[index["row"]]
+        index = np.zeros(len(self.windows["row"]), INDEX)
+        for name, column in self.windows.items():
+            index[name] = column
+        used = np.unique(index["row"])
+        held_out = _held_out_names(self.folder, {self.names[row] for row in used})
+        is_held_out = np.zeros(len(self), bool)
+        is_held_out[used] = [self.names[row] in held_out for row in used]
+        index["held_out"] = is_held_out[index["row"]]
         table = FileTable(
-            folder=folder.address,
+            folder=self.folder.address,
             domain=domain,
             fps=fps,
             buckets=buckets,
@@ -202,9 +227,9 @@ def read_manifest(address, domain, options) -> Manifest:
     buckets = buckets_of(options)
     folder = open_folder(address, options)
     cache_dir = cache_folder(folder.address, options)
-    located, dropped, without_coarse, row_count = _locate_rows(folder, domain, cache_dir)
+    rows, dropped, without_coarse, row_count = _locate_rows(folder, domain, cache_dir)
     probes = Probes(cache_dir)
-    probes.look_into(folder, (source for _, sources in located for source in sources))
+    probes.look_into(folder, (source for row in range(len(rows)) for source in rows.sources(row)))
 
     failures = any(cache_dir.glob("failures/*.json"))  # spares a million looks for nothing
     known = {}
@@ -220,26 +245,26 @@ def read_manifest(address, domain, options) -> Manifest:
                 raise DropRow(*failure)
         return windows
 
-    rows = _Rows()
-    located.reverse()
-    while located:  # freed as they are used, or a million rows would be held twice
-        text, sources = located.pop()
+    for row in range(len(rows)):
+        sources = rows.sources(row)
         try:
             try:
-                rows.add(text, sources, windows_of(sources))
+                windows = windows_of(sources)
             except DropRow as drop:
                 if domain == "cg" or len(sources) == 1:
                     raise
-                rows.add(text, sources[:1], windows_of(sources[:1]))
+                windows = windows_of(sources[:1])
+                rows.control_names[row] = None
                 without_coarse.append(Dropped(sources[0].name, *drop.args))
+            rows.add_windows(row, windows)
         except DropRow as drop:
             dropped.append(Dropped(sources[0].name, *drop.args))
-    if not rows.names:
+    if not rows.windows["row"]:
         raise InputError(
             f"{folder.address}: none of its {row_count} rows can be used "
             f"({by_reason(dropped) or 'the metadata is empty'}); {_first_detail(dropped)}see the README on datasets"
         )
-    clips = rows.clips(folder, domain, options.fps, buckets)
+    clips = rows.clips(domain, options.fps, buckets)
     manifest = Manifest(folder.address, domain, clips, dropped, cache_dir, row_count, without_coarse)
     if getattr(options, "max_dropped", None) is not None:
         manifest.require_kept(options.max_dropped)
@@ -247,9 +272,8 @@ def read_manifest(address, domain, options) -> Manifest:
 
 
 def _locate_rows(folder, domain, cache_dir):
-    """The rows whose files are there: [(caption, sources)]; what is dropped, the coarse versions that are not there,
-    and the number of all rows."""
-    located, dropped, without_coarse, seen, row_count = [], [], [], set(), 0
+    """(`_Rows` with files, dropped rows, coarse versions that are not there, count of all rows)."""
+    rows, dropped, without_coarse, seen, row_count = _Rows(folder), [], [], set(), 0
     for place, table in find_metadata(folder, domain, cache_dir):
         row_count += len(table)
         # Names are relative to the metadata's folder, to the dataset's, or to its train/.
@@ -269,10 +293,10 @@ def _locate_rows(folder, domain, cache_dir):
                 if (row := hash((text, *sources))) in seen:
                     raise DropRow("duplicate row", "")
                 seen.add(row)
-                located.append((text, sources))
+                rows.add(text, *sources)
             except DropRow as drop:
                 dropped.append(Dropped(name, *drop.args))
-    return located, dropped, without_coarse, row_count
+    return rows, dropped, without_coarse, row_count
 
 
 def _first_detail(dropped):

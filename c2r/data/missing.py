@@ -7,12 +7,15 @@ from pathlib import Path
 
 from c2r import InputError
 from c2r.data.cache import (
+    CONTROL_TENSORS,
     PROMPT_TENSORS,
     CacheSettings,
     CheckedClips,
+    ControlSettings,
     cache_folder,
     clip_key,
     clip_path,
+    control_path,
     is_complete,
     prompt_path,
 )
@@ -24,15 +27,24 @@ from c2r.models.weights import existing_parent, read_json
 class Missing:
     """What the cache lacks, of all processes."""
 
-    count: int = 0  #: clips
+    kind: str  #: "latents" or "control features"
+    total: int = 0  #: clips that were looked for
+    count: int = 0  #: of these, the missing ones
     clips: list = field(default_factory=list)  #: (path, Clip) of those that this process is to make
     texts: dict = field(default_factory=dict)  #: {path: text}: captions, and the empty one
-    room: dict = field(default_factory=dict)  #: {cache folder: bytes of the latents}
+    room: dict = field(default_factory=dict)  #: {cache folder: bytes needed}
     damaged: int = 0  #: files that are there, but are not whole or not ours
-    any_there: bool = False  #: whether the cache has any of the clips
+
+    def add(self, cache_dir, path, clip, needed, accelerator):
+        """Add a clip whose file of so many bytes is missing; without an accelerator it is this process's to make."""
+        self.count += 1
+        if accelerator is None or is_mine(path, accelerator):
+            self.clips.append((path, clip))
+        self.damaged += path.exists()
+        self.room[cache_dir] = self.room.get(cache_dir, 0) + needed
 
     def require_room(self):
-        """Raise InputError if a disk cannot hold the latents."""
+        """Raise InputError if a disk cannot hold it."""
         disks = {}  # datasets on one disk share its room
         for folder, needed in self.room.items():
             there = existing_parent(folder)
@@ -42,7 +54,7 @@ class Missing:
             free = shutil.disk_usage(folder).free
             if free < needed:
                 raise InputError(
-                    f"{folder}: {needed / 1e9:.2f} GB needed for the latents of {self.count:,} clips, "
+                    f"{folder}: {needed / 1e9:.2f} GB needed for the {self.kind} of {self.count:,} clips, "
                     f"{free / 1e9:.2f} GB free; make room, or give a --cache_dir on another disk"
                 )
 
@@ -57,8 +69,13 @@ def is_mine(path: Path, accelerator) -> bool:
 
 
 def find_missing(clips, options, accelerator=None) -> Missing:
-    """Look for what the cache lacks; see `encode_missing` for the arguments. Without an accelerator all is mine."""
-    settings, found, seen, caches = CacheSettings.from_options(options), Missing(), set(), {}
+    """Look for latents and prompt embeddings that the cache lacks.
+
+    Args:
+        clips, options: see `encode_missing`.
+        accelerator: whose share `clips` is to have; None: all.
+    """
+    settings, found, seen, caches = CacheSettings.from_options(options), Missing("latents"), set(), {}
     folder = resolve_model_folder(options.pretrained_model_name_or_path, ["vae"])
     channels = read_json(folder / "vae/config.json")["z_dim"]
     texts = {}
@@ -71,19 +88,34 @@ def find_missing(clips, options, accelerator=None) -> Missing:
             continue
         seen.add(number)
         if checked.has(key):
-            found.any_there = True
             continue
-        path = clip_path(checked.cache_dir, clip, settings)
-        found.count += 1
-        if accelerator is None or is_mine(path, accelerator):
-            found.clips.append((path, clip))
-        found.damaged += path.exists()
         texts[prompt_path(checked.cache_dir, clip.text, settings)] = clip.text
         # fp32 mean and fp16 log-variance of each number.
         needed = 6 * channels * math.prod(clip.bucket.latent_grid)
-        found.room[checked.cache_dir] = found.room.get(checked.cache_dir, 0) + needed
+        found.add(checked.cache_dir, clip_path(checked.cache_dir, clip, settings), clip, needed, accelerator)
     for checked in caches.values():
         checked.save()
+    found.total = len(seen)
     found.texts = {path: text for path, text in texts.items() if not is_complete(path, PROMPT_TENSORS)}
     found.damaged += sum(path.exists() for path in found.texts)
+    return found
+
+
+def find_missing_control(clips, options, dtype, accelerator=None) -> Missing:
+    """Look for control features that the cache lacks.
+
+    Args:
+        clips, options, dtype: see `encode_control`.
+        accelerator: whose share `clips` is to have; None: all.
+    """
+    settings, found, seen = ControlSettings.from_options(options, dtype), Missing("control features"), set()
+    config = read_json(resolve_model_folder(options.dinov3) / "config.json")
+    for clip in clips:
+        cache_dir = cache_folder(clip.folder, options)
+        path = control_path(cache_dir, clip, settings)
+        if path not in seen and not is_complete(path, CONTROL_TENSORS):
+            needed = config["hidden_size"] * dtype.itemsize * math.prod(clip.bucket) // config["patch_size"] ** 2
+            found.add(cache_dir, path, clip, needed, accelerator)
+        seen.add(path)
+    found.total = len(seen)
     return found
