@@ -43,6 +43,7 @@ from c2r.watchdog import DEFAULT_TIMEOUT_MINUTES, Watchdog
 
 # Batches of each bucket that a dry run measures, after a first one that is not counted.
 MEASURED_BATCHES = 3
+# What DINOv3 runs in by phase 2's default --mixed_precision.
 CONTROL_DTYPE = torch.bfloat16
 
 
@@ -103,7 +104,7 @@ def _encode(missing, load_encoder, options, accelerator, watchdog):
         _encode_prompts(texts, options, accelerator, watchdog)
     watchdog.wait_for_everyone()
 
-    failures, not_finite, seconds = [], [], 0.0
+    count, failures, not_finite, seconds = missing.count, [], [], 0.0
     if missing.clips:
         encoder = load_encoder(options, accelerator.device)
         failures, not_finite, seconds = _encode_clips(missing, encoder, options, accelerator, watchdog)
@@ -113,8 +114,9 @@ def _encode(missing, load_encoder, options, accelerator, watchdog):
     watchdog.wait_for_everyone()
     if accelerator.num_processes > 1:
         failures, not_finite = gather_object(failures), gather_object(not_finite)
-        seconds = max(gather_object([seconds]))
-    if not_finite and missing.count == missing.total and len(failures) + len(not_finite) >= missing.count:
+        # A process that has looked a little later may have found what others had made by then.
+        count, seconds = max(gather_object([count])), max(gather_object([seconds]))
+    if not_finite and count == missing.total and len(failures) + len(not_finite) >= count:
         raise InputError(f"{not_finite[0].detail}, nor are those of any other clip; check the model")
     for failure in not_finite if accelerator.is_main_process else ():
         note_failure(cache_folder(failure.source.folder, options), failure)
@@ -122,7 +124,7 @@ def _encode(missing, load_encoder, options, accelerator, watchdog):
     watchdog.wait_for_everyone()  # the notes are there
     if failures:
         accelerator.print(f"{len(failures)} clips could not be encoded, the first: {failures[0]}")
-    return Encoded(missing.kind, seconds / missing.count if missing.count else None, failures)
+    return Encoded(missing.kind, seconds / count if count else None, failures)
 
 
 # ----------------------------------------------------------------------------------------------------------- prompts

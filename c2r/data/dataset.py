@@ -20,16 +20,15 @@ class ClipDataset(Dataset):
     Args:
         clips: sequence of `Clip`: `Clips` or a list.
         options: has fps, pretrained_model_name_or_path, and perhaps cache_dir; the same as at encoding.
-        with_control: also give the control: the coarse video of a CG pair, a real clip's own video. Its frames are
-            decoded, unless there is
-        control_settings: `ControlSettings`: its features come from the cache, see `c2r.encode.encode_control`.
+        with_control: also give the control: the coarse video of a CG pair, a real clip's own video.
+        control_settings: `ControlSettings`: give the control's cached features (see `encode_control`), not its frames.
 
     An item is a dict; F, H, W are the clip's bucket, C, T, h, w the latents' channels, frames, height and width, L and
     D_text the length that the prompt is padded to and the text encoder's width:
         latents_mean, latents_logvar: (C, T, h, w) fp32, the distribution of the normalised latents.
         prompt_embeds: (L, D_text) fp32, zeros behind the prompt's end.
-        control_frames: (F, 3, H, W) uint8 RGB in [0, 255]; or
-        control_features: (F, h, w, Dd), see `DINOv3FeatureExtractor`; one of both, only with_control.
+        control_frames: (F, 3, H, W) uint8 RGB in [0, 255]; only with_control, without control_settings.
+        control_features: (F, h, w, Dd), see `DINOv3FeatureExtractor`; only with_control and control_settings.
         domain: 0 real, 1 CG.
         name: the clip's file and window.
         index: its place in this dataset.
