@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import io
-import json
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
@@ -53,9 +52,8 @@ def clips_fingerprint(clips) -> str:
     """SHA-256 hex of a sequence of clips: names, windows, buckets, sizes, times of change and captions."""
     content = hashlib.sha256()
     for c in clips:
-        entry = [c.name, c.window, c.start, c.bucket, c.size, c.mtime_ns, c.text]
-        entry += [c.control_name, c.control_size, c.control_mtime_ns]
-        content.update(json.dumps(entry).encode())
+        entry = (c.name, c.window, c.start, *c.bucket, c.size, c.mtime_ns, c.text)
+        content.update(f"{entry}{c.control_name, c.control_size, c.control_mtime_ns}".encode())
     return content.hexdigest()
 
 
