@@ -27,7 +27,7 @@ from c2r.checkpoint import (
 )
 from c2r.data.dataset import ClipDataset
 from c2r.data.missing import find_missing
-from c2r.data.sources import read_sources
+from c2r.data.sources import read_on_all, read_sources
 from c2r.dry_run import RunRecord, dry_run, few
 from c2r.ema import averaged_weights, build_ema, step_ema
 from c2r.encode import encode_missing
@@ -90,13 +90,9 @@ def train(args, accelerator, record):
     config = read_transformer_config(transformer_source, args.pretrained_model_name_or_path)
 
     def read():
-        with watchdog.main_process_first():  # the others find in the cache what the first has looked into
-            sources = read_sources(args.real_dataset, "real", args)
-        if accelerator.is_main_process:
-            sources.report()
-        return sources
+        return [read_sources(args.real_dataset, "real", args)]
 
-    real = read()
+    [real] = read_on_all(read, accelerator, watchdog)
     record.trainable = count_parameters(WanTransformer3DModel, config)
     preflight(accelerator, args, manifests=[real], config=config, trainable=record.trainable, frozen=0)
     inputs = {"real dataset": real.fingerprint}
@@ -119,7 +115,7 @@ def train(args, accelerator, record):
         record.add_encoding(encoded)
         if not encoded.failures:
             break
-        real = read()  # without them
+        [real] = read_on_all(read, accelerator, watchdog)  # without them
         inputs["real dataset"] = real.fingerprint
         if checkpoint is not None:
             require_resumable(checkpoint, accelerator, args, config, inputs)

@@ -33,7 +33,7 @@ from c2r.data.buckets import buckets_of
 from c2r.data.cache import ControlSettings, encoder_fingerprint
 from c2r.data.dataset import ClipDataset
 from c2r.data.missing import find_missing, find_missing_control
-from c2r.data.sources import read_sources
+from c2r.data.sources import read_on_all, read_sources
 from c2r.dry_run import RunRecord, dry_run, few
 from c2r.ema import averaged_weights, build_ema, step_ema
 from c2r.encode import encode_control, encode_missing
@@ -195,16 +195,12 @@ def train(args, accelerator, record):
     feature_dim, dinov3_parameters = check_dinov3(args.dinov3, [bucket[1:] for bucket in buckets_of(args)])
 
     def read():
-        with watchdog.main_process_first():  # the others find in the cache what the first has looked into
-            real = read_sources(args.real_dataset, "real", args)
-            cg = read_sources(args.cg_dataset, "cg", args) if args.cg_dataset else None
-            scenes = read_sources([args.sample_dataset], "cg", args) if args.sample_dataset else None
-        if accelerator.is_main_process:
-            for sources in filter(None, (real, cg, scenes)):
-                sources.report()
+        real = read_sources(args.real_dataset, "real", args)
+        cg = read_sources(args.cg_dataset, "cg", args) if args.cg_dataset else None
+        scenes = read_sources([args.sample_dataset], "cg", args) if args.sample_dataset else None
         return real, cg, scenes
 
-    real, cg, scenes = read()
+    real, cg, scenes = read_on_all(read, accelerator, watchdog)
     manifests = [real, cg] if cg else [real]
     config = {name: backbone_config[name] for name in SHARED_CONFIG}
     config |= {"injection_layers": layers, "feature_dim": feature_dim}
@@ -255,16 +251,18 @@ def train(args, accelerator, record):
         record.add_encoding(*passes)
         if not any(encoded.failures for encoded in passes):
             break
-        real, cg, scenes = read()  # without them
+        real, cg, scenes = read_on_all(read, accelerator, watchdog)  # without them
         manifests = [real, cg] if cg else [real]
         inputs |= {f"{sources.domain} dataset": sources.fingerprint for sources in manifests}
         if checkpoint is not None:
             require_resumable(checkpoint, accelerator, args, config, inputs)
-    reference_clips = choose_reference_clips(real_clips, cg_clips, samples[0].scene.bucket if samples else None)
+    sample_bucket = samples[0].scene.bucket if samples else None
+    reference_clips = choose_reference_clips(real_clips, cg_clips, sample_bucket)
     monitored = bool(samples) and can_monitor(reference_clips)
     if samples and not monitored and not args.dry_run:
         accelerator.print(
-            f"CG monitor: off, it needs clips of at least {MIN_FILES} real and {MIN_FILES} CG videos to train on"
+            f"CG monitor: off, it needs clips of at least {MIN_FILES} real and {MIN_FILES} CG videos to train on, of "
+            f"the samples' bucket {sample_bucket}"
         )
     control_settings = ControlSettings.from_options(args, weight_dtype) if args.cache_control_features else None
     real_dataset = ClipDataset(real_clips, args, with_control=True, control_settings=control_settings)

@@ -29,14 +29,23 @@ from c2r.data.buckets import buckets_of
 from c2r.data.cache import CacheSettings, Failure, cache_folder, is_complete, note_failure, save_tensors
 from c2r.data.folders import read_source
 from c2r.data.manifest import read_manifest
-from c2r.data.missing import find_missing, find_missing_control, is_mine
+from c2r.data.missing import find_missing, find_missing_control, is_mine, prompt_dtype
+from c2r.data.sources import read_on_all
 from c2r.data.video import UnusableVideo
 from c2r.encoders import ControlEncoder, LatentEncoder
 from c2r.engine import require_joined
 from c2r.interruption import shield_worker
 from c2r.models.dinov3 import check_dinov3
 from c2r.models.parts import load_pipeline_part
-from c2r.options import HelpFormatter, add_clip_options, add_dinov3_option, check_clip_options, run
+from c2r.options import (
+    HelpFormatter,
+    add_clip_options,
+    add_dinov3_option,
+    add_timeout_option,
+    check_clip_options,
+    check_timeout_option,
+    run,
+)
 from c2r.pipeline import max_sequence_length
 from c2r.preview import choose_clips, write_preview
 from c2r.watchdog import DEFAULT_TIMEOUT_MINUTES, Watchdog
@@ -75,7 +84,8 @@ def encode_missing(clips, options, accelerator, watchdog=None) -> Encoded:
         InputError: no room for the latents, or a VAE that gives NaN for whatever it is given.
     """
     watchdog = watchdog or Watchdog(accelerator, 60 * DEFAULT_TIMEOUT_MINUTES)
-    missing = find_missing(clips, options, accelerator)
+    with watchdog.unjudged():
+        missing = find_missing(clips, options, accelerator)
     return _encode(missing, LatentEncoder, options, accelerator, watchdog)
 
 
@@ -88,10 +98,11 @@ def encode_control(clips, options, dtype, accelerator, watchdog=None) -> Encoded
         dtype: torch dtype of DINOv3's weights and of the features.
 
     Raises:
-        InputError: no room for the features, or a DINOv3 that gives NaN for whatever it is given.
+        InputError: no room for the features, or features that are not finite.
     """
     watchdog = watchdog or Watchdog(accelerator, 60 * DEFAULT_TIMEOUT_MINUTES)
-    missing = find_missing_control(clips, options, dtype, accelerator)
+    with watchdog.unjudged():
+        missing = find_missing_control(clips, options, dtype, accelerator)
     return _encode(missing, partial(ControlEncoder, dtype=dtype), options, accelerator, watchdog)
 
 
@@ -116,6 +127,8 @@ def _encode(missing, load_encoder, options, accelerator, watchdog):
         failures, not_finite = gather_object(failures), gather_object(not_finite)
         # A process that has looked a little later may have found what others had made by then.
         count, seconds = max(gather_object([count])), max(gather_object([seconds]))
+    if not_finite and missing.kind == "control features":  # DINOv3 gives finite ones for any pixels
+        raise InputError(f"{not_finite[0].detail}; check the model")
     if not_finite and count == missing.total and len(failures) + len(not_finite) >= count:
         raise InputError(f"{not_finite[0].detail}, nor are those of any other clip; check the model")
     for failure in not_finite if accelerator.is_main_process else ():
@@ -133,7 +146,7 @@ def _encode(missing, load_encoder, options, accelerator, watchdog):
 @torch.no_grad()
 def _encode_prompts(texts, options, accelerator, watchdog):
     device = accelerator.device
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = prompt_dtype()
     source = options.pretrained_model_name_or_path
     text_encoder = CacheSettings.from_options(options).text_encoder
     pipeline = WanPipeline(
@@ -230,7 +243,7 @@ def _encode_clips(missing, encoder, options, accelerator, watchdog):
                     else:
                         source = encoder.sources(clip)[-1]
                         detail = f"{source.file}: {encoder.model_name} gives {missing.kind} that are not finite"
-                        not_finite.append(Failure(source, f"non-finite {missing.kind}", detail))
+                        not_finite.append(Failure(source, f"non-finite {missing.kind}", detail, encoder.settings))
             for failure in (item[-1] for item in items if isinstance(item[-1], Failure)):
                 failures.append(failure.detail)
                 note_failure(cache_folder(failure.source.folder, options), failure)
@@ -277,26 +290,24 @@ def build_parser():
         help="encode a few clips of each bucket, show there how they come back, and stop",
     )
     add_clip_options(parser)
+    add_timeout_option(parser)
     return parser
 
 
 def main():
     args = build_parser().parse_args()
     check_clip_options(args)
+    check_timeout_option(args)
     if args.control_only:
         if args.preview is not None:
             raise InputError("--preview: shows latents, which --control_only does not make; leave one out")
         check_dinov3(args.dinov3, [bucket[1:] for bucket in buckets_of(args)])
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     require_joined(accelerator)
-    watchdog = Watchdog(accelerator, 60 * DEFAULT_TIMEOUT_MINUTES)
+    watchdog = Watchdog(accelerator, 60 * args.distributed_timeout_minutes)
 
     def read():
-        with watchdog.main_process_first():
-            manifest = read_manifest(args.dataset, args.domain, args)
-        if accelerator.is_main_process:
-            manifest.report()
-        return manifest
+        return read_on_all(lambda: [read_manifest(args.dataset, args.domain, args)], accelerator, watchdog)[0]
 
     def look():
         if args.control_only:
@@ -311,7 +322,7 @@ def main():
 
     manifest = read()
     if args.dry_run:
-        if accelerator.is_main_process:
+        if accelerator.is_main_process:  # not judged: no process has beaten yet
             load_encoder = partial(ControlEncoder, dtype=CONTROL_DTYPE) if args.control_only else LatentEncoder
             for line in project(look(), load_encoder, args, accelerator):
                 print(f"dry run: {line}", flush=True)
@@ -320,14 +331,14 @@ def main():
         while encode().failures:
             manifest = read()  # without them
             chosen = choose_clips(manifest.clips)
-        if accelerator.is_main_process and args.preview is not None:
-            for line in write_preview(chosen, args.preview, args, accelerator.device):
-                print(line, flush=True)
-        elif accelerator.is_main_process:
-            missing = look()  # which the start of training is then spared
-            there = f"{missing.total - missing.count} of {missing.total} clips"
-            print(f"{missing.kind} of {there} are in {manifest.cache_dir}", flush=True)
-    watchdog.wait_for_everyone()
+        with watchdog.main_process_first():
+            if accelerator.is_main_process and args.preview is not None:
+                for line in write_preview(chosen, args.preview, args, accelerator.device):
+                    print(line, flush=True)
+            elif accelerator.is_main_process:
+                missing = look()  # which the start of training is then spared
+                there = f"{missing.total - missing.count} of {missing.total} clips"
+                print(f"{missing.kind} of {there} are in {manifest.cache_dir}", flush=True)
     watchdog.close()
     accelerator.end_training()
 

@@ -78,13 +78,31 @@ def add_dinov3_option(group):
     group.add_argument("--dinov3", default="facebook/dinov3-vitb16-pretrain-lvd1689m", help="a folder or a hub id")
 
 
+def add_timeout_option(group):
+    """Add what a hang is, to an `argparse` parser or group."""
+    group.add_argument(
+        "--distributed_timeout_minutes",
+        type=float,
+        default=DEFAULT_TIMEOUT_MINUTES,
+        help="a process that makes no progress for so long ends the run; above the slowest load, step, fetch or save",
+    )
+
+
+def check_timeout_option(args):
+    """Raise InputError for a time that cannot be."""
+    if not 0 < args.distributed_timeout_minutes < math.inf:
+        raise InputError(
+            f"--distributed_timeout_minutes {args.distributed_timeout_minutes}: must be above 0 and finite"
+        )
+
+
 def check_clip_options(args):
     """Raise InputError for the first value of `add_clip_options` that cannot work."""
     buckets_of(args)
     if args.max_dropped is not None and not 0 <= args.max_dropped <= 1:
         raise InputError(f"--max_dropped {args.max_dropped}: must be from 0 to 1")
-    if not args.video_cache_gb > 0:
-        raise InputError(f"--video_cache_gb {args.video_cache_gb}: must be above 0")
+    if not 0 < args.video_cache_gb < math.inf:
+        raise InputError(f"--video_cache_gb {args.video_cache_gb}: must be above 0 and finite")
     if args.dataloader_num_workers < 0:
         raise InputError(f"--dataloader_num_workers {args.dataloader_num_workers}: must not be negative")
 
@@ -140,12 +158,7 @@ def add_common_options(parser, **defaults):
         choices=("bf16", "no"),
         help="bf16: autocast over fp32 trainable weights, frozen ones in bf16; no: all in fp32",
     )
-    group.add_argument(
-        "--distributed_timeout_minutes",
-        type=float,
-        default=DEFAULT_TIMEOUT_MINUTES,
-        help="a process that makes no progress for so long ends the run; above the slowest load, step or save",
-    )
+    add_timeout_option(group)
     group.add_argument(
         "--dry_run",
         action="store_true",
@@ -302,8 +315,8 @@ def _read_config(path, actions):
 def check_options(args):
     """Raise InputError for the first value that cannot work."""
     check_clip_options(args)
+    check_timeout_option(args)
     positive = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps")
-    positive += ("distributed_timeout_minutes",)
     for name in (*positive, "validation_steps", "num_validation_clips", "flow_shift", "max_grad_norm", "sample_steps"):
         if not getattr(args, name, 1) > 0:  # nan too
             raise InputError(f"--{name} {getattr(args, name)}: must be above 0")

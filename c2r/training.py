@@ -339,7 +339,7 @@ def build_contract(args, state, phase, base_model, manifests, **phase2):
         validation_loss=state.metrics.get("loss"),
         metrics=state.metrics | state.look,
         dataset_fingerprints={manifest.domain: manifest.fingerprint for manifest in manifests},
-        **buckets_of(args)[0]._asdict(),
+        **max(buckets_of(args), key=math.prod)._asdict(),
         fps=args.fps,
         flow_shift=args.flow_shift,
         **phase2,

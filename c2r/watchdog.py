@@ -88,11 +88,19 @@ class Watchdog:
         self.accelerator.wait_for_everyone()
 
     @contextmanager
+    def unjudged(self):
+        """The body may take any time without a beat, such as a look into all files."""
+        judged, self._state = self._state, self._state | {"waiting": True}
+        yield
+        self._state, self._beat_at = self._state | {"waiting": judged["waiting"]}, time.monotonic()
+
+    @contextmanager
     def main_process_first(self):
         """The others wait, for any time, until the main process has run the body."""
         if not self.accelerator.is_main_process:
             self.wait_for_everyone()
-        yield
+        with self.unjudged():
+            yield
         if self.accelerator.is_main_process:
             self.wait_for_everyone()
 
@@ -142,7 +150,11 @@ class Watchdog:
 
     def _end(self, line, loud):
         if loud:
-            print(f"\nerror: {line}; start again with --resume_from_checkpoint latest", file=sys.stderr, flush=True)
+            print(
+                f"\nerror: {line}; start again, a training with --resume_from_checkpoint latest",
+                file=sys.stderr,
+                flush=True,
+            )
         else:
             time.sleep(2 * INTERVAL)  # or the launcher ends the others before one has spoken
         os._exit(EXIT_HUNG)

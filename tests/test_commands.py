@@ -222,13 +222,14 @@ def test_phase2_on_buckets_and_several_datasets(first, tiny_models, small_datase
     with open(more / "metadata.csv", "a") as file:
         file.writelines(f"still{i}.png,night\n" for i in range(3))
     options = ["--max_train_steps=6", "--gradient_accumulation_steps=1", "--validation_steps=6", "--cg_ratio=0.25"]
-    options += ["--buckets", "5x32x48", "5x48x32", "1x32x48"]
+    options += ["--buckets", "1x32x48", "5x32x48", "5x48x32"]
     options += ["--real_dataset", f"{small_datasets / 'real'}:1", f"{more}:3"]
     command = phase2(tiny_models, small_datasets, first[0] / "final", tmp_path / "out", *options)
     done = succeed(*command)
-    assert "clips by bucket: 8 of 5x32x48, 2 of 5x48x32, 0 of 1x32x48" in done.stdout
-    assert "clips by bucket: 8 of 5x32x48, 0 of 5x48x32, 3 of 1x32x48" in done.stdout
+    assert "clips by bucket: 0 of 1x32x48, 8 of 5x32x48, 2 of 5x48x32" in done.stdout
+    assert "clips by bucket: 3 of 1x32x48, 8 of 5x32x48, 0 of 5x48x32" in done.stdout
     logged = scalars(tmp_path / "out")
     assert len(logged["train/loss"]) == 6
     state = json.loads((tmp_path / "out/checkpoint-6/state.json").read_text())
     assert state["sampler"]["real_sources"][1][1] == "3/4"
+    assert json.loads((tmp_path / "out/final/c2r.json").read_text())["num_frames"] == 5  # of the largest bucket

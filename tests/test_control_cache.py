@@ -91,7 +91,7 @@ def test_a_dinov3_that_gives_nan_is_named(pairs, options, accelerator, tmp_path)
     broken = {name: torch.nan * tensor for name, tensor in load_file(weights_file).items()}
     save_file(broken, weights_file, metadata={"format": "pt"})
     clips = read_manifest(pairs, "cg", options).clips
-    with pytest.raises(InputError, match=r"c0\.mp4: .*broken gives control features that are not finite, nor"):
+    with pytest.raises(InputError, match=r"c0\.mp4: .*broken gives control features that are not finite; check"):
         encode_control(clips, options, torch.float32, accelerator)
 
 

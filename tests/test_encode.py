@@ -257,6 +257,17 @@ def test_a_file_that_fails_within_is_named_noted_and_dropped_with_its_reason(dat
     assert len(read_manifest(data, "real", options).clips) == 4
 
 
+def test_a_disk_that_is_gone_for_a_while_costs_no_file(data, options, accelerator):
+    clips = read_manifest(data, "real", options).clips
+    (data / "a.mp4").rename(data / "away.mp4")
+    with pytest.raises(InputError, match=r"a\.mp4: cannot be read \(No such file or directory\); start again when"):
+        encode_missing(clips, options, accelerator)
+    (data / "away.mp4").rename(data / "a.mp4")
+    assert read_manifest(data, "real", options).dropped == []
+    assert encode_missing(clips, options, accelerator).failures == []
+    assert find_missing(clips, options).count == 0
+
+
 def test_a_pair_whose_control_fails_within_is_found_out_before_training(data, options, accelerator):
     write_video(data / "fine.mp4", counter_frames(40, 32, 48), 16)
     broken_inside(data / "coarse.mov")
@@ -283,7 +294,7 @@ def command(data, options):
     return ["--dataset", str(data), *(f"--{name}={getattr(options, name)}" for name in names)]
 
 
-def start_two_processes(arguments, log):
+def start_two_processes(arguments, log, folders=(ROOT, ROOT)):
     """What a launcher does on two devices: `python -m c2r.encode` twice, told of each other by the environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -295,7 +306,8 @@ def start_two_processes(arguments, log):
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         with open(log / f"{rank}.log", "w") as file:
             call = [sys.executable, "-m", "c2r.encode", *arguments]
-            processes.append(subprocess.Popen(call, env=environment, stdout=file, stderr=subprocess.STDOUT))
+            cwd = folders[int(rank)]
+            processes.append(subprocess.Popen(call, env=environment, stdout=file, stderr=subprocess.STDOUT, cwd=cwd))
     return processes
 
 
@@ -343,6 +355,17 @@ def test_two_processes_killed_and_started_again(data, options, accelerator, tmp_
         assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(path).items())
 
 
+def test_processes_that_see_other_files_do_not_go_on(data, options, tmp_path):
+    other = tmp_path / "other/data"
+    shutil.copytree(data, other)
+    (other / "b.mp4").unlink()
+    arguments = command("data", options)
+    processes = start_two_processes(arguments, tmp_path, folders=(tmp_path, other.parent))
+    assert all(process.wait() for process in processes)
+    assert "its files are not the same for all processes" in (tmp_path / "0.log").read_text()
+    assert not cached(data, options)
+
+
 def test_the_command_fills_the_cache_and_says_so(data, options, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["encode", *command(data, options)])
     run(c2r.encode.main)
@@ -366,16 +389,20 @@ def test_latents_that_do_not_fit_the_disk_are_refused_before_a_model_is_loaded(
     clips = read_manifest(data, "real", options).clips
     assert find_missing(clips, options).count == 3
     one = 6 * LATENT_CHANNELS * 2 * 4 * 6  # bytes of two latent frames
-    monkeypatch.setattr(c2r.data.missing.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3 * one - 1))
+    (needed,) = find_missing(clips, options).room.values()
+    monkeypatch.setattr(c2r.data.missing.shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed - 1))
     with pytest.raises(InputError, match=r"needed for the latents of 3 clips, .* free; make room, or give a --cache"):
         encode_missing(clips, options, accelerator)
     assert not cached(data, options)
-    monkeypatch.setattr(c2r.data.missing.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3 * one))
+    monkeypatch.setattr(c2r.data.missing.shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed))
     assert encode_missing(clips, options, accelerator).seconds_per_clip > 0
     assert find_missing(clips, options).count == 0
-    stored = [load_tensors(path)[0] for path in cached(data, options) if path.parts[-3] == "clips"]
-    latents = [t["latents_mean"].nbytes + t["latents_logvar"].half().nbytes for t in stored]
+    stored = [load_tensors(path)[0] for path in cached(data, options)]
+    latents = [t["latents_mean"].nbytes + t["latents_logvar"].nbytes for t in stored if "latents_mean" in t]
     assert latents == [one] * 3
+    # The rest is prompts, of clips and on their own: about three letters to a token. This tokenizer cuts the longest.
+    rest = sum(t["prompt_embeds"].nbytes for t in stored)
+    assert rest < needed - 3 * one < 3 * rest
     assert encode_missing(clips, options, accelerator).seconds_per_clip is None
 
 
@@ -403,7 +430,7 @@ def test_a_dry_run_tells_what_is_missing_and_writes_no_latents(data, options, mo
 
 
 def test_clips_whose_latents_are_not_finite_are_dropped_and_a_vae_that_gives_no_others_is_named(
-    data, options, accelerator, tmp_path
+    data, options, model, accelerator, tmp_path
 ):
     broken = tmp_path / "broken"
     shutil.copytree(options.pretrained_model_name_or_path, broken)
@@ -423,3 +450,7 @@ def test_clips_whose_latents_are_not_finite_are_dropped_and_a_vae_that_gives_no_
     assert len(encode_missing(clips, options, accelerator).failures) == 2
     with pytest.raises(InputError, match=r"none of its 2 rows can be used \(2 non-finite latents\)"):
         read_manifest(data, "real", options)
+    # For another VAE they may be good; and a note that was cut short counts for nothing.
+    options.pretrained_model_name_or_path = str(model)
+    (data / ".c2r_cache/failures/cut.json").write_text("{")
+    assert read_manifest(data, "real", options).dropped == []

@@ -1,8 +1,9 @@
 import re
 
 import pytest
+from accelerate import Accelerator
 
-from c2r.watchdog import EXIT_HUNG, hang_report
+from c2r.watchdog import EXIT_HUNG, Watchdog, hang_report
 from tests.background import Background
 from tests.commands import TORCHRUN
 
@@ -59,6 +60,22 @@ def test_who_is_further_on_waits_and_is_not_named_though_it_is_idle_for_longer()
 
 def test_who_waits_for_a_slow_one_that_moves_is_not_named():
     assert hang_report([message(6, 100, waiting=True), message(5, 2)], timeout_seconds=10) is None
+
+
+def test_a_look_into_all_files_is_not_judged():
+    watchdog = Watchdog(Accelerator(cpu=True), 60)
+
+    def is_judged():
+        message = watchdog._state | {"idle": 1e6, "host": "a"}
+        return hang_report([message], 60) is not None
+
+    watchdog.beat("step 3: data")
+    assert is_judged()
+    with watchdog.unjudged():
+        assert not is_judged()
+    assert is_judged()
+    with watchdog.main_process_first():
+        assert not is_judged()
 
 
 def test_nobody_is_judged_before_the_first_beat():

@@ -1,7 +1,7 @@
 """Buckets: the shapes in frames, height and width that clips are cut to; a batch holds clips of one bucket."""
 
 from argparse import ArgumentTypeError
-from math import log
+from math import inf, log
 from typing import NamedTuple
 
 from c2r import InputError
@@ -56,18 +56,38 @@ def buckets_of(options) -> list[Bucket]:
                 raise InputError(f"{option} must be {rule}; try {nearest}")
         if buckets.count(bucket) > 1:
             raise InputError(f"--buckets {bucket}: is there twice; name it once")
-    if options.fps <= 0:
-        raise InputError(f"--fps {options.fps}: must be above 0")
+    if not 0 < options.fps < inf:
+        raise InputError(f"--fps {options.fps}: must be above 0 and finite")
     return buckets
+
+
+def nearest_buckets(info, buckets) -> list[Bucket]:
+    """The buckets whose aspect ratio is nearest to a file's; none for an image where none has one frame.
+
+    Images go to buckets of one frame, and videos only where there are no others: then each frame is a clip.
+
+    Args:
+        info: has `aspect` and `is_image`, as `VideoInfo`.
+        buckets: list of `Bucket`.
+    """
+    fitting = [bucket for bucket in buckets if (bucket.num_frames == 1) == info.is_image]
+    if not fitting and not info.is_image:
+        fitting = buckets
+
+    def misfit(bucket):
+        # Not diffusers' find_nearest_bucket: its measure grows with the bucket's size, so small ones would win.
+        return round(abs(log(bucket.aspect / info.aspect)), 9)
+
+    least = min(map(misfit, fitting), default=0)
+    return [bucket for bucket in fitting if misfit(bucket) == least]
 
 
 def cut_into_windows(frames, info, buckets) -> list[tuple[int, int]]:
     """The windows of a file: consecutive, without overlap, each in the bucket that fits best.
 
-    Of the aspect ratios the nearest is taken; of several sizes with this ratio the largest that the file fills without
-    being enlarged, or else the smallest. Then as many windows of the longest bucket are cut as there are frames for,
-    and what is left gives windows of the shorter ones. Images go to buckets of one frame, and videos only where there
-    are no others: then each frame is a clip.
+    Of the aspect ratios the nearest is taken, see `nearest_buckets`; of several sizes with this ratio the largest that
+    the file fills without being enlarged, or else the smallest. Then as many windows of the longest bucket are cut as
+    there are frames for, and what is left gives windows of the shorter ones.
 
     Args:
         frames: how many the file has at the rate of the clips.
@@ -77,21 +97,11 @@ def cut_into_windows(frames, info, buckets) -> list[tuple[int, int]]:
     Returns:
         list of (first frame, number of the bucket); empty if no bucket takes the file.
     """
-    fitting = [bucket for bucket in buckets if (bucket.num_frames == 1) == info.is_image]
-    if not fitting and not info.is_image:
-        fitting = buckets
-    if not fitting:
-        return []
-
-    def misfit(bucket):
-        # Not diffusers' find_nearest_bucket: its measure grows with the bucket's size, so small ones would win.
-        return round(abs(log(bucket.aspect / info.aspect)), 9)
 
     def enlargement(bucket):
         return max(bucket.height / info.height, bucket.width / (info.height * info.aspect))
 
-    least = min(map(misfit, fitting))
-    fitting = [bucket for bucket in fitting if misfit(bucket) == least and bucket.num_frames <= frames]
+    fitting = [bucket for bucket in nearest_buckets(info, buckets) if bucket.num_frames <= frames]
     if not fitting:
         return []
     filled = [bucket for bucket in fitting if enlargement(bucket) <= 1]

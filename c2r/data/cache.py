@@ -6,6 +6,7 @@
     <cache>/failures/….json                a file that failed within: the manifest drops it, with this reason
 
 Whatever changes the content changes the name, so nothing here is ever out of date; folders may be deleted at any time.
+A failure that is the encoders' names their settings, and counts for these alone.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import json
 import os
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -174,33 +175,35 @@ def prompt_path(cache_dir, text, settings: CacheSettings) -> Path:
     return Path(cache_dir) / "prompts" / key[:2] / f"{key}.safetensors"
 
 
-def _failure_path(cache_dir, source):
-    key = digest([source.name, source.size, source.mtime_ns])
-    return Path(cache_dir) / "failures" / f"{key}.json"
-
-
 class Failure(NamedTuple):
     """A file that looked usable and is not."""
 
     source: Source
     reason: str
     detail: str  # one line that names the file
+    settings: CacheSettings | None = None  # where the encoders fail, and the file may be good for others
 
 
 def note_failure(cache_dir, failure: Failure):
     """Note that a file, as it is now, gives no clips: the next `read_manifest` drops it with this reason."""
-    note = {"file": failure.source.name, "reason": failure.reason, "detail": failure.detail}
-    write_atomic(_failure_path(cache_dir, failure.source), json.dumps(note).encode())
+    source, settings = failure.source, failure.settings and asdict(failure.settings)
+    key = [source.name, source.size, source.mtime_ns, settings]
+    note = {"file": key[:3], "reason": failure.reason, "detail": failure.detail, "settings": settings}
+    write_atomic(Path(cache_dir) / "failures" / f"{digest(key)}.json", json.dumps(note).encode())
 
 
-def noted_failure(cache_dir, source):
-    """(reason, detail) if such a note is there, else None."""
-    path = _failure_path(cache_dir, source)
-    try:
-        note = json.loads(path.read_text())
-    except OSError:
-        return None
-    return note["reason"], f"{note['detail']} (noted in {path}; delete that to try again)"
+def noted_failures(cache_dir, options) -> dict[tuple[str, int, int], tuple[str, str]]:
+    """{(name, size, mtime_ns) of a file: (reason, detail)} of all notes that count for these options."""
+    noted = {}
+    for path in Path(cache_dir).glob("failures/*.json"):
+        try:
+            note = json.loads(path.read_text())
+            file, reason, detail, settings = (note[name] for name in ("file", "reason", "detail", "settings"))
+        except (OSError, ValueError, KeyError):  # then it is found out again
+            continue
+        if settings is None or settings == asdict(CacheSettings.from_options(options)):
+            noted[tuple(file)] = reason, f"{detail} (noted in {path}; delete that to try again)"
+    return noted
 
 
 def write_atomic(path: Path, data: bytes):

@@ -173,8 +173,16 @@ class Clips(Sequence):
         return cls(tables, np.concatenate([np.empty(0, INDEX), *indices]))
 
     def first_windows(self, count=None) -> "Clips":
-        """Up to `count` clips from as many files as possible: first windows before second ones."""
-        return self[np.argsort(self.index["window"], kind="stable")[:count]]
+        """Up to `count` clips from as many files as possible: first windows before second ones, and among these one of
+        each dataset and bucket before second ones."""
+        table, bucket, window = (self.index[name] for name in ("table", "bucket", "window"))
+        by_kind = np.lexsort((bucket, table, window))
+        kinds = self.index[["table", "bucket", "window"]][by_kind]
+        places = np.arange(len(self))
+        first_of_kind = np.maximum.accumulate(np.where(kinds != np.roll(kinds, 1), places, 0))
+        turns = np.empty(len(self), np.int64)
+        turns[by_kind] = places - first_of_kind
+        return self[np.lexsort((turns, window))[:count]]
 
     def of_bucket(self, bucket) -> "Clips":
         """Those of one bucket."""

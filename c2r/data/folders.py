@@ -9,7 +9,7 @@ from pathlib import Path
 from c2r import InputError
 from c2r.data.clips import Source
 from c2r.data.remote import RemoteFolder, is_remote
-from c2r.data.video import probe, read_window
+from c2r.data.video import UnusableVideo, probe, read_window
 
 
 class DropRow(Exception):
@@ -100,7 +100,12 @@ class RemoteDataset:
 
     def probe(self, source):
         with self._folder.telling(source.file), self._folder.open(source.name) as file:
-            return probe(source.file, file)
+            try:
+                return probe(source.file, file)
+            except UnusableVideo:
+                if file.error is not None:  # such as a lost connection: it says nothing of the video
+                    raise file.error from None
+                raise
 
 
 def open_folder(address, options):
@@ -141,7 +146,11 @@ def read_source(source, clip, options):
         (F, 3, H, W) uint8 RGB in the shape of the clip's bucket.
 
     Raises:
-        InputError: the file cannot be decoded or fetched.
+        UnusableVideo: the file cannot be decoded.
+        InputError: it cannot be read or fetched.
     """
     with open_folder(source.folder, options).local_copy(source) as path:
-        return read_window(path, clip.start, clip.bucket.num_frames, options.fps, *clip.bucket[1:])
+        try:
+            return read_window(path, clip.start, clip.bucket.num_frames, options.fps, *clip.bucket[1:])
+        except UnusableVideo as error:  # of the file, not of its copy
+            raise UnusableVideo(str(error).replace(str(path), source.file), error.reason) from error

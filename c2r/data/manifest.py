@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from c2r import InputError
-from c2r.data.buckets import buckets_of, cut_into_windows
-from c2r.data.cache import cache_folder, noted_failure, write_atomic
+from c2r.data.buckets import buckets_of, cut_into_windows, nearest_buckets
+from c2r.data.cache import cache_folder, digest, noted_failures, write_atomic
 from c2r.data.clips import INDEX, Clips, FileTable, Source
 from c2r.data.folders import DropRow, open_folder
 from c2r.data.metadata import find_metadata, rows_of
@@ -71,6 +71,11 @@ class Manifest:
     without_coarse: list[Dropped] = field(default_factory=list)
 
     @property
+    def name(self) -> str:
+        """For messages."""
+        return self.folder
+
+    @property
     def train(self) -> Clips:
         return self.clips[~self.clips.index["held_out"]]
 
@@ -85,8 +90,7 @@ class Manifest:
 
     def report(self):
         """Print how many clips are used and how many rows dropped, by reason, and write the list into the cache."""
-        path = self.cache_dir / f"manifest-{self.domain}-{Path(self.folder).name}.csv"
-        self.write(path)
+        path = self.write()
         held_out = int(self.clips.index["held_out"].sum())
         print(
             f"{self.folder} ({self.domain}): kept {len(self.clips)} clips of {self.clips.file_count} files "
@@ -105,9 +109,11 @@ class Manifest:
                 flush=True,
             )
 
-    def write(self, path):
-        """Write every dropped row and every clip as csv: file, window, bucket, use (train, held out, dropped, without
-        coarse version), reason."""
+    def write(self) -> Path:
+        """Write every dropped row and every clip as csv into the cache: file, window, bucket, use (train, held out,
+        dropped, without coarse version), reason. Returns the file's path."""
+        # Datasets that share a cache may have folders of one name.
+        path = self.cache_dir / f"manifest-{self.domain}-{Path(self.folder).name}-{digest(self.folder)[:6]}.csv"
         content = io.StringIO()
         writer = csv.writer(content)
         writer.writerow(["file_name", "window", "bucket", "use", "reason"])
@@ -121,19 +127,26 @@ class Manifest:
         for row, window, bucket, held in zip(rows, windows, buckets, held_out):
             writer.writerow([names[row], window, table.buckets[bucket], uses[held], ""])
         try:
-            write_atomic(Path(path), content.getvalue().encode(errors="replace"))
+            write_atomic(path, content.getvalue().encode(errors="replace"))
         except OSError as error:
             raise InputError(
                 f"{path}: cannot be written ({error.strerror}); give a --cache_dir that can be"
             ) from error
+        return path
 
-    def require_kept(self, max_dropped):
-        """Raise InputError if more than this share of the rows is dropped."""
-        share = len(self.dropped) / max(1, self.row_count)
-        if share > max_dropped:
+    def require_kept(self, max_dropped=None):
+        """Write the list and raise InputError if there is no clip, or more than this share of the rows is dropped."""
+        if not len(self.clips):
+            raise InputError(
+                f"{self.folder}: none of its {self.row_count} rows can be used "
+                f"({by_reason(self.dropped) or 'the metadata is empty'}); {_first_detail(self.dropped)}"
+                f"list in {self.write()}; see the README on datasets"
+            )
+        if max_dropped is not None and len(self.dropped) > max_dropped * self.row_count:
             raise InputError(
                 f"{self.folder}: {len(self.dropped)} of {self.row_count} rows are dropped "
-                f"({by_reason(self.dropped)}), more than --max_dropped {max_dropped:g}; mend them, or raise it"
+                f"({by_reason(self.dropped)}), more than --max_dropped {max_dropped:g}; mend them, or raise it; "
+                f"list in {self.write()}"
             )
 
 
@@ -182,15 +195,10 @@ class _Rows:
                 column.append(value)
 
     def clips(self, domain, fps, buckets) -> Clips:
-        """All of them, with those that are held out marked."""
+        """All of them, none held out yet."""
         index = np.zeros(len(self.windows["row"]), INDEX)
         for name, column in self.windows.items():
             index[name] = column
-        used = np.unique(index["row"])
-        held_out = _held_out_names(self.folder, {self.names[row] for row in used})
-        is_held_out = np.zeros(len(self), bool)
-        is_held_out[used] = [self.names[row] in held_out for row in used]
-        index["held_out"] = is_held_out[index["row"]]
         table = FileTable(
             folder=self.folder.address,
             domain=domain,
@@ -202,6 +210,16 @@ class _Rows:
             **{name: np.array(numbers, np.int64) for name, numbers in self.numbers.items()},
         )
         return Clips([table], index)
+
+
+def _hold_out(folder, clips):
+    """Mark the clips that are held out, in place."""
+    rows = np.unique(clips.index["row"])
+    names = clips.tables[0].names.take(pa.array(rows)).to_pylist()
+    held_out = _held_out_names(folder, set(names))
+    is_held_out = np.zeros(rows[-1] + 1, bool)
+    is_held_out[rows] = [name in held_out for name in names]
+    clips.index["held_out"] = is_held_out[clips.index["row"]]
 
 
 def read_manifest(address, domain, options) -> Manifest:
@@ -229,8 +247,7 @@ def read_manifest(address, domain, options) -> Manifest:
     probes = Probes(cache_dir)
     probes.look_into(folder, (source for row in range(len(rows)) for source in rows.sources(row)))
 
-    failures = any(cache_dir.glob("failures/*.json"))  # spares a million looks for nothing
-    known = {}
+    failures, known = noted_failures(cache_dir, options), {}
 
     def windows_of(sources):
         infos = [probes.of(source) for source in sources]
@@ -238,9 +255,9 @@ def read_manifest(address, domain, options) -> Manifest:
         if alike not in known:
             known[alike] = _windows(infos, buckets, options.fps)
         windows = known[alike]
-        for source in sources if failures else ():
-            if (failure := noted_failure(cache_dir, source)) is not None:
-                raise DropRow(*failure)
+        for source in sources:
+            if source[1:] in failures:
+                raise DropRow(*failures[source[1:]])
         return windows
 
     for row in range(len(rows)):
@@ -257,15 +274,10 @@ def read_manifest(address, domain, options) -> Manifest:
             rows.add_windows(row, windows)
         except DropRow as drop:
             dropped.append(Dropped(sources[0].name, *drop.args))
-    if not rows.windows["row"]:
-        raise InputError(
-            f"{folder.address}: none of its {row_count} rows can be used "
-            f"({by_reason(dropped) or 'the metadata is empty'}); {_first_detail(dropped)}see the README on datasets"
-        )
     clips = rows.clips(domain, options.fps, buckets)
     manifest = Manifest(folder.address, domain, clips, dropped, cache_dir, row_count, without_coarse)
-    if getattr(options, "max_dropped", None) is not None:
-        manifest.require_kept(options.max_dropped)
+    manifest.require_kept(getattr(options, "max_dropped", None))
+    _hold_out(folder, clips)
     return manifest
 
 
@@ -325,7 +337,7 @@ def _windows(infos, buckets, fps):
         return windows
     if infos[0].is_image:
         raise DropRow("image", "no bucket has one frame")
-    least = min((bucket.num_frames for bucket in buckets if bucket.num_frames > 1), default=1)
+    least = min(bucket.num_frames for bucket in nearest_buckets(infos[0], buckets))
     detail = f"{frames} frames at {fps:g} fps, {float(infos[0].duration):.2f} s"
     if min(info.native_frames for info in infos) < least:
         raise DropRow("too short", detail)

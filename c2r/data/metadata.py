@@ -1,5 +1,6 @@
 """The metadata of a dataset, read through `datasets`, which maps it from disk."""
 
+import errno
 import shutil
 from pathlib import Path, PurePosixPath
 
@@ -21,6 +22,7 @@ READERS = {
     "metadata.jsonl": Dataset.from_json,
     "metadata.parquet": Dataset.from_parquet,
 }
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR)
 COLUMNS = ("file_name", "text", "control_name")
 ROWS_AT_ONCE = 10_000
 
@@ -103,9 +105,14 @@ def _read(folder, name, cache_dir) -> Dataset:
         raise
     except Exception as error:  # pandas, pyarrow and datasets each have their own
         shutil.rmtree(kept, ignore_errors=True)
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
+            raise InputError(
+                f"{kept}: cannot be written ({cause.strerror}); make room, or give a --cache_dir that can be"
+            ) from error
         if "corresponds to no data" in str(error):
             raise InputError(f"{folder.address}/{name}: has no rows; list the videos in it") from error
-        reason = " ".join(str(error.__cause__ or error).split())
+        reason = " ".join(str(cause).split())
         raise InputError(f"{folder.address}/{name}: cannot be read ({reason}); correct the file") from error
     finally:
         datasets.logging.set_verbosity(verbosity)

@@ -5,6 +5,8 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from c2r import InputError
 from c2r.data.cache import (
     CONTROL_TENSORS,
@@ -21,6 +23,11 @@ from c2r.data.cache import (
 )
 from c2r.models.parts import resolve_model_folder
 from c2r.models.weights import existing_parent, read_json
+
+
+def prompt_dtype():
+    """What prompts are encoded and kept in."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
 @dataclass
@@ -69,16 +76,22 @@ def is_mine(path: Path, accelerator) -> bool:
 
 
 def find_missing(clips, options, accelerator=None) -> Missing:
-    """Look for latents and prompt embeddings that the cache lacks.
+    """Look for latents and prompt embeddings that the cache lacks. The room for the latter is an estimate.
 
     Args:
         clips, options: see `encode_missing`.
         accelerator: whose share `clips` is to have; None: all.
     """
     settings, found, seen, caches = CacheSettings.from_options(options), Missing("latents"), set(), {}
-    folder = resolve_model_folder(options.pretrained_model_name_or_path, ["vae"])
+    folder = resolve_model_folder(options.pretrained_model_name_or_path, ["vae", "text_encoder"])
     channels = read_json(folder / "vae/config.json")["z_dim"]
+    text_dim = read_json(folder / "text_encoder/config.json")["d_model"]
     texts = {}
+
+    def prompt_bytes(text):
+        # About three bytes of text to a token, and no more than Wan takes. A clip's file repeats its prompt's.
+        return min(512, 2 + len(text.encode()) // 3) * text_dim * prompt_dtype().itemsize
+
     for clip in clips:
         if clip.folder not in caches:
             caches[clip.folder] = CheckedClips(cache_folder(clip.folder, options))
@@ -91,13 +104,16 @@ def find_missing(clips, options, accelerator=None) -> Missing:
             continue
         texts[prompt_path(checked.cache_dir, clip.text, settings)] = clip.text
         # fp32 mean and fp16 log-variance of each number.
-        needed = 6 * channels * math.prod(clip.bucket.latent_grid)
+        needed = 6 * channels * math.prod(clip.bucket.latent_grid) + prompt_bytes(clip.text)
         found.add(checked.cache_dir, clip_path(checked.cache_dir, clip, settings), clip, needed, accelerator)
     for checked in caches.values():
         checked.save()
     found.total = len(seen)
     found.texts = {path: text for path, text in texts.items() if not is_complete(path, PROMPT_TENSORS)}
-    found.damaged += sum(path.exists() for path in found.texts)
+    for path, text in found.texts.items():
+        cache_dir = path.parents[2]
+        found.room[cache_dir] = found.room.get(cache_dir, 0) + prompt_bytes(text)
+        found.damaged += path.exists()
     return found
 
 

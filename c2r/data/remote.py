@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from c2r import InputError
 
@@ -63,7 +64,8 @@ class RemoteFolder:
     def files(self) -> dict[str, RemoteFile]:
         """{name within the folder: RemoteFile} of one listing.
 
-        Names with ".." and absolute ones are in no listing: nothing outside the folder can be asked for.
+        Names with ".." and absolute ones are in no listing, nor are links that lead out of a folder of this machine:
+        nothing outside the folder can be asked for.
 
         Raises:
             InputError: no such folder, nothing in it, or no access.
@@ -71,11 +73,14 @@ class RemoteFolder:
         with self.telling(self.address):
             filesystem, root = self._connect()
             listing = filesystem.find(root, detail=True)
-            found = {}
+            # Of a folder of this machine, links may lead out of it.
+            is_local, found = isinstance(filesystem, LocalFileSystem), {}
             for path, info in listing.items():
                 folder, name = path[: len(root) + 1], path[len(root) + 1 :]
                 # A web page links to other folders too, and a key in a bucket may hold any characters.
                 if folder != f"{root}/" or not _is_inside(name):
+                    continue
+                if is_local and not Path(path).resolve().is_relative_to(Path(root).resolve()):
                     continue
                 if info.get("size") is None:  # a web page's links
                     with suppress(FileNotFoundError):  # one that leads nowhere is no file
@@ -87,10 +92,10 @@ class RemoteFolder:
         return found
 
     def open(self, name):
-        """A seekable binary file object, to look into a file without fetching it."""
+        """A `_RemoteObject`, to look into a file without fetching it."""
         with self.telling(f"{self.address}/{name}"):
             filesystem, path = self._locate(name)
-            return filesystem.open(path, "rb")
+            return _RemoteObject(filesystem.open(path, "rb"))
 
     def _locate(self, name):
         if not _is_inside(name):
@@ -111,7 +116,8 @@ class RemoteFolder:
             pass
         try:
             now = time.time_ns()  # the system's own mark would be too coarse
-            os.utime(held, ns=(now, now))
+            with suppress(PermissionError):  # another user's copy
+                os.utime(held, ns=(now, now))
             yield path
         finally:
             os.close(held)
@@ -130,7 +136,7 @@ class RemoteFolder:
             if aside.stat().st_size != size:
                 raise InputError(
                     f"{self.address}/{name}: {aside.stat().st_size} bytes came of {size}; it was cut off, or has "
-                    "changed: start again"
+                    "changed: start again; or its server names no size: copy the dataset to this machine"
                 )
             with self._alone():
                 held = _hold(aside)  # before it has its name: nobody may remove it in between
@@ -226,6 +232,35 @@ class RemoteFolder:
                     f"{self.folder}: no room on the disk for {what}; make room, or lower --video_cache_gb"
                 ) from error
             raise InputError(f"{what}: cannot be read ({reason}); check the address, access and network") from error
+
+
+class _RemoteObject:
+    """A seekable binary file that keeps the error which reading it has raised: decoders turn it into one of theirs."""
+
+    def __init__(self, file):
+        self._file, self.error = file, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+    def read(self, *size):
+        return self._keeping(self._file.read, *size)
+
+    def seek(self, *place):
+        return self._keeping(self._file.seek, *place)
+
+    def tell(self):
+        return self._file.tell()
+
+    def _keeping(self, method, *args):
+        try:
+            return method(*args)
+        except Exception as error:
+            self.error = error
+            raise
 
 
 def _is_inside(name):

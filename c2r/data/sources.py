@@ -7,6 +7,8 @@ from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 
+from accelerate.utils import gather_object
+
 from c2r import InputError
 from c2r.data.clips import Clips
 from c2r.data.manifest import Manifest, read_manifest
@@ -75,13 +77,48 @@ def read_sources(addresses, domain, options) -> Sources:
     """
     parsed = [_parse(str(address)) for address in addresses]
     folders = [folder for folder, _ in parsed]
-    if len(set(folders)) < len(folders):
+    same = {folder.rstrip("/") if "://" in folder else os.path.realpath(folder) for folder in folders}
+    if len(same) < len(folders):
         raise InputError(f"--{domain}_dataset {' '.join(addresses)}: names one twice; give it a larger weight")
     return Sources([read_manifest(folder, domain, options) for folder in folders], [weight for _, weight in parsed])
 
 
+def read_on_all(read, accelerator, watchdog):
+    """Read datasets on every process, and report them.
+
+    The main process is first: the others find in the cache what it has looked into.
+
+    Args:
+        read: `() -> sequence` of `Manifest`, `Sources` or None.
+        accelerator, watchdog: the run's.
+
+    Returns:
+        what `read` gives.
+
+    Raises:
+        InputError: the processes see other files: they would draw other batches.
+    """
+    with watchdog.main_process_first():
+        datasets = read()
+    there = [dataset for dataset in datasets if dataset is not None]
+    if accelerator.is_main_process:
+        for dataset in there:
+            dataset.report()
+    if accelerator.num_processes > 1:
+        fingerprints = gather_object([[dataset.fingerprint for dataset in there]])
+        for dataset, seen in zip(there, zip(*fingerprints)):
+            if len(set(seen)) > 1:
+                raise InputError(
+                    f"{dataset.name}: its files are not the same for all processes: some see others, or cannot read "
+                    "them; check that all can, and start again"
+                )
+    return datasets
+
+
 def _parse(address):
     folder, colon, weight = address.rpartition(":")
+    if "/" not in folder.partition("://")[2] and "://" in folder:
+        return address, "1"  # the number is the server's port
     try:
         value = Fraction(weight)
     except (ValueError, ZeroDivisionError):

@@ -3,8 +3,9 @@
 Times are measured from a file's first shown frame, so that two files whose clocks start elsewhere agree.
 """
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
@@ -19,8 +20,9 @@ from torch.utils.data import get_worker_info
 
 from c2r import InputError
 
-# Playlists open other files or the network: they would lead out of the dataset folder.
-PLAYLIST_FORMATS = {"concat", "dash", "hls", "imf", "sdp", "rtsp"}
+# These open other files or the network, and would lead out of the dataset folder: playlists, streams, files in parts.
+LEADING_FORMATS = {"concat", "dash", "hls", "imf", "lavfi", "mlv", "rtp", "rtsp", "sap", "sdp", "vobsub"}
+LEADING_FORMATS |= {"webm_dash_manifest"}
 # swscale widens the bicubic kernel when it shrinks, so this does not alias; the flags keep chroma at full precision.
 INTERPOLATION = (
     Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP | Interpolation.ACCURATE_RND
@@ -30,15 +32,20 @@ INTERPOLATION = (
 GUESSED_TIMES_FORMATS = {"avi", "mpeg"}
 # AVI stores decode times only. Of frames in show order, without threads that hold some back, they are as good.
 DECODE_TIMES_FORMATS = {"avi"}
-# A file may declare what it likes. Of larger frames than 8192x8192 one alone fills 200 MB; and of a file of more than
-# a day the windows would fill the memory, whether there are frames in them or not.
+# A file may declare what it likes. One frame of 8192x8192 fills 200 MB, or 537 MB where it has 16 bits and alpha; and
+# of a file of more than a day the windows would fill the memory, whether there are frames in them or not.
 MAX_PIXELS = 8192 * 8192
+# Files are looked into by several threads: frames above this size by one at a time, or they would add up to gigabytes.
+LARGE_PIXELS = 4096 * 4096
+_one_large_frame = threading.Lock()
 MAX_SECONDS = 24 * 3600
 # A picture is resized until it covers the window: of one much wider or higher, all would be made large to be cropped
 # away, gigabytes where a header declares pixels of 10000:1. Scrolls and panoramas are within 32:1.
 MAX_ASPECT = 32
 OPEN_OPTIONS = {
     "protocol_whitelist": "file",  # no network, whatever a file says
+    # Refused before they are opened: then the other files would be open already.
+    "format_whitelist": ",".join(sorted(set(av.formats_available) - LEADING_FORMATS)),
     "pattern_type": "none",  # FFmpeg would take a "%03d" in an image's name for a numbered series
     "max_pixels": str(MAX_PIXELS),  # for the decoders: refused before room is made
 }
@@ -109,8 +116,6 @@ def open_video(path, file=None) -> Iterator[tuple[av.container.InputContainer, a
     """Open a file, local or an object, and its main picture stream (not cover art); decoder errors become one line."""
     try:
         with av.open(file or str(path), options=OPEN_OPTIONS) as container:
-            if PLAYLIST_FORMATS & set(container.format.name.split(",")):
-                raise unusable(path, f"{container.format.name} is a playlist, not a video")
             stream = container.streams.best("video")
             if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
                 raise unusable(path, "it has no video stream", "no video stream")
@@ -130,11 +135,24 @@ def open_video(path, file=None) -> Iterator[tuple[av.container.InputContainer, a
     except InputError:
         raise
     except (av.FFmpegError, OSError, ValueError) as error:
-        if file is not None and isinstance(error, OSError) and not isinstance(error, av.FFmpegError):
-            raise  # of the file object's own, such as a lost connection: it says nothing of the video
+        if file is None:
+            _require_readable(path)
         if _is_huge_picture(path, file):
             raise unusable(path, f"it declares more than {MAX_PIXELS} pixels", "beyond the limits") from error
         raise unusable(path, getattr(error, "strerror", None) or error) from error
+
+
+def _require_readable(path):
+    """Raise InputError if the system fails to read a file through, as a lost disk or server does: such a fault says
+    nothing of the video. One that may not be read is left to the decoder's verdict."""
+    try:
+        with open(path, "rb") as file:
+            while file.read(1 << 20):
+                pass
+    except PermissionError:
+        pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); start again when it can be") from error
 
 
 def _is_huge_picture(path, file=None):
@@ -221,11 +239,9 @@ def probe(path, file=None) -> VideoInfo:
     """
     with open_video(path, file) as (container, stream):
         stream.thread_type = "NONE"  # one frame is not worth starting threads for
-        frame, first = first_frame(path, container, container.decode(stream))
-        transpose = display_transform(frame)[0]
-        height = frame.width if transpose else frame.height
-        aspect = stored_aspect(path, frame, stream)
-        aspect = float(1 / aspect if transpose else aspect)
+        is_large = stream.codec_context.width * stream.codec_context.height > LARGE_PIXELS
+        with _one_large_frame if is_large else nullcontext():
+            first, aspect, height = _first_shape(path, container, stream)
         interval = frame_interval(stream)
         if is_image(container):
             return VideoInfo(Fraction(0), interval, aspect, True, height)
@@ -241,6 +257,14 @@ def probe(path, file=None) -> VideoInfo:
         if info.duration > MAX_SECONDS:  # the last frame may be shown for years, too
             raise unusable(path, f"it lasts {info.duration / 3600:.0f} hours", "beyond the limits")
         return info
+
+
+def _first_shape(path, container, stream) -> tuple[Fraction, float, int]:
+    """Time of the first frame, and its aspect ratio and height as shown; the frame itself is not kept."""
+    frame, first = first_frame(path, container, container.decode(stream))
+    transpose = display_transform(frame)[0]
+    aspect = stored_aspect(path, frame, stream)
+    return first, float(1 / aspect if transpose else aspect), frame.width if transpose else frame.height
 
 
 def last_packet(path, container, stream) -> tuple[Fraction, Fraction]:

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from c2r import InputError
 from c2r.data.buckets import Bucket, buckets_of, cut_into_windows, parse_bucket
+from c2r.data.clips import Clips
 from c2r.data.manifest import read_manifest
 from c2r.data.sources import read_sources
 from c2r.data.video import write_video
+from tests.clips import clip, clips_of
 from tests.videos import counter_frames
 
 WIDE, TALL, SHORT, IMAGE = (
@@ -102,6 +104,17 @@ def test_a_file_is_cut_into_long_windows_and_a_short_one(tmp_path, options):
     ]
 
 
+def test_a_file_is_too_short_for_the_buckets_of_its_own_shape(tmp_path, options):
+    """Not for one of another shape: nothing is lost by resampling here."""
+    write_video(tmp_path / "a.mp4", counter_frames(40), 16)
+    write_video(tmp_path / "b.mp4", counter_frames(20), 16)
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.mp4,a\nb.mp4,a\n")
+    options.buckets = [Bucket(33, 48, 64), Bucket(17, 64, 48)]
+    assert [(row.file, row.reason) for row in read_manifest(tmp_path, "real", options).dropped] == [
+        ("b.mp4", "too short")
+    ]
+
+
 def test_more_lost_rows_than_allowed_end_the_run(tmp_path, options):
     write_folder(tmp_path, ["a.mp4", "b.mp4", "gone.mp4"])
     options.max_dropped = 0.34
@@ -125,3 +138,26 @@ def test_weights_of_several_datasets(tmp_path, options):
         read_sources([f"{tmp_path}/x:0"], "real", options)
     with pytest.raises(InputError, match="names one twice"):
         read_sources([f"{tmp_path}/x", f"{tmp_path}/x:2"], "real", options)
+    with pytest.raises(InputError, match="names one twice"):
+        read_sources([f"{tmp_path}/x", f"{tmp_path}/y/../x/"], "real", options)
+
+
+def test_a_port_is_no_weight(options, tmp_path):
+    """The address is asked for, not another one with a weight."""
+    options.cache_dir, options.video_cache_gb = str(tmp_path), 1
+    with pytest.raises(InputError, match=r"^unknown://localhost:8000: "):
+        read_sources(["unknown://localhost:8000"], "real", options)
+    with pytest.raises(InputError, match=r"^unknown://localhost:8000/data: "):
+        read_sources(["unknown://localhost:8000/data:2"], "real", options)
+
+
+def test_first_windows_are_of_all_datasets_and_buckets_in_turn():
+    first = clips_of(*(clip(f"a{i}", window) for i in range(4) for window in range(2)))
+    second = clips_of(*(clip(f"b{i}", bucket=WIDE if i < 2 else TALL) for i in range(4)))
+    both = Clips.concatenated([first, second])
+    assert [c.name for c in both.first_windows(6)] == ["a0", "b0", "b2", "a1", "b1", "b3"]
+    assert [(c.name, c.window) for c in both.first_windows()][-6:] == [
+        *(("a2", 0), ("a3", 0)),
+        *((f"a{i}", 1) for i in range(4)),
+    ]
+    assert [(c.name, c.window) for c in first.first_windows(5)] == [*((f"a{i}", 0) for i in range(4)), ("a0", 1)]

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -144,7 +145,8 @@ def test_no_row_is_dropped_silently(tmp_path, video, capsys):
     printed = capsys.readouterr().out
     assert "kept 4 clips of 2 files" in printed
     assert "dropped 12 rows: 3 path outside the folder, 2 duplicate row, 2 missing file, 2 unreadable, 1 " in printed
-    with open(data / ".c2r_cache/manifest-real-data.csv", newline="") as file:
+    (table,) = (data / ".c2r_cache").glob("manifest-real-data-*.csv")
+    with open(table, newline="") as file:
         listed = list(csv.DictReader(file))
     assert len(listed) == 4 + 12
     assert {row["use"] for row in listed} == {"train", "held out", "dropped"}
@@ -261,12 +263,31 @@ def test_other_one_line_errors(tmp_path, video):
     write_metadata(tmp_path, [{"file_name": "a.mp4", "text": "a"}])
     with pytest.raises(InputError, match=r"no column control_name.*coarse"):
         read_manifest(tmp_path, "cg", OPTIONS)
-    for option, value in (("height", 50), ("width", 0), ("num_frames", 8), ("fps", 0)):
+    for option, value in (("height", 50), ("width", 0), ("num_frames", 8), ("fps", 0), ("fps", float("nan"))):
         with pytest.raises(InputError, match=f"--{option} {value}: must be"):
             read_manifest(tmp_path, "real", SimpleNamespace(**vars(OPTIONS) | {option: value}))
     write_metadata(tmp_path, [{"file_name": "a.mp4", "text": "a"}], "metadata.jsonl")
     with pytest.raises(InputError, match=r"metadata\.csv and metadata\.jsonl; keep one"):
         read_manifest(tmp_path, "real", OPTIONS)
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "no_folder").write_text("")
+    with pytest.raises(
+        InputError, match=r"no_folder/metadata.*: cannot be written .*; make room, or give a --cache_dir"
+    ):
+        read_manifest(tmp_path, "real", SimpleNamespace(**vars(OPTIONS) | {"cache_dir": str(tmp_path / "no_folder")}))
+
+
+def test_the_list_is_written_also_where_nothing_is_left(tmp_path, video):
+    """And datasets that share a cache keep lists of their own."""
+    shared = SimpleNamespace(**vars(OPTIONS) | {"cache_dir": str(tmp_path / "cache")})
+    lists = set()
+    for folder in (tmp_path / "a/train", tmp_path / "b/train"):
+        write_metadata(folder, [{"file_name": "gone.mp4", "text": folder.parent.name}])
+        with pytest.raises(InputError, match="none of its 1 rows can be used") as error:
+            read_manifest(folder, "real", shared)
+        lists.add(str(error.value).partition("list in ")[2].partition(";")[0])
+    assert len(lists) == 2
+    assert all("gone.mp4,,,dropped,missing file: gone.mp4" in Path(path).read_text() for path in lists)
 
 
 def test_held_out_files_are_the_same_whatever_else_is_there(tmp_path, video):

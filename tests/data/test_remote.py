@@ -7,21 +7,24 @@ import io
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import threading
 import time
+from dataclasses import replace
 from types import MappingProxyType, SimpleNamespace
 
 import fsspec
+import numpy as np
 import pytest
 from fsspec.spec import AbstractFileSystem
 
 from c2r import InputError
 from c2r.data.folders import read_source
 from c2r.data.manifest import read_manifest
-from c2r.data.remote import RemoteFolder, is_remote
-from c2r.data.video import write_video
-from tests.videos import counter_frames, read_counter
+from c2r.data.remote import RemoteFolder, _RemoteObject, is_remote
+from c2r.data.video import UnusableVideo, write_video
+from tests.videos import counter_frames, encode_video, read_counter
 
 
 @pytest.fixture
@@ -279,7 +282,6 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 def test_a_folder_of_a_web_server(origin, tmp_path):
-    pytest.importorskip("aiohttp", reason="fsspec reads https:// through aiohttp")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(origin.parent)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -324,6 +326,57 @@ def test_a_dataset_at_an_address_gives_the_clips_of_the_folder(dataset, tmp_path
     assert read_counter(window) == [5, 6, 7, 8, 9]
 
 
+def test_a_video_that_fails_is_told_by_its_address_not_by_its_copy(dataset, tmp_path):
+    options = SimpleNamespace(
+        height=48, width=64, num_frames=5, fps=16, cache_dir=str(tmp_path / "cache"), video_cache_gb=1
+    )
+    clip = read_manifest(f"file://{dataset}", "real", options).clips[0]
+    with pytest.raises(UnusableVideo, match=r"^file://\S+/train/a\.mp4: cannot be decoded \(it ends before"):
+        read_source(clip.source, replace(clip, start=60.0), options)
+
+
+def test_a_link_does_not_lead_out_of_a_folder_at_an_address(dataset, tmp_path):
+    (dataset / "inside.mp4").symlink_to(dataset / "train/a.mp4")
+    (dataset / "outside.mp4").symlink_to(tmp_path / "x.mp4")
+    (tmp_path / "secret").mkdir()
+    shutil.copy(tmp_path / "x.mp4", tmp_path / "secret/y.mp4")
+    (dataset / "folder").symlink_to(tmp_path / "secret")
+    files = folder_at(dataset, tmp_path).files
+    assert sorted(files) == ["inside.mp4", "metadata.csv", "train/a.mp4", "train/b.mp4"]
+
+
+def test_another_users_copy_is_read(origin, tmp_path, monkeypatch):
+    remote = folder_at(origin, tmp_path)
+    fetch(remote, 1)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EPERM, "not the owner")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert fetch(remote, 1) == bytes([1]) * 1000
+
+
+def test_a_server_that_gives_no_parts_of_files_drops_no_video(tmp_path):
+    """Files above fsspec's block of 5 MiB are read in parts; Python's server has none."""
+    folder = tmp_path / "real"
+    noise = np.random.default_rng(0).integers(0, 256, (24, 480, 832, 3), np.uint8)
+    encode_video(folder / "a.mov", noise, codec="prores_ks", pix_fmt="yuv422p10le")
+    assert (folder / "a.mov").stat().st_size > 6 * 2**20
+    (folder / "metadata.csv").write_text("file_name,text\na.mov,one\n")
+    options = SimpleNamespace(
+        height=48, width=64, num_frames=5, fps=16, cache_dir=str(tmp_path / "cache"), video_cache_gb=1
+    )
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}/real"
+        with pytest.raises(InputError, match=r"a\.mov: cannot be read \(.*range.*\); check the address"):
+            read_manifest(address, "real", options)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def test_a_remote_dataset_needs_a_place_for_its_cache():
     options = SimpleNamespace(height=48, width=64, num_frames=5, fps=16, cache_dir=None, video_cache_gb=1)
     with pytest.raises(InputError, match=r"memory://nothing: is not on this machine: give a --cache_dir"):
@@ -345,6 +398,6 @@ def test_a_lost_connection_drops_no_video(dataset, tmp_path, monkeypatch):
         height=48, width=64, num_frames=5, fps=16, cache_dir=str(tmp_path / "cache"), video_cache_gb=1
     )
     content = (dataset / "train/a.mp4").read_bytes()
-    monkeypatch.setattr(RemoteFolder, "open", lambda self, name: Flaky(content))
+    monkeypatch.setattr(RemoteFolder, "open", lambda self, name: _RemoteObject(Flaky(content)))
     with pytest.raises(InputError, match=r"train/[ab]\.mp4: cannot be read \(gone away\); check the address"):
         read_manifest(f"file://{dataset}", "real", options)

@@ -1,6 +1,8 @@
 """Decoding of real files: the right frames, upright, in the right colours; one clear line where it fails."""
 
 import json
+import os
+import signal
 import struct
 import subprocess
 import sys
@@ -407,10 +409,23 @@ def test_a_window_beyond_the_end_is_an_error_not_a_repeat(tmp_path):
 
 
 def test_a_playlist_cannot_lead_elsewhere(tmp_path):
-    encode_video(tmp_path / "secret.ts", counter_frames(20))
+    """What it names is not even opened: a pipe that nobody writes to would be waited for."""
+    os.mkfifo(tmp_path / "secret.ts")
     (tmp_path / "a.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:1.25,\nsecret.ts\n#EXT-X-ENDLIST\n")
-    with pytest.raises(InputError, match=r"a\.m3u8"):
-        probe(tmp_path / "a.m3u8")
+    (tmp_path / "b.mp4").write_text("ffconcat version 1.0\nfile secret.ts\n")
+
+    def too_long(*_):
+        raise AssertionError("the file that the playlist names was opened")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(10)
+    try:
+        for name in ("a.m3u8", "b.mp4"):
+            with pytest.raises(UnusableVideo, match=name):
+                probe(tmp_path / name)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_raw_stream_without_times_is_refused(tmp_path):
