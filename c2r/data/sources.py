@@ -105,8 +105,9 @@ def read_on_all(read, accelerator, watchdog):
         for dataset in there:
             dataset.report()
     if accelerator.num_processes > 1:
-        fingerprints = gather_object([[dataset.fingerprint for dataset in there]])
-        for dataset, seen in zip(there, zip(*fingerprints)):
+        fingerprints = [dataset.fingerprint for dataset in there]
+        watchdog.wait_for_everyone()  # some may be reading still
+        for dataset, *seen in zip(there, *gather_object([fingerprints])):
             if len(set(seen)) > 1:
                 raise InputError(
                     f"{dataset.name}: its files are not the same for all processes: some see others, or cannot read "
