@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import empty_device_cache
 
 from c2r.engine import build_accelerator
 from c2r.interruption import stop_on_signals
-from c2r.preflight import GIB, run_bytes, samples_per_step, size_text
+from c2r.preflight import GIB, duration_text, run_bytes, samples_per_step, size_text
 
 STEPS = (1, 3)  # of the first leg, and of both; the third is warm, and it alone is timed
 
@@ -149,21 +149,14 @@ def projection(args, first, last, samples):
         f"measured: {step:.2f} s a step, {last.seconds['validation']:.2f} s a validation, "
         f"{last.seconds['checkpoint']:.2f} s a checkpoint"
     )
-    detail = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in parts.items())
-    yield f"projected: {_duration(sum(parts.values()))} in all: {detail}"
+    detail = ", ".join(f"{name} {duration_text(seconds)}" for name, seconds in parts.items())
+    yield f"projected: {duration_text(sum(parts.values()))} in all: {detail}"
     needed = run_bytes(args, last.trainable)
     yield "projected: " + (
         f"up to {size_text(needed)} in {args.output_dir}"
         if needed is not None
         else "disk without a bound: --save_every_minutes keeps every checkpoint; give --checkpoints_total_limit"
     )
-
-
-def _duration(seconds):
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
 
 
 def _peak_memory(accelerator):

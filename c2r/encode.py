@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -47,6 +48,7 @@ from c2r.options import (
     run,
 )
 from c2r.pipeline import max_sequence_length
+from c2r.preflight import duration_text, size_text
 from c2r.preview import choose_clips, write_preview
 from c2r.watchdog import DEFAULT_TIMEOUT_MINUTES, Watchdog
 
@@ -298,6 +300,8 @@ def main():
     args = build_parser().parse_args()
     check_clip_options(args)
     check_timeout_option(args)
+    if args.preview is not None and Path(args.preview).exists() and not Path(args.preview).is_dir():
+        raise InputError(f"--preview {args.preview}: is a file; give a folder")
     if args.control_only:
         if args.preview is not None:
             raise InputError("--preview: shows latents, which --control_only does not make; leave one out")
@@ -351,8 +355,11 @@ def project(missing, load_encoder, options, accelerator):
         load_encoder: `(options, device) -> encoder`.
         options, accelerator: see `encode_missing`; to be called on one process.
     """
-    needed = sum(missing.room.values()) / 1e9
-    yield f"{missing.count:,} clips and {len(missing.texts):,} captions to encode, {needed:.3g} GB of {missing.kind}"
+    there, needed = missing.total - missing.count, size_text(sum(missing.room.values()))
+    yield (
+        f"{missing.count:,} clips and {len(missing.texts):,} captions to encode, {needed} of {missing.kind}; "
+        f"{there:,} clips are there already"
+    )
     missing.require_room()
     if not missing.clips:
         return
@@ -369,8 +376,8 @@ def project(missing, load_encoder, options, accelerator):
         here = len(numbers) * sum(warm) / len(warm) / accelerator.num_processes
         total += here
         count = sum(len(batches.batches[number]) for number in numbers)
-        yield f"{bucket}: {count:,} clips, {here / 60:.1f} min with no worker ahead ({len(warm)} batches measured)"
-    yield f"{total / 60:.1f} min in all on {accelerator.num_processes} processes, without captions"
+        yield f"{bucket}: {count:,} clips, {duration_text(here)} with no worker ahead ({len(warm)} batches measured)"
+    yield f"{duration_text(total)} in all on {accelerator.num_processes} processes, without captions"
 
 
 def _time_batch(encoder, batches, number, device):

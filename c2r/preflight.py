@@ -116,6 +116,14 @@ def size_text(count):
     return f"{count / 1e3:.2f} kB"
 
 
+def duration_text(seconds):
+    """A time as people write it: 2.5 h."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
 def samples_per_step(accelerator, args):
     """Clips in one optimizer step, over all processes."""
     return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes

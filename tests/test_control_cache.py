@@ -18,6 +18,7 @@ from c2r.data.missing import find_missing_control
 from c2r.encode import encode_control, encode_missing
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.options import run
+from c2r.preflight import size_text
 from tests.commands import SIZE, phase2
 from tests.conftest import write_dataset
 from tests.tiny import FEATURE_DIM, save_tiny_dinov3
@@ -107,7 +108,7 @@ def test_the_command_makes_what_phase_2_takes_by_default(pairs, options, monkeyp
     lacking = find_missing_control(clips, options, torch.bfloat16)
     assert lacking.count in (2, 4)  # the name of one file holds it out
     bytes_needed = lacking.count * 5 * 2 * 3 * FEATURE_DIM * 2
-    assert f"{lacking.count} clips and 0 captions to encode, {bytes_needed / 1e9:.3g} GB of control features" in told
+    assert f"{lacking.count} clips and 0 captions to encode, {size_text(bytes_needed)} of control features" in told
 
     monkeypatch.setattr(sys, "argv", command(options, pairs, "--domain=cg", "--control_only"))
     run(c2r.encode.main)

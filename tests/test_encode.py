@@ -377,6 +377,10 @@ def test_the_command_fills_the_cache_and_says_so(data, options, monkeypatch, cap
 
 
 def test_bad_input_ends_the_command_in_one_line(data, options, monkeypatch):
+    (data / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["encode", *command(data, options), f"--preview={data / 'file'}"])
+    with pytest.raises(SystemExit, match=r"^error: --preview \S+/file: is a file; give a folder$"):
+        run(c2r.encode.main)
     options.height = 50
     monkeypatch.setattr(sys, "argv", ["encode", *command(data, options)])
     with pytest.raises(SystemExit, match=r"^error: --height 50: must be divisible by 16; try 48$"):
@@ -425,6 +429,7 @@ def test_a_dry_run_tells_what_is_missing_and_writes_no_latents(data, options, mo
     run(c2r.encode.main)
     out = capsys.readouterr().out
     assert "dry run: 3 clips and 3 captions to encode, " in out
+    assert "; 0 clips are there already" in out
     assert "dry run: 5x32x48: 3 clips, " in out
     assert not cached(data, options)
 

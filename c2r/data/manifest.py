@@ -338,7 +338,7 @@ def _windows(infos, buckets, fps):
     if infos[0].is_image:
         raise DropRow("image", "no bucket has one frame")
     least = min(bucket.num_frames for bucket in nearest_buckets(infos[0], buckets))
-    detail = f"{frames} frames at {fps:g} fps, {float(infos[0].duration):.2f} s"
+    detail = f"{frames} frames at {fps:g} fps, {float(infos[0].duration):.2f} s; a clip takes {least}"
     if min(info.native_frames for info in infos) < least:
         raise DropRow("too short", detail)
     raise DropRow("too few frames after resampling", detail)

@@ -1,5 +1,6 @@
 """The metadata of a dataset, read through `datasets`, which maps it from disk."""
 
+import csv
 import errno
 import shutil
 from pathlib import Path, PurePosixPath
@@ -95,11 +96,19 @@ def _read(folder, name, cache_dir) -> Dataset:
     for old in kept.parent.glob("*"):
         if old != kept:
             shutil.rmtree(old, ignore_errors=True)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{cache_dir}: cannot be written ({error.strerror}); give a --cache_dir that can be"
+        ) from error
     bars, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is in the exception
     try:
         with folder.local_copy(source) as path:
+            if name.endswith(".csv"):
+                _require_quoted(path, f"{folder.address}/{name}")
             return READERS[PurePosixPath(name).name](str(path), cache_dir=str(kept), keep_in_memory=False)
     except InputError:
         raise
@@ -118,3 +127,15 @@ def _read(folder, name, cache_dir) -> Dataset:
         datasets.logging.set_verbosity(verbosity)
         if not bars:
             datasets.enable_progress_bars()
+
+
+def _require_quoted(path, where):
+    """Raise InputError if the first row has more fields than the header: pandas would take its first one for the row's
+    name, and the caption for the file's."""
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        header, row = (next(rows, []) for rows in [csv.reader(file)] for _ in range(2))
+    if len(row) > len(header) > 0:
+        raise InputError(
+            f"{where}: its first row has {len(row)} fields, its header {len(header)}; put captions with a comma in "
+            "double quotes"
+        )

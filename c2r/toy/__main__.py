@@ -75,6 +75,8 @@ def _render_all(jobs, folder):
     with multiprocessing.Pool() as pool:
         for _ in tqdm(pool.imap_unordered(_render_files, jobs), total=len(jobs), desc=str(folder)):
             pass
+        pool.close()  # or leaving would stop the workers by a signal, of which each would speak
+        pool.join()
 
 
 def _write_metadata(folder, columns, rows):

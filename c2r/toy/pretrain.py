@@ -52,6 +52,8 @@ def render_scenes(work_dir, num_scenes, first_seed=10_000_000):
         with multiprocessing.Pool() as pool:
             for i, (clip, kind) in enumerate(pool.imap(_render_one, seeds, chunksize=8)):
                 clips[i], kinds[i] = clip, kind
+            pool.close()
+            pool.join()
         clips.flush()
         (work_dir / "clips.part.npy").rename(clips_path)
         np.save(kinds_path, kinds)

@@ -244,6 +244,10 @@ def test_real_clips_kept_without_their_coarse_version_are_told(tmp_path, video, 
         (lambda d: d.mkdir() or (d / "metadata.csv").write_text("file_name,text\n"), r"metadata\.csv: has no rows"),
         (lambda d: d.mkdir() or (d / "metadata.csv").write_text(""), r"metadata\.csv: cannot be read \(No columns"),
         (lambda d: d.mkdir() or (d / "metadata.csv").write_text("a,b\n1,2,3\n4\n5,6,7,8\n"), r"metadata\.csv: "),
+        (
+            lambda d: d.mkdir() or (d / "metadata.csv").write_text("file_name,text\na.mp4,a street, rain\n"),
+            r"metadata\.csv: its first row has 3 fields, its header 2; put captions with a comma in double quotes",
+        ),
         (lambda d: d.mkdir() or (d / "metadata.csv").write_bytes(b"file_name,text\n\xff\xfe,b\n"), r"csv: cannot be"),
         (lambda d: d.mkdir() or (d / "metadata.jsonl").write_text("{'file_name': 1}\n"), r"jsonl: cannot be read"),
         (lambda d: d.mkdir() or (d / "metadata.parquet").write_text("hi"), r"parquet: cannot be read"),
@@ -271,9 +275,7 @@ def test_other_one_line_errors(tmp_path, video):
         read_manifest(tmp_path, "real", OPTIONS)
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "no_folder").write_text("")
-    with pytest.raises(
-        InputError, match=r"no_folder/metadata.*: cannot be written .*; make room, or give a --cache_dir"
-    ):
+    with pytest.raises(InputError, match=r"no_folder: cannot be written .*; give a --cache_dir that can be"):
         read_manifest(tmp_path, "real", SimpleNamespace(**vars(OPTIONS) | {"cache_dir": str(tmp_path / "no_folder")}))
 
 
