@@ -105,7 +105,7 @@ def main():
         model = save_tiny_pipeline(scratch / "model")
         options = SimpleNamespace(**SIZE, pretrained_model_name_or_path=str(model), cache_dir=None)
         for rows in (10, args.rows):
-            # In a process of its own: what this one holds would count as the run's, from which it is forked.
+            # In a process of its own: a run's peak begins with that of this process, which starts it.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 pool.submit(write_dataset, scratch / str(rows), rows, options).result()
             # The first start opens each cached file's header, as the end of `c2r.encode` does; later ones know them by

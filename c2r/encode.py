@@ -326,9 +326,9 @@ def main():
 
     manifest = read()
     if args.dry_run:
-        if accelerator.is_main_process:  # not judged: no process has beaten yet
-            load_encoder = partial(ControlEncoder, dtype=CONTROL_DTYPE) if args.control_only else LatentEncoder
-            for line in project(look(), load_encoder, args, accelerator):
+        load_encoder = partial(ControlEncoder, dtype=CONTROL_DTYPE) if args.control_only else LatentEncoder
+        with watchdog.main_process_first():
+            for line in project(look(), load_encoder, args, accelerator) if accelerator.is_main_process else ():
                 print(f"dry run: {line}", flush=True)
     else:
         chosen = choose_clips(manifest.clips)

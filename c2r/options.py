@@ -16,6 +16,7 @@ from diffusers.optimization import SchedulerType
 
 from c2r import InputError, flow_matching
 from c2r.data.buckets import buckets_of, parse_bucket
+from c2r.data.cache import UNWRITABLE
 from c2r.interruption import slot_deadline, stop_on_signals
 from c2r.pipeline import DEFAULT_GUIDANCE_SCALE
 from c2r.watchdog import DEFAULT_TIMEOUT_MINUTES, name_the_lost
@@ -26,7 +27,6 @@ PIPELINE_OPTIONS = (
     *("guidance", "guidance_scale", "control_guidance_scale", "conditioning_scale"),
 )
 HEAD_START = 5.0  # seconds in which the main process's error ends the others
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -9,6 +9,7 @@ Whatever changes the content changes the name, so nothing here is ever out of da
 A failure that is the encoders' names their settings, and counts for these alone.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -34,6 +35,8 @@ WEIGHT_SUFFIXES = {".safetensors", ".bin", ".model"}
 CLIP_TENSORS = {"latents_mean", "latents_logvar", "prompt_embeds"}
 PROMPT_TENSORS = {"prompt_embeds"}
 CONTROL_TENSORS = {"control_features"}
+#: Why a file cannot be written, where no other attempt would help.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 def cache_folder(dataset_folder, options) -> Path:
@@ -194,14 +197,16 @@ def note_failure(cache_dir, failure: Failure):
 
 def noted_failures(cache_dir, options) -> dict[tuple[str, int, int], tuple[str, str]]:
     """{(name, size, mtime_ns) of a file: (reason, detail)} of all notes that count for these options."""
-    noted = {}
+    noted, current = {}, None
     for path in Path(cache_dir).glob("failures/*.json"):
         try:
             note = json.loads(path.read_text())
             file, reason, detail, settings = (note[name] for name in ("file", "reason", "detail", "settings"))
         except (OSError, ValueError, KeyError):  # then it is found out again
             continue
-        if settings is None or settings == asdict(CacheSettings.from_options(options)):
+        if settings is not None:
+            current = current or asdict(CacheSettings.from_options(options))
+        if settings in (None, current):
             noted[tuple(file)] = reason, f"{detail} (noted in {path}; delete that to try again)"
     return noted
 

@@ -102,10 +102,9 @@ class RemoteDataset:
         with self._folder.telling(source.file), self._folder.open(source.name) as file:
             try:
                 return probe(source.file, file)
-            except UnusableVideo:
-                if file.error is not None:  # such as a lost connection: it says nothing of the video
-                    raise file.error from None
-                raise
+            finally:  # a lost connection says nothing of the video, whatever the decoder has made of it
+                if file.error is not None:
+                    raise file.error
 
 
 def open_folder(address, options):

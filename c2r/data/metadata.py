@@ -1,7 +1,6 @@
 """The metadata of a dataset, read through `datasets`, which maps it from disk."""
 
 import csv
-import errno
 import shutil
 from pathlib import Path, PurePosixPath
 
@@ -9,7 +8,7 @@ import datasets
 from datasets import Dataset
 
 from c2r import InputError
-from c2r.data.cache import digest
+from c2r.data.cache import UNWRITABLE, digest
 
 READERS = {
     # Captions are text, also "NA" and "007"; utf-8-sig because spreadsheet programs write a byte order mark.
@@ -23,7 +22,6 @@ READERS = {
     "metadata.jsonl": Dataset.from_json,
     "metadata.parquet": Dataset.from_parquet,
 }
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR)
 COLUMNS = ("file_name", "text", "control_name")
 ROWS_AT_ONCE = 10_000
 
@@ -96,16 +94,11 @@ def _read(folder, name, cache_dir) -> Dataset:
     for old in kept.parent.glob("*"):
         if old != kept:
             shutil.rmtree(old, ignore_errors=True)
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"{cache_dir}: cannot be written ({error.strerror}); give a --cache_dir that can be"
-        ) from error
     bars, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is in the exception
     try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
         with folder.local_copy(source) as path:
             if name.endswith(".csv"):
                 _require_quoted(path, f"{folder.address}/{name}")
@@ -115,9 +108,9 @@ def _read(folder, name, cache_dir) -> Dataset:
     except Exception as error:  # pandas, pyarrow and datasets each have their own
         shutil.rmtree(kept, ignore_errors=True)
         cause = error.__cause__ or error
-        if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
+        if isinstance(cause, OSError) and (cause.errno in UNWRITABLE or not kept.parent.is_dir()):
             raise InputError(
-                f"{kept}: cannot be written ({cause.strerror}); make room, or give a --cache_dir that can be"
+                f"{cache_dir}: cannot be written ({cause.strerror}); make room, or give a --cache_dir that can be"
             ) from error
         if "corresponds to no data" in str(error):
             raise InputError(f"{folder.address}/{name}: has no rows; list the videos in it") from error
@@ -133,7 +126,8 @@ def _require_quoted(path, where):
     """Raise InputError if the first row has more fields than the header: pandas would take its first one for the row's
     name, and the caption for the file's."""
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        header, row = (next(rows, []) for rows in [csv.reader(file)] for _ in range(2))
+        rows = csv.reader(file)
+        header, row = next(rows, []), next(rows, [])
     if len(row) > len(header) > 0:
         raise InputError(
             f"{where}: its first row has {len(row)} fields, its header {len(header)}; put captions with a comma in "

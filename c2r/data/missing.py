@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from c2r import InputError
 from c2r.data.cache import (
@@ -27,7 +28,7 @@ from c2r.models.weights import existing_parent, read_json
 
 def prompt_dtype():
     """What prompts are encoded and kept in."""
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return torch.bfloat16 if PartialState().device.type == "cuda" else torch.float32
 
 
 @dataclass

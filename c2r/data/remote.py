@@ -74,13 +74,14 @@ class RemoteFolder:
             filesystem, root = self._connect()
             listing = filesystem.find(root, detail=True)
             # Of a folder of this machine, links may lead out of it.
-            is_local, found = isinstance(filesystem, LocalFileSystem), {}
+            real_root = Path(root).resolve() if isinstance(filesystem, LocalFileSystem) else None
+            found = {}
             for path, info in listing.items():
                 folder, name = path[: len(root) + 1], path[len(root) + 1 :]
                 # A web page links to other folders too, and a key in a bucket may hold any characters.
                 if folder != f"{root}/" or not _is_inside(name):
                     continue
-                if is_local and not Path(path).resolve().is_relative_to(Path(root).resolve()):
+                if real_root and not Path(path).resolve().is_relative_to(real_root):
                     continue
                 if info.get("size") is None:  # a web page's links
                     with suppress(FileNotFoundError):  # one that leads nowhere is no file
@@ -235,7 +236,8 @@ class RemoteFolder:
 
 
 class _RemoteObject:
-    """A seekable binary file that keeps the error which reading it has raised: decoders turn it into one of theirs."""
+    """A seekable binary file that keeps the error which reading it has raised: a decoder goes on with what it has, or
+    raises one of its own."""
 
     def __init__(self, file):
         self._file, self.error = file, None
@@ -247,20 +249,17 @@ class _RemoteObject:
         self._file.close()
 
     def read(self, *size):
-        return self._keeping(self._file.read, *size)
-
-    def seek(self, *place):
-        return self._keeping(self._file.seek, *place)
-
-    def tell(self):
-        return self._file.tell()
-
-    def _keeping(self, method, *args):
         try:
-            return method(*args)
+            return self._file.read(*size)
         except Exception as error:
             self.error = error
             raise
+
+    def seek(self, *place):
+        return self._file.seek(*place)
+
+    def tell(self):
+        return self._file.tell()
 
 
 def _is_inside(name):

@@ -275,7 +275,7 @@ def test_other_one_line_errors(tmp_path, video):
         read_manifest(tmp_path, "real", OPTIONS)
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "no_folder").write_text("")
-    with pytest.raises(InputError, match=r"no_folder: cannot be written .*; give a --cache_dir that can be"):
+    with pytest.raises(InputError, match=r"no_folder: cannot be written .*; make room, or give a --cache_dir"):
         read_manifest(tmp_path, "real", SimpleNamespace(**vars(OPTIONS) | {"cache_dir": str(tmp_path / "no_folder")}))
 
 
