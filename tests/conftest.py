@@ -20,8 +20,8 @@ def noise_video(seed, num_frames=10):
 
 
 def flat_video(seed, num_frames=10):
-    """(F, H, W, 3) uint8: one colour, with an edge that moves; nobody takes it for `noise_video`."""
-    colours = np.random.default_rng(seed).integers(0, 256, (2, 3))
+    """(F, H, W, 3) uint8: one bright colour, with an edge that moves; nobody takes it for `noise_video`."""
+    colours = np.random.default_rng(seed).integers(200, 256, (2, 3))
     frames = np.broadcast_to(colours[0], (num_frames, 32, 48, 3)).copy()
     for i, frame in enumerate(frames):
         frame[:, : 8 + 2 * i] = colours[1]
