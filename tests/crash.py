@@ -49,7 +49,7 @@ PHASE2_OPTIONS = {
     "sample_steps": SAMPLE_STEPS,
     "monitor_bound": -9,
     "monitor_patience": 1,
-    "cg_ratio_min": 0.1,
+    "cg_ratio_min": 0.125,
 }
 CG_RATIOS = (0.25, 0.5)  # of the two legs
 #: What a kill waits for, and up to how many seconds it then waits.
@@ -258,7 +258,7 @@ def command_of(folder, phase, processes, run, *extra):
     if phase == 1:
         return phase1(*arguments, run, *options, launcher=launcher)
     backbone = folder / "models/pipeline/transformer"
-    options += ["--control_dropout=0.3", "--adversarial_weight=0.1"]
+    options += [f"--{name}={value}" for name, value in PHASE2_OPTIONS.items()]
     return phase2(*arguments, backbone, run, *options, launcher=launcher)
 
 

@@ -5,8 +5,6 @@ import re
 import shutil
 
 import pytest
-import torch
-from diffusers import AutoencoderKLWan
 
 from tests.commands import TORCHRUN, phase2, same, scalars, succeed, weights
 from tests.conftest import flat_video, write_dataset
@@ -14,21 +12,6 @@ from tests.conftest import flat_video, write_dataset
 # Below any CG look: the controller acts at every sampling.
 ALWAYS = ["--monitor_bound=-9", "--monitor_patience=1", "--cg_ratio=0.5", "--cg_ratio_min=0.2"]
 OPTIONS = ["--max_train_steps=4", "--sample_steps=1", "--dataloader_num_workers=2"]
-
-
-@pytest.fixture(scope="module")
-def models(tiny_models, tmp_path_factory):
-    """The tiny models, but that what the VAE decodes follows its latents: the tiny one gives all clips nearly the same
-    picture, and rounding would decide whether the domains can be told apart."""
-    folder = tmp_path_factory.mktemp("models") / "strong"
-    shutil.copytree(tiny_models, folder)
-    vae = AutoencoderKLWan.from_pretrained(folder / "pipeline/vae")
-    with torch.no_grad():
-        for name, parameter in vae.named_parameters():
-            if name.endswith("weight"):
-                parameter.mul_(2)
-    vae.save_pretrained(folder / "pipeline/vae")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +24,10 @@ def datasets(small_datasets, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def lowered(first, models, datasets, tmp_path_factory):
+def lowered(first, tiny_models, datasets, tmp_path_factory):
     """A run whose controller has acted."""
     out = tmp_path_factory.mktemp("run") / "lowered"
-    done = succeed(*phase2(models, datasets, first[0] / "final", out, *OPTIONS, *ALWAYS))
+    done = succeed(*phase2(tiny_models, datasets, first[0] / "final", out, *OPTIONS, *ALWAYS))
     return out, done
 
 
@@ -67,10 +50,10 @@ def test_the_share_is_lowered_to_its_least_and_that_is_logged(lowered):
     assert metrics["cg_share"] == 7 / 16
 
 
-def test_a_run_that_is_resumed_after_the_first_change_ends_alike(lowered, first, models, datasets, tmp_path):
+def test_a_run_that_is_resumed_after_the_first_change_ends_alike(lowered, first, tiny_models, datasets, tmp_path):
     shutil.copytree(lowered[0] / "checkpoint-2", tmp_path / "checkpoint-2")
     more = ["--resume_from_checkpoint=latest"]
-    succeed(*phase2(models, datasets, first[0] / "final", tmp_path, *OPTIONS, *ALWAYS, *more))
+    succeed(*phase2(tiny_models, datasets, first[0] / "final", tmp_path, *OPTIONS, *ALWAYS, *more))
     assert same(weights(tmp_path / "final"), weights(lowered[0] / "final"))
     states = [json.loads((out / "checkpoint-4/state.json").read_text()) for out in (tmp_path, lowered[0])]
     for state in states:
@@ -78,7 +61,7 @@ def test_a_run_that_is_resumed_after_the_first_change_ends_alike(lowered, first,
     assert states[0] == states[1]
 
 
-def test_two_processes_judge_alike(lowered, first, models, datasets, tmp_path):
+def test_two_processes_judge_alike(lowered, first, tiny_models, datasets, tmp_path):
     options = [*OPTIONS, *ALWAYS, "--train_batch_size=1", "--num_samples=3"]
-    succeed(*phase2(models, datasets, first[0] / "final", tmp_path, *options, launcher=TORCHRUN))
+    succeed(*phase2(tiny_models, datasets, first[0] / "final", tmp_path, *options, launcher=TORCHRUN))
     assert scalars(tmp_path)["monitor/cg_ratio"] == pytest.approx([0.25, 0.2, 0.2, 0.2])
