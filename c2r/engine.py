@@ -209,8 +209,9 @@ def drop_gathered(model):
     After a forward without backward FSDP2 keeps the root's weights gathered, and ZeRO-3 all that are small; others it
     is still fetching, for the modules that a training step would run next.
     """
-    if hasattr(model, "empty_partition_cache"):  # DeepSpeed's engine
-        model.empty_partition_cache()
+    zero3 = getattr(model, "optimizer", None)
+    if hasattr(zero3, "empty_partition_cache"):  # the engine's own method also collects garbage: up to a second a call
+        zero3.empty_partition_cache()
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
