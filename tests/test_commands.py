@@ -14,7 +14,7 @@ import train_phase2
 from c2r import InputError
 from c2r.data.video import probe
 from c2r.options import run
-from tests.commands import SIZE, images, phase2, same, scalars, succeed, weights
+from tests.commands import SIZE, fork, images, phase2, same, scalars, succeed, weights
 from tests.conftest import noise_video, write_dataset
 from tests.tiny import PROMPT_LENGTH
 
@@ -87,7 +87,7 @@ def test_phase2_trains_on_cached_control_features(second, first, tiny_models, sm
 
     def train(name):
         extra = ["--max_train_steps=4", "--cache_control_features", f"--cache_dir={cache}"]
-        return succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path / name, *extra))
+        return succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path / name, *extra), by=fork)
 
     train("out")
     live, cached = weights(second[0] / "final"), weights(tmp_path / "out/final")
@@ -117,7 +117,7 @@ def test_augmented_control_trains_and_resumes_exactly(first, second, tiny_models
     """With --best_by control_gain: best/ is the validation of the highest one."""
     options = ["--control_augmentation=0.7", "--best_by=control_gain", "--resume_from_checkpoint=latest"]
     command = phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, *options)
-    done = succeed(*command, "--max_train_steps=4")
+    done = succeed(*command, "--max_train_steps=4", by=fork)
     gains = scalars(tmp_path)["validation/control_gain"]
     contract = json.loads((tmp_path / "best/c2r.json").read_text())
     assert contract["metrics"]["control_gain"] == pytest.approx(max(gains))
@@ -125,7 +125,7 @@ def test_augmented_control_trains_and_resumes_exactly(first, second, tiny_models
     trained = weights(tmp_path / "final")
     assert not same(trained, weights(second[0] / "final"))
     shutil.rmtree(tmp_path / "checkpoint-4")
-    done = succeed(*command, "--max_train_steps=4")
+    done = succeed(*command, "--max_train_steps=4", by=fork)
     assert "resumed from" in done.stdout
     assert same(weights(tmp_path / "final"), trained)
 
@@ -133,7 +133,7 @@ def test_augmented_control_trains_and_resumes_exactly(first, second, tiny_models
 def test_the_result_does_not_depend_on_what_was_cached(first, second, tiny_models, small_datasets, tmp_path):
     # Nor on remedies that are said to be off.
     options = ["--max_train_steps=2", f"--cache_dir={tmp_path}/cache", "--real_weight=1", "--adversarial_weight=0"]
-    succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path / "out", *options))
+    succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path / "out", *options), by=fork)
     assert same(weights(tmp_path / "out/final"), weights(second[0] / "checkpoint-2/model"))
     assert not (tmp_path / "out/checkpoint-2/domain_classifier").exists()
 
@@ -141,7 +141,7 @@ def test_the_result_does_not_depend_on_what_was_cached(first, second, tiny_model
 def test_phase2_starts_from_a_single_file(first, tiny_models, small_datasets, tmp_path):
     single_file = first[0] / "best/diffusion_pytorch_model.safetensors"
     options = ["--max_train_steps=1", "--resume_from_checkpoint=latest"]
-    done = succeed(*phase2(tiny_models, small_datasets, single_file, tmp_path, *options))
+    done = succeed(*phase2(tiny_models, small_datasets, single_file, tmp_path, *options), by=fork)
     assert "starting at step 0" in done.stdout
     assert json.loads((tmp_path / "final/c2r.json").read_text())["backbone"].endswith(single_file.name)
 
@@ -171,7 +171,7 @@ def test_bf16_trains_fp32_weights_over_a_bf16_backbone(first, tiny_models, small
         "--report_to=none",
         f"--cache_dir={tmp_path / 'cache'}",
     ]
-    succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path / "out", *options))
+    succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path / "out", *options), by=fork)
     trained = weights(tmp_path / "out/final")
     assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
     assert not (tmp_path / "out/logs").exists()
@@ -225,7 +225,7 @@ def test_phase2_on_buckets_and_several_datasets(first, tiny_models, small_datase
     options += ["--buckets", "1x32x48", "5x32x48", "5x48x32"]
     options += ["--real_dataset", f"{small_datasets / 'real'}:1", f"{more}:3"]
     command = phase2(tiny_models, small_datasets, first[0] / "final", tmp_path / "out", *options)
-    done = succeed(*command)
+    done = succeed(*command, by=fork)
     assert "clips by bucket: 0 of 1x32x48, 8 of 5x32x48, 2 of 5x48x32" in done.stdout
     assert "clips by bucket: 3 of 1x32x48, 8 of 5x32x48, 0 of 5x48x32" in done.stdout
     logged = scalars(tmp_path / "out")

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from c2r.data.buckets import Bucket
 from c2r.dry_run import RunRecord, few, projection
 from tests.clips import BUCKET, clip, clips_of
-from tests.commands import ENGINES, phase1, phase2, start, succeed
+from tests.commands import ENGINES, fork, phase1, phase2, succeed
 from tests.test_options import options
 
 
@@ -36,7 +36,7 @@ def test_phase_1_is_tried_on_shards(tiny_models, small_datasets, tmp_path):
 
 def test_a_dry_run_that_fails_leaves_nothing_and_an_earlier_run_alone(first, tiny_models, small_datasets):
     before = files(first[0])
-    done = start(*phase1(tiny_models, small_datasets, first[0], "--dry_run", "--dit_path=missing.safetensors"))
+    done = fork(*phase1(tiny_models, small_datasets, first[0], "--dry_run", "--dit_path=missing.safetensors"))
     assert done.returncode != 0
     assert "error: missing.safetensors: no such .safetensors file" in done.stderr
     assert files(first[0]) == before

@@ -26,13 +26,17 @@ from c2r.data.video import write_video
 from c2r.encode import encode_missing
 from c2r.engine import local_fingerprint, require_supported
 from c2r.models.controlnet import C2RControlNet
-from tests.commands import CONFIGS, ENGINES, LAUNCH, SIZE, phase1, phase2, scalars, start, succeed
+from tests.commands import CONFIGS, ENGINES, LAUNCH, SIZE, fork, phase1, phase2, scalars, start, succeed
 from tests.conftest import noise_video, write_dataset
 from tests.test_options import options
 from tests.tiny import tiny_transformer
 
 STEPS, SAVED = 20, 18  # all steps, and the one that is resumed from
 BAD_CLIP = "r1.mp4#3"
+SAVES_MEMORY = {
+    "zero3": ["--optimizer=adamw8bit"],
+    "ddp": ["--optimizer=adamw8bit", "--weight_storage=bf16", "--mixed_precision=bf16"],
+}
 SPLITS_OPTIMIZER = ("zero2", "zero3", "zero3_offload", "fsdp2")
 
 # The engines add up the same fp32 numbers in another order. Measured over the 20 steps, at most: 1.7e-7 of a loss,
@@ -95,9 +99,9 @@ def command(tiny_models, datasets):
 def runs(command, tmp_path_factory):
     """runs(engine): {phase: (folder, output)} of runs of STEPS steps that nothing interrupts.
 
-    {(2, "bf16"): …} is a short one in the default precision, the backbone in bf16. For an engine also
-    {(phase, "resumed"): …}: from what a run that was killed after SAVED has left. The one of phase
-    2 is to bear no skipped step, and goes on until BAD_CLIP comes up.
+    {(2, "bf16"): …} is a short one in the default precision, the backbone in bf16, {(1, "saves memory"): …} one with
+    the options of SAVES_MEMORY. For an engine also {(phase, "resumed"): …}: from what a run that was killed after
+    SAVED has left. The one of phase 2 is to bear no skipped step, and goes on until BAD_CLIP comes up.
     """
     found = {}
 
@@ -106,6 +110,8 @@ def runs(command, tmp_path_factory):
         resume = ["--resume_from_checkpoint=latest"]
         bf16 = ["--mixed_precision=bf16", "--max_train_steps=3"]
         legs = {1: [], (1, "resumed"): resume, 2: [], (2, "bf16"): bf16}
+        if engine in SAVES_MEMORY:
+            legs[1, "saves memory"] = ["--max_train_steps=3", *SAVES_MEMORY[engine]]
         legs[2, "resumed"] = [
             *resume,
             "--max_train_steps=40",
@@ -256,15 +262,14 @@ def test_too_many_skipped_steps_end_the_run(engine, runs):
 def test_ddps_checkpoint_goes_on_in_one_process(runs, command, tmp_path):
     out, expected = runs("ddp")[1][0], runs("one process")[1][0]
     shutil.copytree(out / f"checkpoint-{SAVED}", tmp_path / f"checkpoint-{SAVED}")
-    succeed(*command(1, "one process", tmp_path, "--resume_from_checkpoint=latest"))
+    succeed(*command(1, "one process", tmp_path, "--resume_from_checkpoint=latest"), by=fork)
     for name, tensor in weights(tmp_path / "final").items():
         torch.testing.assert_close(tensor, weights(expected / "final")[name], **WEIGHT)
 
 
 def test_another_split_than_the_checkpoints_is_refused(runs, command, tmp_path):
     shutil.copytree(runs("zero3")[1][0] / f"checkpoint-{SAVED}", tmp_path / f"checkpoint-{SAVED}")
-    script = command(1, "one process", tmp_path, "--resume_from_checkpoint=latest")[len(LAUNCH) :]
-    done = start(*script)
+    done = fork(*command(1, "one process", tmp_path, "--resume_from_checkpoint=latest"))
     assert done.returncode != 0
     (line,) = error_lines(done)
     assert "split for zero3 on 2 processes, this run has one process or DDP; resume with the same" in line
@@ -274,22 +279,15 @@ def test_another_split_than_the_checkpoints_is_refused(runs, command, tmp_path):
 # --------------------------------------------------------------------------------------------------- optimizer options
 
 
-@pytest.mark.parametrize(
-    ("engine", "options"),
-    [
-        ("zero3", ["--optimizer=adamw8bit"]),
-        ("ddp", ["--optimizer=adamw8bit", "--weight_storage=bf16", "--mixed_precision=bf16"]),
-    ],
-)
-def test_options_that_save_memory_train_as_well(engine, options, runs, command, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    succeed(*command(1, engine, tmp_path, "--max_train_steps=3", *options))
+@pytest.mark.parametrize("engine", [pytest.param(name, marks=pytest.mark.slow) for name in SAVES_MEMORY])
+def test_options_that_save_memory_train_as_well(engine, runs):
+    out = runs(engine)[1, "saves memory"][0]
     expected = scalars(runs("one process")[1][0])["train/loss"][:3]
-    assert scalars(tmp_path)["train/loss"] == pytest.approx(expected, rel=3e-3)
-    (optimizer, *_) = sorted((tmp_path / "checkpoint-3").glob("optimizer-*.safetensors"))
+    assert scalars(out)["train/loss"] == pytest.approx(expected, rel=3e-3)
+    (optimizer, *_) = sorted((out / "checkpoint-3").glob("optimizer-*.safetensors"))
     dtypes = {tensor.dtype for tensor in load_file(optimizer).values()}
     assert engine == "ddp" or torch.uint8 in dtypes  # below 4096 numbers bitsandbytes keeps fp32
-    assert {tensor.dtype for tensor in weights(tmp_path / "final").values()} == {torch.float32}
+    assert {tensor.dtype for tensor in weights(out / "final").values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from c2r.interruption import EXIT_STOPPED
 from c2r.options import run
 from c2r.watchdog import EXIT_HUNG
 from tests.background import Background
-from tests.commands import LAUNCH, SIZE, TORCHRUN, phase1, phase2, same, scalars, weights
+from tests.commands import LAUNCH, SIZE, TORCHRUN, fork, phase1, phase2, same, scalars, start, succeed, weights
 from tests.test_checkpoint import build_run, save, train_one_step
 
 STEPS = 24
@@ -75,11 +75,13 @@ def checksums(out):
     }
 
 
-def one_line(done, part):
-    """Assert that the user of a command that failed is told by one line, with `part` in it."""
-    assert len(done.errors) == 1, done.text[-3000:]
-    assert part in done.errors[0]
-    assert "Traceback" not in done.text
+def one_line(text, part):
+    """Assert that what a command that failed has printed tells the user by one line, with `part` in it; return it."""
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, text[-3000:]
+    assert part in errors[0]
+    assert "Traceback" not in text
+    return errors[0]
 
 
 @pytest.fixture
@@ -103,8 +105,7 @@ def undisturbed(first, second, tiny_models, small_datasets, tmp_path_factory):
     out.mkdir()
     shutil.copytree(second[0] / "checkpoint-4", out / "checkpoint-4")
     options = [f"--max_train_steps={STEPS}", "--resume_from_checkpoint=latest"]
-    with Background(phase2(tiny_models, small_datasets, first[0] / "final", out, *options, launcher=())) as done:
-        assert done.end() == 0, done.text[-3000:]
+    succeed(*phase2(tiny_models, small_datasets, first[0] / "final", out, *options), by=fork)
     return out
 
 
@@ -157,20 +158,18 @@ def test_signals_save_stop_and_lose_nothing(grounding, undisturbed, tmp_path):
 
     # The slot is over soon.
     end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 60)}
-    with Background(grounding(out, "--save_before_timeout=5m"), **end) as done:
-        assert done.end() == EXIT_STOPPED
-        assert len(done.steps) > 1
-        assert f"stopped at step {done.steps[-1]}: the slot ends soon" in done.text
+    done = fork(*grounding(out, "--save_before_timeout=5m"), **end)
+    assert done.returncode == EXIT_STOPPED
+    assert f"stopped at step {list_checkpoints(out)[-1][0]}: the slot ends soon" in done.stdout
 
-    with Background(grounding(out)) as done:
-        assert done.end() == 0, done.text[-3000:]
+    succeed(*grounding(out), by=fork)
     assert ended_alike(out, undisturbed)
 
 
 @pytest.mark.slow
 def test_two_processes_stop_together_and_a_lost_one_is_named(grounding, tmp_path):
     out = tmp_path / "run"
-    command = grounding(out, "--distributed_timeout_minutes=0.3", "--validation_steps=1000", launcher=TORCHRUN)
+    command = grounding(out, "--distributed_timeout_minutes=0.2", "--validation_steps=1000", launcher=TORCHRUN)
 
     # A signal to one of them.
     with Background(command) as done:
@@ -218,13 +217,12 @@ def test_a_disk_that_gets_full_ends_the_run_and_the_last_checkpoint_stays(
         done.wait_until(done.trained)
         with filled(disk):
             assert done.end() == 1
-            one_line(done, "No space left on device")
+            one_line(done.text, "No space left on device")
             newest = list_checkpoints(out)[-1][1]
             assert damage(newest) is None
             before = checksums(out)
-    with Background(grounding(out, "--checkpoints_total_limit=1")) as done:
-        assert done.end() == 0, done.text[-3000:]
-        assert f"resumed from {newest}" in done.text
+    done = succeed(*grounding(out, "--checkpoints_total_limit=1"), by=fork)
+    assert f"resumed from {newest}" in done.stdout
     assert before
     assert ended_alike(out, undisturbed)
 
@@ -295,11 +293,11 @@ def test_a_clip_of_nan_is_skipped_and_named_and_many_end_the_run(first, tiny_mod
     cut = next(_latents_of(cache, "r3.avi"))
     os.truncate(cut, cut.stat().st_size - 100)
     options = [f"--cache_dir={cache}", "--resume_from_checkpoint=latest", "--validation_steps=1000"]
-    with Background(phase1(tiny_models, small_datasets, out, *options, "--max_train_steps=4", launcher=())) as done:
-        assert done.end() == 0, done.text[-3000:]
-        assert "1 damaged files in the cache are encoded anew" in done.text
-        # Two steps see all clips once.
-        assert len(re.findall(r"step \d skipped: the loss is not finite for r2\.mov#\d\n", done.text)) == 2
+    done = succeed(*phase1(tiny_models, small_datasets, out, *options, "--max_train_steps=4"), by=fork)
+    text = done.stdout + done.stderr
+    assert "1 damaged files in the cache are encoded anew" in text
+    # Two steps see all clips once.
+    assert len(re.findall(r"step \d skipped: the loss is not finite for r2\.mov#\d\n", text)) == 2
     assert all(tensor.isfinite().all() for tensor in weights(out / "final").values())
     assert not same(weights(out / "final"), weights(first[0] / "final"))
     before = checksums(out)
@@ -308,10 +306,10 @@ def test_a_clip_of_nan_is_skipped_and_named_and_many_end_the_run(first, tiny_mod
         for path in _latents_of(cache, name):
             _put_nan(path)
     options += ["--max_train_steps=8", "--max_skipped_steps=1"]
-    with Background(phase1(tiny_models, small_datasets, out, *options, launcher=())) as done:
-        assert done.end() == 1
-        one_line(done, "step 6 skipped: the loss is not finite for ")
-        assert "number 2 in a row (--max_skipped_steps 1)" in done.errors[0]
+    done = start(*phase1(tiny_models, small_datasets, out, *options, launcher=()))
+    assert done.returncode == 1
+    line = one_line(done.stdout + done.stderr, "step 6 skipped: the loss is not finite for ")
+    assert "number 2 in a row (--max_skipped_steps 1)" in line
     assert checksums(out) == before
 
 
@@ -322,10 +320,9 @@ def test_a_truncated_checkpoint_is_passed_over_and_the_one_before_taken(first, t
     file = out / "checkpoint-4/optimizer-00000-of-00001.safetensors"
     os.truncate(file, file.stat().st_size - 1000)
     options = ["--max_train_steps=4", "--resume_from_checkpoint=latest", "--checkpoints_total_limit=1"]
-    with Background(phase1(tiny_models, small_datasets, out, *options, launcher=())) as done:
-        assert done.end() == 0, done.text[-3000:]
-        assert f"checkpoint-4: incomplete ({file.name} has" in done.text
-        assert f"resumed from {out}/checkpoint-2 at step 2" in done.text
+    done = succeed(*phase1(tiny_models, small_datasets, out, *options), by=fork)
+    assert f"checkpoint-4: incomplete ({file.name} has" in done.stdout + done.stderr
+    assert f"resumed from {out}/checkpoint-2 at step 2" in done.stdout
     assert same(weights(out / "final"), weights(first[0] / "final"))
     assert [step for step, _ in list_checkpoints(out)] == [4]
     assert damage(out / "checkpoint-4") is None
@@ -351,11 +348,11 @@ def test_what_cannot_go_on_is_refused_and_nothing_is_lost(
         started = {name: stack.enter_context(Background(command)) for name, (command, _) in commands.items()}
         for name, (_, part) in commands.items():
             assert started[name].end() == 1
-            one_line(started[name], part)
+            one_line(started[name].text, part)
         assert "kept " not in started["read-only"].text  # nothing was read before
         # Not one to refuse, but to end alike: the kernel takes a data worker's memory.
         starved.wait_until(starved.trained)
         starved.process.children()[0].kill()
         assert starved.end() == 1
-        one_line(starved, "worker was killed")
+        one_line(starved.text, "worker was killed")
     assert {name: checksums(out) for name, out in folders.items()} == before

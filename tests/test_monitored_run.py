@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 
-from tests.commands import TORCHRUN, phase2, same, scalars, succeed, weights
+from tests.commands import TORCHRUN, fork, phase2, same, scalars, succeed, weights
 from tests.conftest import flat_video, write_dataset
+from tests.test_samples import difference, row_of
 
 # Below any CG look: the controller acts at every sampling.
 ALWAYS = ["--monitor_bound=-9", "--monitor_patience=1", "--cg_ratio=0.5", "--cg_ratio_min=0.2"]
@@ -27,7 +28,7 @@ def datasets(small_datasets, tmp_path_factory):
 def lowered(first, tiny_models, datasets, tmp_path_factory):
     """A run whose controller has acted."""
     out = tmp_path_factory.mktemp("run") / "lowered"
-    done = succeed(*phase2(tiny_models, datasets, first[0] / "final", out, *OPTIONS, *ALWAYS))
+    done = succeed(*phase2(tiny_models, datasets, first[0] / "final", out, *OPTIONS, *ALWAYS), by=fork)
     return out, done
 
 
@@ -53,7 +54,7 @@ def test_the_share_is_lowered_to_its_least_and_that_is_logged(lowered):
 def test_a_run_that_is_resumed_after_the_first_change_ends_alike(lowered, first, tiny_models, datasets, tmp_path):
     shutil.copytree(lowered[0] / "checkpoint-2", tmp_path / "checkpoint-2")
     more = ["--resume_from_checkpoint=latest"]
-    succeed(*phase2(tiny_models, datasets, first[0] / "final", tmp_path, *OPTIONS, *ALWAYS, *more))
+    succeed(*phase2(tiny_models, datasets, first[0] / "final", tmp_path, *OPTIONS, *ALWAYS, *more), by=fork)
     assert same(weights(tmp_path / "final"), weights(lowered[0] / "final"))
     states = [json.loads((out / "checkpoint-4/state.json").read_text()) for out in (tmp_path, lowered[0])]
     for state in states:
@@ -61,7 +62,10 @@ def test_a_run_that_is_resumed_after_the_first_change_ends_alike(lowered, first,
     assert states[0] == states[1]
 
 
-def test_two_processes_judge_alike(lowered, first, tiny_models, datasets, tmp_path):
-    options = [*OPTIONS, *ALWAYS, "--train_batch_size=1", "--num_samples=3"]
+def test_two_processes_make_the_same_videos_and_judge_alike(lowered, first, tiny_models, datasets, tmp_path):
+    options = [*OPTIONS, *ALWAYS, "--train_batch_size=1"]
     succeed(*phase2(tiny_models, datasets, first[0] / "final", tmp_path, *options, launcher=TORCHRUN))
     assert scalars(tmp_path)["monitor/cg_ratio"] == pytest.approx([0.25, 0.2, 0.2, 0.2])
+    for number in range(2):
+        ours, theirs = (row_of(out / f"samples/step-2/{number}.mp4") for out in (tmp_path, lowered[0]))
+        assert difference(ours, theirs) < 1  # sums in another order

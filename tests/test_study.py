@@ -2,7 +2,7 @@ import train_phase2
 from c2r import study
 from c2r.options import parse_options
 from c2r.toy import city
-from tests.commands import succeed
+from c2r.toy.__main__ import write_toy
 
 FIGURES = dict.fromkeys(study.FIGURES, 0.25)
 
@@ -39,7 +39,7 @@ def test_pictures_of_a_study_that_is_not_done(tmp_path):
 
 
 def test_cg_captions_tell_of_weather(tmp_path):
-    succeed("-m", "c2r.toy", "--output_dir", tmp_path, "--num_real=2", "--num_cg=2")
+    write_toy(tmp_path, num_real=2, num_cg=2)
     metadata = tmp_path / "data/cg/train/metadata.csv"
     assert "cg render" in metadata.read_text()
     for _ in range(2):  # a study that is started again does it again

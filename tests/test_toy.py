@@ -140,6 +140,8 @@ def test_quickstart_runs_every_step_and_goes_on_where_it_was(tmp_path):
         if name == "phase2.yaml":
             options |= {"num_samples": 1, "num_inference_steps": 2}
         (tmp_path / "toy" / name).write_text(yaml.safe_dump(options))
+    toy = json.loads((tmp_path / "toy/toy.json").read_text())
+    (tmp_path / "toy/toy.json").write_text(json.dumps(toy | {"test": toy["test"][:2]}))
     command = ["-m", "c2r.quickstart", "--output_dir", str(tmp_path)]
     for expected in ("$ accelerate launch", "done already"):
         done = start(*command)
