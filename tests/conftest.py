@@ -5,11 +5,14 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 
 from c2r.data.video import write_video
 from tests.commands import SIZE, phase1, phase2, succeed
 from tests.tiny import save_tiny_dinov3, save_tiny_pipeline
 from tests.videos import encode_video
+
+torch.set_num_threads(1)  # as the commands have: more of them would spin on the cores that the tests share
 
 
 def noise_video(seed, num_frames=10):
