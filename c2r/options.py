@@ -343,20 +343,27 @@ def run(main):
     except InputError as error:
         _leave_it_to_the_main_process()
         # From a data loader's worker it comes wrapped in the worker's traceback; the last line is the message.
-        sys.exit("error: " + re.sub(r"^c2r[.\w]*: ", "", str(error).strip().splitlines()[-1]))
+        _end(error, re.sub(r"^c2r[.\w]*: ", "", str(error).strip().splitlines()[-1]))
     except (OSError, EOFError, RuntimeError) as error:
         if _lost_worker(error):
-            sys.exit(
-                f"error: a data loader's worker was killed or cannot be reached ({str(error).partition(chr(10))[0]}), "
+            _end(
+                error,
+                f"a data loader's worker was killed or cannot be reached ({str(error).partition(chr(10))[0]}), "
                 "perhaps for want of memory: lower --dataloader_num_workers and start again with "
-                "--resume_from_checkpoint latest"
+                "--resume_from_checkpoint latest",
             )
         if getattr(error, "errno", None) in UNWRITABLE:
             file = error.filename or "output"
             verb = "opened" if error.errno == errno.EACCES else "written"
-            sys.exit(f"error: {file}: cannot be {verb} ({error.strerror}); mend it and start again")
+            _end(error, f"{file}: cannot be {verb} ({error.strerror}); mend it and start again")
         name_the_lost()
         raise
+
+
+def _end(error, message):
+    """Exit with status 1 and a line of its own: a progress bar that the failed frames hold is closed before."""
+    traceback.clear_frames(error.__traceback__)
+    sys.exit(f"error: {message}")
 
 
 def _leave_it_to_the_main_process():

@@ -1,13 +1,9 @@
 """The training commands on tiny models, in processes of their own, and what they leave behind."""
 
-import multiprocessing
 import os
-import runpy
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from unittest import mock
 
 import torch
 from safetensors.torch import load_file
@@ -54,42 +50,8 @@ def start(*command, **environment):
     )
 
 
-_forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["tests.commands", "train_phase1", "train_phase2"])
-
-
-def fork(*command, **environment):
-    """As `start`, without the launcher, in a process forked from one that has imported the scripts.
-
-    Most of a short run's time is imports. Where a command is to be what a user types, `start` it.
-    """
-    if command[: len(LAUNCH)] == tuple(LAUNCH):
-        command = command[len(LAUNCH) :]
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = _forks.Process(target=_run_script, args=([*map(str, command)], environment, *outputs))
-        with mock.patch.dict(os.environ, ENVIRONMENT):  # the first one starts the server
-            process.start()
-        process.join(300)
-        if process.is_alive():
-            process.kill()
-            process.join()
-        texts = [output.read_text(errors="replace") for output in outputs]
-    return subprocess.CompletedProcess(command, process.exitcode, *texts)
-
-
-def _run_script(command, environment, *outputs):
-    os.environ.update(environment)
-    for descriptor, output in enumerate(outputs, start=1):
-        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), descriptor)
-    multiprocessing.set_start_method("fork", force=True)  # for data workers: the server's would import all anew
-    os.chdir(ROOT)
-    sys.argv = command
-    runpy.run_path(command[0], run_name="__main__")
-
-
 def succeed(*command, by=start, **environment):
-    """What `start` or `fork` returns of a command that must not fail."""
+    """What `start`, or `tests.forks.fork`, returns of a command that must not fail."""
     done = by(*command, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done

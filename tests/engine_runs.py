@@ -4,7 +4,6 @@ is imports. Run by test_engines.py.
 Each argument is a JSON list: a folder to copy first and its new parent, or an empty list; a script's name; options.
 """
 
-import gc
 import importlib
 import json
 import shutil
@@ -33,7 +32,6 @@ def main():
             tracker.finish()
         accelerator.trackers = []
         accelerator.free_memory()
-        gc.collect()
     accelerator.end_training()
 
 

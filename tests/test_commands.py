@@ -14,8 +14,9 @@ import train_phase2
 from c2r import InputError
 from c2r.data.video import probe
 from c2r.options import run
-from tests.commands import SIZE, fork, images, phase2, same, scalars, succeed, weights
+from tests.commands import SIZE, images, phase2, same, scalars, succeed, weights
 from tests.conftest import noise_video, write_dataset
+from tests.forks import fork
 from tests.tiny import PROMPT_LENGTH
 
 
@@ -160,6 +161,7 @@ def test_generate_from_both_phases(first, second, small_datasets, tmp_path):
             f"--output={tmp_path / name}",
             "--num_inference_steps=2",
             *extra,
+            by=fork,
         )
         assert probe(tmp_path / name).frames_at(SIZE["fps"]) == SIZE["num_frames"]
 

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 from c2r.data.buckets import Bucket
 from c2r.dry_run import RunRecord, few, projection
 from tests.clips import BUCKET, clip, clips_of
-from tests.commands import ENGINES, fork, phase1, phase2, succeed
+from tests.commands import ENGINES, phase1, phase2, succeed
+from tests.forks import fork
 from tests.test_options import options
 
 
@@ -14,7 +15,7 @@ def files(folder):
 
 def test_phase_2_is_tried_resumed_and_leaves_nothing(first, tiny_models, small_datasets, tmp_path):
     command = phase2(tiny_models, small_datasets, first[0] / "final", tmp_path / "out")
-    done = succeed(*command, "--dry_run", "--max_train_steps=1000", "--checkpoints_total_limit=1")
+    done = succeed(*command, "--dry_run", "--max_train_steps=1000", "--checkpoints_total_limit=1", by=fork)
     out = done.stdout
     assert "to step 1" in out
     assert re.search(r"resumed from \S+\.dry_run/checkpoint-1 at step 1", out)

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,6 +27,7 @@ from c2r.encode import encode_missing
 from c2r.encoders import encode_frames
 from c2r.options import run
 from c2r.preview import psnr
+from tests.forks import forked_twice
 from tests.tiny import LATENT_CHANNELS, PROMPT_LENGTH, TEXT_DIM, save_tiny_pipeline
 from tests.videos import corner_frames, counter_frames, encode_video
 
@@ -294,23 +293,6 @@ def command(data, options):
     return ["--dataset", str(data), *(f"--{name}={getattr(options, name)}" for name in names)]
 
 
-def start_two_processes(arguments, log, folders=(ROOT, ROOT)):
-    """What a launcher does on two devices: `python -m c2r.encode` twice, told of each other by the environment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in ("0", "1"):
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        environment |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        with open(log / f"{rank}.log", "w") as file:
-            call = [sys.executable, "-m", "c2r.encode", *arguments]
-            cwd = folders[int(rank)]
-            processes.append(subprocess.Popen(call, env=environment, stdout=file, stderr=subprocess.STDOUT, cwd=cwd))
-    return processes
-
-
 @pytest.mark.slow
 def test_two_processes_killed_and_started_again(data, options, accelerator, tmp_path):
     """SIGKILL in the midst, the same command again: the cache equals one that was filled undisturbed."""
@@ -322,25 +304,27 @@ def test_two_processes_killed_and_started_again(data, options, accelerator, tmp_
     def encoded():
         return len(list(data.glob(".c2r_cache/clips/*/*.safetensors")))
 
-    processes = start_two_processes(command(data, options), tmp_path)
+    encode = ["-m", "c2r.encode", *command(data, options)]
+    processes = forked_twice(encode, tmp_path)
     try:
         while encoded() < 5:
-            assert all(process.poll() is None for process in processes), (tmp_path / "0.log").read_text()
+            assert all(process.is_alive() for process in processes), (tmp_path / "0/stderr").read_text()
             time.sleep(0.005)
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.join()
     killed = cached(data, options)
     clips = read_manifest(data, "real", options).clips
     assert 5 <= encoded() < len(clips) == 123
 
-    processes = start_two_processes(command(data, options), tmp_path)
-    assert [process.wait() for process in processes] == [0, 0], (tmp_path / "0.log").read_text()
-    logs = [(tmp_path / f"{rank}.log").read_text() for rank in (0, 1)]
-    assert "kept 123 clips of 3 files" in logs[0]
-    assert "clips/s" in logs[0]
-    assert "clips" not in logs[1]  # the main process alone reports
+    for process in forked_twice(encode, tmp_path):
+        process.join()
+        assert process.exitcode == 0, (tmp_path / "0/stderr").read_text()
+    logs = [[(tmp_path / rank / name).read_text() for name in ("stdout", "stderr")] for rank in ("0", "1")]
+    assert "kept 123 clips of 3 files" in logs[0][0]
+    assert "clips/s" in logs[0][1]
+    assert not any("clips" in text for text in logs[1])  # the main process alone reports
     resumed = cached(data, options)
     settings = CacheSettings.from_options(options)
     reference = SimpleNamespace(**vars(options) | {"cache_dir": str(tmp_path / "reference")})
@@ -359,10 +343,11 @@ def test_processes_that_see_other_files_do_not_go_on(data, options, tmp_path):
     other = tmp_path / "other/data"
     shutil.copytree(data, other)
     (other / "b.mp4").unlink()
-    arguments = command("data", options)
-    processes = start_two_processes(arguments, tmp_path, folders=(tmp_path, other.parent))
-    assert all(process.wait() for process in processes)
-    assert "its files are not the same for all processes" in (tmp_path / "0.log").read_text()
+    encode = ["-m", "c2r.encode", *command("data", options)]
+    for process in forked_twice(encode, tmp_path, cwds=(tmp_path, other.parent)):
+        process.join()
+        assert process.exitcode
+    assert "its files are not the same for all processes" in (tmp_path / "0/stderr").read_text()
     assert not cached(data, options)
 
 

@@ -26,8 +26,9 @@ from c2r.data.video import write_video
 from c2r.encode import encode_missing
 from c2r.engine import local_fingerprint, require_supported
 from c2r.models.controlnet import C2RControlNet
-from tests.commands import CONFIGS, ENGINES, LAUNCH, SIZE, fork, phase1, phase2, scalars, start, succeed
+from tests.commands import CONFIGS, ENGINES, LAUNCH, SIZE, phase1, phase2, scalars, start, succeed
 from tests.conftest import noise_video, write_dataset
+from tests.forks import fork
 from tests.test_options import options
 from tests.tiny import tiny_transformer
 
@@ -108,7 +109,7 @@ def runs(command, tmp_path_factory):
     def run_all(engine):
         folder = tmp_path_factory.mktemp("run")
         resume = ["--resume_from_checkpoint=latest"]
-        bf16 = ["--mixed_precision=bf16", "--max_train_steps=3"]
+        bf16 = ["--mixed_precision=bf16", "--max_train_steps=3", "--num_samples=0"]
         legs = {1: [], (1, "resumed"): resume, 2: [], (2, "bf16"): bf16}
         if engine in SAVES_MEMORY:
             legs[1, "saves memory"] = ["--max_train_steps=3", *SAVES_MEMORY[engine]]

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -23,7 +23,8 @@ from c2r.interruption import EXIT_STOPPED
 from c2r.options import run
 from c2r.watchdog import EXIT_HUNG
 from tests.background import Background
-from tests.commands import LAUNCH, SIZE, TORCHRUN, fork, phase1, phase2, same, scalars, start, succeed, weights
+from tests.commands import LAUNCH, SIZE, TORCHRUN, phase1, phase2, same, scalars, succeed, weights
+from tests.forks import fork
 from tests.test_checkpoint import build_run, save, train_one_step
 
 STEPS = 24
@@ -306,7 +307,7 @@ def test_a_clip_of_nan_is_skipped_and_named_and_many_end_the_run(first, tiny_mod
         for path in _latents_of(cache, name):
             _put_nan(path)
     options += ["--max_train_steps=8", "--max_skipped_steps=1"]
-    done = start(*phase1(tiny_models, small_datasets, out, *options, launcher=()))
+    done = fork(*phase1(tiny_models, small_datasets, out, *options))
     assert done.returncode == 1
     line = one_line(done.stdout + done.stderr, "step 6 skipped: the loss is not finite for ")
     assert "number 2 in a row (--max_skipped_steps 1)" in line
@@ -343,16 +344,18 @@ def test_what_cannot_go_on_is_refused_and_nothing_is_lost(
     }
     before = {name: checksums(out) for name, out in folders.items()}
     remount(disk, "ro")
-    with ExitStack() as stack:  # at the same time: each only starts
-        starved = stack.enter_context(Background(grounding(tmp_path / "starved")))
-        started = {name: stack.enter_context(Background(command)) for name, (command, _) in commands.items()}
-        for name, (_, part) in commands.items():
-            assert started[name].end() == 1
-            one_line(started[name].text, part)
-        assert "kept " not in started["read-only"].text  # nothing was read before
-        # Not one to refuse, but to end alike: the kernel takes a data worker's memory.
-        starved.wait_until(starved.trained)
-        starved.process.children()[0].kill()
-        assert starved.end() == 1
-        one_line(starved.text, "worker was killed")
+    for name, (command, part) in commands.items():
+        done = fork(*command)
+        assert done.returncode == 1
+        one_line(done.stdout + done.stderr, part)
+        assert name != "read-only" or "kept " not in done.stdout  # nothing was read before
     assert {name: checksums(out) for name, out in folders.items()} == before
+
+
+def test_a_data_worker_that_is_killed_ends_the_run_in_one_line(grounding, tmp_path):
+    """As the kernel does for want of memory."""
+    with Background(grounding(tmp_path / "run")) as done:
+        done.wait_until(done.trained)
+        done.process.children()[0].kill()
+        assert done.end() == 1
+        one_line(done.text, "worker was killed")

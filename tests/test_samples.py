@@ -9,7 +9,8 @@ from c2r.data.buckets import Bucket
 from c2r.data.video import read_window
 from c2r.samples import choose_samples
 from tests.clips import clip, clips_of
-from tests.commands import SIZE, fork, phase2, same, succeed, weights
+from tests.commands import SIZE, phase2, same, succeed, weights
+from tests.forks import fork
 
 
 def test_scenes_come_from_many_files_and_captions_from_real_clips():
