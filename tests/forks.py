@@ -69,9 +69,13 @@ def _run(command, folder, cwd, environment):
     multiprocessing.set_start_method("fork", force=True)  # for data workers: the server's would import all anew
     os.environ.update(environment)
     os.chdir(cwd)
-    if command[0] == "-m":
-        sys.argv = command[1:]
-        runpy.run_path(ROOT / f"{command[1].replace('.', '/')}.py", run_name="__main__")
-    else:
-        sys.argv = command
-        runpy.run_path(ROOT / command[0], run_name="__main__")
+    script = command[0] if command[0] != "-m" else f"{command[1].replace('.', '/')}.py"
+    sys.argv = command[command[0] == "-m" :]
+    status = None
+    try:
+        runpy.run_path(ROOT / script, run_name="__main__")
+    except SystemExit as ended:
+        status = ended.code
+    # Here, as at the end of any script, nothing holds its frames: its data workers have been told to end. Within the
+    # exception multiprocessing would wait for one that has missed its SIGTERM.
+    sys.exit(status)
