@@ -1,9 +1,11 @@
 import argparse
+import errno
 
 import pytest
+from tqdm import tqdm
 
 from c2r import InputError
-from c2r.options import add_common_options, parse_options
+from c2r.options import add_common_options, parse_options, run
 
 REQUIRED = ["--real_dataset", "data", "--output_dir", "out"]
 
@@ -88,3 +90,15 @@ def test_bad_config_is_one_line(tmp_path, text, part):
 def test_bad_values_name_their_option(name, value):
     with pytest.raises(InputError, match=f"--{name} {value}"):
         options([f"--{name}={value}"])
+
+
+@pytest.mark.parametrize("error", [InputError("a.mp4: unreadable"), OSError(errno.ENOSPC, "No space left", "a.mp4")])
+def test_an_errors_line_stands_alone(error, capsys, signal_handlers):
+    def main():
+        bar = tqdm(total=2)
+        bar.update()
+        raise error
+
+    with pytest.raises(SystemExit, match=r"^error: a\.mp4: "):
+        run(main)
+    assert capsys.readouterr().err.endswith("\n")  # the bar is closed, though the error still holds its frame
