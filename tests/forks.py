@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -36,13 +37,9 @@ def forked(command, folder, cwd=ROOT, **environment):
 def fork(*command, **environment):
     """Run one command to its end; returns its exit status, output and errors."""
     with tempfile.TemporaryDirectory() as folder:
-        process = forked([*command], folder, **environment)
-        process.join(300)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        (status,) = statuses([forked([*command], folder, **environment)])
         texts = [Path(folder, name).read_text(errors="replace") for name in ("stdout", "stderr")]
-    return subprocess.CompletedProcess(command, process.exitcode, *texts)
+    return subprocess.CompletedProcess(command, status, *texts)
 
 
 def forked_twice(command, folder, cwds=(ROOT, ROOT)):
@@ -61,6 +58,21 @@ def forked_twice(command, folder, cwds=(ROOT, ROOT)):
         world |= {"RANK": rank, "LOCAL_RANK": rank}
         processes.append(forked(command, folder / rank, cwds[int(rank)], ACCELERATE_USE_CPU="true", **world))
     return processes
+
+
+def statuses(processes, seconds=300):
+    """Wait for the ends of processes; those that are late are killed, or they would keep the tests from ending.
+
+    Returns:
+        list of exit statuses; minus the signal that killed it.
+    """
+    until = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0, until - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
 
 
 def _run(command, folder, cwd, environment):

@@ -27,7 +27,7 @@ from c2r.encode import encode_missing
 from c2r.encoders import encode_frames
 from c2r.options import run
 from c2r.preview import psnr
-from tests.forks import forked_twice
+from tests.forks import forked_twice, statuses
 from tests.tiny import LATENT_CHANNELS, PROMPT_LENGTH, TEXT_DIM, save_tiny_pipeline
 from tests.videos import corner_frames, counter_frames, encode_video
 
@@ -318,9 +318,7 @@ def test_two_processes_killed_and_started_again(data, options, accelerator, tmp_
     clips = read_manifest(data, "real", options).clips
     assert 5 <= encoded() < len(clips) == 123
 
-    for process in forked_twice(encode, tmp_path):
-        process.join()
-        assert process.exitcode == 0, (tmp_path / "0/stderr").read_text()
+    assert statuses(forked_twice(encode, tmp_path)) == [0, 0], (tmp_path / "0/stderr").read_text()
     logs = [[(tmp_path / rank / name).read_text() for name in ("stdout", "stderr")] for rank in ("0", "1")]
     assert "kept 123 clips of 3 files" in logs[0][0]
     assert "clips/s" in logs[0][1]
@@ -341,9 +339,7 @@ def test_processes_that_see_other_files_do_not_go_on(data, options, tmp_path):
     shutil.copytree(data, other)
     (other / "b.mp4").unlink()
     encode = ["-m", "c2r.encode", *command("data", options)]
-    for process in forked_twice(encode, tmp_path, cwds=(tmp_path, other.parent)):
-        process.join()
-        assert process.exitcode
+    assert statuses(forked_twice(encode, tmp_path, cwds=(tmp_path, other.parent))) == [1, 1]
     assert "its files are not the same for all processes" in (tmp_path / "0/stderr").read_text()
     assert not cached(data, options)
 

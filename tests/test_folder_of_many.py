@@ -14,7 +14,7 @@ from PIL import Image
 
 from c2r.data.video import write_video
 from tests.commands import ENVIRONMENT, ROOT, succeed
-from tests.forks import fork, forked_twice
+from tests.forks import fork, forked_twice, statuses
 from tests.videos import counter_frames, encode_video
 
 SIZE = ["--buckets", "5x32x48", "5x48x32", "1x32x48", "--fps=8", "--dataloader_num_workers=1"]
@@ -151,9 +151,8 @@ def test_each_reason_is_counted_and_all_others_are_encoded(by_one):
 
 
 def test_two_processes_fill_the_same_cache_byte_for_byte(by_one, folder, tiny_models, tmp_path):
-    for process in forked_twice(encode(folder, tiny_models / "pipeline", tmp_path / "two"), tmp_path):
-        process.join()
-        assert process.exitcode == 0, (tmp_path / "0/stderr").read_text()
+    processes = forked_twice(encode(folder, tiny_models / "pipeline", tmp_path / "two"), tmp_path)
+    assert statuses(processes) == [0, 0], (tmp_path / "0/stderr").read_text()
     one, two = content(by_one[0]), content(tmp_path / "two")
     assert one.keys() == two.keys()
     assert all(one[name] == two[name] for name in one)

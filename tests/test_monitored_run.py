@@ -8,7 +8,7 @@ import pytest
 
 from tests.commands import phase2, same, scalars, succeed, weights
 from tests.conftest import flat_video, write_dataset
-from tests.forks import fork, forked_twice
+from tests.forks import fork, forked_twice, statuses
 from tests.test_samples import difference, row_of
 
 # Below any CG look: the controller acts at every sampling.
@@ -66,9 +66,8 @@ def test_a_run_that_is_resumed_after_the_first_change_ends_alike(lowered, first,
 def test_two_processes_make_the_same_videos_and_judge_alike(lowered, first, tiny_models, datasets, tmp_path):
     options = [*OPTIONS, *ALWAYS, "--train_batch_size=1"]
     out = tmp_path / "out"
-    for process in forked_twice(phase2(tiny_models, datasets, first[0] / "final", out, *options), tmp_path):
-        process.join(200)
-        assert process.exitcode == 0, (tmp_path / "0/stderr").read_text()[-3000:]
+    processes = forked_twice(phase2(tiny_models, datasets, first[0] / "final", out, *options), tmp_path)
+    assert statuses(processes) == [0, 0], (tmp_path / "0/stderr").read_text()[-3000:]
     assert scalars(out)["monitor/cg_ratio"] == pytest.approx([0.25, 0.2, 0.2, 0.2])
     for number in range(2):
         ours, theirs = (row_of(run / f"samples/step-2/{number}.mp4") for run in (out, lowered[0]))
