@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -339,7 +340,8 @@ def test_processes_that_see_other_files_do_not_go_on(data, options, tmp_path):
     shutil.copytree(data, other)
     (other / "b.mp4").unlink()
     encode = ["-m", "c2r.encode", *command("data", options)]
-    assert statuses(forked_twice(encode, tmp_path, cwds=(tmp_path, other.parent))) == [1, 1]
+    ended = statuses(forked_twice(encode, tmp_path, cwds=(tmp_path, other.parent)))
+    assert not {0, -signal.SIGKILL} & set(ended), ended  # each by itself, and none in peace
     assert "its files are not the same for all processes" in (tmp_path / "0/stderr").read_text()
     assert not cached(data, options)
 
