@@ -18,45 +18,37 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from c2r import flow_matching
-from c2r.checkpoint import (
+from c2r.cli import EXIT_STOPPED, HelpFormatter, run
+from c2r.data.mixture import read_on_all, read_sources
+from c2r.data.workers import shield_worker
+from c2r.encoding.dataset import ClipDataset
+from c2r.encoding.encoding_pass import encode_missing
+from c2r.encoding.missing import find_missing
+from c2r.evaluation.validation import choose_validation_clips, clip_losses, other_clips, validation_metrics
+from c2r.evaluation.validation_plot import show_history
+from c2r.models.assembly import check_transformer, load_transformer, read_transformer_config
+from c2r.models.contract import save_phase
+from c2r.options import add_common_options, parse_options
+from c2r.sampler import MixedCGRealSampler
+from c2r.training.checkpoint import (
     agree_on_checkpoint,
     load_checkpoint,
     lock_output_dir,
     require_resumable,
     save_checkpoint,
 )
-from c2r.data.dataset import ClipDataset
-from c2r.data.missing import find_missing
-from c2r.data.sources import read_on_all, read_sources
-from c2r.dry_run import RunRecord, dry_run, few
-from c2r.ema import averaged_weights, build_ema, step_ema
-from c2r.encode import encode_missing
-from c2r.engine import (
-    build_accelerator,
-    failing_together,
-    gathered_state_dict,
-    prepare,
-    reads_weights,
-)
-from c2r.guards import StepGuard
-from c2r.interruption import EXIT_STOPPED, Interruption, shield_worker
-from c2r.models.assembly import check_transformer, load_transformer, read_transformer_config, save_phase
-from c2r.optimizer import build_lr_scheduler, build_optimizer
-from c2r.options import HelpFormatter, add_common_options, parse_options, run
-from c2r.preflight import count_parameters, preflight, require_access, require_encoders
-from c2r.sampler import MixedCGRealSampler
-from c2r.training import (
-    LoopState,
-    StepLog,
-    build_contract,
-    in_full_precision,
-    make_noisy_batch,
-    start_logs,
-    tell_small_buckets,
-    under_autocast,
-)
-from c2r.validation import choose_validation_clips, clip_losses, other_clips, show_history, validation_metrics
-from c2r.watchdog import Watchdog
+from c2r.training.dry_run import RunRecord, dry_run, few
+from c2r.training.ema import averaged_weights, build_ema, step_ema
+from c2r.training.engine import build_accelerator, failing_together, gathered_state_dict, prepare, reads_weights
+from c2r.training.guard import StepGuard
+from c2r.training.interruption import Interruption
+from c2r.training.logs import StepLog, start_logs
+from c2r.training.optimizer import build_lr_scheduler, build_optimizer
+from c2r.training.precision import in_full_precision, under_autocast
+from c2r.training.preflight import count_parameters, preflight, require_access, require_encoders
+from c2r.training.run import LoopState, build_contract, tell_small_buckets
+from c2r.training.step import make_noisy_batch
+from c2r.training.watchdog import Watchdog
 
 
 def build_parser():

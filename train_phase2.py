@@ -21,7 +21,35 @@ from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
 from c2r import InputError, flow_matching
-from c2r.checkpoint import (
+from c2r.cli import EXIT_STOPPED, HelpFormatter, run
+from c2r.data.buckets import buckets_of
+from c2r.data.mixture import read_on_all, read_sources
+from c2r.data.workers import shield_worker
+from c2r.encoding.cache import ControlSettings, encoder_fingerprint
+from c2r.encoding.dataset import ClipDataset
+from c2r.encoding.encoding_pass import encode_control, encode_missing
+from c2r.encoding.missing import find_missing, find_missing_control
+from c2r.evaluation.monitor import MIN_FILES, CGMonitor, RatioController
+from c2r.evaluation.monitor_reference import can_monitor, choose_reference_clips, judge_samples, reference_of
+from c2r.evaluation.samples import choose_samples, make_samples, sampling_pipeline, write_samples
+from c2r.evaluation.validation import ControlConditions, choose_validation_clips, leak_warning, validation_metrics
+from c2r.evaluation.validation_plot import show_history
+from c2r.models.adversary import DomainClassifier, domain_loss
+from c2r.models.assembly import check_transformer, load_controlnet, load_transformer, read_transformer_config
+from c2r.models.contract import save_phase
+from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet, injection_layers
+from c2r.models.dinov3 import DINOv3FeatureExtractor, check_dinov3
+from c2r.models.hub import resolve_model_folder
+from c2r.models.transformer import C2RTransformer
+from c2r.options import (
+    add_common_options,
+    add_dinov3_option,
+    add_sampling_options,
+    check_sampling_options,
+    parse_options,
+)
+from c2r.sampler import MixedCGRealSampler
+from c2r.training.checkpoint import (
     agree_on_checkpoint,
     load_checkpoint,
     load_domain_classifier,
@@ -29,15 +57,9 @@ from c2r.checkpoint import (
     require_resumable,
     save_checkpoint,
 )
-from c2r.data.buckets import buckets_of
-from c2r.data.cache import ControlSettings, encoder_fingerprint
-from c2r.data.dataset import ClipDataset
-from c2r.data.missing import find_missing, find_missing_control
-from c2r.data.sources import read_on_all, read_sources
-from c2r.dry_run import RunRecord, dry_run, few
-from c2r.ema import averaged_weights, build_ema, step_ema
-from c2r.encode import encode_control, encode_missing
-from c2r.engine import (
+from c2r.training.dry_run import RunRecord, dry_run, few
+from c2r.training.ema import averaged_weights, build_ema, step_ema
+from c2r.training.engine import (
     build_accelerator,
     failing_together,
     gathered_state_dict,
@@ -45,50 +67,15 @@ from c2r.engine import (
     prepare,
     reads_weights,
 )
-from c2r.guards import StepGuard
-from c2r.interruption import EXIT_STOPPED, Interruption, shield_worker
-from c2r.models.assembly import (
-    check_transformer,
-    load_controlnet,
-    load_transformer,
-    read_transformer_config,
-    resolve_model_folder,
-    save_phase,
-)
-from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet, injection_layers
-from c2r.models.dinov3 import DINOv3FeatureExtractor, check_dinov3
-from c2r.models.domain_classifier import DomainClassifier, domain_loss
-from c2r.models.transformer import C2RTransformer
-from c2r.monitor import MIN_FILES, CGMonitor, RatioController
-from c2r.monitor_reference import can_monitor, choose_reference_clips, judge_samples, reference_of
-from c2r.optimizer import build_lr_scheduler, build_optimizer
-from c2r.options import (
-    HelpFormatter,
-    add_common_options,
-    add_dinov3_option,
-    add_sampling_options,
-    check_sampling_options,
-    parse_options,
-    run,
-)
-from c2r.preflight import count_parameters, fingerprint_backbone, preflight, require_access, require_encoders
-from c2r.sampler import MixedCGRealSampler
-from c2r.samples import choose_samples, make_samples, sampling_pipeline, write_samples
-from c2r.training import (
-    LoopState,
-    StepLog,
-    augment_real_control,
-    build_contract,
-    domain_weights,
-    frozen_dtype,
-    in_full_precision,
-    make_noisy_batch,
-    start_logs,
-    tell_small_buckets,
-    under_autocast,
-)
-from c2r.validation import ControlConditions, choose_validation_clips, leak_warning, show_history, validation_metrics
-from c2r.watchdog import Watchdog
+from c2r.training.guard import StepGuard
+from c2r.training.interruption import Interruption
+from c2r.training.logs import StepLog, start_logs
+from c2r.training.optimizer import build_lr_scheduler, build_optimizer
+from c2r.training.precision import frozen_dtype, in_full_precision, under_autocast
+from c2r.training.preflight import count_parameters, fingerprint_backbone, preflight, require_access, require_encoders
+from c2r.training.run import LoopState, build_contract, tell_small_buckets
+from c2r.training.step import augment_real_control, domain_weights, make_noisy_batch
+from c2r.training.watchdog import Watchdog
 
 
 def build_parser():

@@ -25,11 +25,13 @@ from av.video.reformatter import Colorspace
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from c2r.data.cache import cache_folder, clip_path, prompt_path, save_tensors
-from c2r.data.dataset import ClipDataset
+from c2r.data.clips import cache_folder
 from c2r.data.manifest import read_manifest
 from c2r.data.video import open_video, read_window, timed_frames
-from tests.tiny import save_tiny_pipeline
+from c2r.encoding.cache import clip_path, prompt_path
+from c2r.encoding.dataset import ClipDataset
+from c2r.files import save_tensors
+from tests.helpers.tiny import save_tiny_pipeline
 
 FRAMES, HEIGHT, WIDTH, FPS = 81, 480, 832, 16
 FILM_HEIGHT, FILM_WIDTH, FILM_FPS, FILM_SECONDS = 720, 1280, 24, 21

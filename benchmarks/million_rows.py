@@ -21,12 +21,13 @@ from types import SimpleNamespace
 from datasets import Dataset
 from tqdm import tqdm
 
-from c2r.data.cache import CacheSettings, clip_path, prompt_path, save_tensors
 from c2r.data.clips import Source
 from c2r.data.manifest import read_manifest
 from c2r.data.probes import Probes
 from c2r.data.video import VideoInfo
-from tests.tiny import LATENT_CHANNELS, PROMPT_LENGTH, TEXT_DIM, save_tiny_pipeline
+from c2r.encoding.cache import CacheSettings, clip_path, prompt_path
+from c2r.files import save_tensors
+from tests.helpers.tiny import LATENT_CHANNELS, PROMPT_LENGTH, TEXT_DIM, save_tiny_pipeline
 
 SIZE = {"height": 32, "width": 48, "num_frames": 5, "fps": 8}
 FILES_PER_FOLDER = 1000

@@ -19,11 +19,11 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 from transformers.initialization import no_init_weights
 
 import train_phase2
+from c2r.evaluation.monitor_reference import CLIPS_PER_DOMAIN
+from c2r.evaluation.validation import QUANTILES
 from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet, injection_layers
 from c2r.models.transformer import C2RTransformer
-from c2r.monitor_reference import CLIPS_PER_DOMAIN
-from c2r.validation import QUANTILES
-from tests.fake_cuda import DINOV3_VITB, FRAMES, HEIGHT, WAN_1_3B, WIDTH
+from tests.helpers.fake_cuda import DINOV3_VITB, FRAMES, HEIGHT, WAN_1_3B, WIDTH
 
 CONTROL_LAYERS = 15
 #: Forwards of each clip at each noise level, and DINOv3 passes: (real clips, CG clips). See `ControlConditions`.

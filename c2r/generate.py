@@ -16,17 +16,15 @@ import torch
 from diffusers.utils.torch_utils import empty_device_cache, get_device
 
 from c2r import InputError
+from c2r.cli import run
 from c2r.data.video import probe, read_window, write_video
-from c2r.models.assembly import (
-    check_transformer,
-    load_for_generation,
-    load_pipeline_part,
-    read_contract,
-    resolve_model_folder,
-)
+from c2r.models.assembly import check_transformer, load_for_generation
+from c2r.models.contract import read_contract
 from c2r.models.dinov3 import DINOv3FeatureExtractor
-from c2r.options import PIPELINE_OPTIONS, add_sampling_options, check_sampling_options, run
-from c2r.pipeline import C2RPipeline, max_sequence_length, with_flow_shift
+from c2r.models.hub import resolve_model_folder
+from c2r.models.parts import load_pipeline_part, max_sequence_length
+from c2r.options import PIPELINE_OPTIONS, add_sampling_options, check_sampling_options
+from c2r.pipeline import C2RPipeline, with_flow_shift
 
 #: What Wan 2.1 was made for, where neither the options nor the model's c2r.json name a size.
 DEFAULT_SIZE = {"height": 480, "width": 832, "num_frames": 81, "fps": 16.0}

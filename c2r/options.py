@@ -1,14 +1,7 @@
 """The options of both training scripts: the command line over --config FILE.yaml over the defaults."""
 
 import argparse
-import errno
 import math
-import os
-import re
-import signal
-import sys
-import time
-import traceback
 from pathlib import Path
 
 import yaml
@@ -16,26 +9,15 @@ from diffusers.optimization import SchedulerType
 
 from c2r import InputError, flow_matching
 from c2r.data.buckets import buckets_of, parse_bucket
-from c2r.data.cache import UNWRITABLE
-from c2r.interruption import slot_deadline, stop_on_signals
 from c2r.pipeline import DEFAULT_GUIDANCE_SCALE
-from c2r.watchdog import DEFAULT_TIMEOUT_MINUTES, name_the_lost
+from c2r.training.interruption import slot_deadline
+from c2r.training.watchdog import DEFAULT_TIMEOUT_MINUTES
 
 #: The options that a call of `C2RPipeline` takes by the same names.
 PIPELINE_OPTIONS = (
     *("height", "width", "num_frames", "num_inference_steps"),
     *("guidance", "guidance_scale", "control_guidance_scale", "conditioning_scale"),
 )
-HEAD_START = 5.0  # seconds in which the main process's error ends the others
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description and shows each option's default."""
-
-    def _get_help_string(self, action):
-        if action.default in (None, argparse.SUPPRESS) or isinstance(action, argparse._HelpAction):
-            return action.help
-        return f"{action.help} (default: %(default)s)"
 
 
 def add_clip_options(group):
@@ -333,50 +315,3 @@ def check_options(args):
     for name in ("learning_rate", "lr_warmup_steps", "max_skipped_steps", "num_samples"):
         if not getattr(args, name, 0) >= 0:
             raise InputError(f"--{name} {getattr(args, name)}: must not be negative")
-
-
-def run(main):
-    """Run a script's main; bad input, a full disk and a stopping signal end it with one line, not a traceback."""
-    stop_on_signals()
-    try:
-        main()
-    except InputError as error:
-        _leave_it_to_the_main_process()
-        # From a data loader's worker it comes wrapped in the worker's traceback; the last line is the message.
-        _end(error, re.sub(r"^c2r[.\w]*: ", "", str(error).strip().splitlines()[-1]))
-    except (OSError, EOFError, RuntimeError) as error:
-        if _lost_worker(error):
-            _end(
-                error,
-                f"a data loader's worker was killed or cannot be reached ({str(error).partition(chr(10))[0]}), "
-                "perhaps for want of memory: lower --dataloader_num_workers and start again with "
-                "--resume_from_checkpoint latest",
-            )
-        if getattr(error, "errno", None) in UNWRITABLE:
-            file = error.filename or "output"
-            verb = "opened" if error.errno == errno.EACCES else "written"
-            _end(error, f"{file}: cannot be {verb} ({error.strerror}); mend it and start again")
-        name_the_lost()
-        raise
-
-
-def _end(error, message):
-    """Exit with status 1 and a line of its own: a progress bar that the failed frames hold is closed before."""
-    traceback.clear_frames(error.__traceback__)
-    sys.exit(f"error: {message}")
-
-
-def _leave_it_to_the_main_process():
-    """Most bad input is bad on every process: the main one says so, and the launcher then ends the others."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(HEAD_START)
-
-
-def _lost_worker(error):
-    """Whether a data loader misses one of its workers: torch says so, or it fails to fetch what the worker has left.
-
-    What a worker itself has raised is raised elsewhere in the loader.
-    """
-    frames = traceback.extract_tb(error.__traceback__)
-    return str(error).startswith("DataLoader worker") or any(frame.name == "_try_get_data" for frame in frames)

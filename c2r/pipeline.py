@@ -8,28 +8,14 @@ from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normal
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 
 from c2r import InputError
+from c2r.models.parts import max_sequence_length
 from c2r.models.transformer import C2RTransformer
+from c2r.models.vae import decode_latents
 
 #: The text scale of each kind of guidance, where the caller names none: the released C2R's, and Wan's own.
 DEFAULT_GUIDANCE_SCALE = {"apg": 10.0, "cfg": 5.0}
+
 APG_MOMENTUM = -0.5
-
-
-@torch.no_grad()
-def decode_latents(vae, latents):
-    """Normalised latents (B, C, T, h, w) -> pixel values (B, 3, F, H, W), nominally in [−1, 1]."""
-    latents = latents.to(vae.device, vae.dtype)
-    mean, std = (
-        torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    return vae.decode(latents * std + mean, return_dict=False)[0]
-
-
-def decode_frames(vae, latents):
-    """Normalised latents of one clip (C, T, h, w) -> frames (F, H, W, 3) uint8 on CPU."""
-    pixel_values = decode_latents(vae, latents[None])[0]  # (3, F, H, W)
-    return (pixel_values * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 
 class C2RPipeline(WanPipeline):
@@ -299,11 +285,6 @@ def with_flow_shift(scheduler, flow_shift):
         if name in scheduler.config:
             return type(scheduler).from_config(scheduler.config, **{name: flow_shift})
     raise InputError(f"--flow_shift: {type(scheduler).__name__} has no shift; use the scheduler of a Wan 2.1 folder")
-
-
-def max_sequence_length(tokenizer):
-    """Tokens of a padded prompt: Wan's 512, or fewer where the tokenizer says so (some say 1e30 for "no limit")."""
-    return 512 if tokenizer is None else min(512, tokenizer.model_max_length)
 
 
 def _stacked(control_video):

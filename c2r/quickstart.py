@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from c2r import InputError
-from c2r.contact_sheet import draw_contact_sheet
+from c2r.cli import run
+from c2r.data.contact_sheet import draw_contact_sheet
 from c2r.data.video import read_window
-from c2r.options import run
 from c2r.toy import city
 from c2r.toy.layout import people_correlations
 

@@ -23,10 +23,10 @@ import yaml
 from matplotlib.figure import Figure
 
 from c2r import InputError
-from c2r.data.cache import write_atomic
+from c2r.cli import run
 from c2r.data.video import read_window
-from c2r.options import run
-from c2r.samples import COLUMNS
+from c2r.evaluation.samples import COLUMNS
+from c2r.files import write_atomic
 from c2r.toy import city
 from c2r.toy.layout import correlations, edge_map, people_correlations
 from c2r.toy.pixel_dinov3 import write_pixel_dinov3

@@ -3,44 +3,15 @@
 import csv
 import signal
 
-import numpy as np
 import pytest
 import torch
 
-from c2r.data.video import write_video
-from tests.commands import SIZE, phase1, phase2, succeed
-from tests.tiny import save_tiny_dinov3, save_tiny_pipeline
-from tests.videos import encode_video
+from tests.helpers.commands import SIZE, phase1, phase2, succeed
+from tests.helpers.datasets import noise_video, write_dataset
+from tests.helpers.tiny import save_tiny_dinov3, save_tiny_pipeline
+from tests.helpers.videos import encode_video
 
 torch.set_num_threads(1)  # as the commands have: more of them would spin on the cores that the tests share
-
-
-def noise_video(seed, num_frames=10):
-    """(F, H, W, 3) uint8: coloured blocks that move."""
-    rng = np.random.default_rng(seed)
-    frame = rng.integers(0, 256, (4, 6, 3)).repeat(8, 0).repeat(8, 1)
-    return np.stack([np.roll(frame, 2 * i, axis=1) for i in range(num_frames)]).astype(np.uint8)
-
-
-def flat_video(seed, num_frames=10):
-    """(F, H, W, 3) uint8: one bright colour, with an edge that moves; nobody takes it for `noise_video`."""
-    colours = np.random.default_rng(seed).integers(200, 256, (2, 3))
-    frames = np.broadcast_to(colours[0], (num_frames, 32, 48, 3)).copy()
-    for i, frame in enumerate(frames):
-        frame[:, : 8 + 2 * i] = colours[1]
-    return frames.astype(np.uint8)
-
-
-def write_dataset(folder, names, texts, controls=None, video=noise_video):
-    """Write random videos and their metadata.csv; returns the folder."""
-    folder.mkdir(parents=True)
-    columns = ["file_name", "text"] + (["control_name"] if controls else [])
-    rows = zip(names, texts, *([controls] if controls else []))
-    with open(folder / "metadata.csv", "w", newline="") as file:
-        csv.writer(file).writerows([columns, *rows])
-    for i, name in enumerate([*names, *(controls or [])]):
-        write_video(folder / name, video(i), SIZE["fps"])
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import train_phase2
 from c2r import InputError
+from c2r.cli import run
 from c2r.data.video import probe
-from c2r.options import run
-from tests.commands import SIZE, images, phase2, same, scalars, succeed, weights
-from tests.conftest import noise_video, write_dataset
-from tests.forks import fork
-from tests.tiny import PROMPT_LENGTH
+from tests.helpers.commands import SIZE, images, phase2, same, scalars, succeed, weights
+from tests.helpers.datasets import noise_video, write_dataset
+from tests.helpers.forks import fork
+from tests.helpers.tiny import PROMPT_LENGTH
 
 
 def test_phase1_trains_and_exports(first, tiny_models):

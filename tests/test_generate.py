@@ -6,12 +6,13 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 
 from c2r import InputError
+from c2r.cli import run
 from c2r.data.video import probe, read_window, write_video
 from c2r.generate import build_parser, complete_options, encode_prompts, load_pipeline, main, read_control
-from c2r.models.assembly import PhaseContract, fingerprint_transformer, read_contract, save_phase
+from c2r.models.assembly import fingerprint_transformer
+from c2r.models.contract import PhaseContract, read_contract, save_phase
 from c2r.models.controlnet import C2RControlNet
-from c2r.options import run
-from tests import tiny
+from tests.helpers import tiny
 
 FRAMES, HEIGHT, WIDTH, FPS = 5, 32, 48, 8.0
 SIZE = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "fps": FPS}

@@ -5,21 +5,9 @@ import pytest
 from tqdm import tqdm
 
 from c2r import InputError
-from c2r.options import add_common_options, parse_options, run
-
-REQUIRED = ["--real_dataset", "data", "--output_dir", "out"]
-
-
-def options(argv=(), **defaults):
-    parser = argparse.ArgumentParser()
-    phase = {
-        "train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_train_steps": 10,
-        "learning_rate": 1e-3,
-    }
-    add_common_options(parser, **phase | defaults)
-    return parse_options(parser, [*REQUIRED, *argv])
+from c2r.cli import run
+from c2r.options import add_common_options, parse_options
+from tests.helpers.options import options
 
 
 def test_command_line_wins_over_config_over_defaults(tmp_path):

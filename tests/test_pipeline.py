@@ -8,9 +8,10 @@ from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer
 from c2r import InputError
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.dinov3 import DINOv3FeatureExtractor
+from c2r.models.parts import max_sequence_length
 from c2r.models.transformer import C2RTransformer
-from c2r.pipeline import C2RPipeline, guided_velocity, max_sequence_length, with_flow_shift
-from tests import tiny
+from c2r.pipeline import C2RPipeline, guided_velocity, with_flow_shift
+from tests.helpers import tiny
 
 FRAMES, HEIGHT, WIDTH = 5, 32, 48
 PROMPT = "the street with three people"

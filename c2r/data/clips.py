@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -206,3 +207,9 @@ class Clips(Sequence):
     @property
     def file_count(self) -> int:
         return len(np.unique(self.index[["table", "row"]]))
+
+
+def cache_folder(dataset_folder, options) -> Path:
+    """A command's `--cache_dir`, or .c2r_cache in the dataset's folder."""
+    cache_dir = getattr(options, "cache_dir", None)
+    return Path(cache_dir) if cache_dir else Path(dataset_folder) / ".c2r_cache"

@@ -15,12 +15,13 @@ import pyarrow as pa
 
 from c2r import InputError
 from c2r.data.buckets import buckets_of, cut_into_windows, nearest_buckets
-from c2r.data.cache import cache_folder, digest, noted_failures, write_atomic
-from c2r.data.clips import INDEX, Clips, FileTable, Source
+from c2r.data.clips import INDEX, Clips, FileTable, Source, cache_folder
+from c2r.data.failures import noted_failures
 from c2r.data.folders import DropRow, open_folder
 from c2r.data.metadata import find_metadata, rows_of
 from c2r.data.probes import Probes
 from c2r.data.video import UnusableVideo
+from c2r.files import digest, write_atomic
 
 HELD_OUT_FRACTION = 0.05
 # A pair's rates may differ by this much: 23.976 and 24 are one rate to a clip of seconds.

@@ -8,7 +8,7 @@ import datasets
 from datasets import Dataset
 
 from c2r import InputError
-from c2r.data.cache import UNWRITABLE, digest
+from c2r.files import UNWRITABLE, digest
 
 READERS = {
     # Captions are text, also "NA" and "007"; utf-8-sig because spreadsheet programs write a byte order mark.

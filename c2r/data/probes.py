@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
-from c2r.data.cache import write_atomic
 from c2r.data.video import UnusableVideo, VideoInfo
+from c2r.files import write_atomic
 
 # Fewer files than this are looked into before a progress bar could be read.
 BAR_FROM = 200

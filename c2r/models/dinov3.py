@@ -7,8 +7,9 @@ from torch import nn
 from transformers import DINOv3ViTModel
 
 from c2r import InputError
-from c2r.models.parts import freeze, load_transformers_model, require_complete, resolve_model_folder
-from c2r.models.weights import WeightIndex, read_json
+from c2r.files import read_json
+from c2r.models.hub import WeightIndex, require_complete, resolve_model_folder
+from c2r.models.parts import freeze, load_transformers_model
 
 
 def check_dinov3(name_or_path, sizes):

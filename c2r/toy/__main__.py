@@ -22,8 +22,8 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
+from c2r.cli import run
 from c2r.data.video import write_video
-from c2r.options import run
 from c2r.toy import city
 
 HEIGHT, WIDTH, NUM_FRAMES, FPS = 96, 160, 9, 8

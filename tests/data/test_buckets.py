@@ -11,10 +11,10 @@ from c2r import InputError
 from c2r.data.buckets import Bucket, buckets_of, cut_into_windows, parse_bucket
 from c2r.data.clips import Clips
 from c2r.data.manifest import read_manifest
-from c2r.data.sources import read_sources
+from c2r.data.mixture import read_sources
 from c2r.data.video import write_video
-from tests.clips import clip, clips_of
-from tests.videos import counter_frames
+from tests.helpers.clips import clip, clips_of
+from tests.helpers.videos import counter_frames
 
 WIDE, TALL, SHORT, IMAGE = (
     Bucket(*shape) for shape in ((81, 480, 832), (81, 832, 480), (49, 480, 832), (1, 480, 832))

@@ -17,7 +17,7 @@ from PIL import Image
 from c2r import InputError
 from c2r.data.manifest import is_held_out, read_manifest
 from c2r.data.video import write_video
-from tests.videos import counter_frames, encode_video
+from tests.helpers.videos import counter_frames, encode_video
 
 OPTIONS = SimpleNamespace(height=48, width=64, num_frames=9, fps=16, cache_dir=None)
 

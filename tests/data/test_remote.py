@@ -24,7 +24,7 @@ from c2r.data.folders import read_source
 from c2r.data.manifest import read_manifest
 from c2r.data.remote import RemoteFolder, _RemoteObject, is_remote
 from c2r.data.video import UnusableVideo, write_video
-from tests.videos import counter_frames, encode_video, read_counter
+from tests.helpers.videos import counter_frames, encode_video, read_counter
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from PIL import Image
 
 from c2r import InputError
 from c2r.data.video import UnusableVideo, nearest_frames, open_video, probe, read_window, to_rgb, write_video
-from tests.commands import ENVIRONMENT, ROOT
-from tests.videos import corner_frames, counter_frames, encode_video, read_counter
+from tests.helpers.commands import ENVIRONMENT, ROOT
+from tests.helpers.videos import corner_frames, counter_frames, encode_video, read_counter
 
 CODECS = {
     "h264.mp4": ("libx264", "yuv420p", {"bf": "3"}),

@@ -14,26 +14,21 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from c2r import InputError
-from c2r.models import parts
+from c2r.files import atomic_folder, complete_folder, fingerprint
+from c2r.models import hub, parts
 from c2r.models.assembly import (
-    PhaseContract,
     check_transformer,
-    fingerprint,
-    fingerprint_files,
     fingerprint_transformer,
-    freeze,
     load_controlnet,
     load_for_generation,
-    load_pipeline_part,
     load_transformer,
-    read_contract,
-    resolve_model_folder,
-    save_phase,
 )
+from c2r.models.contract import PhaseContract, read_contract, save_phase
 from c2r.models.controlnet import C2RControlNet
+from c2r.models.hub import fingerprint_files, resolve_model_folder
+from c2r.models.parts import freeze, load_pipeline_part
 from c2r.models.transformer import C2RTransformer
-from c2r.models.weights import atomic_folder, complete_folder
-from tests.tiny import FEATURE_DIM, save_tiny_pipeline, tiny_transformer
+from tests.helpers.tiny import FEATURE_DIM, save_tiny_pipeline, tiny_transformer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -89,7 +84,7 @@ def test_a_local_folder_is_itself(pipeline):
 
 
 def test_wrong_paths_are_refused_without_the_network(pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "snapshot_download", None)
+    monkeypatch.setattr(hub, "snapshot_download", None)
     monkeypatch.chdir(tmp_path)
     Path("outputs").mkdir()
     for path in ("outputs/phase1", "./some/model", "/no/such/model", "model", tmp_path / "nothing"):
@@ -100,7 +95,7 @@ def test_wrong_paths_are_refused_without_the_network(pipeline, tmp_path, monkeyp
 
 def test_a_hub_name_downloads_only_the_parts_asked_for_and_no_pickle(pipeline, monkeypatch):
     calls = []
-    monkeypatch.setattr(parts, "snapshot_download", lambda *args, **options: calls.append((args, options)) or pipeline)
+    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **options: calls.append((args, options)) or pipeline)
     assert resolve_model_folder("Wan-AI/Wan2.1", ["vae"]) == pipeline
     (args, options) = calls[0]
     assert args == ("Wan-AI/Wan2.1",)
@@ -124,7 +119,7 @@ def test_what_the_hub_refuses_is_one_line(monkeypatch, error, message):
     def refuse(*args, **options):
         raise Refused
 
-    monkeypatch.setattr(parts, "snapshot_download", refuse)
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
     assert message in refusal(resolve_model_folder, "a/b")
 
 
@@ -289,7 +284,7 @@ def test_an_unfit_transformer_is_refused_before_its_weights_are_read(pipeline, p
         return copy
 
     monkeypatch.setattr(WanTransformer3DModel, "from_pretrained", None)
-    monkeypatch.setattr("c2r.models.weights.WeightIndex.tensors", None)
+    monkeypatch.setattr("c2r.models.hub.WeightIndex.tensors", None)
     assert "no such model folder" in refusal(load_transformer, "/no/such/folder")
     assert "this is a AutoencoderKLWan" in refusal(load_transformer, pipeline / "vae")
     assert "this is a C2RControlNet" in refusal(load_transformer, phases / "phase2/best")

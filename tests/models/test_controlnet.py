@@ -13,7 +13,7 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 from c2r import InputError
 from c2r.models.controlnet import C2RControlNet, injection_layers
 from c2r.models.transformer import C2RTransformer
-from tests.tiny import FEATURE_DIM, tiny_transformer
+from tests.helpers.tiny import FEATURE_DIM, tiny_transformer
 
 WAN = {
     "1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},

@@ -7,7 +7,7 @@ import torch
 
 from c2r import InputError
 from c2r.models.dinov3 import DINOv3FeatureExtractor
-from tests.tiny import FEATURE_DIM, save_tiny_dinov3, tiny_dinov3
+from tests.helpers.tiny import FEATURE_DIM, save_tiny_dinov3, tiny_dinov3
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -6,10 +6,10 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from c2r.models import transformer as transformer_module
+from c2r.models.adversary import DomainClassifier
 from c2r.models.controlnet import C2RControlBlock, C2RControlNet
-from c2r.models.domain_classifier import DomainClassifier
 from c2r.models.transformer import C2RTransformer
-from tests.tiny import FEATURE_DIM, LATENT_CHANNELS, TEXT_DIM, tiny_transformer
+from tests.helpers.tiny import FEATURE_DIM, LATENT_CHANNELS, TEXT_DIM, tiny_transformer
 
 
 def tiny_model(control_layers=2, control_stride=1, trained=False, seed=0, **overrides):

@@ -1,0 +1,92 @@
+"""The validations of a run as one picture."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from c2r.evaluation.validation import GAINS, LEAK_BOUND
+from c2r.files import write_atomic
+from c2r.training.logs import tensorboard_writer
+
+#: What the three parts of the picture show: names of numbers and their labels.
+LOSSES = {
+    "loss": "right conditions",
+    "loss_other_control": "another clip's control",
+    "loss_no_control": "no control",
+    "loss_other_prompt": "another clip's prompt",
+}
+
+LEAKS = {"leak_share_coarse": "leak (coarse version)", "leak_share_augmented": "leak (augmented)"}
+
+
+def draw_history(history):
+    """The validations of a run as a picture: losses, gain by noise level, gains and leak, over the steps.
+
+    Args:
+        history: list of dicts, each a validation's `step` and its numbers (`validation_metrics`).
+
+    Returns:
+        PNG as bytes, the same for the same history.
+    """
+    figure = Figure(figsize=(12, 4.2), dpi=100, layout="constrained")
+    losses, levels, gains = figure.subplots(1, 3)
+    for name, label in LOSSES.items():
+        _curve(losses, history, name, label)
+    losses.set_title("validation loss")
+
+    gain = next((name for name in GAINS if name in history[-1]), "prompt_gain")
+    by_level = [name for name in history[-1] if name.startswith(f"{gain}_sigma_")]
+    for i, name in enumerate(by_level):  # the more noise, the darker
+        shade = str(0.7 * (1 - i / max(1, len(by_level) - 1)))
+        _curve(levels, history, name, f"at sigma {name.rpartition('_')[2]}", color=shade)
+    levels.set_title(f"{gain.replace('_', ' ')} by noise level")
+
+    for name, color in zip(GAINS, ("C0", "C2")):
+        _curve(gains, history, name, name.replace("_", " "), color=color)
+    gains.set_title("gains")
+    lines = gains.get_lines()
+    if any(name in entry for entry in history for name in LEAKS):
+        gains.set_title("gains, and leak")
+        shares = gains.twinx()
+        for name, style in zip(LEAKS, ("-", "--")):
+            _curve(shares, history, name, LEAKS[name], color="C3", linestyle=style)
+        shares.set_ylim(min(0, shares.get_ylim()[0]), max(1, shares.get_ylim()[1]))
+        lines = [
+            *lines,
+            *shares.get_lines(),
+            shares.axhline(LEAK_BOUND, color="C3", linestyle=":", label="too much"),
+        ]
+        shares.set_ylabel("leak: share of the real clips' control gain", color="C3")
+        shares.tick_params(axis="y", colors="C3")
+    for axes in (levels, gains):
+        axes.axhline(0, color="black", linewidth=0.5)
+    for axes, shown in ((losses, losses.get_lines()), (levels, levels.get_lines()[:-1]), (gains, lines)):
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.grid(alpha=0.3)
+        labels = [line.get_label() for line in shown]
+        axes.legend(shown, labels, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+    png = io.BytesIO()
+    # Without the version of the program that drew it: the same numbers, the same bytes.
+    FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
+    return png.getvalue()
+
+
+def _curve(axes, history, name, label, **style):
+    points = [(entry["step"], entry[name]) for entry in history if name in entry]
+    if points:
+        axes.plot(*zip(*points), marker="o", markersize=3, label=label, **style)
+
+
+def show_history(history, accelerator, output_dir):
+    """Write validation.png into the output folder, and the same picture to TensorBoard. On the main process."""
+    png = draw_history(history)
+    write_atomic(Path(output_dir) / "validation.png", png)
+    if (writer := tensorboard_writer(accelerator)) is not None:
+        picture = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+        writer.add_image("validation", picture, history[-1]["step"], dataformats="HWC")

@@ -1,0 +1,139 @@
+"""`c2r.json`: what a phase hands to the next one and to generation."""
+
+import json
+import math
+import os
+import platform
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import accelerate
+import diffusers
+import torch
+import transformers
+from accelerate import init_empty_weights
+from diffusers import WanTransformer3DModel
+
+from c2r import InputError
+from c2r.files import atomic_folder, complete_folder, read_json
+from c2r.models.controlnet import C2RControlNet
+from c2r.models.hub import fingerprint_files
+
+CONTRACT = "c2r.json"
+
+
+def library_versions():
+    modules = {"torch": torch, "diffusers": diffusers, "transformers": transformers, "accelerate": accelerate}
+    return {"python": platform.python_version()} | {name: module.__version__ for name, module in modules.items()}
+
+
+@dataclass(frozen=True)
+class PhaseContract:
+    """What a phase hands to the next one and to generation: the `c2r.json` of best/ and final/.
+
+    Models are named by hub name or path. In the file a local path is relative to the folder, so that the folders of
+    both phases can be moved together; in memory it is ready for use.
+    """
+
+    phase: int  #: 1 or 2
+    base_model: str  #: the Wan pipeline of VAE, text encoder and scheduler
+    step: int  #: optimizer updates so far
+    validation_loss: float | None = None
+    metrics: dict = field(default_factory=dict)  #: the other numbers of the last validation
+    dataset_fingerprints: dict = field(default_factory=dict)  #: {dataset: fingerprint}
+    versions: dict = field(default_factory=library_versions)
+    height: int | None = None  #: pixels, of training
+    width: int | None = None
+    num_frames: int | None = None
+    fps: float | None = None
+    flow_shift: float | None = None
+    conditioning_scale: float | None = None  #: phase 2
+    weights_sha256: str | None = None  #: of this folder's weights; `save_phase` fills it in
+    backbone: str | None = None  #: phase 2: the backbone it was trained on, from here on
+    backbone_sha256: str | None = None  #: `fingerprint_transformer(backbone)`
+    dinov3: str | None = None
+
+    def __post_init__(self):
+        if self.phase not in (1, 2):
+            raise ValueError(f"phase is {self.phase!r}: it must be 1 or 2")
+        absent = [name for name in ("backbone", "backbone_sha256", "dinov3") if getattr(self, name) is None]
+        if self.phase == 2 and absent:
+            raise ValueError(f"a phase 2 contract needs {', '.join(absent)}")
+        if self.validation_loss is not None and not math.isfinite(self.validation_loss):
+            raise ValueError(f"validation_loss is {self.validation_loss}: a model like that must not be saved")
+
+
+PATHS = ("base_model", "backbone", "dinov3")
+
+
+def save_weights(folder, model, state_dict):
+    """`model.save_pretrained(folder)` with these weights instead of the module's own."""
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}  # no path of the source
+    with init_empty_weights():
+        whole = type(model).from_config(config)
+    whole.load_state_dict(state_dict, assign=True)
+    whole.save_pretrained(folder)
+
+
+def save_phase(folder, model, contract, state_dict=None):
+    """Write best/ or final/ of a phase: model, config and contract; complete or absent (see `atomic_folder`).
+
+    Call it on one process. The phase 1 folder also loads with `WanTransformer3DModel.from_pretrained`.
+
+    Args:
+        folder: where; an older one is replaced.
+        model: `WanTransformer3DModel` (phase 1) or `C2RControlNet` (phase 2).
+        contract: `PhaseContract`; local paths in it are relative to the current directory.
+        state_dict: the model's weights where the module itself does not hold them: gathered from a sharded engine, or
+            averaged. None: the model's own.
+
+    Returns:
+        the contract with `weights_sha256`.
+
+    Raises:
+        TypeError: if the model is not the phase's.
+    """
+    model_class = {1: WanTransformer3DModel, 2: C2RControlNet}[contract.phase]
+    if not isinstance(model, model_class):
+        raise TypeError(f"phase {contract.phase} saves a {model_class.__name__}, not a {type(model).__name__}")
+    folder = Path(os.path.realpath(folder))
+    with atomic_folder(folder) as temporary:
+        if state_dict is None:
+            model.save_pretrained(temporary)
+        else:
+            save_weights(temporary, model, state_dict)
+        contract = replace(contract, weights_sha256=fingerprint_files(temporary))
+        stored = asdict(contract) | {name: _relative(getattr(contract, name), folder) for name in PATHS}
+        (temporary / CONTRACT).write_text(json.dumps(stored, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return contract
+
+
+def _relative(name, folder):
+    """A local path relative to `folder`, always with a leading dot, so that it is no hub name; others as they are."""
+    if name is None or not os.path.exists(name):
+        return name
+    path = os.path.relpath(os.path.realpath(name), folder)
+    return path if path.startswith("..") else f"./{path}"
+
+
+def read_contract(folder):
+    """The contract of a phase's best/ or final/, its local paths ready for use.
+
+    Raises:
+        InputError: no folder, no contract in it, or one of another version.
+    """
+    folder = complete_folder(folder)
+    path = folder / CONTRACT
+    if not path.is_file():
+        raise InputError(f"{folder}: has no {CONTRACT}; give best/ or final/ of a phase, or check the path")
+    stored = read_json(path)
+    unknown = sorted(stored.keys() - {entry.name for entry in fields(PhaseContract)})
+    if unknown:
+        raise InputError(f"{path}: unknown entries {', '.join(unknown)}; it was written by another version")
+    for name in PATHS:
+        if (stored.get(name) or "").startswith("."):
+            stored[name] = os.path.realpath(folder / stored[name])
+    try:
+        return PhaseContract(**stored)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}; it is damaged or was written by another version") from None

@@ -1,0 +1,304 @@
+"""What differs between the training engines: one process, DDP, DeepSpeed ZeRO-2 and ZeRO-3, FSDP2.
+
+The launcher's configuration chooses (see accelerate_configs/); the scripts call the same functions whichever it is.
+Precision is ours in all of them: weights keep the dtype that they were loaded in and the forward runs under autocast,
+so that no engine casts trainable weights to bf16.
+"""
+
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+from operator import attrgetter
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    gather_object,
+)
+from safetensors import SafetensorError
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from c2r import InputError
+from c2r.files import fingerprint
+from c2r.training.optimizer import adamw_8bit, exact_state_dict
+
+
+def build_accelerator(args):
+    """The Accelerator of a run, its logs in `output_dir`/logs, on the engine that the launcher has chosen.
+
+    Raises:
+        InputError: `output_dir` cannot be made, DeepSpeed is missing, the launched processes do not join, or an option
+            does not work on the engine.
+    """
+    output_dir = Path(args.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output_dir {output_dir}: cannot be created ({error.strerror})") from error
+    deepspeed = _launched_with("DEEPSPEED")
+    on_cpu = not torch.accelerator.is_available()
+    # Well above the watchdog's, which says more, also where a process hangs that was late already.
+    group = {"timeout": timedelta(minutes=2 * args.distributed_timeout_minutes + 1)}
+    if deepspeed and on_cpu:
+        os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
+        group["backend"] = "gloo"
+    accelerator = Accelerator(
+        # The options decide, not the launcher's configuration.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
+        mixed_precision="no",
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+        deepspeed_plugin=_deepspeed_plugin(args) if deepspeed else None,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(**group),
+            # Without it DDP keeps every gradient twice.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
+        cpu=on_cpu and not deepspeed,
+        # The schedulers here count optimizer steps; Accelerate would advance a prepared one once per process.
+        step_scheduler_with_optimizer=False,
+    )
+    if _launched_with("FSDP") and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # Accelerate shards on accelerators only; FSDP2 itself runs on gloo as well.
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    require_joined(accelerator)
+    require_supported(accelerator, args)
+    return accelerator
+
+
+def require_joined(accelerator):
+    """Raise InputError if the launched processes do not know of each other."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        # Each would train by itself, and all would write into the same folder.
+        raise InputError(
+            f"{launched} processes were launched, but Accelerate joins {accelerator.num_processes}; "
+            "check the configuration that `accelerate launch` was given"
+        )
+
+
+def _launched_with(engine):
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
+
+
+def _deepspeed_plugin(args):
+    try:
+        plugin = DeepSpeedPlugin(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            gradient_clipping=args.max_grad_norm,
+            zero3_init_flag=False,  # `prepare` shards what has been loaded
+        )
+    except ImportError as error:
+        raise InputError("the accelerate config asks for DeepSpeed: pip install deepspeed==0.19.8") from error
+    config = plugin.deepspeed_config
+    for precision in ("fp16", "bf16"):
+        if config.get(precision, {}).get("enabled") not in (None, False, "auto"):
+            raise InputError(
+                f"the DeepSpeed config enables {precision}: take it out and give --mixed_precision instead, which "
+                "keeps trainable weights in fp32"
+            )
+        config.pop(precision, None)
+    config |= {
+        "train_micro_batch_size_per_gpu": args.train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "gradient_clipping": args.max_grad_norm,
+        "train_batch_size": args.train_batch_size
+        * args.gradient_accumulation_steps
+        * int(os.environ.get("WORLD_SIZE", 1)),
+        # Ours steps on offloaded states too (torch's fused AdamW), with the same result as on the GPU.
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return plugin
+
+
+_NAMES = {"zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3", "fsdp2": "FSDP2"}
+
+
+def sharding(accelerator):
+    """How the run's weights and optimizer states are split over the processes: None, "zero2", "zero3" or "fsdp2".
+
+    Raises:
+        InputError: for an engine or a stage that this code has not been tried with.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise InputError("the accelerate config asks for FSDP 1; set fsdp_version: 2, as in fsdp2.yaml")
+        return "fsdp2"
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        if stage not in (2, 3):
+            raise InputError(f"the accelerate config asks for ZeRO stage {stage}; take deepspeed_zero2 or _zero3.yaml")
+        return f"zero{stage}"
+    return None
+
+
+def require_supported(accelerator, args):
+    """Raise InputError for an option that cannot work on the run's engine, with another one, or as installed."""
+    engine = sharding(accelerator)
+    if args.optimizer == "adamw8bit":
+        adamw_8bit()
+    if args.weight_storage == "bf16" and args.mixed_precision != "bf16":
+        raise InputError(
+            f"--weight_storage bf16: needs --mixed_precision bf16, not {args.mixed_precision}; or take "
+            "--weight_storage fp32"
+        )
+    if args.weight_storage == "bf16" and args.ema_decay is not None:
+        raise InputError(
+            "--ema_decay: would average the bf16 part of the weights alone, which small steps do not move; take "
+            "--weight_storage fp32, or no average"
+        )
+    if args.weight_storage == "bf16" and engine is not None:
+        # ZeRO steps on flat partitions and FSDP2 on DTensors of its own: the low bits beside them would be lost.
+        raise InputError(
+            f"--weight_storage bf16: needs whole weights on every device, {_NAMES[engine]} splits "
+            "what is trained; take --weight_storage fp32, or single_gpu.yaml or multi_gpu.yaml"
+        )
+    if args.optimizer == "adamw8bit" and engine == "fsdp2":
+        raise InputError(
+            "--optimizer adamw8bit: bitsandbytes cannot step on weights that FSDP2 has split; take --optimizer adamw, "
+            "or deepspeed_zero2.yaml or deepspeed_zero3.yaml"
+        )
+
+
+def reads_weights(accelerator):
+    """Whether this process reads the models that train.
+
+    Every sharding engine spreads the main process's weights: the others build the same model on memory that is never
+    touched, and a 14B start does not need one copy per process. Without sharding each needs its whole copy anyway.
+    """
+    return sharding(accelerator) is None or accelerator.is_main_process
+
+
+def prepare(accelerator, model, optimizer):
+    """`accelerator.prepare(model, optimizer)`, with what ZeRO-3 and FSDP2 need before it."""
+    if sharding(accelerator) == "zero3":
+        import deepspeed
+
+        # The engine by itself would put the whole model on every device before it splits it.
+        deepspeed.zero.Init(module=model, config_dict_or_path=accelerator.state.deepspeed_plugin.deepspeed_config)
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(accelerator.device))
+    if sharding(accelerator) == "fsdp2":
+        # Accelerate looks parameters up by this method of transformers' models; what it does for others fails on a
+        # parameter of the outermost module, as Wan has.
+        model.get_parameter_or_buffer = lambda name: attrgetter(name)(model)
+    return accelerator.prepare(model, optimizer)
+
+
+def local_shard(parameter):
+    """The part of a parameter that this process holds: a tensor that shares its memory; all of it without sharding."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    return getattr(parameter, "ds_tensor", parameter).detach()
+
+
+def drop_gathered(model):
+    """Have a prepared model hold no more than this process's part of its weights, as between two training steps.
+
+    After a forward without backward FSDP2 keeps the root's weights gathered, and ZeRO-3 all that are small; others it
+    is still fetching, for the modules that a training step would run next.
+    """
+    zero3 = getattr(model, "optimizer", None)
+    if hasattr(zero3, "empty_partition_cache"):  # the engine's own method also collects garbage: up to a second a call
+        zero3.empty_partition_cache()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def local_fingerprint(module, model):
+    """SHA-256 of this process's part of a module's parameters: whether they have changed since the last call.
+
+    Args:
+        module: a part of the prepared model.
+        model: the prepared model that holds it.
+    """
+    drop_gathered(model)
+    return fingerprint((name, local_shard(parameter)) for name, parameter in module.named_parameters())
+
+
+@torch.no_grad()
+def gathered_state_dict(accelerator, module, optimizer=None):
+    """The whole weights of a prepared module, as `save_pretrained` writes them. Call it on every process.
+
+    Args:
+        accelerator: the run's.
+        module: the prepared model or a part of it, unwrapped.
+        optimizer: holds what `--weight_storage bf16` keeps beside the module.
+
+    Returns:
+        {name: tensor} on the main process, {} on the others. Sharded weights are gathered one by one, to the CPU.
+    """
+    engine = sharding(accelerator)
+    if engine in (None, "zero2"):
+        return exact_state_dict(module, optimizer) if accelerator.is_main_process else {}
+    if engine == "zero3":
+        drop_gathered(accelerator.deepspeed_engine_wrapped.engine)  # what is being fetched cannot be gathered
+    state_dict = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        with _gathered(tensor) as whole:
+            if accelerator.is_main_process:
+                state_dict[name] = whole.detach().to("cpu", copy=True)
+    return state_dict
+
+
+@contextmanager
+def _gathered(tensor):
+    if isinstance(tensor, DTensor):
+        yield tensor.full_tensor()
+    elif hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            yield tensor
+    else:
+        yield tensor
+
+
+def stepped_parameters(optimizer):
+    """The torch optimizer below Accelerate's and DeepSpeed's wrappers, and the tensors that it steps on here.
+
+    Returns:
+        optimizer, list of tensors: the module's parameters, their local part as DTensor (FSDP2), or flat partitions
+        of this process (ZeRO). Their order is the same in every run of the same model, configuration and number of
+        processes.
+    """
+    base = optimizer.optimizer  # of AcceleratedOptimizer or DeepSpeedOptimizerWrapper
+    for partitions in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):  # ZeRO-3, ZeRO-2
+        if hasattr(base, partitions):
+            return base.optimizer, list(getattr(base, partitions))
+    return base, [parameter for group in base.param_groups for parameter in group["params"]]
+
+
+@contextmanager
+def failing_together(accelerator, what):
+    """Turn a write that fails on one process into one `InputError` on all, where the others would wait for ever.
+
+    Args:
+        accelerator: the run's; enter and leave on every process.
+        what: the file or folder that is written, for the message.
+    """
+    failure = None
+    try:
+        yield
+    except InputError as error:
+        failure = str(error)
+    except (OSError, SafetensorError) as error:
+        failure = (
+            f"{what}: cannot be written ({getattr(error, 'strerror', None) or error}); what was finished before is "
+            "still there: mend it, then start again with --resume_from_checkpoint latest"
+        )
+    failures = [failure for failure in gather_object([failure]) if failure is not None]
+    if failures:
+        raise InputError(failures[0])

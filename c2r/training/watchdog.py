@@ -1,0 +1,200 @@
+"""Names the process that hangs or is gone, where the others would wait for it in silence.
+
+Every process tells the others where it is, through a store beside the process group: so it is heard even while the
+group itself is stuck in a collective.
+"""
+
+import atexit
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+
+from accelerate.utils import broadcast_object_list
+from torch.distributed import DistError, TCPStore
+
+EXIT_HUNG = 74  # EX_IOERR of sysexits.h
+
+INTERVAL = 1.0  # seconds between two messages of a process
+
+GONE_AFTER = 30.0  # seconds without a message, at most: well above what a busy machine delays it by
+
+DEFAULT_TIMEOUT_MINUTES = 10.0
+
+_current = None  # the run's `Watchdog`
+
+
+class Watchdog:
+    """Ends the run with one line that names the process behind, when nothing moves for `timeout_seconds`.
+
+    With one process all methods do nothing. Make it on every process, when the process group stands.
+
+    Args:
+        accelerator: an `Accelerator`.
+        timeout_seconds: above the slowest thing between two calls of `beat`: loading a model, a micro-step, a save.
+    """
+
+    def __init__(self, accelerator, timeout_seconds):
+        self.accelerator = accelerator
+        self.timeout_seconds = timeout_seconds
+        self.gone_after = min(GONE_AFTER, timeout_seconds)
+        self.alone = accelerator.num_processes == 1
+        # Not judged before the first beat: downloads and the first look into all files may take any time.
+        self._state = {"count": 0, "what": "start", "waiting": True}
+        self._beat_at = time.monotonic()
+        self._closed = threading.Event()
+        self._barriers = 0
+        global _current
+        _current = None if self.alone else self
+        if self.alone:
+            return
+        host = os.environ.get("MASTER_ADDR", "localhost")
+        port = 0
+        if accelerator.is_main_process:
+            self._server = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+            port = self._server.port
+        port = broadcast_object_list([port])[0]
+        # One connection each for the two threads: a call of one must not wait for the other's.
+        self._store, self._thread_store = (
+            TCPStore(host, port, is_master=False, timeout=timedelta(seconds=self.gone_after)) for _ in range(2)
+        )
+        self._publish(0)
+        accelerator.wait_for_everyone()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+        self._thread.start()
+        # A thread that is in the store while Python ends aborts the process.
+        atexit.register(self._stop)
+
+    def beat(self, what):
+        """Say where this process is, such as "step 812: data"; costs no communication."""
+        self._state = {"count": self._state["count"] + 1, "what": what, "waiting": False}
+        self._beat_at = time.monotonic()
+
+    def wait_for_everyone(self):
+        """A barrier that waits for any time, as long as those who are not there yet go on beating."""
+        if not self.alone:
+            unjudged = self._state["waiting"]
+            self._state = self._state | {"waiting": True}
+            self._barriers += 1
+            key = f"barrier{self._barriers}"
+            arrived = self._store.add(key, 1)
+            while arrived < self.accelerator.num_processes:
+                time.sleep(0.05)
+                arrived = self._store.add(key, 0)
+            # From here on the counts tell again who is behind: shares of different size have set them apart.
+            self._state["count"] = self._barriers * 10**9
+            self.beat(self._state["what"])
+            self._state["waiting"] = unjudged
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def unjudged(self):
+        """The body may take any time without a beat, such as a look into all files."""
+        judged, self._state = self._state, self._state | {"waiting": True}
+        yield
+        self._state, self._beat_at = self._state | {"waiting": judged["waiting"]}, time.monotonic()
+
+    @contextmanager
+    def main_process_first(self):
+        """The others wait, for any time, until the main process has run the body."""
+        if not self.accelerator.is_main_process:
+            self.wait_for_everyone()
+        with self.unjudged():
+            yield
+        if self.accelerator.is_main_process:
+            self.wait_for_everyone()
+
+    def close(self):
+        """Stop watching; at the end of a run."""
+        if not self.alone:
+            self._stop()
+            atexit.unregister(self._stop)
+        self.accelerator.wait_for_everyone()  # the main process's store stays until no one is in it
+
+    def _stop(self):
+        self._closed.set()
+        self._thread.join(5 * INTERVAL)
+
+    def _publish(self, number):
+        message = self._state | {
+            "number": number,
+            "idle": time.monotonic() - self._beat_at,
+            "host": socket.gethostname(),
+        }
+        self._thread_store.set(f"rank{self.accelerator.process_index}", json.dumps(message))
+
+    def _watch(self):
+        ranks = range(self.accelerator.num_processes)
+        heard = {rank: (None, time.monotonic()) for rank in ranks}  # the last message's number, and when it was new
+        number = 0
+        while not self._closed.wait(INTERVAL):
+            number += 1
+            try:
+                self._publish(number)
+                messages = [json.loads(text) for text in self._thread_store.multi_get([f"rank{r}" for r in ranks])]
+            except (DistError, RuntimeError):  # the store is the main process's
+                if not self._closed.wait(INTERVAL):
+                    self._end("process 0 no longer answers", loud=self.accelerator.process_index == 1)
+                return
+            now = time.monotonic()
+            for rank, message in enumerate(messages):
+                if message["number"] != heard[rank][0]:
+                    heard[rank] = (message["number"], now)
+            gone = [rank for rank in ranks if now - heard[rank][1] > self.gone_after]
+            loud = self.accelerator.process_index == min(set(ranks) - set(gone), default=0)
+            if gone:
+                self._end(f"{_named(gone, messages)} no longer answers", loud)
+            line = hang_report(messages, self.timeout_seconds)
+            if line is not None:
+                self._end(line, loud)
+
+    def _end(self, line, loud):
+        if loud:
+            print(
+                f"\nerror: {line}; start again, a training with --resume_from_checkpoint latest",
+                file=sys.stderr,
+                flush=True,
+            )
+        else:
+            time.sleep(2 * INTERVAL)  # or the launcher ends the others before one has spoken
+        os._exit(EXIT_HUNG)
+
+
+def name_the_lost():
+    """End this process with the name of the one that is gone, if one is. Call it when something has failed.
+
+    Where a process dies, the others' collectives fail at once or hang, depending on the backend; their own errors do
+    not tell whom they were waiting for.
+    """
+    if _current is not None and not _current._closed.is_set():
+        _current.gone_after = 3 * INTERVAL
+        time.sleep(6 * INTERVAL)
+
+
+def hang_report(messages, timeout_seconds):
+    """One line about the processes that keep the others waiting; None as long as all move.
+
+    Args:
+        messages: one per process: {"count", "what", "waiting", "idle", "host"}; idle in seconds. A process that waits
+            for the others keeps nobody waiting.
+        timeout_seconds: the idle time that is a hang.
+    """
+    # Who is further on may be idle for longer: it waits for these.
+    busy = [rank for rank, message in enumerate(messages) if not message["waiting"]]
+    lowest = min((messages[rank]["count"] for rank in busy), default=0)
+    behind = [rank for rank in busy if messages[rank]["count"] == lowest]
+    if min((messages[rank]["idle"] for rank in behind), default=0) <= timeout_seconds:
+        return None
+    line = f"no progress for {timeout_seconds:.0f} s: {_named(behind, messages)} at '{messages[behind[0]]['what']}'"
+    others = [m["what"] for r, m in enumerate(messages) if r not in behind]
+    if others:
+        line += f", the others wait at '{others[0]}'"
+    return f"{line} (--distributed_timeout_minutes)"
+
+
+def _named(ranks, messages):
+    return ", ".join(f"process {rank} on {messages[rank]['host']}" for rank in ranks)

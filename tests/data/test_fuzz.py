@@ -1,0 +1,209 @@
+"""Thousands of damaged files and manifests: each is kept, or dropped with a reason; none hangs or ends the process.
+
+They are read in a process of its own, which prints the name of each before it reads it.
+"""
+
+import csv
+import random
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet
+from PIL import Image
+
+from c2r import InputError
+from c2r.data.manifest import read_manifest
+from c2r.data.video import UnusableVideo, probe, read_window
+from tests.helpers.commands import ENVIRONMENT, ROOT
+from tests.helpers.videos import encode_video
+
+OPTIONS = SimpleNamespace(height=32, width=48, num_frames=5, fps=8, cache_dir=None)
+UNUSABLE = {"unreadable", "no video stream", "beyond the limits"}
+SECONDS_PER_INPUT = 10
+#: What libraries, decoders and the largest frame of 8192x8192 pixels may take together.
+MAX_BYTES = 2 * 2**30
+
+
+def originals(folder):
+    """Whole files of many formats."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (6, 4, 6, 3), np.uint8).repeat(8, 1).repeat(8, 2)
+    encode_video(folder / "a.mp4", frames, 8)
+    encode_video(folder / "b.mkv", frames, 8)
+    encode_video(folder / "c.webm", frames, 8, codec="libvpx-vp9")
+    encode_video(folder / "d.avi", frames, 8, codec="mpeg4")
+    encode_video(folder / "e.ts", frames, 8)
+    encode_video(folder / "f.mov", frames, 8, codec="mjpeg", pix_fmt="yuvj420p")
+    for name in ("g.png", "h.jpg", "j.webp"):
+        Image.fromarray(frames[0]).save(folder / name)
+    stills = [Image.fromarray(frame) for frame in frames]
+    stills[0].save(folder / "i.gif", save_all=True, append_images=stills[1:], duration=125)
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def atoms(content):
+    """The top-level boxes of an mp4 or mov, whole; of anything else, its quarters."""
+    found, place = [], 0
+    while place < len(content):
+        size = int.from_bytes(content[place : place + 4])
+        if not 8 <= size <= len(content) - place or not content[place + 4 : place + 8].isalpha():
+            return [content[i * len(content) // 4 : (i + 1) * len(content) // 4] for i in range(4)]
+        found.append(content[place : place + size])
+        place += size
+    return found
+
+
+def mutated(content, other, rng):
+    """A damaged copy: the header more often than the rest."""
+    content = bytearray(content)
+    reach = min(len(content), rng.choice([32, 200, 1000, len(content)]))
+    for _ in range(rng.choice([1, 2, 8])):
+        place, kind = rng.randrange(reach), rng.randrange(8)
+        if kind == 0:
+            content[place : place + 1] = bytes([rng.randrange(256)])
+        elif kind == 1:
+            content[place : place + 4] = rng.choice([b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", bytes(4)])
+        elif kind == 2:
+            del content[place : place + rng.randrange(1, 64)]
+        elif kind == 3:
+            content[place:place] = rng.randbytes(rng.randrange(1, 64))
+        elif kind == 4:
+            content[:place] = other[:place]
+        elif kind == 5:
+            end = min(len(content), place + rng.randrange(1, 256))
+            content[place:end] = bytes(end - place)
+        elif kind == 6:
+            parts = atoms(bytes(content))
+            rng.shuffle(parts)
+            content = bytearray(b"".join(parts))
+        else:
+            del content[max(place, 1) :]
+        reach = max(1, min(reach, len(content)))
+    return bytes(content)
+
+
+def announce(name):
+    """Print what is read next; SIGALRM ends the process, also from within a decoder, where no Python runs."""
+    print(name, flush=True)
+    signal.alarm(SECONDS_PER_INPUT)
+
+
+def read_files(folder, count):
+    """Probe `count` damaged files and decode a window of those that are accepted; then read them as one dataset."""
+    rng = random.Random(0)
+    whole = originals(folder / "originals")
+    names = list(whole)
+    data = folder / "data"
+    data.mkdir()
+    outcomes, found = {}, []
+    for i in range(count):
+        name, other = rng.choice(names), rng.choice(names)
+        path = data / f"{i}{Path(rng.choice([name, name, other])).suffix}"
+        path.write_bytes(mutated(whole[name], whole[other], rng))
+        announce(path.name)
+        try:
+            info = probe(path)
+            outcomes[path.name] = "decoded"
+            if info.frames_at(OPTIONS.fps) >= (1 if info.is_image else OPTIONS.num_frames):
+                read_window(path, 0, 1 if info.is_image else OPTIONS.num_frames, OPTIONS.fps, 32, 48)
+            else:
+                outcomes[path.name] = "too short"
+        except UnusableVideo as error:
+            outcomes[path.name] = f"{outcomes.get(path.name, 'dropped')}, {error.reason}"
+            found.append(error)
+    assert {error.reason for error in found} <= UNUSABLE
+    assert not [error for error in found if "\n" in str(error)]
+    for outcome in sorted(set(outcomes.values())):
+        print(f"{list(outcomes.values()).count(outcome)} {outcome}")
+    dropped = {name for name, outcome in outcomes.items() if outcome.startswith("dropped")}
+    assert count / 10 < len(dropped) < count * 9 / 10, "the damage is too small or too large to tell anything"
+
+    (data / "whole.mp4").write_bytes(whole["a.mp4"])
+    with open(data / "metadata.csv", "w", newline="") as table:
+        csv.writer(table).writerows([("file_name", "text"), ("whole.mp4", "a"), *((name, "a") for name in outcomes)])
+    print("all as one dataset", flush=True)
+    signal.alarm(60)
+    manifest = read_manifest(data, "real", OPTIONS)
+    lost = {row.file: row.reason for row in manifest.dropped}
+    assert len({clip.name for clip in manifest.clips}) + len(lost) == count + 1
+    assert {name for name, reason in lost.items() if reason in UNUSABLE} == dropped
+
+
+def read_manifests(folder, count):
+    """Read `count` damaged manifests of each kind."""
+    rng = random.Random(1)
+    whole = originals(folder / "originals")
+    data = folder / "data"
+    data.mkdir()
+    names = {f"{i}.mp4" for i in range(3)}
+    for name in names:
+        (data / name).write_bytes(whole["a.mp4"])
+    rows = {"file_name": sorted(names), "text": ["a street"] * 3}
+    pyarrow.parquet.write_table(pyarrow.table(rows), folder / "metadata.parquet")
+    tables = {
+        "metadata.csv": b"file_name,text\n" + b"".join(b"%d.mp4,a street\n" % i for i in range(3)),
+        "metadata.jsonl": b"".join(b'{"file_name": "%d.mp4", "text": "a street"}\n' % i for i in range(3)),
+        "metadata.parquet": (folder / "metadata.parquet").read_bytes(),
+    }
+    total, lines = 0, []
+    for table, content in tables.items():
+        read = 0
+        for i in range(count):
+            damaged = mutated(content, content[::-1], rng)
+            (folder / "inputs").mkdir(exist_ok=True)
+            (folder / "inputs" / f"{i} {table}").write_bytes(damaged)  # to look at, where one fails
+            (data / table).write_bytes(damaged)
+            announce(f"{i} {table}")
+            try:
+                manifest = read_manifest(data, "real", OPTIONS)
+            except InputError as error:
+                lines.append(str(error))
+            else:
+                read += 1
+                kept = {clip.name for clip in manifest.clips}
+                assert kept <= names
+                assert len(kept) + len(manifest.dropped) == manifest.row_count
+                assert all(row.reason for row in manifest.dropped)
+        (data / table).unlink()
+        print(f"{read} of {count} {table} were read")
+        assert read < count
+        total += read
+    assert total
+    assert not [line for line in lines if "\n" in line]
+
+
+def run(what, folder, count):
+    """Its output, from a process of its own; the input at which it ended is named."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.data.test_fuzz", what, str(folder), str(count)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        timeout=200,
+    )
+    last = (done.stdout.splitlines() or ["nothing"])[-1]
+    assert done.returncode == 0, f"ended with {done.returncode} at {last} in {folder}: {done.stderr[-3000:]}"
+    return done.stdout
+
+
+def test_damaged_files_are_kept_or_dropped_with_a_reason(tmp_path):
+    assert " decoded\n" in run("read_files", tmp_path, 3000)
+
+
+def test_damaged_metadata_gives_clips_or_one_line(tmp_path):
+    assert run("read_manifests", tmp_path, 100).count(" were read\n") == 3
+
+
+if __name__ == "__main__":
+    {"read_files": read_files, "read_manifests": read_manifests}[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))
+    signal.alarm(0)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert most < MAX_BYTES, f"{most / 2**30:.1f} GiB"
+    print(f"{most / 2**30:.2f} GiB at most")

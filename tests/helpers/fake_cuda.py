@@ -1,0 +1,292 @@
+"""One training step of each phase on fake CUDA tensors, at the real size, on a machine without a GPU.
+
+Fake tensors have a device, a dtype and a shape but no memory. So the 1.3B model runs its whole step (forward under
+bf16 autocast, checkpointed backward, clipping, AdamW) at 480x832x81 within seconds, and a tensor that was left on the
+CPU raises as it would on a GPU.
+
+A CPU-only torch refuses CUDA devices in autograd and autocast. A small library with a device guard that does nothing
+makes it accept them; it must be loaded before torch is imported, so this module is run as a process of its own:
+
+    python -m tests.helpers.fake_cuda phase1 phase2 phase2:timesteps
+
+Each argument is a case, for which it prints one line of JSON: what the step did, or the error that it raised. After a
+colon stands what to leave on the CPU by mistake: "dinov3", a submodule of the model, or a field of `NoisyBatch`.
+"""
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+SHIM = r"""
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+
+namespace at {
+// The registry looks a class of exactly this name up.
+struct CUDAHooks : public CUDAHooksInterface {
+  CUDAHooks(CUDAHooksArgs) {}
+  void init() const override {}
+  bool hasCUDA() const override { return true; }
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  DeviceIndex deviceCount() const override { return 1; }
+  DeviceIndex getCurrentDevice() const override { return 0; }
+  int getNumGPUs() const override { return 1; }
+};
+using at::CUDAHooksRegistry;
+using at::RegistererCUDAHooksRegistry;
+REGISTER_CUDA_HOOKS(CUDAHooks);
+}  // namespace at
+
+namespace {
+using namespace c10;
+struct Guard final : public c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
+  Device device() const { return Device(DeviceType::CUDA, 0); }
+  Stream stream() const { return Stream(Stream::DEFAULT, device()); }
+  Device exchangeDevice(Device) const override { return device(); }
+  Device getDevice() const override { return device(); }
+  Stream getStream(Device) const noexcept override { return stream(); }
+  Stream getDefaultStream(Device) const override { return stream(); }
+  Stream getNewStream(Device, int) const override { return stream(); }
+  Stream exchangeStream(Stream) const noexcept override { return stream(); }
+  void record(void**, const Stream&, const DeviceIndex, const EventFlag) const override {}
+  void block(void*, const Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  bool queryStream(const Stream&) const override { return true; }
+  void synchronizeStream(const Stream&) const override {}
+  void synchronizeEvent(void*) const override {}
+  void synchronizeDevice(const DeviceIndex) const override {}
+};
+C10_REGISTER_GUARD_IMPL(CUDA, Guard);
+}  // namespace
+"""
+
+WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+DINOV3_VITB = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "num_register_tokens": 4,
+}
+FRAMES, HEIGHT, WIDTH, BATCH_SIZE = 81, 480, 832, 2
+
+
+def torch_folder():
+    return Path(importlib.util.find_spec("torch").origin).parent  # without importing it
+
+
+def build_shim(folder):
+    """Compile the shim with g++ (some seconds) into `folder`; returns its path. Does not import torch."""
+    source, shim, torch_root = Path(folder) / "fake_cuda.cpp", Path(folder) / "libfake_cuda.so", torch_folder()
+    source.write_text(SHIM)
+    command = ["g++", "-O0", "-std=c++20", "-shared", "-fPIC", f"-I{torch_root}/include", str(source)]
+    subprocess.run([*command, "-o", str(shim), f"-L{torch_root}/lib", "-lc10", "-ltorch_cpu"], check=True)
+    return shim
+
+
+def load_shim(shim):
+    """Make the torch that this process imports next accept CUDA devices."""
+    for library in (torch_folder() / "lib/libc10.so", torch_folder() / "lib/libtorch_cpu.so", shim):
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def replace_tensors(module, fn, recurse=True):
+    """`Module._apply` by new parameters: the stock one swaps tensors in place, which fake ones do not allow."""
+    import torch
+
+    for child in module.children() if recurse else ():
+        replace_tensors(child, fn)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[name] = torch.nn.Parameter(fn(parameter.detach()), parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = fn(buffer)
+    return module
+
+
+@contextmanager
+def fake_cuda():
+    """Within it every new tensor is fake, and CUDA autocast and flash attention are as on a GPU."""
+    import torch
+    import torch.nn.functional as F
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
+        # A CPU build would take the kernel that writes out all N x N scores, and promote dtypes otherwise than CUDA's.
+        assert attn_mask is None
+        if torch.is_autocast_enabled("cuda"):
+            query, key, value = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (query, key, value))
+        assert query.dtype == key.dtype == value.dtype == torch.bfloat16, "flash attention needs half precision"
+        return torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, scale=scale
+        )[0]
+
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    torch.cuda.is_bf16_supported = lambda *args, **options: True
+    F.scaled_dot_product_attention = flash_attention
+    torch.nn.Module._apply = replace_tensors
+    with FakeTensorMode():
+        yield
+
+
+def to_bf16(model):
+    """The dtypes of `from_pretrained(torch_dtype=torch.bfloat16)`: parameters alone, without those kept in fp32."""
+    import torch
+
+    keep = set(getattr(model, "_keep_in_fp32_modules", None) or [])
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not keep.intersection([*path.split("."), name]):
+                setattr(module, name, torch.nn.Parameter(parameter.detach().bfloat16()))
+    return model
+
+
+def phase1_model(num_layers):
+    """The bare backbone, fp32, checkpointed; on the CPU as it is loaded."""
+    from diffusers import WanTransformer3DModel
+
+    transformer = WanTransformer3DModel(**WAN_1_3B | {"num_layers": num_layers}).train()
+    transformer.enable_gradient_checkpointing()
+    return transformer
+
+
+def phase2_models(num_layers):
+    """C2RTransformer (backbone bf16, all else fp32) and DINOv3 ViT-B in bf16; on the CPU as they are loaded."""
+    from diffusers import WanTransformer3DModel
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+    from transformers.initialization import no_init_weights
+
+    from c2r.models.adversary import DomainClassifier
+    from c2r.models.controlnet import C2RControlNet
+    from c2r.models.dinov3 import DINOv3FeatureExtractor
+    from c2r.models.transformer import C2RTransformer
+
+    transformer = to_bf16(WanTransformer3DModel(**WAN_1_3B | {"num_layers": num_layers}))
+    controlnet = C2RControlNet.from_transformer(transformer, min(15, num_layers))
+    model = C2RTransformer(transformer, controlnet, DomainClassifier()).train()
+    model.enable_gradient_checkpointing()
+    with no_init_weights():  # a truncated normal looks at its numbers, and there are none
+        dinov3 = DINOv3ViTModel(DINOv3ViTConfig(**DINOV3_VITB))
+    return model, DINOv3FeatureExtractor(
+        to_bf16(dinov3), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), chunk_size=FRAMES
+    )
+
+
+def data_batch():
+    """What the data loader gives, on the CPU."""
+    import torch
+
+    latents = (BATCH_SIZE, 16, (FRAMES - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8)
+    return {
+        "latents_mean": torch.randn(latents),
+        "latents_logvar": torch.randn(latents),
+        "prompt_embeds": torch.randn(BATCH_SIZE, 512, 4096),
+        "domain": torch.tensor([0, 1]),
+        "control_frames": torch.randint(0, 256, (BATCH_SIZE, FRAMES, 3, HEIGHT, WIDTH), dtype=torch.uint8),
+    }
+
+
+def training_step(model, dinov3, optimizer, batch, device, misplaced=None):
+    """One micro-batch and one optimizer step, as the scripts' loops do them; returns the loss.
+
+    Args:
+        model: the bare backbone (`dinov3` None: phase 1), or `C2RTransformer`.
+        batch: see `data_batch`.
+        misplaced: the field of `NoisyBatch` to leave on the CPU, if any.
+    """
+    import torch
+
+    from c2r.flow_matching import velocity_loss
+    from c2r.models.adversary import domain_loss
+    from c2r.training.step import domain_weights, make_noisy_batch
+
+    options = {"seed": 0, "flow_shift": 3.0, "weighting_scheme": "none", "logit_mean": 0.0, "logit_std": 1.0}
+    options |= {"mode_scale": 1.29, "gradient_accumulation_steps": 1, "prompt_dropout": 0.1, "control_dropout": 0.1}
+    noisy = make_noisy_batch(
+        batch,
+        SimpleNamespace(**options),
+        empty_prompt_embeds=torch.zeros(512, 4096),
+        micro_step=0,
+        process_index=0,
+        num_processes=1,
+        device=device,
+    )
+    if hasattr(noisy, misplaced or ""):
+        setattr(noisy, misplaced, getattr(noisy, misplaced).cpu())
+    inputs = [noisy.noisy_latents, noisy.timesteps, noisy.prompt_embeds]
+    if dinov3 is not None:
+        control_features = dinov3(batch["control_frames"].to(device).float() / 255)
+        control_features[noisy.dropped_control] = 0
+        inputs.append(control_features)
+    domains = batch["domain"].to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        options = {"return_dict": False} if dinov3 is None else {"reversal_strength": 0.1 * domains}
+        velocity_pred, *domain_logits = model(*inputs, **options)
+    losses = noisy.weights * velocity_loss(velocity_pred, noisy.velocity_target)
+    loss = (domain_weights(domains, 2.0, cg_ratio=0.2) * losses).mean()
+    for logits in domain_logits:
+        loss = loss + domain_loss(logits, domains, ~noisy.dropped_control, cg_ratio=0.2).mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+    optimizer.step()
+    return loss
+
+
+def run(num_layers, phase, misplaced=None):
+    """One step of a phase; returns what the test asserts on."""
+    import torch
+
+    from c2r.training.precision import in_full_precision
+
+    device = torch.device("cuda")
+    model, dinov3 = (phase1_model(num_layers), None) if phase == "phase1" else phase2_models(num_layers)
+    model.to(device)
+    if dinov3 is not None and misplaced != "dinov3":
+        dinov3.to(device)
+    if misplaced in dict(model.named_modules()):
+        model.get_submodule(misplaced).to("cpu")
+    backbone = model if dinov3 is None else model.transformer
+    in_full_precision(backbone.condition_embedder.time_embedder, device)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
+    loss = training_step(model, dinov3, optimizer, data_batch(), device, misplaced)
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return {
+        "loss": [str(loss.device), str(loss.dtype), list(loss.shape)],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trainable": sum(parameter.numel() for parameter in trainable),
+        "with_gradient": sum(grad.numel() for grad in grads),
+        "gradients": sorted({f"{grad.device} {grad.dtype}" for grad in grads}),
+        "optimizer": sorted({f"{state.device} {state.dtype}" for state in states}),
+        "model": sorted({str(tensor.device) for tensor in [*model.parameters(), *model.buffers()]}),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("cases", nargs="+", metavar="PHASE[:MISPLACED]")
+    parser.add_argument("--num_layers", type=int, default=WAN_1_3B["num_layers"], help="of the backbone")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        load_shim(build_shim(folder))
+    with fake_cuda():  # once: DINOv3 caches a tensor, which no other fake mode may use
+        for case in args.cases:
+            try:
+                outcome = run(args.num_layers, *case.split(":"))
+            except Exception as error:
+                outcome = {"error": f"{type(error).__name__}: {error}"}
+            print(json.dumps(outcome), flush=True)
+
+
+if __name__ == "__main__":
+    main()

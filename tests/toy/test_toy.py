@@ -1,0 +1,155 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKLWan
+from PIL import Image
+from torch.nn import functional as F
+
+from c2r.models.dinov3 import DINOv3FeatureExtractor
+from c2r.toy import city
+from c2r.toy.__main__ import write_toy
+from c2r.toy.layout import WEIGHTS, PeopleFinder, correlation, correlations, edge_map
+from c2r.toy.pretrain import psnr, to_pixel_values
+from tests.helpers.commands import start
+
+
+def test_a_seed_is_a_scene():
+    a, b = (city.render(city.make_scene(3), num_frames=2) for _ in range(2))
+    for look in (*city.LOOKS, "kinds"):
+        np.testing.assert_array_equal(a[look], b[look])
+    assert not np.array_equal(a["real"], city.render(city.make_scene(4), num_frames=2)["real"])
+
+
+def test_the_three_looks_show_the_same_people():
+    for seed in range(8):
+        clips = city.render(city.make_scene(seed), num_frames=3)
+        people = clips["kinds"] == city.PERSON
+        orange = (np.abs(clips["coarse"].astype(int) - (235, 122, 36)) < 3).all(-1)
+        assert people.any()
+        assert orange.any()
+        # A capsule stands where the walker does: most of the walker is inside it, and it covers little else.
+        assert (people & orange).sum() > 0.55 * people.sum()
+        assert (people & orange).sum() > 0.45 * orange.sum()
+
+
+def test_people_move_and_frames_keep_their_time():
+    scene = city.make_scene(5)
+    slow, fast = (city.render(scene, ("coarse",), num_frames=3, fps=fps)["coarse"] for fps in (4, 8))
+    np.testing.assert_array_equal(slow[1], fast[2])  # both are at 0.25 s
+    assert not np.array_equal(slow[0], slow[1])
+
+
+def test_captions_tell_sky_material_and_count():
+    for seed in range(20):
+        scene = city.make_scene(seed)
+        text = city.caption(scene)
+        assert scene.sky in text
+        assert scene.material in text
+        assert city.COUNTS[len(scene.people)] in text
+        assert len({city.caption(scene, look) for look in city.LOOKS}) == 3
+
+
+def test_render_takes_any_size():
+    clips = city.render(city.make_scene(0), num_frames=5, height=48, width=80)
+    assert clips["real"].shape == (5, 48, 80, 3)
+    assert clips["real"].dtype == np.uint8
+
+
+def test_correlation():
+    truth = torch.zeros(2, 4, 4)
+    truth[:, 1, 2] = 1
+    assert correlation(0.3 * truth + 0.1, truth) == pytest.approx(1)
+    assert correlation(1 - truth, truth) == pytest.approx(-1)
+    assert correlation(torch.ones(2, 4, 4), truth) == 0
+    assert abs(correlation(truth.roll(1, 2), truth)) < 0.2
+
+
+def test_edges_belong_to_their_scene():
+    def edges(seed, look):
+        clip = city.render(city.make_scene(seed), (look,), num_frames=2)[look]
+        return edge_map(torch.from_numpy(clip).permute(0, 3, 1, 2).float())
+
+    own, other = correlations([edges(s, "real") for s in range(3)], [edges(s, "coarse") for s in range(3)])
+    assert edges(0, "real").shape == (2, 12, 20)
+    assert own > other + 0.2
+
+
+def held_out(count, **options):
+    for seed in range(4_000_000, 4_000_000 + count):
+        yield city.render(city.make_scene(seed), **options)
+
+
+def test_shipped_weights_are_small_and_safe():
+    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") < 10e6
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".md"}
+
+
+def test_shipped_vae_reconstructs_the_real_look():
+    vae = AutoencoderKLWan.from_pretrained(WEIGHTS / "model/vae", torch_dtype=torch.float32)
+    clips = torch.stack([to_pixel_values(clip["real"]) for clip in held_out(12, looks=("real",))])
+    with torch.no_grad():
+        decoded = torch.cat([vae.decode(vae.encode(clip[None]).latent_dist.mean).sample for clip in clips])
+    assert psnr(decoded, clips) >= 24
+
+
+def test_shipped_people_finder_finds_people():
+    finder = PeopleFinder.from_pretrained(WEIGHTS / "people_finder", torch_dtype=torch.float32)
+    found = []
+    for clip in held_out(12, looks=("real",)):
+        frames = torch.from_numpy(clip["real"]).permute(0, 3, 1, 2) / 127.5 - 1
+        truth = F.avg_pool2d(torch.from_numpy(clip["kinds"] == city.PERSON).float()[:, None], finder.cell)[:, 0]
+        with torch.no_grad():
+            found.append(correlation(finder(frames).sigmoid(), truth))
+    assert np.mean(found) > 0.8
+
+
+def test_shipped_dinov3_agrees_between_the_looks():
+    dinov3 = DINOv3FeatureExtractor.from_pretrained(WEIGHTS / "dinov3")
+    features = {look: [] for look in city.LOOKS}
+    for clip in held_out(6, num_frames=1):
+        for look in city.LOOKS:
+            frames = torch.from_numpy(clip[look]).permute(0, 3, 1, 2)[None] / 255
+            features[look].append(dinov3(frames).flatten())
+    coarse, real = torch.stack(features["coarse"]), torch.stack(features["real"])
+    distance = torch.cdist(coarse, real)
+    # Each coarse rendering is nearest to the real one of its own scene.
+    assert torch.equal(distance.argmin(1), torch.arange(6))
+
+
+def test_write_toy_is_complete_and_leaves_a_finished_folder_alone(tmp_path):
+    write_toy(tmp_path, num_real=2, num_cg=1)
+    toy = json.loads((tmp_path / "toy.json").read_text())
+    assert toy["height"] == 96
+    assert {path.name for path in tmp_path.iterdir()} >= {"model", "dinov3", "data", "test", "phase1.yaml"}
+    before = (tmp_path / "data/real/train/metadata.csv").stat().st_mtime_ns
+    write_toy(tmp_path, num_real=2, num_cg=1)
+    assert (tmp_path / "data/real/train/metadata.csv").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_quickstart_runs_every_step_and_goes_on_where_it_was(tmp_path):
+    """The whole quickstart, on little data and for two steps a phase: what it shows is shown by its own table."""
+    write_toy(tmp_path / "toy", num_real=4, num_cg=3)
+    for name in ("phase1.yaml", "phase2.yaml"):
+        options = yaml.safe_load((tmp_path / "toy" / name).read_text())
+        options |= {"max_train_steps": 2, "num_validation_clips": 1}
+        if name == "phase2.yaml":
+            options |= {"num_samples": 1, "num_inference_steps": 2}
+        (tmp_path / "toy" / name).write_text(yaml.safe_dump(options))
+    toy = json.loads((tmp_path / "toy/toy.json").read_text())
+    (tmp_path / "toy/toy.json").write_text(json.dumps(toy | {"test": toy["test"][:2]}))
+    command = ["-m", "c2r.quickstart", "--output_dir", str(tmp_path)]
+    for expected in ("$ accelerate launch", "done already"):
+        done = start(*command)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert expected in done.stdout
+    table = json.loads((tmp_path / "report.json").read_text())
+    assert all(np.isfinite(value) for value in table.values())
+    assert table["people correlation of the true clips (ceiling)"] > 0.7
+    assert table["CG share of the samples in phase 2"] == pytest.approx(3 / 16)  # 16 samples, a fifth rounded
+    with Image.open(tmp_path / "report.png") as report:
+        assert report.width > 4 * 3 * 160

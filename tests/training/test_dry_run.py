@@ -1,0 +1,69 @@
+import re
+from types import SimpleNamespace
+
+from c2r.data.buckets import Bucket
+from c2r.training.dry_run import RunRecord, few, projection
+from tests.helpers.clips import BUCKET, clip, clips_of
+from tests.helpers.commands import ENGINES, phase1, phase2, succeed
+from tests.helpers.forks import fork
+from tests.helpers.options import options
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_phase_2_is_tried_resumed_and_leaves_nothing(first, tiny_models, small_datasets, tmp_path):
+    command = phase2(tiny_models, small_datasets, first[0] / "final", tmp_path / "out")
+    done = succeed(*command, "--dry_run", "--max_train_steps=1000", "--checkpoints_total_limit=1", by=fork)
+    out = done.stdout
+    assert "to step 1" in out
+    assert re.search(r"resumed from \S+\.dry_run/checkpoint-1 at step 1", out)
+    assert "step 3: validation loss" in out
+    assert "final/ and best/" in out
+    assert "dry run: passed" in out
+    assert re.search(r"measured: \d+\.\d\d s a step, \d+\.\d\d s a validation, \d+\.\d\d s a checkpoint", out)
+    assert re.search(r"projected: .* in all: 1,000 steps .*, 501 validations .*, 500 checkpoints", out)
+    assert "GiB of the machine's memory at the peak" in out
+    assert "1,000 steps are" in out  # the preflight is of the run that is planned
+    assert not files(tmp_path)
+
+
+def test_phase_1_is_tried_on_shards(tiny_models, small_datasets, tmp_path):
+    command = phase1(tiny_models, small_datasets, tmp_path / "out", "--dry_run", launcher=ENGINES["zero3"])
+    assert "dry run: passed" in succeed(*command).stdout
+    assert not files(tmp_path)
+
+
+def test_a_dry_run_that_fails_leaves_nothing_and_an_earlier_run_alone(first, tiny_models, small_datasets):
+    before = files(first[0])
+    done = fork(*phase1(tiny_models, small_datasets, first[0], "--dry_run", "--dit_path=missing.safetensors"))
+    assert done.returncode != 0
+    assert "error: missing.safetensors: no such .safetensors file" in done.stderr
+    assert files(first[0]) == before
+    assert not list(first[0].parent.glob(".*"))
+
+
+def test_it_trains_on_no_more_clips_than_its_steps_take():
+    accelerator = SimpleNamespace(num_processes=2)
+    tall = Bucket(9, 48, 32)
+    clips = clips_of(*(clip(str(i), bucket=tall if i % 2 else BUCKET) for i in range(1000)))
+    args = options()  # batch 2 x accumulation 2
+    assert few(clips, args, accelerator) is clips
+    chosen = few(clips, options(["--dry_run"]), accelerator)
+    # The largest bucket is what a run may fail on.
+    assert [(c.name, c.bucket) for c in chosen] == [(str(2 * i + 1), tall) for i in range(3 * 2 * 2 * 2)]
+
+
+def test_projection():
+    args = options(["--max_train_steps=1000", "--checkpointing_steps=300", "--validation_steps=250"])
+    first = RunRecord(to_encode={"latents": 600}, seconds_per_clip={"latents": 12.0})
+    last = RunRecord(seconds={"validation": 10.0, "checkpoint": 5.0}, samples_per_second=2.0, trainable=10**9)
+    lines = "\n".join(projection(args, first, last, samples=8))
+    assert "4.00 s a step, 10.00 s a validation, 5.00 s a checkpoint" in lines
+    assert (
+        "1,000 steps 66.7 min, 5 validations 50.0 s, 4 checkpoints 20.0 s, encoding the latents of 600 clips 2.0 h"
+        in lines
+    )
+    assert "3.1 h in all" in lines
+    assert "up to 60.00 GB in out" in lines

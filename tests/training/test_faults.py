@@ -1,0 +1,360 @@
+"""What ends or harms a long run, done to whole commands: nothing finished is lost, and one clear line tells."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import c2r.encode
+from c2r import InputError
+from c2r.cli import EXIT_STOPPED, run
+from c2r.training.checkpoint import checkpoint_bytes, damage, list_checkpoints
+from c2r.training.watchdog import EXIT_HUNG
+from tests.helpers.background import Background
+from tests.helpers.commands import LAUNCH, SIZE, TORCHRUN, phase1, phase2, same, scalars, succeed, weights
+from tests.helpers.forks import fork
+from tests.helpers.runs import build_run, save, train_one_step
+
+STEPS = 24
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Makes mounted tmpfs folders of a size: `small_disk("64k")`."""
+    folders = []
+
+    def mount(size, *options):
+        folder = tmp_path / f"disk{len(folders)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}", *options]), "tmpfs", folder]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+        folders.append(folder)
+        return folder
+
+    yield mount
+    for folder in folders:
+        subprocess.run(["umount", folder], check=True)
+
+
+def remount(folder, option):
+    subprocess.run(["mount", "-o", f"remount,{option}", folder], check=True)
+
+
+@contextmanager
+def filled(folder, leave=0):
+    """A file takes all room on the disk of `folder` but for so many bytes."""
+    filler = folder / "filler"
+    with open(filler, "wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    os.truncate(filler, filler.stat().st_size - leave)
+    yield
+    filler.unlink()
+
+
+def checksums(out):
+    """{file of a finished checkpoint, best/ or final/: SHA-256}"""
+    return {
+        path: hashlib.sha256(path.read_bytes()).hexdigest()
+        for folder in [*out.glob("checkpoint-*"), out / "best", out / "final"]
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def one_line(text, part):
+    """Assert that what a command that failed has printed tells the user by one line, with `part` in it; return it."""
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, text[-3000:]
+    assert part in errors[0]
+    assert "Traceback" not in text
+    return errors[0]
+
+
+@pytest.fixture
+def grounding(first, second, tiny_models, small_datasets):
+    """Commands of a phase 2 that goes on from the fourth step of `second`."""
+
+    def command(out, *extra, launcher=(), last=STEPS):
+        if not out.exists():
+            out.mkdir()
+            shutil.copytree(second[0] / "checkpoint-4", out / "checkpoint-4")
+        options = [f"--max_train_steps={last}", "--resume_from_checkpoint=latest", *extra]
+        return phase2(tiny_models, small_datasets, first[0] / "final", out, *options, launcher=launcher)
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def undisturbed(first, second, tiny_models, small_datasets, tmp_path_factory):
+    """The end of that phase 2 when nothing happens."""
+    out = tmp_path_factory.mktemp("run") / "undisturbed"
+    out.mkdir()
+    shutil.copytree(second[0] / "checkpoint-4", out / "checkpoint-4")
+    options = [f"--max_train_steps={STEPS}", "--resume_from_checkpoint=latest"]
+    succeed(*phase2(tiny_models, small_datasets, first[0] / "final", out, *options), by=fork)
+    return out
+
+
+def ended_alike(out, undisturbed):
+    losses = [scalars(run)["train/loss"] for run in (out, undisturbed)]
+    return same(weights(out / "final"), weights(undisturbed / "final")) and losses[0] == losses[1]
+
+
+# ----------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.slow
+def test_signals_save_stop_and_lose_nothing(grounding, undisturbed, tmp_path):
+    out = tmp_path / "run"
+
+    def stopped(done, reason):
+        assert done.text.count(f"{reason}: saving after this step, then stopping") == 1  # no data worker says it too
+        last = done.steps[-1]
+        assert f"stopped at step {last}: {reason}; go on with --resume_from_checkpoint latest" in done.text
+        assert damage(out / f"checkpoint-{last}") is None
+        assert "error: " not in done.text
+
+    # Ctrl-C: the terminal sends it to all processes.
+    with Background(grounding(out, launcher=LAUNCH)) as done:
+        done.wait_until(done.trained)
+        family = done.family()
+        assert len(family) >= 3  # launcher, training process, data worker
+        os.killpg(done.process.pid, signal.SIGINT)
+        # 1 where the training process has ended before the launcher came to die of the signal.
+        assert done.end() in (-signal.SIGINT, 1)
+        stopped(done, "SIGINT")
+
+    # A scheduler's SIGTERM to the launcher, which dies of it.
+    with Background(grounding(out, launcher=LAUNCH)) as done:
+        done.wait_until(done.trained)
+        done.family()
+        done.process.terminate()
+        assert done.end() == -signal.SIGTERM
+        stopped(done, "SIGTERM")
+        assert "Traceback" not in done.text
+
+    # Without a launcher, SIGTERM to all processes, as Slurm sends it.
+    with Background(grounding(out)) as done:
+        done.wait_until(done.trained)
+        done.family()
+        os.killpg(done.process.pid, signal.SIGTERM)
+        assert done.end() == EXIT_STOPPED
+        stopped(done, "SIGTERM")
+        assert "Traceback" not in done.text
+
+    # The slot is over soon.
+    end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 60)}
+    done = fork(*grounding(out, "--save_before_timeout=5m"), **end)
+    assert done.returncode == EXIT_STOPPED
+    assert f"stopped at step {list_checkpoints(out)[-1][0]}: the slot ends soon" in done.stdout
+
+    succeed(*grounding(out), by=fork)
+    assert ended_alike(out, undisturbed)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_a_lost_one_is_named(grounding, tmp_path):
+    out = tmp_path / "run"
+    command = grounding(out, "--distributed_timeout_minutes=0.2", "--validation_steps=1000", launcher=TORCHRUN)
+
+    # A signal to one of them.
+    with Background(command) as done:
+        done.wait_until(done.trained)
+        done.rank(1).terminate()
+        assert done.end() != 0
+        step = list_checkpoints(out)[-1][0]
+        assert f"stopped at step {step}: a signal to another process" in done.text
+        assert f"exitcode  : {EXIT_STOPPED}" in done.text
+
+    before = checksums(out)
+    # One is killed.
+    with Background(command) as done:
+        done.wait_until(lambda: done.steps)
+        done.family()
+        done.rank(1).kill()
+        assert done.end() != 0
+        assert len(done.errors) == 1, done.text
+        assert "process 1 on " in done.errors[0]
+        assert "no longer answers" in done.errors[0]
+
+    # One hangs; torchrun would wait for it another half minute.
+    with Background(command) as done:
+        done.wait_until(lambda: done.steps)
+        hung = done.rank(1)
+        hung.suspend()
+        done.wait_until(lambda: done.errors)
+        hung.kill()
+        assert done.end() != 0
+        assert len(done.errors) == 1, done.text
+        assert "process 1 on " in done.errors[0]
+        assert f"exitcode  : {EXIT_HUNG}" in done.text
+    assert before.items() <= checksums(out).items()
+
+
+# -------------------------------------------------------------------------------------------------------------- disks
+
+
+def test_a_disk_that_gets_full_ends_the_run_and_the_last_checkpoint_stays(
+    grounding, undisturbed, small_disk, tmp_path
+):
+    disk = small_disk("8m")
+    out = disk / "run"
+    with Background(grounding(out, "--checkpoints_total_limit=1")) as done:
+        done.wait_until(done.trained)
+        with filled(disk):
+            assert done.end() == 1
+            one_line(done.text, "No space left on device")
+            newest = list_checkpoints(out)[-1][1]
+            assert damage(newest) is None
+            before = checksums(out)
+    done = succeed(*grounding(out, "--checkpoints_total_limit=1"), by=fork)
+    assert f"resumed from {newest}" in done.stdout
+    assert before
+    assert ended_alike(out, undisturbed)
+
+
+def test_a_checkpoint_that_fits_by_computation_and_not_in_truth_leaves_the_last_one(small_disk):
+    disk = small_disk("8m")
+    run = build_run(disk / "run")
+    train_one_step(run)
+    save(run)
+    before = checksums(disk / "run")
+    train_one_step(run)
+    needed = checkpoint_bytes(sum(p.numel() for p in run.controlnet.parameters()), run.args)
+    needed += -needed % 4096
+    with filled(disk, leave=needed), pytest.raises(InputError, match="No space left on device"):
+        save(run)
+    assert checksums(disk / "run") == before
+    with filled(disk, leave=needed - 8192), pytest.raises(InputError, match="GB needed"):
+        save(run)
+    assert checksums(disk / "run") == before
+    assert not list((disk / "run").glob(".checkpoint*"))
+    save(run)
+    assert [step for step, _ in list_checkpoints(disk / "run")] == [1, 2]
+
+
+def test_a_full_disk_ends_encoding_in_one_line_and_it_goes_on(tiny_models, small_datasets, small_disk, monkeypatch):
+    disk = small_disk("48k")
+    options = {name: SIZE[name] for name in SIZE} | {
+        "dataset": small_datasets / "real",
+        "pretrained_model_name_or_path": tiny_models / "pipeline",
+        "cache_dir": disk,
+        "dataloader_num_workers": 0,
+    }
+    monkeypatch.setattr(sys, "argv", ["encode", *(f"--{name}={value}" for name, value in options.items())])
+    with pytest.raises(SystemExit, match=r"^error: .*safetensors: cannot be written \(No space left on device\)"):
+        run(c2r.encode.main)
+    made = {path: path.stat().st_mtime_ns for path in disk.rglob("*.safetensors")}
+    assert made
+    assert not list(disk.rglob("*.tmp"))
+    remount(disk, "size=1m")
+    run(c2r.encode.main)
+    assert len(list(disk.glob("clips/*/*.safetensors"))) == 10
+    assert all(path.stat().st_mtime_ns == mtime for path, mtime in made.items())
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def _latents_of(cache, name):
+    """The cached files of a dataset's file."""
+    for path in cache.glob("clips/*/*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            if json.loads(file.metadata()["c2r"])["file"] == name:
+                yield path
+
+
+def _put_nan(path):
+    tensors = load_file(path)
+    tensors["latents_mean"][0, 0, 0, 0] = torch.nan
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, path, metadata)
+
+
+def test_a_clip_of_nan_is_skipped_and_named_and_many_end_the_run(first, tiny_models, small_datasets, tmp_path):
+    cache, out = tmp_path / "cache", tmp_path / "run"
+    shutil.copytree(small_datasets / "real/.c2r_cache", cache)
+    _put_nan(next(_latents_of(cache, "r2.mov")))
+    cut = next(_latents_of(cache, "r3.avi"))
+    os.truncate(cut, cut.stat().st_size - 100)
+    options = [f"--cache_dir={cache}", "--resume_from_checkpoint=latest", "--validation_steps=1000"]
+    done = succeed(*phase1(tiny_models, small_datasets, out, *options, "--max_train_steps=4"), by=fork)
+    text = done.stdout + done.stderr
+    assert "1 damaged files in the cache are encoded anew" in text
+    # Two steps see all clips once.
+    assert len(re.findall(r"step \d skipped: the loss is not finite for r2\.mov#\d\n", text)) == 2
+    assert all(tensor.isfinite().all() for tensor in weights(out / "final").values())
+    assert not same(weights(out / "final"), weights(first[0] / "final"))
+    before = checksums(out)
+
+    for name in ("r1.webm", "r2.mov", "r3.avi", "r4.mkv"):
+        for path in _latents_of(cache, name):
+            _put_nan(path)
+    options += ["--max_train_steps=8", "--max_skipped_steps=1"]
+    done = fork(*phase1(tiny_models, small_datasets, out, *options))
+    assert done.returncode == 1
+    line = one_line(done.stdout + done.stderr, "step 6 skipped: the loss is not finite for ")
+    assert "number 2 in a row (--max_skipped_steps 1)" in line
+    assert checksums(out) == before
+
+
+def test_a_truncated_checkpoint_is_passed_over_and_the_one_before_taken(first, tiny_models, small_datasets, tmp_path):
+    out = tmp_path / "run"
+    for name in ("checkpoint-2", "checkpoint-4"):
+        shutil.copytree(first[0] / name, out / name)
+    file = out / "checkpoint-4/optimizer-00000-of-00001.safetensors"
+    os.truncate(file, file.stat().st_size - 1000)
+    options = ["--max_train_steps=4", "--resume_from_checkpoint=latest", "--checkpoints_total_limit=1"]
+    done = succeed(*phase1(tiny_models, small_datasets, out, *options), by=fork)
+    assert f"checkpoint-4: incomplete ({file.name} has" in done.stdout + done.stderr
+    assert f"resumed from {out}/checkpoint-2 at step 2" in done.stdout
+    assert same(weights(out / "final"), weights(first[0] / "final"))
+    assert [step for step, _ in list_checkpoints(out)] == [4]
+    assert damage(out / "checkpoint-4") is None
+
+
+def test_what_cannot_go_on_is_refused_and_nothing_is_lost(
+    grounding, tiny_models, small_datasets, small_disk, tmp_path
+):
+    other = tmp_path / "other"
+    shutil.copytree(small_datasets / "real", other)
+    os.utime(other / "r3.avi")
+    disk = small_disk("1m")
+    folders = {name: disk / name if name == "read-only" else tmp_path / name for name in ("base", "data", "read-only")}
+    commands = {
+        "base": (grounding(folders["base"], f"--resume_backbone_from={tiny_models / 'pipeline'}"), "the backbone has"),
+        "data": (grounding(folders["data"], f"--real_dataset={other}"), "the real dataset has changed"),
+        "read-only": (grounding(folders["read-only"]), f"{folders['read-only']}: cannot be written (Read-only"),
+    }
+    before = {name: checksums(out) for name, out in folders.items()}
+    remount(disk, "ro")
+    for name, (command, part) in commands.items():
+        done = fork(*command)
+        assert done.returncode == 1
+        one_line(done.stdout + done.stderr, part)
+        assert name != "read-only" or "kept " not in done.stdout  # nothing was read before
+    assert {name: checksums(out) for name, out in folders.items()} == before
+
+
+def test_a_data_worker_that_is_killed_ends_the_run_in_one_line(grounding, tmp_path):
+    """As the kernel does for want of memory."""
+    with Background(grounding(tmp_path / "run")) as done:
+        done.wait_until(done.trained)
+        done.process.children()[0].kill()
+        assert done.end() == 1
+        one_line(done.text, "worker was killed")

@@ -1,0 +1,164 @@
+import json
+import math
+import shutil
+from argparse import Namespace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from c2r import InputError
+from c2r.files import existing_parent
+from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet
+from c2r.training.preflight import (
+    count_parameters,
+    fingerprint_backbone,
+    preflight,
+    require_access,
+    require_encoders,
+    run_bytes,
+)
+from c2r.units import size_text
+from tests.helpers.options import options
+from tests.helpers.tiny import FEATURE_DIM, tiny_transformer
+
+CONFIG = dict(tiny_transformer().config)
+
+
+def manifest(domain, count):
+    return SimpleNamespace(domain=domain, train=[None] * count)
+
+
+def check(out, *argv, cg_ratio=0.0, trainable=1000, planned=None):
+    args = options([f"--output_dir={out}", "--height=32", "--width=48", *argv])
+    args.cg_ratio, args.planned = cg_ratio, planned
+    manifests = [manifest("real", 30), manifest("cg", 5)]
+    preflight(Accelerator(cpu=True), args, manifests=manifests, config=CONFIG, trainable=trainable, frozen=500)
+
+
+@pytest.mark.parametrize("warmup", [20, 100])
+def test_it_tells_batches_parameters_memory_and_disk(warmup, tmp_path, capsys):
+    steps = ["--max_train_steps=30", "--checkpointing_steps=10", f"--lr_warmup_steps={warmup}"]
+    check(tmp_path / "out", *steps, cg_ratio=0.25)
+    out = capsys.readouterr().out
+    assert "2 clips x 2 micro-steps x 1 processes = 4 clips a step" in out
+    assert "30 steps are 3.00 epochs of 30 real and 6.00 epochs of 5 cg clips" in out
+    assert "1,000 parameters train, 500 are frozen" in out
+    assert "GiB at the peak of a step, computed" in out
+    assert "a checkpoint has 12.00 kB, the run up to 48.00 kB" in out
+    assert not (tmp_path / "out").exists()
+    assert ("--lr_warmup_steps 100: the learning rate is never reached" in out) == (warmup == 100)
+
+
+def test_a_dry_run_tells_of_the_run_that_is_planned(tmp_path, capsys):
+    planned = options([f"--output_dir={tmp_path}", "--max_train_steps=3000"])
+    planned.cg_ratio = 0.0
+    check(tmp_path, "--max_train_steps=3", "--dry_run", planned=planned)
+    assert "3,000 steps are 400.00 epochs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "checkpoints", "bytes_each"),
+    [
+        (["--max_train_steps=100", "--checkpointing_steps=30"], 4, 12),
+        (["--max_train_steps=100", "--checkpointing_steps=30", "--ema_decay=0.9"], 4, 16),
+        (["--max_train_steps=100", "--checkpointing_steps=30", "--optimizer=adamw8bit"], 4, 6),
+        # One more while the oldest is not deleted yet.
+        (["--max_train_steps=100", "--checkpointing_steps=30", "--checkpoints_total_limit=2"], 3, 12),
+        # As many as are kept, however few are planned.
+        (["--checkpoints_total_limit=5", "--save_every_minutes=5"], 6, 12),
+    ],
+)
+def test_disk_of_a_run(argv, checkpoints, bytes_each):
+    assert run_bytes(options(argv), 1000) == checkpoints * bytes_each * 1000 + 3 * 4 * 1000
+
+
+def test_disk_of_a_run_without_a_bound():
+    assert run_bytes(options(["--save_every_minutes=5"]), 1000) is None
+
+
+def test_a_run_that_does_not_fit_the_disk_is_refused(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(InputError, match=r"--output_dir .* needed .* free; make room, or keep fewer"):
+        check(tmp_path, "--max_train_steps=10", "--checkpointing_steps=10", trainable=free // 20)
+    # What is there already is not needed again.
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5/weights").touch()
+    with open(tmp_path / "checkpoint-5/weights", "wb") as file:
+        file.truncate(free)  # sparse: it takes no room
+    check(tmp_path, "--max_train_steps=10", "--checkpointing_steps=10", trainable=free // 20)
+
+
+@pytest.mark.parametrize(
+    ("gib", "message"),
+    [(1, "refused"), (2.8, "may not fit: try --dry_run"), (80, None)],
+)
+def test_a_model_is_held_against_the_device(gib, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Namespace(total_memory=gib * 2**30))
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(type(accelerator), "device", torch.device("cuda"))
+    args = options([f"--output_dir={tmp_path}", "--max_train_steps=10", "--checkpointing_steps=10"])
+    run = {"manifests": [manifest("real", 30)], "config": CONFIG, "trainable": 2**27, "frozen": 0}  # 2 GiB
+    if message == "refused":
+        with pytest.raises(InputError, match=r"the device has 1.0 GiB: shard it .* --train_batch_size"):
+            preflight(accelerator, args, **run)
+        return
+    preflight(accelerator, args, **run)
+    assert ("may not fit" in capsys.readouterr().out) == (message is not None)
+
+
+def test_parameters_are_counted_without_making_the_model():
+    shared = {name: CONFIG[name] for name in SHARED_CONFIG}
+    config = shared | {"injection_layers": [0, 2], "feature_dim": FEATURE_DIM}
+    made = C2RControlNet(**config)
+    assert count_parameters(C2RControlNet, config) == sum(p.numel() for p in made.parameters())
+
+
+def test_a_model_that_cannot_be_had_is_named(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="no such model folder"):
+        require_access(tmp_path / "missing")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="nobody/nothing: not a local folder, and it cannot be had"):
+        require_access("nobody/nothing")
+
+
+@pytest.mark.parametrize("part", ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"])
+def test_an_incomplete_encoder_is_named_before_it_is_loaded(part, tiny_models, tmp_path):
+    folder = shutil.copytree(tiny_models / "pipeline", tmp_path / "pipeline")
+    require_encoders(folder)
+    file = folder / part
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(InputError, match=file.name):
+        require_encoders(folder)
+    file.unlink()
+    with pytest.raises(InputError, match="has no safetensors weights"):
+        require_encoders(folder)
+
+
+def test_the_backbone_must_be_what_phase_1_saved(first, tiny_models, tmp_path):
+    accelerator, base = Accelerator(cpu=True), tiny_models / "pipeline"
+    folder = shutil.copytree(first[0] / "best", tmp_path / "best")
+    contract = json.loads((folder / "c2r.json").read_text())
+    assert fingerprint_backbone(accelerator, folder, base) == contract["weights_sha256"]
+    # A folder without a contract is taken as it is.
+    assert len(fingerprint_backbone(accelerator, base, base)) == 64
+    tiny_transformer(seed=5).save_pretrained(folder)
+    with pytest.raises(InputError, match=r"not those that its c2r.json names"):
+        fingerprint_backbone(accelerator, folder, base)
+    (folder / "c2r.json").write_text(
+        json.dumps(contract | dict.fromkeys(("backbone", "dinov3"), "x") | {"phase": 2, "backbone_sha256": "0"})
+    )
+    with pytest.raises(InputError, match="is of phase 2; give best/ or final/ of phase 1"):
+        fingerprint_backbone(accelerator, folder, base)
+
+
+def test_the_nearest_folder_that_exists(tmp_path):
+    assert existing_parent(tmp_path / "a/b/c") == tmp_path
+    assert existing_parent(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize(("count", "text"), [(12_000, "12.00 kB"), (9.22e9, "9.22 GB"), (1.5e12, "1.50 TB")])
+def test_sizes(count, text):
+    assert size_text(count) == text
+    assert not math.isnan(count)

@@ -1,0 +1,183 @@
+import pytest
+import torch
+from accelerate import Accelerator
+
+from c2r import flow_matching
+from c2r.training.logs import StepLog
+from c2r.training.seeds import seeded_generator
+from c2r.training.step import domain_weights, make_noisy_batch
+from tests.helpers.options import options
+
+
+def test_seeded_generators_depend_on_every_part():
+    draws = {torch.rand((), generator=seeded_generator(*parts)).item() for parts in ((0, 0), (0, 1), (1, 0), ("0", 0))}
+    assert len(draws) == 4
+    assert torch.equal(
+        torch.rand(3, generator=seeded_generator(5, "a")), torch.rand(3, generator=seeded_generator(5, "a"))
+    )
+
+
+def batch(size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (size, 4, 2, 4, 6)
+    return {
+        "latents_mean": torch.randn(shape, generator=generator),
+        "latents_logvar": torch.randn(shape, generator=generator),
+        "prompt_embeds": torch.ones(size, 5, 3),
+    }
+
+
+def draw(args, size=2, **changed):
+    where = {"micro_step": 6, "process_index": 0, "num_processes": 2}
+    return make_noisy_batch(
+        batch(size), args, empty_prompt_embeds=torch.zeros(5, 3), device=torch.device("cpu"), **where | changed
+    )
+
+
+def test_noisy_batch_is_consistent_and_repeatable():
+    args = options()
+    noisy = draw(args)
+    sigmas = noisy.sigmas.view(-1, 1, 1, 1, 1)
+    # x_sigma - sigma * v = x0 and x_sigma + (1 - sigma) * v = noise, so the two ends are recovered.
+    latents = noisy.noisy_latents - sigmas * noisy.velocity_target
+    noise = noisy.noisy_latents + (1 - sigmas) * noisy.velocity_target
+    torch.testing.assert_close(flow_matching.add_noise(latents, noise, noisy.sigmas), noisy.noisy_latents)
+    spread = (latents - batch(2)["latents_mean"]) / torch.exp(0.5 * batch(2)["latents_logvar"])
+    assert 0.8 < spread.std() < 1.2  # a sample of the distribution, not its mean
+    torch.testing.assert_close(noisy.timesteps, 1000 * noisy.sigmas)
+    assert torch.equal(draw(args).noisy_latents, noisy.noisy_latents)
+
+
+@pytest.mark.parametrize("changed", [{"process_index": 1}, {"micro_step": 7}, {"micro_step": 8}])
+def test_noise_differs_between_processes_and_steps(changed):
+    args = options()
+    assert not torch.equal(draw(args, **changed).noisy_latents, draw(args).noisy_latents)
+
+
+def test_the_number_of_processes_does_not_change_the_draw():
+    """One process with a batch of 4 draws what two with a batch of 2 draw."""
+    args, whole = options(), batch(4)
+    where = {"empty_prompt_embeds": torch.zeros(5, 3), "device": torch.device("cpu"), "micro_step": 7}
+    alone = make_noisy_batch(whole, args, process_index=0, num_processes=1, **where)
+    halves = [
+        make_noisy_batch(
+            {name: tensor[2 * p : 2 * p + 2] for name, tensor in whole.items()},
+            args,
+            process_index=p,
+            num_processes=2,
+            **where,
+        )
+        for p in range(2)
+    ]
+    for name, tensor in vars(alone).items():
+        assert torch.equal(torch.cat([getattr(half, name) for half in halves]), tensor), name
+    assert not torch.equal(*alone.velocity_target[2:])
+
+
+def test_sigmas_of_a_global_step_are_stratified():
+    args = options()
+    parts = [draw(args, process_index=p, micro_step=6 + m).sigmas for p in range(2) for m in range(2)]
+    shifted = torch.cat(parts).double()
+    uniform = shifted / (3 - 2 * shifted)  # undo shift 3
+    assert sorted((uniform * 8).long().tolist()) == list(range(8))
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 1.0), (1.0, 0.0)])
+def test_prompt_dropout_replaces_by_the_empty_prompt(share, expected):
+    noisy = draw(options([f"--prompt_dropout={share}"]))
+    assert (noisy.prompt_embeds == expected).all()
+
+
+def test_dropouts_are_live_and_have_their_share():
+    args = options()
+    args.control_dropout = 0.3
+    drawn = [draw(args, size=8, micro_step=2 * i) for i in range(200)]
+    prompts = torch.cat([noisy.prompt_embeds[:, 0, 0] == 0 for noisy in drawn]).float().mean()
+    controls = torch.cat([noisy.dropped_control for noisy in drawn]).float().mean()
+    assert 0.07 < prompts < 0.13
+    assert 0.26 < controls < 0.34
+
+
+def test_flow_options_change_the_draw():
+    plain = draw(options())
+    assert not torch.equal(draw(options(["--flow_shift=5"])).sigmas, plain.sigmas)
+    for scheme, option in (
+        ("logit_normal", "--logit_mean=1"),
+        ("logit_normal", "--logit_std=2"),
+        ("mode", "--mode_scale=0.5"),
+    ):
+        base = draw(options([f"--weighting_scheme={scheme}"])).sigmas
+        assert not torch.equal(base, plain.sigmas)
+        assert not torch.equal(draw(options([f"--weighting_scheme={scheme}", option])).sigmas, base)
+    assert not torch.equal(draw(options(["--weighting_scheme=cosmap"])).weights, plain.weights)
+
+
+def test_step_log_groups_losses():
+    log = StepLog(Accelerator(cpu=True))
+    log.start()
+    log.add(torch.tensor([1.0, 3.0]), torch.tensor([0.1, 1.0]), torch.tensor([0, 1]))
+    log.add(torch.tensor([5.0, 7.0]), torch.tensor([0.25, 0.2]), torch.tensor([0, 0]))
+    logs = log.finish(learning_rate=0.5)
+    assert logs.pop("train/samples_per_second") > 0
+    assert logs == {
+        "train/loss": 4.0,
+        "train/loss_real": pytest.approx(13 / 3),
+        "train/loss_cg": 3.0,
+        "train/loss_sigma_0.0-0.25": 4.0,
+        "train/loss_sigma_0.25-0.5": 5.0,
+        "train/loss_sigma_0.75-1.0": 3.0,
+        "train/learning_rate": 0.5,
+    }
+    log.start()
+    log.add(torch.tensor([2.0]), torch.tensor([0.6]), torch.tensor([1]))
+    assert log.finish()["train/loss"] == 2.0
+
+
+@pytest.mark.parametrize("cg_ratio", [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0])
+def test_the_weights_of_the_domains_keep_their_mean(cg_ratio):
+    domains = torch.tensor([0, 1])
+    real, cg = domain_weights(domains, 2.5, cg_ratio)
+    torch.testing.assert_close(real, 2.5 * cg)
+    assert ((1 - cg_ratio) * real + cg_ratio * cg).item() == pytest.approx(1)
+    assert domain_weights(domains, 1.0, cg_ratio).tolist() == [1, 1]  # exactly: training is the same bit for bit
+
+
+def test_step_log_tells_the_real_share_of_the_loss():
+    log = StepLog(Accelerator(cpu=True))
+    log.start()
+    log.add_weighted(torch.tensor([1.0, 3.0]), torch.tensor([0, 1]))
+    log.add_weighted(torch.tensor([2.0, 2.0]), torch.tensor([0, 0]))
+    assert log.finish()["train/real_loss_share"] == 5 / 8
+
+
+def test_step_log_averages_the_accuracy_of_the_classifier_over_steps():
+    domains, logits = torch.tensor([0, 0, 0, 1]), torch.tensor([-1.0, -1.0, 1.0, -1.0])
+    losses, everyone = torch.tensor([0.1, 0.2, 0.6, 0.9]), torch.ones(4, dtype=torch.bool)
+
+    def step(log, *added):
+        log.start()
+        log.add(losses, torch.full((4,), 0.5), domains)
+        if added:
+            log.add_domain_logits(*added)
+        return {name: value for name, value in log.finish().items() if "domain" in name}
+
+    log = StepLog(Accelerator(cpu=True))
+    for _ in range(200):
+        logs = step(log, losses, logits, domains, everyone)
+    assert logs == {
+        "train/domain_loss": pytest.approx(0.45),
+        "train/domain_accuracy_real": pytest.approx(2 / 3, abs=1e-3),
+        "train/domain_accuracy_cg": pytest.approx(0, abs=1e-3),
+        "train/domain_accuracy": pytest.approx(1 / 3, abs=1e-3),
+    }
+    # What does not count is left out; a step in which nothing counts says nothing new, and forgets nothing.
+    real = step(log, losses, logits, domains, torch.tensor([True, True, False, False]))
+    assert real["train/domain_loss"] == pytest.approx(0.15)
+    assert real["train/domain_accuracy_cg"] == logs["train/domain_accuracy_cg"]
+    assert real["train/domain_accuracy_real"] > logs["train/domain_accuracy_real"]
+    nothing = step(log, losses, logits, domains, ~everyone)
+    assert nothing.keys() == real.keys() - {"train/domain_loss"}
+    assert all(value == pytest.approx(real[name]) for name, value in nothing.items())
+    # A resumed run goes on from what was logged.
+    again = StepLog(Accelerator(cpu=True), nothing)
+    assert step(again, losses, logits, domains, everyone) == step(log, losses, logits, domains, everyone)
