@@ -1,0 +1,23 @@
+"""Settings of the data stage, shared by reading, encoding and training."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from c2r.data.buckets import Bucket
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """How files are cut into clips and encoded, and where the result is kept."""
+
+    buckets: tuple[Bucket, ...]
+    fps: float  #: frames per second that clips are resampled to
+    base_model: str  #: the Wan pipeline whose VAE and text encoder encode: a folder or hub name
+    cache_dir: Path | None = None  #: None: .c2r_cache in each dataset's folder
+    max_dropped: float | None = None  #: largest share of a dataset's rows that may be dropped; None: any
+    video_cache_gb: float = 50.0  #: most that is kept of videos fetched from remote datasets
+    num_workers: int = 0  #: data loader workers per process
+
+    def cache_folder(self, dataset_folder: str | Path) -> Path:
+        """Return the cache folder of a dataset."""
+        return self.cache_dir or Path(dataset_folder) / ".c2r_cache"

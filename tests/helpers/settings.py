@@ -1,0 +1,10 @@
+"""Clip settings for tests."""
+
+from c2r.data.buckets import Bucket
+from c2r.data.settings import ClipSettings
+
+
+def clip_settings(**overrides) -> ClipSettings:
+    """Return settings of one small bucket at 8 fps."""
+    defaults = {"buckets": (Bucket(5, 32, 48),), "fps": 8.0, "base_model": "model"}
+    return ClipSettings(**defaults | overrides)
