@@ -1,103 +1,298 @@
-"""Run a command: parse its options, answer bad input in one line, exit with a documented status."""
+"""Run a command: parse its options, answer bad input in one line, exit with a documented status.
+
+Nothing heavy is imported here, so that --help and bad options are answered within a second.
+"""
 
 import argparse
-import ctypes
 import errno
+import logging
 import os
 import re
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
 
 from c2r import InputError
-from c2r.files import UNWRITABLE
-from c2r.training.watchdog import name_the_lost
+from c2r.options import COMMANDS, Command, Flag, Option, Switch
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+#: Seconds that other processes leave to the main process to report bad input and be ended by the launcher.
+HEAD_START = 5.0
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def parse(command: Command, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line over --config FILE.yaml over the defaults, and check all values.
+
+    Args:
+        command: one of `c2r.options`.
+        argv: arguments without the program's name; None: those of this process.
+
+    Raises:
+        InputError: an unknown option, a bad value, or values that do not fit each other.
+        SystemExit: after --help or --help-all.
+    """
+    parser = _build_parser(command)
+    try:
+        given, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        name = (error.argument_name or "").split("/")[0].lstrip("-")
+        option = command.options.get(name)
+        if option is None or "expected" not in error.message:
+            raise InputError(f"--{name}: {error.message}; see --help") from None
+        raise InputError(f"--{name}: has no value; give {option.type}") from None
+    if unknown:
+        raise InputError(_unknown_option(unknown[0], command))
+    given = vars(given)
+    for name in ("help", "help_all"):
+        if given.pop(name, False):
+            print(_build_parser(command, show_all=name == "help_all").format_help(), end="")
+            raise SystemExit(0)
+
+    options = command.options
+    values = {name: option.default for name, option in options.items()}
+    if "config" in given:
+        values |= _read_config(given["config"], command)
+    for name, text in given.items():
+        values[name] = _typed(options[name], text)
+    for name, option in options.items():
+        if option.required and values[name] is None:
+            raise InputError(f"--{name}: missing; give {option.type}")
+    args = argparse.Namespace(**values)
+    command.check(args)
+    return args
+
+
+def _build_parser(command, show_all=False):
+    parser = argparse.ArgumentParser(
+        prog=command.prog,
+        description=command.description,
+        usage=f"{command.prog} [options]",
+        allow_abbrev=False,
+        add_help=False,
+        exit_on_error=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show the common options")
+    parser.add_argument("--help-all", action="store_true", dest="help_all", help="show all options")
+    for title, options in command.groups.items():
+        group = parser.add_argument_group(title)
+        for option in options:
+            shown = option.common or show_all
+            group.add_argument(
+                f"--{option.name}",
+                help=_help_text(option) if shown else argparse.SUPPRESS,
+                **_argparse_keywords(option),
+            )
+    return parser
+
+
+def _argparse_keywords(option: Option) -> dict[str, Any]:
+    # All values stay text here: `_typed` reads them, as it reads those of --config.
+    if isinstance(option.type, Flag):
+        return {"action": "store_true"}
+    if isinstance(option.type, Switch):
+        return {"action": argparse.BooleanOptionalAction}
+    keywords: dict[str, Any] = {"metavar": option.metavar or option.name.rpartition("_")[2].upper()}
+    if option.several:
+        keywords["nargs"] = "+"
+    if option.repeatable:
+        keywords["action"] = "append"
+    return keywords
+
+
+def _help_text(option):
+    text = option.help.replace("%", "%%")
+    if option.required:
+        return f"{text} (required)"
+    if option.default is None or isinstance(option.type, Flag) or "default:" in text:
+        return text
+    default = f"{option.default:g}" if isinstance(option.default, float) else option.default
+    return f"{text} (default: {default})"
+
+
+def _typed(option: Option, given: Any) -> Any:
+    """Return the value that the text given for an option stands for.
+
+    Raises:
+        InputError: `--option VALUE: what is wrong; what to do`.
+    """
+    if isinstance(option.type, Flag | Switch):
+        return given
+    if isinstance(given, list):
+        return [_typed(option, text) for text in given]
+    try:
+        return option.type(given)
+    except ValueError as error:
+        raise InputError(f"--{option.name} {given}: {error}") from None
+
+
+def _unknown_option(text, command):
+    if not text.startswith("-"):
+        return f"{text}: not an option; options start with --, see --help"
+    name = text.lstrip("-").partition("=")[0]
+    elsewhere = [other.prog for other in COMMANDS if name in other.options]
+    if elsewhere:
+        return f"--{name}: is an option of {' and '.join(elsewhere)}; leave it out here, see --help-all"
+    close = get_close_matches(name, [*command.options, "help", "help-all"], 1)
+    return f"--{name}: no such option; " + (f"did you mean --{close[0]}?" if close else "see --help-all")
+
+
+def _read_config(path, command):
+    """Return the values of a --config file.
+
+    Raises:
+        InputError: it cannot be read, or holds an unknown option or a bad value.
+    """
+    import yaml
+
+    where = f"--config {path}"
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{where}: cannot be read ({' '.join(str(error).split())}); correct the file") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{where}: not a list of options; write lines of the form 'option: value'")
+    values = {}
+    for name, value in content.items():
+        option = command.options.get(name)
+        if option is None or name == "config":
+            raise InputError(f"{where}: {_unknown_option(f'--{name}', command)}")
+        try:
+            values[name] = _typed_yaml(option, value)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+    return values
+
+
+def _typed_yaml(option, value):
+    if isinstance(option.type, Flag | Switch):
+        if not isinstance(value, bool):
+            raise InputError(f"--{option.name} {value}: not true or false; give one of them")
+        return value
+    if value is None:
+        if option.default is not None or option.required:
+            raise InputError(f"--{option.name} null: has no value; give {option.type}")
+        return None
+    # YAML takes 1e-5 for text and 2024 for a number: read both as the command line would.
+    if option.several or option.repeatable:
+        entries = value if isinstance(value, list) else [value]
+        if not entries:
+            raise InputError(f"--{option.name} []: has no value; give {option.type}")
+        return _typed(option, [str(entry) for entry in entries])
+    return _typed(option, str(value))
+
+
+# -------------------------------------------------------------------------------------------------------- run and exit
+
+
+def run(main: Callable[[], Any]):
+    """Run a command's main function; bad input, a full disk and signals end it with one line, not a traceback."""
+    stop_on_signals()
+    log_to_stdout()
+    try:
+        main()
+    except InputError as error:
+        _wait_for_the_main_process()
+        # From a data loader's worker the error comes wrapped in the worker's traceback: its last line is the message.
+        _exit(error, re.sub(r"^c2r[.\w]*: ", "", str(error).strip().splitlines()[-1]))
+    except (OSError, EOFError, RuntimeError) as error:
+        from c2r.files import UNWRITABLE
+        from c2r.training.watchdog import name_the_lost
+
+        if _is_lost_worker(error):
+            first_line = str(error).partition("\n")[0]
+            _exit(
+                error,
+                f"a data loader worker was killed or cannot be reached ({first_line}), perhaps for lack of memory; "
+                "lower --dataloader_num_workers and restart with --resume_from_checkpoint latest",
+            )
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            verb = "opened" if error.errno == errno.EACCES else "written"
+            _exit(error, f"{error.filename or 'output'}: cannot be {verb} ({error.strerror}); fix it and restart")
+        name_the_lost()
+        raise
+
+
+def check_command_line(command: Command):
+    """Answer --help and bad options now: a script calls this before its imports, which take seconds."""
+    run(lambda: parse(command))
+
+
+def _exit(error, message):
+    """Exit with status 1 and one line."""
+    traceback.clear_frames(error.__traceback__)  # closes progress bars, which would share the line
+    sys.exit(f"error: {message}")
+
+
+def _wait_for_the_main_process():
+    """Give the main process time to report input that is bad for all processes; the launcher then ends this one."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(HEAD_START)
+
+
+def _is_lost_worker(error):
+    """Return True if a data loader has lost a worker, rather than passed on an error that a worker raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return str(error).startswith("DataLoader worker") or any(frame.name == "_try_get_data" for frame in frames)
 
 
 def stop_on_signals():
-    """Until the training loop has something to save, SIGTERM and SIGINT end the process at once, with EXIT_STOPPED.
+    """Let SIGTERM and SIGINT end the process at once with EXIT_STOPPED, until the training loop can save.
 
-    A process of a launcher is sent SIGTERM too when its launcher dies: it would go on writing beside the next run.
+    A process started by a launcher also gets SIGTERM when its launcher dies; otherwise it would go on writing beside
+    the next run.
     """
 
     def stop(number, frame):
         for handled in SIGNALS:
             signal.signal(handled, signal.SIG_IGN)
-        _say(f"stopped by {signal.Signals(number).name}; start again with the same command")
+        write_error_line(f"stopped by {signal.Signals(number).name}; restart with the same command")
         sys.exit(EXIT_STOPPED)
 
     for number in SIGNALS:
         signal.signal(number, stop)
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if launched and sys.platform == "linux":
+        import ctypes
+
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def _say(line):
-    # Not by print: a signal may come while the progress bar is in the same stream's buffer, which then raises.
+def write_error_line(line: str):
+    """Write a line to stderr from a signal handler: print may find the stream's buffer in use, and raise."""
+    assert sys.__stderr__ is not None
     os.write(sys.__stderr__.fileno(), f"{line}\n".encode())
 
 
-HEAD_START = 5.0  # seconds in which the main process's error ends the others
+# ------------------------------------------------------------------------------------------------------------ messages
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description and shows each option's default."""
+class _LineHandler(logging.Handler):
+    """Print each message as one line on stdout, above progress bars; warnings with "warning: " before them."""
 
-    def _get_help_string(self, action):
-        if action.default in (None, argparse.SUPPRESS) or isinstance(action, argparse._HelpAction):
-            return action.help
-        return f"{action.help} (default: %(default)s)"
+    def emit(self, record):
+        from tqdm import tqdm
 
-
-def run(main):
-    """Run a script's main; bad input, a full disk and a stopping signal end it with one line, not a traceback."""
-    stop_on_signals()
-    try:
-        main()
-    except InputError as error:
-        _leave_it_to_the_main_process()
-        # From a data loader's worker it comes wrapped in the worker's traceback; the last line is the message.
-        _end(error, re.sub(r"^c2r[.\w]*: ", "", str(error).strip().splitlines()[-1]))
-    except (OSError, EOFError, RuntimeError) as error:
-        if _lost_worker(error):
-            _end(
-                error,
-                f"a data loader's worker was killed or cannot be reached ({str(error).partition(chr(10))[0]}), "
-                "perhaps for want of memory: lower --dataloader_num_workers and start again with "
-                "--resume_from_checkpoint latest",
-            )
-        if getattr(error, "errno", None) in UNWRITABLE:
-            file = error.filename or "output"
-            verb = "opened" if error.errno == errno.EACCES else "written"
-            _end(error, f"{file}: cannot be {verb} ({error.strerror}); mend it and start again")
-        name_the_lost()
-        raise
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(prefix + self.format(record))
+        sys.stdout.flush()
 
 
-def _end(error, message):
-    """Exit with status 1 and a line of its own: a progress bar that the failed frames hold is closed before."""
-    traceback.clear_frames(error.__traceback__)
-    sys.exit(f"error: {message}")
-
-
-def _leave_it_to_the_main_process():
-    """Most bad input is bad on every process: the main one says so, and the launcher then ends the others."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(HEAD_START)
-
-
-def _lost_worker(error):
-    """Whether a data loader misses one of its workers: torch says so, or it fails to fetch what the worker has left.
-
-    What a worker itself has raised is raised elsewhere in the loader.
-    """
-    frames = traceback.extract_tb(error.__traceback__)
-    return str(error).startswith("DataLoader worker") or any(frame.name == "_try_get_data" for frame in frames)
+def log_to_stdout():
+    """Print the package's messages: INFO on the main process alone, WARNING and above on all."""
+    logger = logging.getLogger("c2r")
+    if not any(isinstance(handler, _LineHandler) for handler in logger.handlers):
+        logger.addHandler(_LineHandler())
+    logger.propagate = False
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)

@@ -1,317 +1,746 @@
-"""The options of both training scripts: the command line over --config FILE.yaml over the defaults."""
+"""Every option of every command, declared once: name, type with its range, default, help.
 
-import argparse
+`python -m c2r.options` prints all of them as Markdown: docs/options.md.
+"""
+
 import math
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import yaml
-from diffusers.optimization import SchedulerType
+from c2r import InputError
+from c2r.data.buckets import Bucket, check_num_frames, check_pixels, parse_bucket
+from c2r.data.settings import ClipSettings
 
-from c2r import InputError, flow_matching
-from c2r.data.buckets import buckets_of, parse_bucket
-from c2r.pipeline import DEFAULT_GUIDANCE_SCALE
-from c2r.training.interruption import slot_deadline
-from c2r.training.watchdog import DEFAULT_TIMEOUT_MINUTES
-
-#: The options that a call of `C2RPipeline` takes by the same names.
-PIPELINE_OPTIONS = (
-    *("height", "width", "num_frames", "num_inference_steps"),
-    *("guidance", "guidance_scale", "control_guidance_scale", "conditioning_scale"),
-)
+# --------------------------------------------------------------------------------------------------------------- types
+# A type reads one value from text. It raises ValueError("what is wrong; what to do"); `c2r.cli` names the option.
 
 
-def add_clip_options(group):
-    """Add what decides how a clip is cut and encoded, and where the result is kept.
+@dataclass(frozen=True)
+class Number:
+    """A finite number within bounds.
 
     Args:
-        group: an `argparse` parser or group.
+        above: exclusive lower bound.
+        least, most: inclusive bounds.
+        below: exclusive upper bound.
+        whole: only whole numbers.
     """
-    group.add_argument(
-        "--pretrained_model_name_or_path",
-        default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-        help="Wan 2.1 in Diffusers' layout, a folder or a hub id",
-    )
-    group.add_argument(
-        "--cache_dir", help="for latents and prompt embeddings; default: .c2r_cache in the dataset's folder"
-    )
-    group.add_argument("--height", type=int, default=480, help="pixels, divisible by 16")
-    group.add_argument("--width", type=int, default=832, help="pixels, divisible by 16")
-    group.add_argument("--num_frames", type=int, default=81, help="frames of a clip, 4k + 1")
-    group.add_argument(
-        "--buckets",
-        type=parse_bucket,
-        nargs="+",
-        metavar="81x480x832",
-        help="frames x height x width of several kinds of clips, instead of --num_frames, --height and --width; "
-        "a clip goes to the one that fits it best, images to those of one frame",
-    )
-    group.add_argument("--fps", type=float, default=16.0, help="frame rate that the clips are resampled to")
-    group.add_argument(
-        "--max_dropped", type=float, help="end where more than this share of a dataset's rows is dropped, e.g. 0.1"
-    )
-    group.add_argument(
-        "--video_cache_gb", type=float, default=50.0, help="bound of what is fetched of datasets at an address"
-    )
-    group.add_argument("--dataloader_num_workers", type=int, default=4, help="per process; 0 loads in the loop itself")
+
+    above: float = -math.inf
+    least: float = -math.inf
+    most: float = math.inf
+    below: float = math.inf
+    whole: bool = False
+
+    def __call__(self, text: str) -> float:
+        try:
+            value = int(text) if self.whole else float(text)
+        except ValueError:
+            raise ValueError(f"not a {'whole ' * self.whole}number; give {self}") from None
+        if not (math.isfinite(value) and self.above < value < self.below and self.least <= value <= self.most):
+            raise ValueError(f"out of range; give {self}")
+        return value
+
+    def __str__(self):
+        kind = "a whole number" if self.whole else "a number"
+        if math.isfinite(self.least) and math.isfinite(self.most):
+            return f"{kind} from {self.least:g} to {self.most:g}"
+        if math.isfinite(self.above) and math.isfinite(self.below):
+            return f"{kind} between {self.above:g} and {self.below:g}"
+        if math.isfinite(self.above):
+            return f"{kind} above {self.above:g}"
+        return f"{kind} of at least {self.least:g}" if math.isfinite(self.least) else kind
 
 
-def add_dinov3_option(group):
-    """Add what the control is encoded by, to an `argparse` parser or group."""
-    group.add_argument("--dinov3", default="facebook/dinov3-vitb16-pretrain-lvd1689m", help="a folder or a hub id")
+@dataclass(frozen=True)
+class Choice:
+    """One of several words."""
+
+    words: tuple[str, ...]
+
+    def __call__(self, text: str) -> str:
+        if text not in self.words:
+            raise ValueError(f"not one of the choices; give {self}")
+        return text
+
+    def __str__(self):
+        return f"{', '.join(self.words[:-1])} or {self.words[-1]}"
 
 
-def add_timeout_option(group):
-    """Add what a hang is, to an `argparse` parser or group."""
-    group.add_argument(
-        "--distributed_timeout_minutes",
-        type=float,
-        default=DEFAULT_TIMEOUT_MINUTES,
-        help="a process that makes no progress for so long ends the run; above the slowest load, step, fetch or save",
+@dataclass(frozen=True)
+class Text:
+    """Any text."""
+
+    what: str = "text"
+
+    def __call__(self, text: str) -> str:
+        return text
+
+    def __str__(self):
+        return self.what
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A value that `read` reads from text or refuses by ValueError."""
+
+    read: Callable[[str], Any]
+    what: str
+
+    def __call__(self, text: str) -> Any:
+        return self.read(text)
+
+    def __str__(self):
+        return self.what
+
+
+@dataclass(frozen=True)
+class Flag:
+    """An option without a value: off unless it is given."""
+
+    def __str__(self):
+        return "no value"
+
+
+@dataclass(frozen=True)
+class Switch:
+    """An option that is switched on by --name and off by --no-name."""
+
+    def __str__(self):
+        return "no value; --no-… switches it off"
+
+
+def _duration(text):
+    number, unit = text[:-1], text[-1:]
+    try:
+        return {"s": 1, "m": 60, "h": 3600}[unit] * POSITIVE(number)
+    except (KeyError, ValueError):
+        raise ValueError("not a duration; give one such as 90s, 5m or 1h") from None
+
+
+COUNT = Number(least=1, whole=True)
+COUNT_OR_ZERO = Number(least=0, whole=True)
+WHOLE = Number(whole=True)
+POSITIVE = Number(above=0)
+NOT_NEGATIVE = Number(least=0)
+SHARE = Number(least=0, most=1)
+ANY_NUMBER = Number()
+FOLDER = Text("a folder")
+FILE = Text("a file")
+MODEL = Text("a folder or hub name")
+PIXELS = Checked(check_pixels, "pixels, divisible by 16")
+FRAMES = Checked(check_num_frames, "frames, 4k + 1")
+BUCKET = Checked(parse_bucket, "frames x height x width")
+DURATION = Checked(_duration, "a duration such as 90s, 5m or 1h")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a command.
+
+    Args:
+        name: without the dashes, as Diffusers names it where Diffusers has it.
+        help: one sentence that needs no other option's help to be understood.
+        type: reads and checks one value.
+        default: value where none is given.
+        metavar: placeholder for the value in --help.
+        several: takes one or more values, a list.
+        repeatable: may be given several times, a list.
+        required: has no default.
+        common: shown by --help; --help-all shows all options.
+    """
+
+    name: str
+    help: str
+    type: Any = Text()
+    default: Any = None
+    metavar: str | None = None
+    several: bool = False
+    repeatable: bool = False
+    required: bool = False
+    common: bool = False
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: what --help says first, its options by group, and its check across options."""
+
+    prog: str
+    description: str
+    groups: dict[str, list[Option]]
+    check: Callable[[Namespace], None] = field(default=lambda args: None)
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """All options by name."""
+        return {option.name: option for options in self.groups.values() for option in options}
+
+
+# ----------------------------------------------------------------------------------------------- clips and their cache
+
+CONFIG = Option("config", "YAML file that sets any option by its name; the command line wins", FILE, common=True)
+BASE_MODEL = Option(
+    "pretrained_model_name_or_path",
+    "Wan 2.1 text-to-video pipeline in Diffusers' layout",
+    MODEL,
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    common=True,
+)
+DINOV3 = Option(
+    "dinov3",
+    "DINOv3 ViT that turns control frames into features",
+    MODEL,
+    "facebook/dinov3-vitb16-pretrain-lvd1689m",
+    common=True,
+)
+TIMEOUT = Option(
+    "distributed_timeout_minutes",
+    "minutes without progress after which a process counts as hung and the command ends; set it above the longest "
+    "load, step, fetch or save",
+    POSITIVE,
+    10.0,
+)
+CLIP_OPTIONS = [
+    Option(
+        "cache_dir",
+        "folder for latents and prompt embeddings; default: .c2r_cache in each dataset's folder",
+        FOLDER,
+        common=True,
+    ),
+    Option("height", "height of a clip in pixels, divisible by 16", PIXELS, 480, common=True),
+    Option("width", "width of a clip in pixels, divisible by 16", PIXELS, 832, common=True),
+    Option("num_frames", "frames of a clip, 4k + 1", FRAMES, 81, common=True),
+    Option(
+        "buckets",
+        "several clip sizes as frames x height x width, such as 81x480x832 1x480x832, instead of --num_frames, "
+        "--height and --width; each file goes to the size that fits it best",
+        BUCKET,
+        metavar="FxHxW",
+        several=True,
+        common=True,
+    ),
+    Option("fps", "frames per second that clips are resampled to", POSITIVE, 16.0, common=True),
+    Option("max_dropped", "stop if more than this share of a dataset's rows is dropped, such as 0.1", SHARE),
+    Option("video_cache_gb", "GB of disk for videos fetched from remote datasets", POSITIVE, 50.0),
+    Option("dataloader_num_workers", "data loader workers per process; 0 loads in the main process", COUNT_OR_ZERO, 4),
+]
+
+
+def clip_settings(args: Namespace) -> ClipSettings:
+    """Return the settings of the data stage that a command's options give.
+
+    Raises:
+        InputError: a bucket is named twice.
+    """
+    buckets = tuple(args.buckets or [Bucket(args.num_frames, args.height, args.width)])
+    for bucket in buckets:
+        if buckets.count(bucket) > 1:
+            raise InputError(f"--buckets {bucket}: named twice; name it once")
+    return ClipSettings(
+        buckets=buckets,
+        fps=args.fps,
+        base_model=args.pretrained_model_name_or_path,
+        cache_dir=Path(args.cache_dir) if args.cache_dir else None,
+        max_dropped=args.max_dropped,
+        video_cache_gb=args.video_cache_gb,
+        num_workers=args.dataloader_num_workers,
     )
 
 
-def check_timeout_option(args):
-    """Raise InputError for a time that cannot be."""
-    if not 0 < args.distributed_timeout_minutes < math.inf:
+# ------------------------------------------------------------------------------------------------------------ sampling
+
+#: Kinds of guidance and their default text scales; those of `c2r.pipeline`, whose import takes seconds.
+GUIDANCE_SCALES = {"apg": 10.0, "cfg": 5.0}
+
+
+def _sampling_options(num_inference_steps, common=False):
+    return [
+        Option("num_inference_steps", "denoising steps of each video", COUNT, num_inference_steps, common=common),
+        Option(
+            "guidance",
+            "apg: adaptive projected guidance; cfg: classifier-free guidance",
+            Choice(tuple(GUIDANCE_SCALES)),
+            "apg",
+            common=common,
+        ),
+        Option(
+            "guidance_scale",
+            "text guidance scale, 1 is no guidance; default: "
+            + ", ".join(f"{scale:g} with {name}" for name, scale in GUIDANCE_SCALES.items()),
+            NOT_NEGATIVE,
+            common=common,
+        ),
+        Option(
+            "control_guidance_scale",
+            "control guidance scale; any value but 1 costs one more forward pass per step",
+            NOT_NEGATIVE,
+            1.0,
+            common=common,
+        ),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+#: Names of `diffusers.optimization.SchedulerType` that need no further argument, and of
+#: `c2r.flow_matching.WEIGHTING_SCHEMES`; importing these takes seconds.
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
+
+DATASET_METAVAR = "FOLDER[:WEIGHT]"
+
+
+def _training_groups(before_data, after_data, **defaults):
+    """Return the groups of options that both phases share.
+
+    Args:
+        before_data, after_data: the phase's own options in the group "model and data".
+        defaults: default values that differ between the phases, by option name.
+    """
+    groups = {
+        "run": [
+            CONFIG,
+            Option("output_dir", "folder for checkpoints, best/, final/ and logs", FOLDER, required=True, common=True),
+            Option(
+                "resume_from_checkpoint",
+                "checkpoint-N, or latest: the newest complete one, and step 0 where there is none",
+                Text("checkpoint-N or latest"),
+                metavar="NAME",
+                common=True,
+            ),
+            Option(
+                "dry_run",
+                "train, validate, save and resume on a few clips, print what the whole run would take, and stop",
+                Flag(),
+                False,
+                common=True,
+            ),
+            Option("seed", "seed of everything that is random in the run", WHOLE, 0, common=True),
+            Option(
+                "mixed_precision",
+                "bf16: autocast over fp32 trainable weights, frozen weights in bf16; no: everything in fp32",
+                Choice(("bf16", "no")),
+                "bf16",
+            ),
+            Option("report_to", "where logs go", Choice(("tensorboard", "none")), "tensorboard"),
+            TIMEOUT,
+        ],
+        "model and data": [
+            BASE_MODEL,
+            *before_data,
+            Option(
+                "real_dataset",
+                "one or several folders (or remote addresses) with real videos and a metadata.csv; the weight is the "
+                "dataset's share of real samples",
+                Text("folders or addresses"),
+                metavar=DATASET_METAVAR,
+                several=True,
+                required=True,
+                common=True,
+            ),
+            *after_data,
+            *CLIP_OPTIONS,
+        ],
+        "optimisation": [
+            Option("train_batch_size", "clips per device and micro-step", COUNT, common=True),
+            Option("gradient_accumulation_steps", "micro-steps per optimizer step", COUNT, common=True),
+            Option("max_train_steps", "optimizer steps of the run", COUNT, common=True),
+            Option("learning_rate", "learning rate after the warm-up", NOT_NEGATIVE, common=True),
+            Option(
+                "lr_scheduler",
+                "learning rate schedule of diffusers.optimization",
+                Choice(LR_SCHEDULERS),
+                "constant_with_warmup",
+            ),
+            Option("lr_warmup_steps", "optimizer steps of learning rate warm-up", COUNT_OR_ZERO, 100),
+            Option(
+                "optimizer",
+                "adamw; or adamw8bit: states in 8 bit, needs bitsandbytes",
+                Choice(("adamw", "adamw8bit")),
+                "adamw",
+                common=True,
+            ),
+            Option("adam_beta1", "AdamW's decay of the first moment", Number(least=0, below=1), 0.9),
+            Option("adam_beta2", "AdamW's decay of the second moment", Number(least=0, below=1), 0.999),
+            Option("adam_weight_decay", "AdamW's weight decay", NOT_NEGATIVE, 0.01),
+            Option("adam_epsilon", "AdamW's epsilon", POSITIVE, 1e-8),
+            Option("max_grad_norm", "norm that gradients are clipped to", POSITIVE, 1.0),
+            Option(
+                "gradient_checkpointing",
+                "compute each block again in the backward pass: far less memory, more time",
+                Switch(),
+                True,
+                common=True,
+            ),
+            Option(
+                "weight_storage",
+                "precision of trainable weights; bf16 stores weights and gradients in bf16 and the low 16 bits beside "
+                "them, so no small update is lost",
+                Choice(("fp32", "bf16")),
+                "fp32",
+            ),
+            Option(
+                "ema_decay",
+                "validate and save an exponential moving average of the weights with this decay, such as 0.999",
+                Number(above=0, below=1),
+            ),
+        ],
+        "flow matching": [
+            Option("flow_shift", "shift of the noise levels: 3 for 480p, 5 for 720p", POSITIVE, 3.0),
+            Option(
+                "weighting_scheme",
+                "density of the noise levels and weight of the loss, as in diffusers.training_utils",
+                Choice(WEIGHTING_SCHEMES),
+                "none",
+            ),
+            Option("logit_mean", "mean of the logit_normal density; above 0: more noise", ANY_NUMBER, 0.0),
+            Option("logit_std", "standard deviation of the logit_normal density", POSITIVE, 1.0),
+            Option("mode_scale", "scale of the mode density", ANY_NUMBER, 1.29),
+            Option("prompt_dropout", "share of samples trained with the empty prompt", SHARE, 0.1),
+        ],
+        "checkpoints and validation": [
+            Option("checkpointing_steps", "optimizer steps between checkpoints", COUNT, 2000, common=True),
+            Option(
+                "checkpoints_total_limit",
+                "checkpoints to keep, older ones are deleted; default: all",
+                COUNT,
+                common=True,
+            ),
+            Option("save_every_minutes", "longest time in minutes between two checkpoints", POSITIVE),
+            Option(
+                "save_before_timeout",
+                "time before the end of a Slurm slot, such as 5m, at which the run saves and stops with status 75",
+                DURATION,
+                metavar="5m",
+            ),
+            Option(
+                "max_skipped_steps",
+                "maximum consecutive steps skipped for a non-finite gradient; one more ends the run",
+                COUNT_OR_ZERO,
+                5,
+            ),
+            Option("validation_steps", "optimizer steps between validations", COUNT, 500, common=True),
+            Option("num_validation_clips", "held-out clips of each domain to validate on", COUNT, 8),
+        ],
+    }
+    return {
+        name: [replace(o, default=defaults[o.name]) if o.name in defaults else o for o in options]
+        for name, options in groups.items()
+    }
+
+
+def _check_clips(args):
+    clip_settings(args)
+
+
+def _check_training(args):
+    _check_clips(args)
+    if args.save_before_timeout is not None and not os.environ.get("SLURM_JOB_END_TIME", "").isdigit():
         raise InputError(
-            f"--distributed_timeout_minutes {args.distributed_timeout_minutes}: must be above 0 and finite"
+            f"--save_before_timeout {args.save_before_timeout:g}s: the end of this slot is unknown; outside Slurm set "
+            "SLURM_JOB_END_TIME to its end in seconds since 1970"
         )
 
 
-def check_clip_options(args):
-    """Raise InputError for the first value of `add_clip_options` that cannot work."""
-    buckets_of(args)
-    if args.max_dropped is not None and not 0 <= args.max_dropped <= 1:
-        raise InputError(f"--max_dropped {args.max_dropped}: must be from 0 to 1")
-    if not 0 < args.video_cache_gb < math.inf:
-        raise InputError(f"--video_cache_gb {args.video_cache_gb}: must be above 0 and finite")
-    if args.dataloader_num_workers < 0:
-        raise InputError(f"--dataloader_num_workers {args.dataloader_num_workers}: must not be negative")
+def _check_phase2(args):
+    _check_training(args)
+    if args.cg_ratio > 0 and args.cg_dataset is None:
+        raise InputError(f"--cg_ratio {args.cg_ratio:g}: needs CG pairs; give --cg_dataset, or --cg_ratio 0")
+    if args.cg_ratio_min is not None and args.cg_ratio_min > args.cg_ratio:
+        raise InputError(
+            f"--cg_ratio_min {args.cg_ratio_min:g}: above --cg_ratio {args.cg_ratio:g}; give a share from 0 to that"
+        )
+    if args.cache_control_features and args.control_augmentation > 0:
+        raise InputError(
+            f"--control_augmentation {args.control_augmentation:g}: alters the control anew in each step, which "
+            "--cache_control_features cannot keep; leave one of them out"
+        )
+    if args.adversarial_weight > 0 and not 0 < args.cg_ratio < 1:
+        raise InputError(
+            f"--adversarial_weight {args.adversarial_weight:g}: needs samples of both domains, but --cg_ratio "
+            f"{args.cg_ratio:g} draws one alone; give a ratio between 0 and 1"
+        )
 
 
-def add_sampling_options(group, num_inference_steps):
-    """Add what a generated video depends on besides its conditions.
+PHASE1 = Command(
+    "train_phase1.py",
+    "Phase 1: adapt the Wan 2.1 DiT to real urban video with a flow-matching loss.",
+    _training_groups(
+        [
+            Option(
+                "dit_path",
+                "single-file DiT (.safetensors) to start from instead of the pipeline's transformer/",
+                FILE,
+                common=True,
+            )
+        ],
+        [],
+        train_batch_size=4,
+        gradient_accumulation_steps=8,
+        max_train_steps=10_000,
+        learning_rate=1e-5,
+    ),
+    _check_training,
+)
 
-    Args:
-        group: an `argparse` parser or group.
-        num_inference_steps: the default.
-    """
-    group.add_argument("--num_inference_steps", type=int, default=num_inference_steps, help="of each video")
-    group.add_argument(
-        "--guidance", choices=list(DEFAULT_GUIDANCE_SCALE), default="apg", help="adaptive projected, or plain"
+PHASE2 = Command(
+    "train_phase2.py",
+    "Phase 2: ground the control on mixed CG and real video, over the frozen backbone of phase 1.",
+    _training_groups(
+        [
+            Option(
+                "resume_backbone_from",
+                "frozen backbone: best/ or final/ of phase 1, a Diffusers transformer folder or a .safetensors file",
+                Text("a folder or file"),
+                required=True,
+                common=True,
+            ),
+            DINOV3,
+        ],
+        [
+            Option(
+                "cg_dataset",
+                "one or several folders (or remote addresses) with CG pairs: a metadata.csv with file_name, "
+                "control_name and text",
+                Text("folders or addresses"),
+                metavar=DATASET_METAVAR,
+                several=True,
+                common=True,
+            ),
+            Option("cg_ratio", "share of CG samples, exact over the run", SHARE, 0.2, common=True),
+        ],
+        train_batch_size=1,
+        gradient_accumulation_steps=1,
+        max_train_steps=15_000,
+        learning_rate=5e-6,
+        # Under 3 % of a run at batch 1, see benchmarks/validation_share.py.
+        validation_steps=1500,
+        num_validation_clips=4,
     )
-    group.add_argument(
-        "--guidance_scale",
-        type=float,
-        help="of the text, 1: none; default: "
-        + ", ".join(f"{scale:g} with {name}" for name, scale in DEFAULT_GUIDANCE_SCALE.items()),
-    )
-    group.add_argument(
-        "--control_guidance_scale", type=float, default=1.0, help="of the control; other than 1 costs a pass per step"
-    )
+    | {
+        "control": [
+            Option("control_layers", "number of ControlNet blocks", COUNT, 15, common=True),
+            Option(
+                "control_stride",
+                "backbone blocks per ControlNet block: 1 injects after the first blocks, 3 after every third",
+                COUNT,
+                1,
+            ),
+            Option("conditioning_scale", "factor of the control residuals", NOT_NEGATIVE, 1.0),
+            Option("control_dropout", "share of samples trained with a blank control", SHARE, 0.1),
+            Option(
+                "cache_control_features",
+                "run DINOv3 once per clip instead of in each step: 194 MB of disk per clip of 480x832x81",
+                Flag(),
+                False,
+            ),
+            Option(
+                "best_by",
+                "criterion of best/: the lowest validation loss, or the highest control gain",
+                Choice(("loss", "control_gain")),
+                "loss",
+            ),
+        ],
+        "against a CG look": [
+            Option("real_weight", "loss weight of a real sample relative to a CG sample, such as 2", POSITIVE, 1.0),
+            Option(
+                "adversarial_weight",
+                "weight of the gradient against a classifier that tells CG samples' predicted latents from real ones, "
+                "such as 0.1; 0: no classifier",
+                NOT_NEGATIVE,
+                0.0,
+            ),
+            Option(
+                "control_augmentation",
+                "share of real clips whose control is altered in its look, never in its geometry",
+                SHARE,
+                0.0,
+            ),
+            Option(
+                "cg_ratio_min",
+                "lower bound of --cg_ratio, which is halved while the samples' CG look stays above --monitor_bound; "
+                "default: --cg_ratio stays as it is",
+                SHARE,
+                common=True,
+            ),
+        ],
+        "sample videos and CG monitor": [
+            Option(
+                "num_samples",
+                "videos made at each sampling; 0: no samples and no CG monitor",
+                COUNT_OR_ZERO,
+                4,
+                common=True,
+            ),
+            Option("sample_steps", "optimizer steps between samplings", COUNT, 2500, common=True),
+            Option(
+                "sample_dataset",
+                "folder of coarse videos to sample from, laid out like --cg_dataset, with the prompts as captions; "
+                "default: held-out CG pairs with captions of held-out real clips",
+                FOLDER,
+            ),
+            *_sampling_options(num_inference_steps=20),
+            Option(
+                "monitor_bound", "CG look that counts as too strong: 0 is real clips, 1 is CG clips", ANY_NUMBER, 0.5
+            ),
+            Option(
+                "monitor_patience",
+                "samplings above --monitor_bound after which the run advises, or lowers --cg_ratio",
+                COUNT,
+                3,
+            ),
+        ],
+    },
+    _check_phase2,
+)
+
+# ------------------------------------------------------------------------------------------------------ other commands
 
 
-def check_sampling_options(args):
-    """Raise InputError for the first value of `add_sampling_options` that cannot work."""
-    if args.num_inference_steps < 1:
-        raise InputError(f"--num_inference_steps is {args.num_inference_steps}: it must be at least 1")
-    for name in ("guidance_scale", "control_guidance_scale"):
-        value = getattr(args, name)
-        if value is not None and not 0 <= value < math.inf:
-            raise InputError(f"--{name} is {value}: it must be a number of at least 0")
+def _all_common(*options):
+    return [replace(option, common=True) for option in options]
 
 
-def add_common_options(parser, **defaults):
-    """Add the options of both phases.
+ENCODE = Command(
+    "python -m c2r.encode",
+    "Fill the cache: VAE latents and UMT5 prompt embeddings of every clip that has none yet.",
+    {
+        "options": _all_common(
+            Option("dataset", "folder or remote address with videos and a metadata.csv", FOLDER, required=True),
+            Option("domain", "cg: pairs with a control_name", Choice(("real", "cg")), "real"),
+            BASE_MODEL,
+            Option(
+                "dry_run", "print what would be encoded and how long it would take; write no latents", Flag(), False
+            ),
+            Option(
+                "preview",
+                "encode a few clips of each bucket, write contact sheets of the decoded clips into this folder, "
+                "and stop",
+                FOLDER,
+                metavar="FOLDER",
+            ),
+            Option(
+                "control_only",
+                "make no latents but the DINOv3 features of the training clips' controls, in bf16 as phase 2 takes "
+                "them by default",
+                Flag(),
+                False,
+            ),
+            DINOV3,
+            *CLIP_OPTIONS,
+            TIMEOUT,
+        )
+    },
+    _check_clips,
+)
 
-    Args:
-        parser: an `argparse.ArgumentParser`.
-        defaults: values that differ between the phases, by option name.
-    """
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--config", metavar="FILE.yaml", help="sets any option below by its name; the command line wins"
-    )
-    group.add_argument("--output_dir", required=True, help="checkpoints, best/, final/ and logs/ go here")
-    group.add_argument("--seed", type=int, default=0, help="of everything random in the run")
-    group.add_argument(
-        "--mixed_precision",
-        default="bf16",
-        choices=("bf16", "no"),
-        help="bf16: autocast over fp32 trainable weights, frozen ones in bf16; no: all in fp32",
-    )
-    add_timeout_option(group)
-    group.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="try all of it on a few clips (train, validate, save, resume), tell what the run would take, and stop",
-    )
-    group.add_argument("--report_to", default="tensorboard", choices=("tensorboard", "none"), help="where logs go")
-
-    group = parser.add_argument_group("model and data")
-    group.add_argument(
-        "--real_dataset",
-        required=True,
-        nargs="+",
-        metavar="FOLDER[:WEIGHT]",
-        help="folder or address with real videos and metadata.csv; of several, each with the weight of its samples",
-    )
-    add_clip_options(group)
-    group.add_argument(
-        "--num_validation_clips", type=int, default=8, help="held-out clips of each domain to validate on"
-    )
-
-    _add_optimisation_options(parser.add_argument_group("optimisation"))
-    _add_flow_matching_options(parser.add_argument_group("flow matching"))
-    _add_checkpoint_options(parser.add_argument_group("checkpoints and validation"))
-    parser.set_defaults(**defaults)
-
-
-def _add_optimisation_options(group):
-    group.add_argument("--train_batch_size", type=int, help="clips per device and micro-step")
-    group.add_argument("--gradient_accumulation_steps", type=int, help="micro-steps per optimizer step")
-    group.add_argument("--max_train_steps", type=int, help="optimizer steps")
-    group.add_argument("--learning_rate", type=float, help="after the warm-up")
-    group.add_argument(
-        "--lr_scheduler",
-        default="constant_with_warmup",
-        choices=[s.value for s in SchedulerType if s is not SchedulerType.PIECEWISE_CONSTANT],
-        help="of diffusers.optimization",
-    )
-    group.add_argument("--lr_warmup_steps", type=int, default=100, help="optimizer steps")
-    group.add_argument("--adam_beta1", type=float, default=0.9, help="of AdamW")
-    group.add_argument("--adam_beta2", type=float, default=0.999, help="of AdamW")
-    group.add_argument("--adam_weight_decay", type=float, default=0.01, help="of AdamW")
-    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="of AdamW")
-    group.add_argument(
-        "--gradient_checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="compute each block again in the backward pass: far less memory, more time",
-    )
-    group.add_argument(
-        "--optimizer", default="adamw", choices=("adamw", "adamw8bit"), help="adamw8bit: states in 8 bit, bitsandbytes"
-    )
-    group.add_argument(
-        "--weight_storage",
-        default="fp32",
-        choices=("fp32", "bf16"),
-        help="of trainable weights. bf16: weights and gradients in bf16, the low 16 bits beside; no update is lost",
-    )
-    group.add_argument("--ema_decay", type=float, help="validate and save a moving average of the weights, e.g. 0.999")
-    group.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
+GENERATE = Command(
+    "python -m c2r.generate",
+    "Turn a coarse video and a prompt into a real-looking video.",
+    {
+        "models": _all_common(
+            Option("model", "best/ or final/ of phase 2, or of phase 1 (without control)", FOLDER, required=True),
+            Option("backbone", "phase 1 folder that the ControlNet was trained on, if it was moved", FOLDER),
+            Option(
+                "pretrained_model_name_or_path",
+                "Wan pipeline with VAE, text encoder and scheduler; default: the one of training",
+                MODEL,
+            ),
+            Option("dinov3", "DINOv3 model; default: the one of training", MODEL),
+            Option("dtype", "dtype of the weights; default: bf16 on a GPU, else fp32", Choice(("bf16", "fp32"))),
+            Option("cpu_offload", "keep only the model in use on the GPU", Flag(), False),
+            Option("vae_tiling", "decode in tiles: less memory, more time", Flag(), False),
+        ),
+        "what to generate": _all_common(
+            Option("prompt", "prompt of a video; repeatable", repeatable=True, required=True),
+            Option("control_video", "coarse video whose start is the control; repeatable", FILE, repeatable=True),
+            Option("output", ".mp4 file to write; several videos are numbered", FILE, required=True),
+            Option("negative_prompt", "prompt to guide away from; default: the empty prompt, as in training"),
+            Option("height", "height in pixels, divisible by 16; default: as trained", PIXELS),
+            Option("width", "width in pixels, divisible by 16; default: as trained", PIXELS),
+            Option("num_frames", "frames, 4k + 1; default: as trained", FRAMES),
+            Option("fps", "frames per second of the output and of the coarse video; default: as trained", POSITIVE),
+            Option("seed", "seed of the noise of each video", WHOLE, 0),
+        ),
+        "sampling": [
+            *_sampling_options(num_inference_steps=50, common=True),
+            *_all_common(
+                Option("conditioning_scale", "factor of the control residuals; default: as trained", NOT_NEGATIVE),
+                Option("control_guidance_start", "fraction of the steps at which control starts", SHARE, 0.0),
+                Option("control_guidance_end", "fraction of the steps at which control ends", SHARE, 1.0),
+                Option("flow_shift", "shift of the noise levels; default: as trained, else 3", POSITIVE),
+            ),
+        ],
+    },
+)
 
 
-def _add_flow_matching_options(group):
-    group.add_argument(
-        "--flow_shift", type=float, default=3.0, help="shift of the noise levels: 3 for 480p, 5 for 720p"
-    )
-    group.add_argument(
-        "--weighting_scheme",
-        default="none",
-        choices=flow_matching.WEIGHTING_SCHEMES,
-        help="density of the noise levels and weight of the loss, as in diffusers.training_utils",
-    )
-    group.add_argument("--logit_mean", type=float, default=0.0, help="of logit_normal; above 0: more noise")
-    group.add_argument("--logit_std", type=float, default=1.0, help="of logit_normal")
-    group.add_argument("--mode_scale", type=float, default=1.29, help="of mode")
-    group.add_argument(
-        "--prompt_dropout", type=float, default=0.1, help="share of samples trained with the empty prompt"
-    )
+def _simple(prog, description, *options):
+    return Command(prog, description, {"options": _all_common(*options)})
 
 
-def _add_checkpoint_options(group):
-    group.add_argument("--checkpointing_steps", type=int, default=2000, help="optimizer steps between checkpoints")
-    group.add_argument("--checkpoints_total_limit", type=int, help="older ones are deleted; default: keep all")
-    group.add_argument(
-        "--resume_from_checkpoint",
-        metavar="PATH|latest",
-        help="a checkpoint-N folder; latest starts anew if there is none",
-    )
-    group.add_argument("--save_every_minutes", type=float, help="write a checkpoint at least so often")
-    group.add_argument(
-        "--save_before_timeout",
-        metavar="5m",
-        help="so long before the Slurm slot ends, save and stop with exit status 75",
-    )
-    group.add_argument(
-        "--max_skipped_steps", type=int, default=5, help="with a non-finite gradient, in a row; one more ends the run"
-    )
-    group.add_argument("--validation_steps", type=int, default=500, help="optimizer steps between validations")
+def _output_dir(default):
+    return Option("output_dir", "folder for everything that is written", FOLDER, default)
 
 
-def parse_options(parser, argv=None):
-    """Parse the command line over `--config FILE.yaml` over the defaults, and check what can be checked at once.
+QUICKSTART = _simple(
+    "python -m c2r.quickstart",
+    "See the main job work on a CPU, without downloads: both phases on a toy city, then coarse video to real.",
+    _output_dir("quickstart"),
+)
+STUDY = _simple(
+    "python -m c2r.study",
+    "Compare phase 2 settings on the toy city: which bring control, and which bring a CG look.",
+    _output_dir("study"),
+    Option("seeds", "runs of each setting", COUNT, 3),
+    Option("workers", "runs at a time, one core each", COUNT, 2),
+)
+TOY = _simple(
+    "python -m c2r.toy",
+    "Write the toy: small base models, real clips, CG pairs, test scenes and a config for each phase.",
+    _output_dir("toy"),
+    Option("num_real", "real videos, two clips each", COUNT, 96),
+    Option("num_cg", "CG pairs, two clips each", COUNT, 32),
+    Option("train", "train the base models from scratch (hours) instead of writing the shipped ones", Flag(), False),
+)
 
-    Raises:
-        InputError: for an unknown key or a bad value in the file, or for options that do not fit each other.
-    """
-    # The file must be read before the rest can be parsed.
-    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config")
-    config = config_parser.parse_known_args(argv)[0].config
-    actions = {action.dest: action for action in parser._actions}
-    if config is not None:
-        for key, value in _read_config(config, actions).items():
-            parser.set_defaults(**{key: value})
-            actions[key].required = False
-    args = parser.parse_args(argv)
-    check_options(args)
-    return args
-
-
-def _read_config(path, actions):
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"--config {path}: cannot be read ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict):
-        raise InputError(f"--config {path}: must hold lines of the form 'option: value'")
-    checked = {}
-    for key, value in values.items():
-        if key not in actions or key in ("config", "help"):
-            raise InputError(f"--config {path}: unknown option {key!r}; see --help for the names")
-        action = actions[key]
-        if action.nargs == 0:
-            valid = isinstance(value, bool)
-        else:
-            # As the command line would read it: YAML takes 1e-5 for a string and 2024 for a number.
-            read = action.type or str
-            try:
-                if value is None:
-                    valid = action.default is None and not action.required
-                elif action.nargs == "+":
-                    value = [read(str(one)) for one in (value if isinstance(value, list) else [value])]
-                    valid = bool(value)
-                else:
-                    value = read(str(value))
-                    valid = action.choices is None or value in action.choices
-            except (ValueError, argparse.ArgumentTypeError):
-                valid = False
-        if not valid:
-            raise InputError(f"--config {path}: {key}: {value!r} is not a valid value; see --help")
-        checked[key] = value
-    return checked
+COMMANDS = (PHASE1, PHASE2, ENCODE, GENERATE, QUICKSTART, STUDY, TOY)
 
 
-def check_options(args):
-    """Raise InputError for the first value that cannot work."""
-    check_clip_options(args)
-    check_timeout_option(args)
-    positive = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps")
-    for name in (*positive, "validation_steps", "num_validation_clips", "flow_shift", "max_grad_norm", "sample_steps"):
-        if not getattr(args, name, 1) > 0:  # nan too
-            raise InputError(f"--{name} {getattr(args, name)}: must be above 0")
-    if args.checkpoints_total_limit is not None and args.checkpoints_total_limit < 1:
-        raise InputError(f"--checkpoints_total_limit {args.checkpoints_total_limit}: must be at least 1")
-    if args.save_every_minutes is not None and not args.save_every_minutes > 0:
-        raise InputError(f"--save_every_minutes {args.save_every_minutes}: must be above 0")
-    if args.ema_decay is not None and not 0 < args.ema_decay < 1:
-        raise InputError(f"--ema_decay {args.ema_decay}: must be between 0 and 1")
-    slot_deadline(args.save_before_timeout)
-    for name in ("prompt_dropout", "control_dropout", "control_augmentation", "cg_ratio"):
-        if not 0 <= getattr(args, name, 0) <= 1:
-            raise InputError(f"--{name} {getattr(args, name)}: must be from 0 to 1")
-    for name in ("learning_rate", "lr_warmup_steps", "max_skipped_steps", "num_samples"):
-        if not getattr(args, name, 0) >= 0:
-            raise InputError(f"--{name} {getattr(args, name)}: must not be negative")
+# ----------------------------------------------------------------------------------------------------------- docs page
+
+
+def _shown(option):
+    if option.required:
+        return "required"
+    if option.default is None or isinstance(option.type, Flag):
+        return ""
+    return f"{option.default:g}" if isinstance(option.default, float) else str(option.default)
+
+
+def markdown() -> str:
+    """Return the page of all options."""
+    lines = [
+        "# Options",
+        "",
+        "All options of all commands. `--help` shows the common ones (bold here), `--help-all` shows all. A YAML file "
+        "given by `--config` can set any option of the training scripts; the command line wins. This page is printed by "
+        "`python -m c2r.options`.",
+    ]
+    for command in COMMANDS:
+        lines += ["", f"## {command.prog}", "", command.description]
+        for group, options in command.groups.items():
+            lines += ["", f"**{group}**" if len(command.groups) > 1 else "", "", "| option | value | default | |"]
+            lines += ["|---|---|---|---|"]
+            for option in options:
+                name = f"**`--{option.name}`**" if option.common else f"`--{option.name}`"
+                lines.append(f"| {name} | {option.type} | {_shown(option)} | {option.help} |")
+    return "\n".join(line for line, after in zip(lines, [*lines[1:], None]) if line or after) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
