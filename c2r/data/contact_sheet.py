@@ -1,4 +1,4 @@
-"""Videos as one picture: a row per clip, a few frames in each column."""
+"""Contact sheets: clips as one picture, a row for each clip and a few frames in each column."""
 
 import io
 from fractions import Fraction
@@ -6,20 +6,23 @@ from fractions import Fraction
 import numpy as np
 from PIL import Image, ImageDraw
 
+#: In pixels.
 GAP, TITLE_HEIGHT, CAPTION_HEIGHT = 10, 18, 16
 
 
-def draw_contact_sheet(columns, captions, num_frames=3, max_frame_width=320):
-    """A contact sheet of clips of one size.
+def draw_contact_sheet(
+    columns: dict[str, list[np.ndarray]], captions: list[str], num_frames: int = 3, max_frame_width: int = 320
+) -> Image.Image:
+    """Draw a contact sheet of clips of one size.
 
     Args:
-        columns: {title: list of (F, H, W, 3) uint8 RGB arrays}, equally many in each, one for each row.
-        captions: one text for each row, drawn above it.
-        num_frames: frames shown of each clip, spread from its first to its last.
-        max_frame_width: wider frames are scaled down to it, in pixels.
+        columns: {title: list of (F, H, W, 3) uint8 RGB arrays, one for each row}.
+        captions: the text above each row.
+        num_frames: number of frames shown of each clip, spread from its first to its last.
+        max_frame_width: wider frames are scaled down to this width, in pixels.
 
     Returns:
-        `PIL.Image`, RGB.
+        an RGB image.
     """
     first = next(iter(columns.values()))[0]
     scale = min(Fraction(1), Fraction(max_frame_width, first.shape[2]))
@@ -41,8 +44,11 @@ def draw_contact_sheet(columns, captions, num_frames=3, max_frame_width=320):
     return sheet
 
 
-def encoded(image, format="PNG", **options) -> bytes:
-    """An image as a file's content."""
+def image_bytes(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    """Return the content of an image file; `options` are those of `Image.save`."""
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
+
+
+encoded = image_bytes

@@ -1,21 +1,23 @@
-"""What is measured and altered alike in frames: luminance and blur. torch only."""
+"""Luminance and blur of frames. torch only."""
 
 import math
 
 import torch
+from einops import rearrange
 from torch.nn import functional as F
 
-#: Rec. 709 luma of linear RGB, here taken for the stored values: a weight of the channels, no photometry.
+#: Weights of the channels: Rec. 709 luma of linear RGB, applied to the stored values. Not photometrically exact.
 LUMA = (0.2126, 0.7152, 0.0722)
 
 
-def luminance(frames):
-    """(F, 3, H, W) floats in [0, 1] -> (F, 1, H, W) fp32."""
-    return (frames.float() * frames.new_tensor(LUMA, dtype=torch.float32).view(1, 3, 1, 1)).sum(1, keepdim=True)
+def luminance(frames: torch.Tensor) -> torch.Tensor:
+    """Return the luminance of (F, 3, H, W) floats in [0, 1] as (F, 1, H, W) fp32."""
+    weights = frames.new_tensor(LUMA, dtype=torch.float32)
+    return (frames.float() * rearrange(weights, "c -> 1 c 1 1")).sum(1, keepdim=True)
 
 
-def blur(images, sigma):
-    """Gaussian blur of each channel of (F, C, H, W), σ in pixels, edges replicated."""
+def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Blur each channel of (F, C, H, W) by a Gaussian of `sigma` pixels; edges are replicated."""
     channels, reach = images.shape[1], max(1, math.ceil(3 * sigma))
     offsets = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
     kernel = torch.exp(-(offsets**2) / (2 * sigma**2))

@@ -10,7 +10,7 @@ What is compared must have gone the same way: the samples come out of the VAE, s
 latents of the cache, not the videos.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import isfinite, nan
 from pathlib import Path
 
@@ -295,53 +295,3 @@ def _score(values, accuracy=nan):
     tail = (1 - CONFIDENCE) / 2
     low, high = means.quantile(tail).item(), means.quantile(1 - tail).item()
     return Score(values.mean().item(), low, high, accuracy)
-
-
-@dataclass
-class RatioController:
-    """Halves the CG share where the CG look stays above a bound; never raises it.
-
-    Attributes:
-        bound: of the CG look, in (0, 1).
-        patience: how many monitorings with the whole interval above the bound it takes. One whose interval holds the
-            bound neither counts nor clears; one that lies below it clears.
-        cg_ratio_min: the share is not brought below it; None: it is not changed at all.
-        count: of such monitorings so far.
-    """
-
-    bound: float = 0.5
-    patience: int = 3
-    cg_ratio_min: float | None = None
-    count: int = field(default=0)
-
-    def state_dict(self):
-        """What a resume needs; JSON."""
-        return {"count": self.count}
-
-    def load_state_dict(self, state):
-        self.count = state["count"]
-
-    def step(self, look, cg_ratio):
-        """The CG share from here on.
-
-        Args:
-            look: `Score`; where it is NaN nothing changes.
-            cg_ratio: the present share.
-        """
-        if look.high < self.bound:
-            self.count = 0
-        elif look.low > self.bound:
-            self.count += 1
-        if self.cg_ratio_min is None or self.count < self.patience or cg_ratio <= self.cg_ratio_min:
-            return cg_ratio
-        self.count = 0
-        return max(cg_ratio / 2, self.cg_ratio_min)
-
-    def advice(self, look, cg_ratio):
-        """One line of what to do about a CG look that has stayed above the bound, or None. Ask after `step`."""
-        if self.count < self.patience or not look.low > self.bound:
-            return None
-        said = f"CG look {look} for {self.count} samplings: consider "
-        if cg_ratio > (self.cg_ratio_min or 0):
-            return said + f"--cg_ratio {cg_ratio / 2:.2g}"
-        return said + "--real_weight or --control_augmentation"

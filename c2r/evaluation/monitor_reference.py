@@ -1,90 +1,112 @@
-"""What the CG monitor compares samples with: clips of the run's own datasets as the VAE gives them back."""
+"""What the CG monitor compares samples with: clips of the run's own datasets as the VAE decodes them."""
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
+from einops import rearrange
 
+from c2r.data.buckets import Bucket
+from c2r.data.clips import Clip, Clips
 from c2r.data.manifest import clips_fingerprint
+from c2r.data.settings import ClipSettings
+from c2r.encoding.cache import CacheSettings
 from c2r.encoding.dataset import ClipDataset
-from c2r.evaluation.monitor import MIN_FILES, Reference, clip_features
+from c2r.evaluation.monitor import MIN_FILES, CGLook, CGMonitor, Reference, clip_features
+from c2r.evaluation.samples import Sample, SampleRows
 from c2r.files import digest
+from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.vae import decode_frames
+from c2r.pipeline import C2RPipeline
 from c2r.training.engine import failing_together
+
+logger = logging.getLogger(__name__)
 
 CLIPS_PER_DOMAIN = 32
 
-# Raise it when the measures change: what older ones have measured is then made anew.
+#: Part of the name of a kept reference: increase it whenever the measures change.
 VERSION = 1
 
 
-def choose_reference_clips(real_clips, cg_clips, bucket):
-    """The clips that stand for each domain, from as many files as possible: {"real", "cg": list of `Clip`}.
+def choose_reference_clips(real_clips: Clips, cg_clips: Clips, bucket: Bucket | None) -> dict[str, list[Clip]]:
+    """Choose the clips that represent each domain, from as many files as possible.
 
     Args:
-        real_clips, cg_clips: `Clips`.
-        bucket: of the samples, so that like is compared with like.
+        real_clips, cg_clips: the clips to choose from.
+        bucket: the samples' bucket, since clips are compared at one size only.
+
+    Returns:
+        {"real", "cg": list of clips}.
     """
-    both = {"real": real_clips, "cg": cg_clips}
-    return {d: list(clips.of_bucket(bucket).first_windows(CLIPS_PER_DOMAIN)) for d, clips in both.items()}
+    domains = {"real": real_clips, "cg": cg_clips}
+    return {domain: list(clips.of_bucket(bucket).first_windows(CLIPS_PER_DOMAIN)) for domain, clips in domains.items()}
 
 
-def can_monitor(clips):
-    """Whether there is enough to tell the domains apart by."""
-    return all(len({clip.name for clip in group}) >= MIN_FILES for group in clips.values())
+def can_monitor(reference_clips: dict[str, list[Clip]]) -> bool:
+    """Return True if there are enough files of both domains to find out how they differ."""
+    return all(len({clip.name for clip in clips}) >= MIN_FILES for clips in reference_clips.values())
 
 
 @torch.no_grad()
-def measure_frames(frames, dinov3, device):
-    """`clip_features` of a clip.
-
-    Args:
-        frames: (F, H, W, 3) uint8, array or tensor.
-        dinov3: `DINOv3FeatureExtractor`.
-        device: to work on.
-    """
-    frames = torch.as_tensor(frames).permute(0, 3, 1, 2).to(device).float() / 255  # (F, 3, H, W)
+def measure_frames(
+    frames: np.ndarray | torch.Tensor, dinov3: DINOv3FeatureExtractor, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Return the `clip_features` of (F, H, W, 3) uint8 frames."""
+    frames = rearrange(torch.as_tensor(frames), "f h w c -> f c h w").to(device).float() / 255
     return clip_features(frames, dinov3(frames[None])[0])
 
 
-def reference_of(clips, pipeline, dinov3_sha256, args, accelerator, cache_dir, beat):
-    """The reference of these clips, from the cache or measured now. Call it on every process.
+def reference_of(
+    reference_clips: dict[str, list[Clip]],
+    pipeline: C2RPipeline,
+    dinov3_sha256: str,
+    settings: ClipSettings,
+    accelerator: Accelerator,
+    cache_dir: str | Path,
+    beat: Callable[[str], None],
+) -> Reference:
+    """Read the reference of these clips from the cache, or measure the clips. Call it on every process.
 
     Args:
-        clips: of `choose_reference_clips`, encoded.
-        pipeline: of `sampling_pipeline`.
-        dinov3_sha256: fingerprint of its DINOv3.
-        args: the clips' shape and encoders.
+        reference_clips: from `choose_reference_clips`; they must be in the cache.
+        pipeline: from `sampling_pipeline`.
+        dinov3_sha256: fingerprint of the pipeline's DINOv3.
+        settings: the settings that the clips are cut and encoded with.
         accelerator: each process measures its share.
-        cache_dir: where it is kept.
-        beat: called before each clip with what is done.
+        cache_dir: the cache folder in which the reference is kept.
+        beat: called before each clip with a description of the work.
 
     Raises:
-        InputError: no room or no right to write.
+        InputError: the reference cannot be written.
     """
-    datasets = {domain: ClipDataset(group, args) for domain, group in clips.items()}
-    key = [VERSION, dinov3_sha256, *(clips_fingerprint(group) for group in clips.values())]
-    path = Path(cache_dir) / "monitor" / f"{digest([*key, *vars(datasets['cg'].settings).values()])}.safetensors"
+    name = [VERSION, dinov3_sha256, *(clips_fingerprint(clips) for clips in reference_clips.values())]
+    name += vars(CacheSettings.of(settings)).values()
+    path = Path(cache_dir) / "monitor" / f"{digest(name)}.safetensors"
     if all(gather_object([path.exists()])):
         return Reference.load(path)
-    accelerator.print("CG monitor: measuring the clips that samples are compared with, once for these datasets")
-    tasks = [(domain, i) for domain, group in clips.items() for i in range(len(group))]
-    measured = []
+
+    logger.info("CG monitor: measuring the clips that samples are compared with, once for these datasets")
+    datasets = {domain: ClipDataset(clips, settings) for domain, clips in reference_clips.items()}
+    tasks = [(domain, i) for domain, clips in reference_clips.items() for i in range(len(clips))]
+    measured = []  # (domain, position, file, features)
     for domain, i in tasks[accelerator.process_index :: accelerator.num_processes]:
-        beat("measuring what the CG monitor compares with")
-        file = clips[domain][i].name
+        beat("measuring the clips that the CG monitor compares with")
+        file = reference_clips[domain][i].name
         frames = decode_frames(pipeline.vae, datasets[domain][i]["latents_mean"])
         measured.append((domain, i, file, measure_frames(frames, pipeline.dinov3, accelerator.device)))
         if domain == "cg":
-            coarse = datasets[domain].control_frames(i).permute(0, 2, 3, 1)
+            coarse = rearrange(datasets[domain].control_frames(i), "f c h w -> f h w c")
             measured.append(("coarse", i, file, measure_frames(coarse, pipeline.dinov3, accelerator.device)))
     if accelerator.num_processes > 1:
         measured = gather_object(measured)
-    # In one order, however many processes there were.
-    measured.sort(key=lambda entry: entry[:2])
+    measured.sort(key=lambda entry: entry[:2])  # one order for any number of processes
     reference = Reference.from_clips(
         **{
-            d: [(file, values) for domain, _, file, values in measured if domain == d]
+            d: [(file, features) for domain, _, file, features in measured if domain == d]
             for d in ("real", "cg", "coarse")
         }
     )
@@ -94,21 +116,27 @@ def reference_of(clips, pipeline, dinov3_sha256, args, accelerator, cache_dir, b
     return reference
 
 
-def judge_samples(rows, samples, monitor, dinov3, accelerator):
-    """What the monitor says of the outputs with control. Call it on every process.
+def judge_samples(
+    rows: SampleRows,
+    samples: list[Sample],
+    monitor: CGMonitor,
+    dinov3: DINOv3FeatureExtractor,
+    accelerator: Accelerator,
+) -> CGLook:
+    """Judge the outputs with control of all processes. Call it on every process.
 
     Args:
-        rows: of `make_samples`, this process's.
-        samples: all `Sample`s.
-        monitor: `CGMonitor`.
-        dinov3: `DINOv3FeatureExtractor`.
+        rows: this process's, from `make_samples`.
+        samples: all samples, those of other processes included.
+        monitor: judges the samples.
+        dinov3: the DINOv3 of the monitor's reference.
         accelerator: the run's.
 
     Returns:
-        `CGLook`, the same on every process.
+        the same on every process.
     """
     measured = [(n, measure_frames(row["with control"], dinov3, accelerator.device)) for n, row in rows.items()]
     if accelerator.num_processes > 1:
         measured = gather_object(measured)
-    measured = [values for _, values in sorted(measured, key=lambda entry: entry[0])]
-    return monitor.judge(measured, files=[sample.scene.name for sample in samples])
+    features = [features for _, features in sorted(measured, key=lambda entry: entry[0])]
+    return monitor.judge(features, files=[sample.scene.name for sample in samples])

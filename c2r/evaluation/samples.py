@@ -1,76 +1,88 @@
-"""Sample videos during training: fixed controls, prompts and seeds, so that two steps, and two runs, can be compared.
+"""Sample videos during training: controls, prompts and seeds are fixed, so that steps and runs can be compared.
 
-A row for each sample: the control, the output with it, the output of the backbone alone, and the true video.
+Each sample is a row: the control, the output with it, the output of the backbone alone, and the true video.
 """
 
 import gc
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers.utils.torch_utils import empty_device_cache
+from einops import rearrange
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import nn
 
-from c2r.data.clips import Clip
-from c2r.data.contact_sheet import draw_contact_sheet, encoded
+from c2r.data.clips import Clip, Clips
+from c2r.data.contact_sheet import draw_contact_sheet, image_bytes
+from c2r.data.settings import ClipSettings
 from c2r.data.video import write_video
+from c2r.encoding.cache import CacheSettings
 from c2r.encoding.dataset import ClipDataset
+from c2r.evaluation.shares import equal_share
 from c2r.files import digest, load_tensors, save_tensors, write_atomic
+from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.parts import load_pipeline_part
 from c2r.models.vae import decode_frames
-from c2r.options import PIPELINE_OPTIONS
-from c2r.pipeline import C2RPipeline, with_flow_shift
+from c2r.pipeline import C2RPipeline, Sampling, with_flow_shift
 from c2r.training.engine import failing_together
 from c2r.training.logs import tensorboard_writer
 
+#: The videos of a sample, from left to right.
 COLUMNS = ("control", "with control", "without control", "truth")
 
-GIF_WIDTH = 960  # pixels of the whole row in TensorBoard
+#: Width of a row in TensorBoard, in pixels.
+GIF_WIDTH = 960
+
+#: {number of a sample: {column: (F, H, W, 3) uint8}}
+SampleRows = dict[int, dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A fixed task for the model; its seed is its number."""
+    """A fixed task for the model; its number is also its seed."""
 
-    scene: Clip  # whose control is followed, and whose own video is the truth
-    caption: Clip  # whose caption is the prompt
+    scene: Clip  #: its control is followed, and its own video is the truth
+    caption: Clip  #: its text is the prompt
 
 
-def choose_samples(scenes, captions, count):
-    """Up to `count` samples, from as many files as possible.
+def choose_samples(scenes: Clips, captions: Clips | None, count: int) -> list[Sample]:
+    """Return up to `count` samples from as many files as possible.
 
     Args:
-        scenes: `Clips` to take the control from, those of most clips' bucket: held-out CG pairs, or the clips of
-            `--sample_dataset`.
-        captions: `Clips` to take the prompts from: held-out real clips, so that a CG scene is asked to look real.
-            None: each scene's own.
-        count: how many.
+        scenes: the clips that give the controls; only those of the main bucket are used.
+        captions: the clips that give the prompts; None: each scene's own text is its prompt.
+        count: number of samples.
     """
-    scenes = scenes.of_bucket(scenes.main_bucket).first_windows(count)
+    chosen: Sequence[Clip] = scenes.of_bucket(scenes.main_bucket).first_windows(count)
     if captions is None:
-        return [Sample(scene, scene) for scene in scenes]
+        return [Sample(scene, scene) for scene in chosen]
     captions = captions.first_windows(count)
-    return [Sample(scene, captions[i % len(captions)]) for i, scene in enumerate(scenes)]
+    return [Sample(scene, captions[i % len(captions)]) for i, scene in enumerate(chosen)]
 
 
 @contextmanager
-def sampling_pipeline(args, transformer, dinov3, device):
-    """A `C2RPipeline` of the models in training and a VAE of its own, which is freed at the end.
+def sampling_pipeline(
+    base_model: str, flow_shift: float, transformer: nn.Module, dinov3: DINOv3FeatureExtractor, device: torch.device
+) -> Iterator[C2RPipeline]:
+    """Yield a `C2RPipeline` of the models in training and of a VAE, which is freed at the end.
 
     Args:
-        args: has pretrained_model_name_or_path and flow_shift.
+        base_model: the Wan pipeline, a folder or hub name, that gives VAE and scheduler.
+        flow_shift: shift of the scheduler's noise levels.
         transformer: the prepared `C2RTransformer`, unwrapped.
-        dinov3: `DINOv3FeatureExtractor`.
-        device: of the run.
+        dinov3: encodes the control.
+        device: the run's device.
     """
-    source = args.pretrained_model_name_or_path
-    vae = load_pipeline_part(source, "vae", torch.float32).to(device)
-    vae.enable_tiling()  # a whole frame at once would need memory that training has not left
-    scheduler = with_flow_shift(load_pipeline_part(source, "scheduler"), args.flow_shift)
+    vae = load_pipeline_part(base_model, "vae", torch.float32).to(device)
+    vae.enable_tiling()  # decoding a whole frame at once needs memory that training has not left
+    scheduler = with_flow_shift(load_pipeline_part(base_model, "scheduler"), flow_shift)
     pipeline = C2RPipeline(None, None, vae, scheduler, transformer, dinov3=dinov3)
     pipeline.set_progress_bar_config(disable=True)
     try:
@@ -81,106 +93,136 @@ def sampling_pipeline(args, transformer, dinov3, device):
         empty_device_cache()
 
 
-def make_samples(samples, pipeline, args, accelerator, backbone_sha256, go_on):
+def make_samples(
+    samples: list[Sample],
+    pipeline: C2RPipeline,
+    sampling: Sampling,
+    flow_shift: float,
+    settings: ClipSettings,
+    output_dir: str | Path,
+    accelerator: Accelerator,
+    backbone_sha256: str,
+    go_on: Callable[[], bool],
+) -> SampleRows | None:
     """Generate this process's share of the samples. Call it on every process.
 
-    No generator but the samples' own is drawn from, so training goes on as if nothing had been sampled.
+    Each sample has a random generator of its own, so training continues as if nothing had been sampled.
 
     Args:
-        samples: list of `Sample`, encoded.
-        pipeline: of `sampling_pipeline`, the model in eval mode.
-        args: has output_dir, the clips' shape, conditioning_scale and the sampling options.
-        accelerator: the run's.
-        backbone_sha256: what the output without control depends on: it is made once and kept in `output_dir`/samples.
-        go_on: called before each video; where it returns False, which it does on all processes alike, sampling ends.
+        samples: their clips must be in the cache.
+        pipeline: from `sampling_pipeline`, with the model in eval mode.
+        sampling: how videos are sampled.
+        flow_shift: shift of the pipeline's scheduler.
+        settings: the settings that the clips are cut and encoded with.
+        output_dir: the run's output folder. Outputs without control are made once and kept in its samples/ folder.
+        accelerator: each process makes its share.
+        backbone_sha256: fingerprint of the backbone, on which the outputs without control depend.
+        go_on: called before each video; sampling ends when it returns False, on all processes alike.
 
     Returns:
-        {number of the sample: {column: (F, H, W, 3) uint8}} with COLUMNS; None if it was ended.
+        the rows of this process, each with COLUMNS; None if `go_on` ended the sampling.
+
+    Raises:
+        InputError: an output without control cannot be written.
     """
-    scenes = ClipDataset([sample.scene for sample in samples], args)
-    captions = ClipDataset([sample.caption for sample in samples], args)
-    # Every process generates equally many, or a sharded model's collectives would hang: the last shares are filled up.
-    per_process = -(-len(samples) // accelerator.num_processes)
-    positions = [accelerator.process_index * per_process + i for i in range(per_process)]
+    scenes = ClipDataset([sample.scene for sample in samples], settings)
+    captions = ClipDataset([sample.caption for sample in samples], settings)
+    positions = equal_share(len(samples), accelerator)
     numbers = [position % len(samples) for position in positions]
 
-    def generate(number, control_video):
-        return pipeline(
-            control_video=control_video,
-            **{name: getattr(args, name) for name in PIPELINE_OPTIONS} | samples[number].scene.bucket._asdict(),
-            generator=torch.Generator().manual_seed(number),  # on CPU: the same noise on every machine
-            prompt_embeds=captions[number]["prompt_embeds"][None],
-            negative_prompt_embeds=captions.empty_prompt_embeds[None],
-            output_type="latent",
-        ).frames[0]
+    paths = {}  # of the latents without control
+    for number in numbers:
+        determined_by = [samples[number].caption.text, number, backbone_sha256, sampling.num_inference_steps]
+        determined_by += [sampling.guidance, sampling.guidance_scale, flow_shift, samples[number].scene.bucket]
+        determined_by += vars(CacheSettings.of(settings)).values()
+        paths[number] = Path(output_dir) / "samples/.without_control" / f"{digest(determined_by)}.safetensors"
+    kept = all(gather_object([path.exists() for path in paths.values()]))
 
-    def path_without_control(number):
-        setting = [samples[number].caption.text, number, backbone_sha256, args.num_inference_steps, args.guidance]
-        setting += [args.guidance_scale, args.flow_shift, samples[number].scene.bucket]
-        setting += vars(captions.settings).values()
-        return Path(args.output_dir) / "samples/.without_control" / f"{digest(setting)}.safetensors"
-
-    kept = all(gather_object([path_without_control(number).exists() for number in numbers]))
     rows = {}
     for position, number in zip(positions, numbers):
         if not go_on():
             return None
         control_frames = scenes.control_frames(number)  # (F, 3, H, W) uint8
-        latents = generate(number, control_frames.float() / 255)
-        without_control = path_without_control(number)
+        latents = _generate(samples, number, captions, pipeline, sampling, control_frames.float() / 255)
         if not kept:
-            with failing_together(accelerator, without_control):
-                save_tensors(without_control, {"latents": generate(number, None)}, {})
+            with failing_together(accelerator, paths[number]):
+                without_control = _generate(samples, number, captions, pipeline, sampling, None)
+                save_tensors(paths[number], {"latents": without_control}, {})
         if position < len(samples):
             columns = (
-                control_frames.permute(0, 2, 3, 1).numpy(),
+                rearrange(control_frames, "f c h w -> f h w c").numpy(),
                 decode_frames(pipeline.vae, latents),
-                decode_frames(pipeline.vae, load_tensors(without_control)[0]["latents"]),
-                scenes.source_frames(number).permute(0, 2, 3, 1).numpy(),
+                decode_frames(pipeline.vae, load_tensors(paths[number])[0]["latents"]),
+                rearrange(scenes.target_frames(number), "f c h w -> f h w c").numpy(),
             )
             rows[number] = dict(zip(COLUMNS, columns))
     return rows
 
 
-def write_samples(rows, samples, args, accelerator, step):
-    """Write the rows to `output_dir`/samples and to TensorBoard. Call it on every process.
+def _generate(samples, number, captions, pipeline, sampling, control_video):
+    """Generate the latents (C, T, h, w) of one sample, with a control video (F, 3, H, W) in [0, 1] or without."""
+    return pipeline(
+        control_video=control_video,
+        **vars(sampling),
+        **samples[number].scene.bucket._asdict(),
+        generator=torch.Generator().manual_seed(number),  # on CPU: the same noise on every machine
+        prompt_embeds=captions[number]["prompt_embeds"][None],
+        negative_prompt_embeds=captions.empty_prompt_embeds[None],
+        output_type="latent",
+    ).frames[0]
 
-    samples/step-N/ gets an mp4 for each row, from the process that has made it, and a contact sheet of all.
+
+def write_samples(
+    rows: SampleRows,
+    samples: list[Sample],
+    output_dir: str | Path,
+    fps: float,
+    accelerator: Accelerator,
+    step: int,
+) -> None:
+    """Write the rows into the output folder and to TensorBoard. Call it on every process.
+
+    samples/step-N/ gets an mp4 of each row, from the process that made it, and a contact sheet of all rows.
 
     Args:
-        rows: of `make_samples`.
-        samples: all `Sample`s.
-        args: has output_dir and fps.
+        rows: from `make_samples`.
+        samples: all samples, those of other processes included.
+        output_dir: the run's output folder.
+        fps: frames per second of the videos.
         accelerator: the run's.
-        step: optimizer step.
+        step: the optimizer step.
 
     Raises:
-        InputError: no room or no right to write.
+        InputError: a file cannot be written.
     """
-    folder = Path(args.output_dir) / f"samples/step-{step}"
+    folder = Path(output_dir) / f"samples/step-{step}"
     with failing_together(accelerator, folder):
-        for number, columns in rows.items():
-            write_video(folder / f"{number}.mp4", np.concatenate(list(columns.values()), axis=2), args.fps)
+        for number, row in rows.items():
+            write_video(folder / f"{number}.mp4", _side_by_side(row), fps)
     if accelerator.num_processes > 1:
         rows = dict(gather_object(list(rows.items())))
     with failing_together(accelerator, folder):
         if accelerator.is_main_process:
-            rows = [rows[number] for number in range(len(samples))]
-            columns = {name: [row[name] for row in rows] for name in COLUMNS}
+            columns = {name: [rows[number][name] for number in range(len(samples))] for name in COLUMNS}
             sheet = draw_contact_sheet(columns, [sample.caption.text for sample in samples])
-            write_atomic(folder / "sheet.png", encoded(sheet))
+            write_atomic(folder / "sheet.png", image_bytes(sheet))
             if (writer := tensorboard_writer(accelerator)) is not None:
                 writer.add_image("samples/sheet", np.asarray(sheet), step, dataformats="HWC")
-                for number, row in enumerate(rows):
-                    _log_moving_picture(writer, f"samples/{number}", row, args.fps, step)
+                for number in range(len(samples)):
+                    _log_gif(writer, f"samples/{number}", _side_by_side(rows[number]), fps, step)
 
 
-def _log_moving_picture(writer, tag, row, fps, step):
-    """What `SummaryWriter.add_video` does, without its need of moviepy."""
-    frames = [Image.fromarray(frame) for frame in np.concatenate(list(row.values()), axis=2)]
-    for frame in frames:
-        frame.thumbnail((GIF_WIDTH, GIF_WIDTH))
-    gif = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=1000 / fps, loop=0)
-    width, height = frames[0].size
+def _side_by_side(row):
+    """{column: (F, H, W, 3)} -> (F, H, columns · W, 3)."""
+    return np.concatenate(list(row.values()), axis=2)
+
+
+def _log_gif(writer, tag, frames, fps, step):
+    """Log (F, H, W, 3) uint8 frames; `SummaryWriter.add_video` would need moviepy."""
+    images = [Image.fromarray(frame) for frame in frames]
+    for image in images:
+        image.thumbnail((GIF_WIDTH, GIF_WIDTH))
+    gif = image_bytes(images[0], "GIF", save_all=True, append_images=images[1:], duration=1000 / fps, loop=0)
+    width, height = images[0].size
     picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
     writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
