@@ -3,120 +3,117 @@
     accelerate launch -m c2r.encode --dataset data/real
     accelerate launch -m c2r.encode --dataset data/cg --domain cg
 
-Each process takes its share. Killed and started again, it goes on where it was. The training scripts do the same for
-whatever is missing when they start. With --control_only it makes the DINOv3 features of the control instead, for
-train_phase2.py --cache_control_features.
+Each process encodes a share of the clips. A killed command continues when it is started again. The training scripts
+encode missing clips themselves when they start. With --control_only the command makes DINOv3 features of the controls
+instead, for train_phase2.py --cache_control_features.
+
+Modules that take seconds to import are imported inside functions: --help and bad options are then answered at once.
 """
 
-import argparse
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
-
-from c2r import InputError
-from c2r.cli import HelpFormatter, run
-from c2r.data.buckets import buckets_of
-from c2r.data.manifest import read_manifest
-from c2r.data.mixture import read_on_all
-from c2r.encoding.encoders import ControlEncoder, LatentEncoder
-from c2r.encoding.encoding_pass import encode_control, encode_missing, project
-from c2r.encoding.missing import find_missing, find_missing_control
-from c2r.encoding.preview import choose_clips, write_preview
-from c2r.models.dinov3 import check_dinov3
-from c2r.options import (
-    add_clip_options,
-    add_dinov3_option,
-    add_timeout_option,
-    check_clip_options,
-    check_timeout_option,
-)
-from c2r.training.engine import require_joined
-from c2r.training.watchdog import Watchdog
-
-# What DINOv3 runs in by phase 2's default --mixed_precision.
-CONTROL_DTYPE = torch.bfloat16
+from c2r import InputError, cli
+from c2r.options import ENCODE, clip_settings
 
 
-def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--dataset", required=True, help="folder or address with videos and metadata.csv")
-    parser.add_argument("--domain", choices=("real", "cg"), default="real", help="cg: pairs, with control_name")
-    parser.add_argument(
-        "--control_only",
-        action="store_true",
-        help="make no latents, but the DINOv3 features of the control (in bf16, as by default in phase 2) of what is "
-        "trained on",
-    )
-    add_dinov3_option(parser)
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="tell what would be encoded and how long it would take; write no latents",
-    )
-    instead.add_argument(
-        "--preview",
-        metavar="DIR",
-        help="encode a few clips of each bucket, show there how they come back, and stop",
-    )
-    add_clip_options(parser)
-    add_timeout_option(parser)
-    return parser
+def main(argv=None):
+    args = cli.parse(ENCODE, argv)
+    check_options(args)
 
+    import torch
+    from accelerate import Accelerator
 
-def main():
-    args = build_parser().parse_args()
-    check_clip_options(args)
-    check_timeout_option(args)
-    if args.preview is not None and Path(args.preview).exists() and not Path(args.preview).is_dir():
-        raise InputError(f"--preview {args.preview}: is a file; give a folder")
+    from c2r.encoding.encoding_pass import control_job, latent_job
+    from c2r.models.dinov3 import check_dinov3
+    from c2r.training.engine import require_joined
+    from c2r.training.watchdog import Watchdog
+
+    settings = clip_settings(args)
     if args.control_only:
-        if args.preview is not None:
-            raise InputError("--preview: shows latents, which --control_only does not make; leave one out")
-        check_dinov3(args.dinov3, [bucket[1:] for bucket in buckets_of(args)])
+        check_dinov3(args.dinov3, [(bucket.height, bucket.width) for bucket in settings.buckets])
+        job = control_job(settings, args.dinov3, torch.bfloat16)  # the dtype of phase 2's default --mixed_precision
+    else:
+        job = latent_job(settings)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     require_joined(accelerator)
     watchdog = Watchdog(accelerator, 60 * args.distributed_timeout_minutes)
+    read = partial(read_dataset, args.dataset, args.domain, settings, accelerator, watchdog)
 
-    def read():
-        return read_on_all(lambda: [read_manifest(args.dataset, args.domain, args)], accelerator, watchdog)[0]
-
-    def look():
-        if args.control_only:
-            return find_missing_control(manifest.train, args, CONTROL_DTYPE)
-        return find_missing(manifest.clips, args)
-
-    def encode():
-        if args.control_only:
-            return encode_control(manifest.train, args, CONTROL_DTYPE, accelerator, watchdog)
-        clips = chain(*chosen.values()) if args.preview is not None else manifest.clips
-        return encode_missing(clips, args, accelerator, watchdog)
-
-    manifest = read()
     if args.dry_run:
-        load_encoder = partial(ControlEncoder, dtype=CONTROL_DTYPE) if args.control_only else LatentEncoder
-        with watchdog.main_process_first():
-            for line in project(look(), load_encoder, args, accelerator) if accelerator.is_main_process else ():
-                print(f"dry run: {line}", flush=True)
+        print_projection(read(), job, accelerator, watchdog)
+    elif args.preview is not None:
+        make_preview(read, job, args.preview, accelerator, watchdog)
     else:
-        chosen = choose_clips(manifest.clips)
-        while encode().failures:
-            manifest = read()  # without them
-            chosen = choose_clips(manifest.clips)
-        with watchdog.main_process_first():
-            if accelerator.is_main_process and args.preview is not None:
-                for line in write_preview(chosen, args.preview, args, accelerator.device):
-                    print(line, flush=True)
-            elif accelerator.is_main_process:
-                missing = look()  # which the start of training is then spared
-                there = f"{missing.total - missing.count} of {missing.total} clips"
-                print(f"{missing.kind} of {there} are in {manifest.cache_dir}", flush=True)
+        fill_cache(read, job, accelerator, watchdog)
     watchdog.close()
     accelerator.end_training()
 
 
+def check_options(args):
+    """Raise InputError for options that exclude each other and a --preview that is no folder."""
+    if args.preview is None:
+        return
+    if args.dry_run:
+        raise InputError(f"--preview {args.preview}: needs latents, which --dry_run does not write; leave one out")
+    if args.control_only:
+        raise InputError(f"--preview {args.preview}: shows latents, which --control_only does not make; leave one out")
+    if Path(args.preview).exists() and not Path(args.preview).is_dir():
+        raise InputError(f"--preview {args.preview}: is a file; give a folder")
+
+
+def read_dataset(address, domain, settings, accelerator, watchdog):
+    """Read the dataset on every process and return its `Manifest`."""
+    from c2r.data.manifest import read_manifest
+    from c2r.data.mixture import read_on_all
+    from c2r.encoding.cache import current_encoders
+
+    def read():
+        return [read_manifest(address, domain, settings, current_encoders(settings))]
+
+    (manifest,) = read_on_all(read, accelerator, watchdog)
+    return manifest
+
+
+def print_projection(manifest, job, accelerator, watchdog):
+    """Print what would be encoded and how long it would take."""
+    from c2r.encoding.encoding_pass import project
+
+    with watchdog.main_process_first():
+        if accelerator.is_main_process:
+            missing = job.find_missing(job.clips_of(manifest))
+            for line in project(missing, job, accelerator):
+                print(f"dry run: {line}", flush=True)
+
+
+def make_preview(read, job, folder, accelerator, watchdog):
+    """Encode a few clips of each bucket and write contact sheets of them."""
+    from c2r.encoding.encoding_pass import encode
+    from c2r.encoding.preview import choose_clips, write_preview
+
+    chosen = choose_clips(job.clips_of(read()))
+    while encode(chain(*chosen.values()), job, accelerator, watchdog).failures:
+        chosen = choose_clips(job.clips_of(read()))  # the files that failed are dropped
+    with watchdog.main_process_first():
+        if accelerator.is_main_process:
+            for line in write_preview(chosen, folder, job.settings, accelerator.device):
+                print(line, flush=True)
+
+
+def fill_cache(read, job, accelerator, watchdog):
+    """Encode all clips that are not cached."""
+    from c2r.encoding.encoding_pass import encode
+
+    manifest = read()
+    while encode(job.clips_of(manifest), job, accelerator, watchdog).failures:
+        manifest = read()  # the files that failed are dropped
+    with watchdog.main_process_first():
+        if accelerator.is_main_process:
+            missing = job.find_missing(job.clips_of(manifest))  # remembers checked files, so training starts faster
+            cached = missing.total - missing.count
+            print(f"{missing.kind} of {cached} of {missing.total} clips are in {manifest.cache_dir}", flush=True)
+
+
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

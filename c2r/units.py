@@ -1,18 +1,18 @@
-"""Bytes and durations as people read them."""
+"""Format bytes and durations for people to read."""
 
 GIB = 2**30
 
 
-def size_text(count):
-    """A number of bytes as people write it: 9.22 GB."""
+def size_text(num_bytes: float) -> str:
+    """Return a number of bytes in decimal units, like "9.22 GB"."""
     for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count / 1e3:.2f} kB"
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.2f} {unit}"
+    return f"{num_bytes / 1e3:.2f} kB"
 
 
-def duration_text(seconds):
-    """A time as people write it: 2.5 h."""
+def duration_text(seconds: float) -> str:
+    """Return a duration in the largest unit that it has two of, like "2.5 h"."""
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

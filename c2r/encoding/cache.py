@@ -1,26 +1,31 @@
-"""The cache of what frozen models give: one safetensors file per window, named by what it was made from.
+"""The cache: outputs of the frozen encoders, one safetensors file per clip, prompt or control.
 
-    <cache>/clips/ab/abcd….safetensors     latents_mean, latents_logvar, prompt_embeds of one window
-    <cache>/prompts/ef/efab….safetensors   prompt_embeds of one caption, and of the empty prompt
-    <cache>/control/cd/cdef….safetensors   control_features of one window of a control, if asked for
-    <cache>/failures/….json                a file that failed within: the manifest drops it, with this reason
+    <cache>/clips/ab/abcd….safetensors     latents_mean, latents_logvar and prompt_embeds of one clip
+    <cache>/prompts/ef/efab….safetensors   prompt_embeds of one caption, or of the empty prompt
+    <cache>/control/cd/cdef….safetensors   control_features of one clip's control, if asked for
+    <cache>/failures/….json                why a file could not be encoded; `read_manifest` then drops it
 
-Whatever changes the content changes the name, so nothing here is ever out of date; folders may be deleted at any time.
-A failure that is the encoders' names their settings, and counts for these alone.
+A file's name is a hash of everything that its content depends on, so no file is ever out of date, and any folder may
+be deleted at any time. A failure note that names the encoders applies to these encoders only.
 """
 
 import hashlib
 import os
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load
 from safetensors.numpy import save as save_arrays
 
+from c2r.data.clips import Clip
+from c2r.data.settings import ClipSettings
 from c2r.files import digest, is_complete, write_atomic
 from c2r.models.hub import resolve_model_folder
 
@@ -37,11 +42,11 @@ CONTROL_TENSORS = {"control_features"}
 
 @cache
 def encoder_fingerprint(folder: Path) -> str:
-    """SHA-256 hex of a model folder: its configs and vocabularies whole, of each weight file name, size, first MiB and
-    last MiB.
+    """Return a SHA-256 in hex of a model folder.
 
-    Hashing all of the text encoder's 11 GB would take longer than to load it, at each start. A safetensors file begins
-    with the names, shapes and places of its tensors, and retrained weights differ in every MiB.
+    It covers configs and vocabularies completely, and the name, size, first MiB and last MiB of each weight file: to
+    hash all 11 GB of the text encoder at each start would take longer than to load it. A safetensors file begins with
+    the names, shapes and offsets of its tensors, and retrained weights differ in every MiB.
     """
     content = hashlib.sha256()
     for path in sorted(folder.iterdir()):
@@ -57,53 +62,61 @@ def encoder_fingerprint(folder: Path) -> str:
     return content.hexdigest()
 
 
+# The names, fields and field order of the next two classes are hashed into the names of cache files.
+
+
 @dataclass(frozen=True)
 class CacheSettings:
-    """What every cached clip of a command depends on: the rate and the encoders."""
+    """The frame rate and encoders that every cached clip of a command depends on; encoders as fingerprints."""
 
     fps: float
     vae: str
     text_encoder: str
 
     @classmethod
-    def from_options(cls, options) -> "CacheSettings":
-        """From a command's options: fps, pretrained_model_name_or_path.
+    def of(cls, settings: ClipSettings) -> "CacheSettings":
+        """Fingerprint the encoders of the base model.
 
         Raises:
-            InputError: no such model.
+            InputError: there is no such model.
         """
         parts = ["vae", "text_encoder", "tokenizer"]
-        folder = resolve_model_folder(options.pretrained_model_name_or_path, parts)
+        folder = resolve_model_folder(settings.base_model, parts)
         vae, text_encoder, tokenizer = (encoder_fingerprint(folder / part) for part in parts)
-        return cls(float(options.fps), vae, digest([text_encoder, tokenizer]))
+        return cls(float(settings.fps), vae, digest([text_encoder, tokenizer]))
 
 
 @dataclass(frozen=True)
 class ControlSettings:
-    """What the cached features of every control of a command depend on: the rate, DINOv3 and its dtype."""
+    """The frame rate, DINOv3 (as a fingerprint) and its dtype that all cached control features depend on."""
 
     fps: float
     dinov3: str
     dtype: str
 
     @classmethod
-    def from_options(cls, options, dtype) -> "ControlSettings":
-        """From a command's options: fps, dinov3; and the torch dtype of DINOv3's weights.
+    def of(cls, settings: ClipSettings, dinov3: str, dtype: torch.dtype) -> "ControlSettings":
+        """Fingerprint DINOv3, given as a folder or hub name, with weights of this dtype.
 
         Raises:
-            InputError: no such model.
+            InputError: there is no such model.
         """
-        return cls(float(options.fps), encoder_fingerprint(resolve_model_folder(options.dinov3)), str(dtype))
+        return cls(float(settings.fps), encoder_fingerprint(resolve_model_folder(dinov3)), str(dtype))
 
 
-def clip_key(clip, settings: CacheSettings) -> str:
-    """SHA-256 hex of all that the latents and prompt embeddings of one window depend on."""
-    source = (clip.name, clip.size, clip.mtime_ns, clip.start, *clip.bucket, clip.text)
-    return hashlib.sha256(repr((source, settings)).encode()).hexdigest()
+def current_encoders(settings: ClipSettings) -> Callable[[], dict[str, Any]]:
+    """Return a function that gives the `CacheSettings` as a dict, for `read_manifest`, which rarely needs them."""
+    return lambda: asdict(CacheSettings.of(settings))
 
 
-def clip_path(cache_dir, clip, settings: CacheSettings) -> Path:
-    """Where the latents and prompt embeddings of one window are, or will be."""
+def clip_key(clip: Clip, settings: CacheSettings) -> str:
+    """Return a SHA-256 in hex of everything that a clip's latents and prompt embeddings depend on."""
+    content = (clip.name, clip.size, clip.mtime_ns, clip.start, *clip.bucket, clip.text)
+    return hashlib.sha256(repr((content, settings)).encode()).hexdigest()
+
+
+def clip_path(cache_dir: str | Path, clip: Clip, settings: CacheSettings) -> Path:
+    """Return the path of a clip's latents and prompt embeddings; the file need not exist."""
     return Path(_clip_path(cache_dir, clip_key(clip, settings)))
 
 
@@ -111,53 +124,54 @@ def _clip_path(cache_dir, key):
     return f"{cache_dir}/clips/{key[:2]}/{key}.safetensors"
 
 
-def control_path(cache_dir, clip, settings: ControlSettings) -> Path:
-    """Where the features of one window of a clip's control are, or will be; clips with one control share them."""
-    source = clip.control_source
-    key = digest([source.name, source.size, source.mtime_ns, clip.start, *clip.bucket, vars(settings)])
+def control_path(cache_dir: str | Path, clip: Clip, settings: ControlSettings) -> Path:
+    """Return the path of a clip's control features, which clips with the same control share; it need not exist."""
+    file = clip.control_file
+    key = digest([file.name, file.size, file.mtime_ns, clip.start, *clip.bucket, vars(settings)])
     return Path(cache_dir) / "control" / key[:2] / f"{key}.safetensors"
 
 
+def prompt_path(cache_dir: str | Path, text: str, settings: CacheSettings) -> Path:
+    """Return the path of a caption's embeddings, or of the empty prompt's; the file need not exist."""
+    key = digest([text, settings.text_encoder])
+    return Path(cache_dir) / "prompts" / key[:2] / f"{key}.safetensors"
+
+
 class CheckedClips:
-    """Which clips are in a cache, whole. What was looked into once is not opened again while it stays as it is.
+    """Remembers which clip files of a cache were found complete, so that they are opened again only if they change.
 
     Args:
-        cache_dir: the cache's; checked.safetensors in it has 16 bytes for each file that was found whole.
+        cache_dir: the cache folder. Its file checked.safetensors holds 16 bytes for each complete file.
     """
 
-    def __init__(self, cache_dir):
-        self.cache_dir, self._store = cache_dir, Path(cache_dir) / "checked.safetensors"
+    def __init__(self, cache_dir: Path):
+        self.cache_dir = cache_dir
+        self._store = cache_dir / "checked.safetensors"
         try:
             stored = load(self._store.read_bytes())["files"]
         except (OSError, SafetensorError, KeyError):
             stored = np.empty((0, 16), np.uint8)
-        self._known = {file.tobytes() for file in stored}
-        self._is_new = False
+        self._complete = {file.tobytes() for file in stored}
+        self._changed = False
 
-    def has(self, key) -> bool:
-        """Whether the clip of this `clip_key` is there in its full length."""
+    def has(self, key: str) -> bool:
+        """Return True if the cache holds a complete file for this `clip_key`."""
         path = _clip_path(self.cache_dir, key)
         try:
             status = os.stat(path)
         except FileNotFoundError:
             return False
         file = hashlib.sha256(f"{key} {status.st_size} {status.st_mtime_ns}".encode()).digest()[:16]
-        if file not in self._known:
+        if file not in self._complete:
             if not is_complete(path, CLIP_TENSORS):
                 return False
-            self._known.add(file)
-            self._is_new = True
+            self._complete.add(file)
+            self._changed = True
         return True
 
-    def save(self):
-        """Keep what was found."""
-        if self._is_new:
-            files = np.frombuffer(b"".join(sorted(self._known)), np.uint8).reshape(-1, 16)
-            with suppress(OSError):  # then it is looked into again
+    def save(self) -> None:
+        """Write newly checked files to checked.safetensors."""
+        if self._changed:
+            files = np.frombuffer(b"".join(sorted(self._complete)), np.uint8).reshape(-1, 16)
+            with suppress(OSError):  # the files are then checked again next time
                 write_atomic(self._store, save_arrays({"files": files}))
-
-
-def prompt_path(cache_dir, text, settings: CacheSettings) -> Path:
-    """Where the embeddings of one caption are, or will be; the empty one serves prompt dropout."""
-    key = digest([text, settings.text_encoder])
-    return Path(cache_dir) / "prompts" / key[:2] / f"{key}.safetensors"

@@ -1,92 +1,68 @@
-"""ClipDataset: what a training step needs of a clip, from the cache, and control frames from the video itself."""
+"""ClipDataset: cached latents, prompts and control features of clips, and frames decoded from their files."""
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset, default_collate
 
-from c2r.data.clips import Clip, cache_folder
-from c2r.data.folders import read_source
-from c2r.encoding.cache import CacheSettings, clip_path, control_path, prompt_path
+from c2r.data.clips import Clip
+from c2r.data.folders import read_frames
+from c2r.data.settings import ClipSettings
+from c2r.encoding.cache import CacheSettings, ControlSettings, clip_path, control_path, prompt_path
 from c2r.files import load_tensors
 
 DOMAINS = {"real": 0, "cg": 1}
 
 
 class ClipDataset(Dataset):
-    """Encoded clips (see `c2r.encode`), of one dataset or of several.
+    """Encoded clips of one or more datasets.
 
     Args:
-        clips: sequence of `Clip`: `Clips` or a list.
-        options: has fps, pretrained_model_name_or_path, and perhaps cache_dir; the same as at encoding.
-        with_control: also give the control: the coarse video of a CG pair, a real clip's own video.
-        control_settings: `ControlSettings`: give the control's cached features (see `encode_control`), not its frames.
+        clips: `Clips` or a list, encoded by `encode_missing`.
+        settings: the settings that the clips were encoded with.
+        with_control: items also hold the control: the coarse video of a CG pair, a real clip's own video.
+        control_settings: items hold the control's cached features (see `encode_control`) instead of its frames.
 
-    An item is a dict; F, H, W are the clip's bucket, C, T, h, w the latents' channels, frames, height and width, L and
-    D_text the length that the prompt is padded to and the text encoder's width:
+    An item is a dict. F, H and W are the frames, height and width of the clip's bucket; C, T, h and w the channels,
+    frames, height and width of its latents; L the length to which prompts are padded:
         latents_mean, latents_logvar: (C, T, h, w) fp32, the distribution of the normalised latents.
         prompt_embeds: (L, D_text) fp32, zeros behind the prompt's end.
-        control_frames: (F, 3, H, W) uint8 RGB in [0, 255]; only with_control, without control_settings.
+        control_frames: (F, 3, H, W) uint8 RGB in [0, 255]; only with_control and without control_settings.
         control_features: (F, h, w, Dd), see `DINOv3FeatureExtractor`; only with_control and control_settings.
-        domain: 0 real, 1 CG.
-        name: the clip's file and window.
-        index: its place in this dataset.
-    Only clips of one bucket can be collated.
+        domain: 0 for real, 1 for CG.
+        name: the file's name and the window's number.
+        index: the position in this dataset.
+    A batch can only hold clips of one bucket.
 
     Raises:
-        InputError: from an item: not encoded, or a video that cannot be decoded; it names the file.
+        InputError: on access to an item that is not encoded or whose control cannot be decoded; it names the file.
     """
 
     collate = staticmethod(default_collate)
 
-    def __init__(self, clips: Sequence[Clip], options, with_control=False, control_settings=None):
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        settings: ClipSettings,
+        with_control: bool = False,
+        control_settings: ControlSettings | None = None,
+    ):
         self.clips = clips
-        self.with_control, self.control_settings = with_control, control_settings
-        self.options = options
-        self.settings = CacheSettings.from_options(options)
+        self.settings = settings
+        self.with_control = with_control
+        self.control_settings = control_settings
+        self.cache_settings = CacheSettings.of(settings)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.clips)
 
-    @cached_property
-    def _empty_prompt(self):
-        clip = self.clips[0]
-        tensors, metadata = load_tensors(prompt_path(cache_folder(clip.folder, self.options), "", self.settings))
-        return tensors["prompt_embeds"].float(), metadata["max_sequence_length"]
-
-    @property
-    def max_sequence_length(self) -> int:
-        """L: what prompts are padded to, as in WanPipeline."""
-        return self._empty_prompt[1]
-
-    @property
-    def empty_prompt_embeds(self) -> torch.Tensor:
-        """(L, D_text) fp32: what a dropped prompt is replaced by."""
-        return self._padded(self._empty_prompt[0])
-
-    def _padded(self, prompt_embeds):
-        return F.pad(prompt_embeds, (0, 0, 0, self.max_sequence_length - len(prompt_embeds)))
-
-    def source_frames(self, index) -> torch.Tensor:
-        """(F, 3, H, W) uint8 RGB: what was encoded."""
+    def __getitem__(self, index: int) -> dict[str, Any]:
         clip = self.clips[index]
-        return read_source(clip.source, clip, self.options)
-
-    def control_frames(self, index) -> torch.Tensor:
-        """(F, 3, H, W) uint8 RGB: the control of one clip."""
-        clip = self.clips[index]
-        return read_source(clip.control_source, clip, self.options)
-
-    def coarse_frames(self, index) -> torch.Tensor:
-        """(F, 3, H, W) uint8 RGB: the coarse version of a clip that has one, real clips included."""
-        clip = self.clips[index]
-        return read_source(clip.coarse_source, clip, self.options)
-
-    def __getitem__(self, index):
-        clip = self.clips[index]
-        tensors, _ = load_tensors(clip_path(cache_folder(clip.folder, self.options), clip, self.settings))
+        cache_dir = self.settings.cache_folder(clip.folder)
+        tensors, _ = load_tensors(clip_path(cache_dir, clip, self.cache_settings))
         item = {
             "latents_mean": tensors["latents_mean"].float(),
             "latents_logvar": tensors["latents_logvar"].float(),
@@ -96,8 +72,42 @@ class ClipDataset(Dataset):
             "index": index,
         }
         if self.with_control and self.control_settings:
-            path = control_path(cache_folder(clip.folder, self.options), clip, self.control_settings)
-            item["control_features"] = load_tensors(path)[0]["control_features"]
+            features, _ = load_tensors(control_path(cache_dir, clip, self.control_settings))
+            item["control_features"] = features["control_features"]
         elif self.with_control:
             item["control_frames"] = self.control_frames(index)
         return item
+
+    def target_frames(self, index: int) -> torch.Tensor:
+        """Decode the frames of a clip that were encoded: (F, 3, H, W) uint8 RGB."""
+        clip = self.clips[index]
+        return read_frames(clip.target_file, clip, self.settings)
+
+    def control_frames(self, index: int) -> torch.Tensor:
+        """Decode the control of a clip: (F, 3, H, W) uint8 RGB."""
+        clip = self.clips[index]
+        return read_frames(clip.control_file, clip, self.settings)
+
+    def coarse_frames(self, index: int) -> torch.Tensor:
+        """Decode the coarse version of a clip that has one, real or CG: (F, 3, H, W) uint8 RGB."""
+        clip = self.clips[index]
+        return read_frames(clip.coarse_file, clip, self.settings)
+
+    @property
+    def empty_prompt_embeds(self) -> torch.Tensor:
+        """(L, D_text) fp32 embeddings of the empty prompt, which replaces dropped prompts."""
+        return self._padded(self._empty_prompt[0])
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Number of tokens L to which prompts are padded, as in WanPipeline."""
+        return self._empty_prompt[1]
+
+    @cached_property
+    def _empty_prompt(self):
+        cache_dir = self.settings.cache_folder(self.clips[0].folder)
+        tensors, metadata = load_tensors(prompt_path(cache_dir, "", self.cache_settings))
+        return tensors["prompt_embeds"].float(), metadata["max_sequence_length"]
+
+    def _padded(self, prompt_embeds):
+        return F.pad(prompt_embeds, (0, 0, 0, self.max_sequence_length - len(prompt_embeds)))

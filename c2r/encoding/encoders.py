@@ -1,107 +1,145 @@
-"""What turns a window's pixels into what the cache holds of it: the VAE its latents, DINOv3 its control features.
+"""The two encoders whose output is cached: the VAE makes latents, DINOv3 makes control features."""
 
-Both have the same face, for the pass in `c2r.encode`.
-"""
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from c2r.data.buckets import Bucket
-from c2r.data.clips import cache_folder
+from c2r.data.clips import Clip, DatasetFile
+from c2r.data.settings import ClipSettings
 from c2r.encoding.cache import CLIP_TENSORS, CONTROL_TENSORS, CacheSettings, ControlSettings, prompt_path
 from c2r.files import load_tensors
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.parts import load_pipeline_part
 from c2r.models.vae import encode_frames
 
+Tensors = dict[str, torch.Tensor]
+
+
+class Encoder(Protocol):
+    """The interface of both encoders, as the encoding pass uses it."""
+
+    tensors: ClassVar[set[str]]  #: names of the tensors in each cache file
+    model_name: str  #: folder or hub name
+
+    @property
+    def cache_settings(self) -> CacheSettings | ControlSettings:
+        """Settings that the content of the cache files depends on."""
+
+    @staticmethod
+    def files_to_decode(clip: Clip) -> list[DatasetFile]:
+        """Return the files of a clip that must be decodable; the frames of the last one are encoded."""
+
+    @staticmethod
+    def clips_at_once(bucket: Bucket) -> int:
+        """Return the number of clips that are encoded in one batch."""
+
+    def encode(self, frames: torch.Tensor) -> list[Tensors]:
+        """Encode a batch of clips.
+
+        Args:
+            frames: (B, F, 3, H, W) uint8 RGB in [0, 255] on the encoder's device; B is at most `clips_at_once`.
+
+        Returns:
+            the tensors of each clip, by name.
+        """
+
+    def file_content(self, clip: Clip, encoded: Tensors) -> tuple[Tensors, dict[str, Any]]:
+        """Return all tensors of a clip's cache file, and the source of its frames and text."""
+
 
 class LatentEncoder:
-    """The distributions of latents, by the VAE; a clip's prompt embeddings go into its file too.
+    """Encodes clips to the distributions of their latents; the cache files also hold the prompt embeddings.
 
     Args:
-        options: has fps, pretrained_model_name_or_path, and perhaps cache_dir, where the prompts have been encoded.
-        device: to encode on.
+        settings: the base model, and the cache that holds the prompt embeddings already.
+        device: device to encode on.
     """
 
-    tensors = CLIP_TENSORS
+    tensors: ClassVar = CLIP_TENSORS
 
-    def __init__(self, options, device):
-        self.options, self.settings = options, CacheSettings.from_options(options)
-        self.model_name = options.pretrained_model_name_or_path
-        # fp32, as the pipeline decodes: in bf16 the latents lose more than the source's 8 bits.
+    def __init__(self, settings: ClipSettings, device: torch.device):
+        self.settings = settings
+        self.model_name = settings.base_model
+        self.cache_settings = CacheSettings.of(settings)
+        # fp32, as the pipeline decodes: in bf16 the latents lose more than the 8 bits of a video.
         self._vae = load_pipeline_part(self.model_name, "vae", torch_dtype=torch.float32).to(device)
 
     @staticmethod
-    def sources(clip):
-        """The files to decode; the last one is encoded.
+    def files_to_decode(clip: Clip) -> list[DatasetFile]:
+        """Return the coarse file, if there is one, and the target file.
 
-        The coarse video is not, but a pair whose control fails must not be found out in the midst of training, nor a
-        real clip whose coarse version does in the midst of validation.
+        The coarse file is decoded only to find one that fails here, rather than during training or validation.
         """
-        return [source for source in (clip.coarse_source, clip.source) if source]
+        return [clip.coarse_file, clip.target_file] if clip.coarse_file else [clip.target_file]
 
     @staticmethod
-    def clips_at_once(bucket) -> int:
-        """How many clips are encoded in one batch. The VAE takes four frames at a time: a batch of small ones needs no
-        more memory for them than one clip of 480×832 does, for which a batch gains nothing."""
+    def clips_at_once(bucket: Bucket) -> int:
+        """Return a batch size that needs no more memory than one clip of 480×832, up to 8.
+
+        The VAE encodes four frames at a time; larger clips gain nothing from a batch.
+        """
         return max(1, min(8, 4 * 480 * 832 // (min(4, bucket.num_frames) * bucket.height * bucket.width)))
 
-    def encode(self, frames) -> list[dict[str, torch.Tensor]]:
-        """What is kept of each clip, see `encode_frames`.
+    def encode(self, frames: torch.Tensor) -> list[Tensors]:
+        """Encode a batch of clips, see `Encoder` and `encode_frames`.
 
-        The batch always has `clips_at_once`, filled up with black: a clip's last bits depend on the size of its batch,
-        but not on what else is in it. So the cache does not depend on what was missing, on kills or on the processes.
-
-        Args:
-            frames: (B, F, 3, H, W) uint8 RGB on the device; B is at most `clips_at_once`.
+        Each batch is filled up with black clips to `clips_at_once`: the last bits of a clip's latents depend on the
+        size of its batch, but not on the other clips in it. So the cache depends neither on which clips were missing
+        nor on the number of processes.
         """
-        num_frames, _, height, width = frames.shape[1:]
-        filler = frames.new_zeros(
-            self.clips_at_once(Bucket(num_frames, height, width)) - len(frames), *frames.shape[1:]
-        )
-        mean, logvar = encode_frames(self._vae, torch.cat([frames, filler]))
-        # The log-variance says how much noise to add: half precision is plenty.
-        return [{"latents_mean": m, "latents_logvar": v.half()} for m, v in zip(mean, logvar)][: len(frames)]
+        batch_size, num_frames, _, height, width = frames.shape
+        bucket = Bucket(num_frames, height, width)
+        black = frames.new_zeros(self.clips_at_once(bucket) - batch_size, *frames.shape[1:])
+        means, logvars = encode_frames(self._vae, torch.cat([frames, black]))
+        # The log-variance only scales added noise: half precision is enough.
+        return [
+            {"latents_mean": mean, "latents_logvar": logvar.half()}
+            for mean, logvar in zip(means[:batch_size], logvars[:batch_size])
+        ]
 
-    def others(self, clip):
-        """(tensors, provenance) that a clip's file has besides."""
-        prompt, _ = load_tensors(prompt_path(cache_folder(clip.folder, self.options), clip.text, self.settings))
-        return prompt, {"file": clip.name, "size": clip.size, "mtime_ns": clip.mtime_ns, "text": clip.text}
+    def file_content(self, clip: Clip, encoded: Tensors) -> tuple[Tensors, dict[str, Any]]:
+        """Add the prompt embeddings to a clip's latents."""
+        cache_dir = self.settings.cache_folder(clip.folder)
+        prompt, _ = load_tensors(prompt_path(cache_dir, clip.text, self.cache_settings))
+        return encoded | prompt, _file_identity(clip.target_file) | {"text": clip.text}
 
 
 class ControlEncoder:
-    """The features of controls, by DINOv3.
+    """Encodes controls to DINOv3 features.
 
     Args:
-        options: has fps and dinov3.
-        device: to encode on.
-        dtype: torch dtype of DINOv3's weights and of the features.
+        settings: the frame rate.
+        dinov3: folder or hub name.
+        device: device to encode on.
+        dtype: of DINOv3's weights and of the features.
     """
 
-    tensors = CONTROL_TENSORS
+    tensors: ClassVar = CONTROL_TENSORS
 
-    def __init__(self, options, device, dtype):
-        self.settings, self.model_name = ControlSettings.from_options(options, dtype), options.dinov3
-        self._dinov3 = DINOv3FeatureExtractor.from_pretrained(self.model_name, torch_dtype=dtype).to(device)
-
-    @staticmethod
-    def sources(clip):
-        """The file to decode."""
-        return [clip.control_source]
+    def __init__(self, settings: ClipSettings, dinov3: str, device: torch.device, dtype: torch.dtype):
+        self.model_name = dinov3
+        self.cache_settings = ControlSettings.of(settings, dinov3, dtype)
+        self._dinov3 = DINOv3FeatureExtractor.from_pretrained(dinov3, torch_dtype=dtype).to(device)
 
     @staticmethod
-    def clips_at_once(bucket) -> int:
-        """One: DINOv3 takes its frames in batches anyway, which are then the same whatever was missing."""
+    def files_to_decode(clip: Clip) -> list[DatasetFile]:
+        """Return the control file."""
+        return [clip.control_file]
+
+    @staticmethod
+    def clips_at_once(bucket: Bucket) -> int:
+        """Return 1: DINOv3 batches the frames of a clip itself, always in the same way."""
         return 1
 
-    def encode(self, frames) -> list[dict[str, torch.Tensor]]:
-        """What is kept of each clip.
-
-        Args:
-            frames: (B, F, 3, H, W) uint8 RGB on the device.
-        """
+    def encode(self, frames: torch.Tensor) -> list[Tensors]:
+        """Encode a batch of controls, see `Encoder`; features are (F, h, w, Dd)."""
         return [{"control_features": features} for features in self._dinov3(frames.float() / 255)]
 
-    def others(self, clip):
-        """(tensors, provenance) that a clip's file has besides."""
-        source = clip.control_source
-        return {}, {"file": source.name, "size": source.size, "mtime_ns": source.mtime_ns}
+    def file_content(self, clip: Clip, encoded: Tensors) -> tuple[Tensors, dict[str, Any]]:
+        """Return the features and the file that they were made from."""
+        return encoded, _file_identity(clip.control_file)
+
+
+def _file_identity(file: DatasetFile) -> dict[str, Any]:
+    return {"file": file.name, "size": file.size, "mtime_ns": file.mtime_ns}

@@ -1,15 +1,18 @@
-"""What the cache lacks of a set of clips, and which process is to make it."""
+"""Find clips that are not cached and assign them to processes."""
 
 import math
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 
 from c2r import InputError
-from c2r.data.clips import cache_folder
+from c2r.data.clips import Clip
+from c2r.data.settings import ClipSettings
 from c2r.encoding.cache import (
     CONTROL_TENSORS,
     PROMPT_TENSORS,
@@ -24,40 +27,58 @@ from c2r.encoding.cache import (
 from c2r.files import existing_parent, is_complete, read_json
 from c2r.models.hub import resolve_model_folder
 
+#: The two kinds of cached files.
+LATENTS, CONTROL_FEATURES = "latents", "control features"
 
-def prompt_dtype():
-    """What prompts are encoded and kept in."""
+
+def prompt_dtype() -> torch.dtype:
+    """Return the dtype in which prompts are encoded and cached on this device."""
     return torch.bfloat16 if PartialState().device.type == "cuda" else torch.float32
+
+
+class MissingClip(NamedTuple):
+    """A clip to encode, and the path of its cache file."""
+
+    path: Path
+    clip: Clip
 
 
 @dataclass
 class Missing:
-    """What the cache lacks, of all processes."""
+    """The cache files that a set of clips needs and that do not exist yet, counted over all processes."""
 
-    kind: str  #: "latents" or "control features"
-    total: int = 0  #: clips that were looked for
-    count: int = 0  #: of these, the missing ones
-    clips: list = field(default_factory=list)  #: (path, Clip) of those that this process is to make
-    texts: dict = field(default_factory=dict)  #: {path: text}: captions, and the empty one
-    room: dict = field(default_factory=dict)  #: {cache folder: bytes needed}
-    damaged: int = 0  #: files that are there, but are not whole or not ours
+    kind: str  #: LATENTS or CONTROL_FEATURES
+    total: int = 0  #: different clips in the set
+    count: int = 0  #: clips of the set that are not cached
+    clips: list[MissingClip] = field(default_factory=list)  #: the share of this process
+    prompts: dict[Path, str] = field(default_factory=dict)  #: {path of the cache file: caption, or ""}
+    bytes_needed: dict[Path, int] = field(default_factory=dict)  #: {cache folder: size of its missing files}
+    damaged: int = 0  #: missing because an existing file is incomplete
 
-    def add(self, cache_dir, path, clip, needed, accelerator):
-        """Add a clip whose file of so many bytes is missing; without an accelerator it is this process's to make."""
+    def add(self, cache_dir: Path, missing: MissingClip, size: int, accelerator: Accelerator | None) -> None:
+        """Add a clip whose cache file has `size` bytes; without an accelerator this process gets all clips."""
         self.count += 1
-        if accelerator is None or is_mine(path, accelerator):
-            self.clips.append((path, clip))
-        self.damaged += path.exists()
-        self.room[cache_dir] = self.room.get(cache_dir, 0) + needed
+        if accelerator is None or is_mine(missing.path, accelerator):
+            self.clips.append(missing)
+        self.damaged += missing.path.exists()
+        self.bytes_needed[cache_dir] = self.bytes_needed.get(cache_dir, 0) + size
 
-    def require_room(self):
-        """Raise InputError if a disk cannot hold it."""
-        disks = {}  # datasets on one disk share its room
-        for folder, needed in self.room.items():
-            there = existing_parent(folder)
-            disks.setdefault(there.stat().st_dev, []).append((there, needed))
-        for parts in disks.values():
-            folder, needed = parts[0][0], sum(needed for _, needed in parts)
+    def add_prompt(self, path: Path, text: str, size: int) -> None:
+        """Add a caption whose cache file has `size` bytes."""
+        cache_dir = path.parents[2]
+        self.prompts[path] = text
+        self.damaged += path.exists()
+        self.bytes_needed[cache_dir] = self.bytes_needed.get(cache_dir, 0) + size
+
+    def require_room(self) -> None:
+        """Raise InputError if a disk has too little room for the missing files."""
+        folders: dict[Path, int] = {}
+        disks: dict[int, Path] = {}  # cache folders on one disk share its room
+        for cache_dir, size in self.bytes_needed.items():
+            folder = existing_parent(cache_dir)
+            folder = disks.setdefault(folder.stat().st_dev, folder)
+            folders[folder] = folders.get(folder, 0) + size
+        for folder, needed in folders.items():
             free = shutil.disk_usage(folder).free
             if free < needed:
                 raise InputError(
@@ -66,72 +87,93 @@ class Missing:
                 )
 
 
-def is_mine(path: Path, accelerator) -> bool:
-    """Whether this process is to make a file of the cache.
+def is_mine(path: Path, accelerator: Accelerator) -> bool:
+    """Return True if this process makes this cache file.
 
-    By the file's name: a process that looks a little later sees what others have made meanwhile, so of what is missing
-    each would cut other shares.
+    Its name decides, not its position among the missing files: processes that look at different times, while others
+    already write, see different lists.
     """
     return int(path.stem[:16], 16) % accelerator.num_processes == accelerator.process_index
 
 
-def find_missing(clips, options, accelerator=None) -> Missing:
-    """Look for latents and prompt embeddings that the cache lacks. The room for the latter is an estimate.
+def find_missing(clips: Iterable[Clip], settings: ClipSettings, accelerator: Accelerator | None = None) -> Missing:
+    """Find the latents and prompt embeddings that are not cached; the size of the embeddings is an estimate.
 
     Args:
-        clips, options: see `encode_missing`.
-        accelerator: whose share `clips` is to have; None: all.
+        clips: the same on every process.
+        settings: the encoders and the cache.
+        accelerator: gives the share of this process in `Missing.clips`; None: all clips.
+
+    Raises:
+        InputError: there is no such base model.
     """
-    settings, found, seen, caches = CacheSettings.from_options(options), Missing("latents"), set(), {}
-    folder = resolve_model_folder(options.pretrained_model_name_or_path, ["vae", "text_encoder"])
+    cache_settings = CacheSettings.of(settings)
+    folder = resolve_model_folder(settings.base_model, ["vae", "text_encoder"])
     channels = read_json(folder / "vae/config.json")["z_dim"]
     text_dim = read_json(folder / "text_encoder/config.json")["d_model"]
-    texts = {}
 
-    def prompt_bytes(text):
-        # About three bytes of text to a token, and no more than Wan takes. A clip's file repeats its prompt's.
-        return min(512, 2 + len(text.encode()) // 3) * text_dim * prompt_dtype().itemsize
-
+    missing = Missing(LATENTS)
+    checked_clips: dict[str, CheckedClips] = {}  # by the dataset's folder
+    prompts: dict[Path, str] = {}
+    seen: set[int] = set()
     for clip in clips:
-        if clip.folder not in caches:
-            caches[clip.folder] = CheckedClips(cache_folder(clip.folder, options))
-            texts[prompt_path(caches[clip.folder].cache_dir, "", settings)] = ""
-        checked, key = caches[clip.folder], clip_key(clip, settings)
-        if (number := int(key[:16], 16)) in seen:
+        if clip.folder not in checked_clips:
+            checked_clips[clip.folder] = CheckedClips(settings.cache_folder(clip.folder))
+            prompts[prompt_path(checked_clips[clip.folder].cache_dir, "", cache_settings)] = ""
+        checked = checked_clips[clip.folder]
+        key = clip_key(clip, cache_settings)
+        number = int(key[:16], 16)  # a set of a million numbers is much smaller than one of keys
+        if number in seen:
             continue
         seen.add(number)
         if checked.has(key):
             continue
-        texts[prompt_path(checked.cache_dir, clip.text, settings)] = clip.text
-        # fp32 mean and fp16 log-variance of each number.
-        needed = 6 * channels * math.prod(clip.bucket.latent_grid) + prompt_bytes(clip.text)
-        found.add(checked.cache_dir, clip_path(checked.cache_dir, clip, settings), clip, needed, accelerator)
-    for checked in caches.values():
+        prompts[prompt_path(checked.cache_dir, clip.text, cache_settings)] = clip.text
+        latent_bytes = (4 + 2) * channels * math.prod(clip.bucket.latent_grid)  # fp32 mean, fp16 log-variance
+        size = latent_bytes + _prompt_bytes(clip.text, text_dim)  # a clip's file repeats its prompt
+        path = clip_path(checked.cache_dir, clip, cache_settings)
+        missing.add(checked.cache_dir, MissingClip(path, clip), size, accelerator)
+    for checked in checked_clips.values():
         checked.save()
-    found.total = len(seen)
-    found.texts = {path: text for path, text in texts.items() if not is_complete(path, PROMPT_TENSORS)}
-    for path, text in found.texts.items():
-        cache_dir = path.parents[2]
-        found.room[cache_dir] = found.room.get(cache_dir, 0) + prompt_bytes(text)
-        found.damaged += path.exists()
-    return found
+    missing.total = len(seen)
+    for path, text in prompts.items():
+        if not is_complete(path, PROMPT_TENSORS):
+            missing.add_prompt(path, text, _prompt_bytes(text, text_dim))
+    return missing
 
 
-def find_missing_control(clips, options, dtype, accelerator=None) -> Missing:
-    """Look for control features that the cache lacks.
+def _prompt_bytes(text, text_dim):
+    """Estimate the size of a caption's embeddings: three bytes of text per token, at most Wan's 512 tokens."""
+    return min(512, 2 + len(text.encode()) // 3) * text_dim * prompt_dtype().itemsize
+
+
+def find_missing_control(
+    clips: Iterable[Clip],
+    settings: ClipSettings,
+    dinov3: str,
+    dtype: torch.dtype,
+    accelerator: Accelerator | None = None,
+) -> Missing:
+    """Find the control features that are not cached.
 
     Args:
-        clips, options, dtype: see `encode_control`.
-        accelerator: whose share `clips` is to have; None: all.
+        clips, settings, accelerator: see `find_missing`.
+        dinov3: folder or hub name.
+        dtype: of DINOv3's weights and of the features.
+
+    Raises:
+        InputError: there is no such DINOv3.
     """
-    settings, found, seen = ControlSettings.from_options(options, dtype), Missing("control features"), set()
-    config = read_json(resolve_model_folder(options.dinov3) / "config.json")
+    control_settings = ControlSettings.of(settings, dinov3, dtype)
+    config = read_json(resolve_model_folder(dinov3) / "config.json")
+    missing = Missing(CONTROL_FEATURES)
+    seen: set[Path] = set()
     for clip in clips:
-        cache_dir = cache_folder(clip.folder, options)
-        path = control_path(cache_dir, clip, settings)
+        cache_dir = settings.cache_folder(clip.folder)
+        path = control_path(cache_dir, clip, control_settings)
         if path not in seen and not is_complete(path, CONTROL_TENSORS):
-            needed = config["hidden_size"] * dtype.itemsize * math.prod(clip.bucket) // config["patch_size"] ** 2
-            found.add(cache_dir, path, clip, needed, accelerator)
+            size = config["hidden_size"] * dtype.itemsize * math.prod(clip.bucket) // config["patch_size"] ** 2
+            missing.add(cache_dir, MissingClip(path, clip), size, accelerator)
         seen.add(path)
-    found.total = len(seen)
-    return found
+    missing.total = len(seen)
+    return missing
