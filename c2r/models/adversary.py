@@ -1,5 +1,6 @@
-"""`--adversarial_weight`: a small classifier tells CG from real, and the reversed gradient has CG look like real."""
+"""Adversarial loss: a small classifier tells CG from real, and its reversed gradient makes CG samples look real."""
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -7,12 +8,17 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
+
+from c2r import flow_matching
+from c2r.models.transformer import C2RTransformer
 
 SIGMA_EMBEDDING_DIM = 32
 
-# AdamW does not see the scale of a gradient, but clipping is by the norm of all gradients together: the classifier's
-# own, some ten times those of the control branch, would slow that down.
+# Factor of the gradients of the classifier's own weights. AdamW does not depend on it, but clipping does, which is by
+# the norm of all gradients together: the classifier's, some ten times those of the control branch, would slow the
+# control branch down.
 OWN_GRADIENT_SCALE = 0.01
 
 
@@ -28,8 +34,8 @@ class _ScaleGradient(torch.autograd.Function):
         return scale.view(-1, *[1] * (gradient.ndim - 1)) * gradient, None
 
 
-def scale_gradient(tensor, scale):
-    """The tensor as it is; its gradient is multiplied on the way back.
+def scale_gradient(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return the tensor unchanged; multiply its gradient in the backward pass.
 
     Args:
         tensor: (B, ...), any float dtype.
@@ -42,11 +48,11 @@ def scale_gradient(tensor, scale):
 
 
 class _UnitConv3d(nn.Conv3d):
-    """A convolution whose kernel has norm 1 for each output channel, however its weights grow.
+    """A convolution whose kernel is normalised to norm 1 for each output channel.
 
-    So the slope of the classifier is bounded. Without, it gets ever steeper where the domains are easy to tell apart,
-    the reversed gradient has spikes ten times as large as the velocity's gradient, and AdamW takes steps as small as
-    these demand.
+    This bounds the slope of the classifier. With free weights the slope keeps growing where the domains are easy to
+    tell apart: the reversed gradient then has spikes ten times as large as the velocity's gradient, and AdamW's steps
+    shrink accordingly.
     """
 
     def forward(self, hidden_states):
@@ -59,10 +65,10 @@ def _unit_silu(hidden_states):
 
 
 class DomainClassifier(ModelMixin, ConfigMixin):
-    """Says of predicted clean latents whether they come from a CG sample or a real one.
+    """Classifies predicted clean latents as coming from a CG sample or a real one.
 
-    Three strided convolutions see windows of 15×15×7 latents: texture and light, not the plan of a scene. There is no
-    normalisation over a sample, which would hide how flat it is.
+    Three strided convolutions see windows of 15×15×7 latents: texture and light, not the layout of a scene. No layer
+    normalises over a sample, which would hide how flat its textures are.
 
     Args:
         in_channels: C of the latents.
@@ -81,43 +87,135 @@ class DomainClassifier(ModelMixin, ConfigMixin):
         self.head = _UnitConv3d(channels[-1], 1, kernel_size=1)
 
     # R(x) = x, dR/dx = −λ·I. Source: Ganin & Lempitsky 2015
-    def forward(self, latents, sigmas, reversal_strength):
-        """Logits of CG: above 0 the latents look more like CG than like real video.
+    def forward(self, latents: torch.Tensor, sigmas: torch.Tensor, reversal_strength: torch.Tensor) -> torch.Tensor:
+        """Return one logit per sample: above 0 the latents look more like CG than like real video.
 
         Args:
             latents: (B, C, T, h, w), predicted clean latents of any size.
-            sigmas: (B,) fp32 in [0, 1], the noise levels they were predicted at.
-            reversal_strength: (B,) λ of each sample, at least 0: the latents' gradient is −λ times what it would be.
+            sigmas: (B,) fp32 in [0, 1], the noise levels at which the latents were predicted.
+            reversal_strength: (B,) λ ≥ 0 of each sample: the latents' gradient is multiplied by −λ.
 
         Returns:
-            (B,) in the classifier's dtype, whatever autocast asks for.
+            (B,) in the classifier's dtype, also under autocast.
         """
         latents = scale_gradient(latents, -reversal_strength / OWN_GRADIENT_SCALE)
         with torch.autocast(latents.device.type, enabled=False):
             dtype = self.head.weight.dtype
             embedding = get_timestep_embedding(1000 * sigmas, SIGMA_EMBEDDING_DIM).to(dtype)
             scale, shift = self.sigma_modulation(embedding)[:, :, None, None, None].chunk(2, dim=1)  # (B, width, …)
-            first, *others = self.convolutions
+            first, *later = self.convolutions
             hidden_states = _unit_silu(first(latents.to(dtype)) * (1 + scale) + shift)  # (B, width, T, h/2, w/2)
-            for convolution in others:
+            for convolution in later:
                 hidden_states = _unit_silu(convolution(hidden_states))
             domain_logits = self.head(hidden_states.mean((2, 3, 4), keepdim=True)).flatten()
         return scale_gradient(domain_logits, torch.full_like(domain_logits, OWN_GRADIENT_SCALE))
 
 
-def domain_loss(domain_logits, domains, counted, cg_ratio):
-    """Cross entropy of the classifier, the two domains at equal weight however rare one is.
+@dataclass
+class AdversaryOutput(Transformer2DModelOutput):
+    """Output of `WithAdversary`: `sample`, the predicted velocity, and the classifier's logits.
+
+    `domain_logits` is (B,), above 0 for CG, or None if the classifier was not asked.
+    """
+
+    domain_logits: torch.Tensor | None = None
+
+
+class WithAdversary(nn.Module):
+    """The joined model together with the domain classifier of its output, as one module for training engines.
+
+    Args:
+        model: backbone and control branch; it is called as a module, and so is the classifier.
+        domain_classifier: classifier for the backbone's output channels.
+    """
+
+    _no_split_modules = C2RTransformer._no_split_modules
+
+    def __init__(self, model: C2RTransformer, domain_classifier: DomainClassifier):
+        super().__init__()
+        self.model = model
+        self.domain_classifier = domain_classifier
+
+    @property
+    def transformer(self):
+        """The backbone."""
+        return self.model.transformer
+
+    @property
+    def controlnet(self):
+        """The control branch."""
+        return self.model.controlnet
+
+    @property
+    def config(self):
+        """The backbone's config."""
+        return self.model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The backbone's dtype."""
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The backbone's device."""
+        return self.model.device
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that phase 2 optimizes, the classifier's last."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def enable_gradient_checkpointing(self):
+        """See `C2RTransformer.enable_gradient_checkpointing`."""
+        self.model.enable_gradient_checkpointing()
+
+    def disable_gradient_checkpointing(self):
+        """See `C2RTransformer.disable_gradient_checkpointing`."""
+        self.model.disable_gradient_checkpointing()
+
+    def forward(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        control_features: torch.Tensor | None = None,
+        conditioning_scale: float | torch.Tensor = 1.0,
+        reversal_strength: torch.Tensor | None = None,
+    ) -> AdversaryOutput:
+        """Predict the velocity and classify the clean latents that it leads to.
+
+        Args:
+            noisy_latents, timesteps, prompt_embeds, control_features, conditioning_scale: see `C2RTransformer`.
+            reversal_strength: see `DomainClassifier`; None leaves the classifier out.
+        """
+        velocity_pred = self.model(
+            noisy_latents, timesteps, prompt_embeds, control_features, conditioning_scale
+        ).sample
+        if reversal_strength is None:
+            return AdversaryOutput(sample=velocity_pred)
+        sigmas = timesteps / 1000
+        latents = flow_matching.predict_latents(noisy_latents, velocity_pred, sigmas)
+        return AdversaryOutput(
+            sample=velocity_pred, domain_logits=self.domain_classifier(latents, sigmas, reversal_strength)
+        )
+
+
+def domain_loss(
+    domain_logits: torch.Tensor, domains: torch.Tensor, counted: torch.Tensor, cg_ratio: float
+) -> torch.Tensor:
+    """Cross entropy of the classifier, with equal total weight for the two domains.
 
     Args:
         domain_logits: (B,), `DomainClassifier`'s.
         domains: (B,) 0 real, 1 CG.
-        counted: (B,) bool, which samples are to be told apart.
-        cg_ratio: share of CG samples among those that are drawn now, in [0, 1].
+        counted: (B,) bool, True for samples that count.
+        cg_ratio: share of CG samples among those drawn at present, in [0, 1].
 
     Returns:
-        (B,) at least fp32, 0 where a sample does not count. A classifier that knows nothing has ln 2 on average.
+        (B,) at least fp32, 0 for samples that do not count. Random guessing gives ln 2 on average.
     """
-    # w = 1 / (2·share): each domain has half of the weight. Batches in flight may hold what is no longer drawn.
+    # w = 1 / (2·share): each domain has half of the weight. Clamped, because batches in flight may still hold a domain
+    # that is no longer drawn.
     shares = torch.tensor([1 - cg_ratio, cg_ratio], device=domains.device).clamp(min=0.01)
     entropy = F.binary_cross_entropy_with_logits(domain_logits, domains.to(domain_logits.dtype), reduction="none")
     return counted * entropy / (2 * shares[domains])

@@ -1,4 +1,4 @@
-"""`c2r.json`: what a phase hands to the next one and to generation."""
+"""`c2r.json`, the contract of a trained model: its origin, sizes and fingerprints."""
 
 import json
 import math
@@ -14,42 +14,48 @@ import transformers
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 
-from c2r import InputError
+from c2r import InputError, __version__
 from c2r.files import atomic_folder, complete_folder, read_json
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.hub import fingerprint_files
 
 CONTRACT = "c2r.json"
 
+#: Entries that name a model, by hub name or path.
+PATHS = ("base_model", "backbone", "dinov3")
 
-def library_versions():
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that results depend on."""
     modules = {"torch": torch, "diffusers": diffusers, "transformers": transformers, "accelerate": accelerate}
     return {"python": platform.python_version()} | {name: module.__version__ for name, module in modules.items()}
 
 
 @dataclass(frozen=True)
 class PhaseContract:
-    """What a phase hands to the next one and to generation: the `c2r.json` of best/ and final/.
+    """Contents of the `c2r.json` in best/ and final/.
 
     Models are named by hub name or path. In the file a local path is relative to the folder, so that the folders of
-    both phases can be moved together; in memory it is ready for use.
+    both phases can be moved together; in memory it is absolute.
     """
 
     phase: int  #: 1 or 2
     base_model: str  #: the Wan pipeline of VAE, text encoder and scheduler
-    step: int  #: optimizer updates so far
+    step: int  #: optimizer updates
     validation_loss: float | None = None
     metrics: dict = field(default_factory=dict)  #: the other numbers of the last validation
     dataset_fingerprints: dict = field(default_factory=dict)  #: {dataset: fingerprint}
-    versions: dict = field(default_factory=library_versions)
-    height: int | None = None  #: pixels, of training
+    version: str = __version__  #: the C2R that wrote the contract
+    versions: dict = field(default_factory=library_versions)  #: {library: version}
+    height: int | None = None  #: pixels in training
     width: int | None = None
     num_frames: int | None = None
     fps: float | None = None
     flow_shift: float | None = None
     conditioning_scale: float | None = None  #: phase 2
     weights_sha256: str | None = None  #: of this folder's weights; `save_phase` fills it in
-    backbone: str | None = None  #: phase 2: the backbone it was trained on, from here on
+    # Phase 2 only:
+    backbone: str | None = None  #: the backbone that the ControlNet was trained on
     backbone_sha256: str | None = None  #: `fingerprint_transformer(backbone)`
     dinov3: str | None = None
 
@@ -60,38 +66,40 @@ class PhaseContract:
         if self.phase == 2 and absent:
             raise ValueError(f"a phase 2 contract needs {', '.join(absent)}")
         if self.validation_loss is not None and not math.isfinite(self.validation_loss):
-            raise ValueError(f"validation_loss is {self.validation_loss}: a model like that must not be saved")
+            raise ValueError(f"validation_loss is {self.validation_loss}: such a model must not be saved")
 
 
-PATHS = ("base_model", "backbone", "dinov3")
-
-
-def save_weights(folder, model, state_dict):
-    """`model.save_pretrained(folder)` with these weights instead of the module's own."""
-    config = {name: value for name, value in model.config.items() if not name.startswith("_")}  # no path of the source
+def save_weights(folder: str | Path, model, state_dict: dict[str, torch.Tensor]):
+    """Save as `model.save_pretrained(folder)` does, but with the weights of `state_dict`."""
+    # Entries with an underscore are Diffusers' own, such as the path that the model was loaded from.
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
     with init_empty_weights():
         whole = type(model).from_config(config)
     whole.load_state_dict(state_dict, assign=True)
     whole.save_pretrained(folder)
 
 
-def save_phase(folder, model, contract, state_dict=None):
+def save_phase(
+    folder: str | Path,
+    model: WanTransformer3DModel | C2RControlNet,
+    contract: PhaseContract,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> PhaseContract:
     """Write best/ or final/ of a phase: model, config and contract; complete or absent (see `atomic_folder`).
 
     Call it on one process. The phase 1 folder also loads with `WanTransformer3DModel.from_pretrained`.
 
     Args:
-        folder: where; an older one is replaced.
-        model: `WanTransformer3DModel` (phase 1) or `C2RControlNet` (phase 2).
-        contract: `PhaseContract`; local paths in it are relative to the current directory.
-        state_dict: the model's weights where the module itself does not hold them: gathered from a sharded engine, or
-            averaged. None: the model's own.
+        folder: folder to write; an older one is replaced.
+        model: `WanTransformer3DModel` in phase 1, `C2RControlNet` in phase 2.
+        contract: local paths in it are relative to the current directory.
+        state_dict: weights to save instead of the module's own: gathered from a sharding engine, or averaged.
 
     Returns:
         the contract with `weights_sha256`.
 
     Raises:
-        TypeError: if the model is not the phase's.
+        TypeError: if the model is of the other phase.
     """
     model_class = {1: WanTransformer3DModel, 2: C2RControlNet}[contract.phase]
     if not isinstance(model, model_class):
@@ -109,31 +117,33 @@ def save_phase(folder, model, contract, state_dict=None):
 
 
 def _relative(name, folder):
-    """A local path relative to `folder`, always with a leading dot, so that it is no hub name; others as they are."""
+    """Return a local path relative to `folder`, with a leading dot; a hub name, which has none, unchanged."""
     if name is None or not os.path.exists(name):
         return name
     path = os.path.relpath(os.path.realpath(name), folder)
     return path if path.startswith("..") else f"./{path}"
 
 
-def read_contract(folder):
-    """The contract of a phase's best/ or final/, its local paths ready for use.
+def read_contract(folder: str | Path) -> PhaseContract:
+    """Read the contract of a phase's best/ or final/, its local paths ready for use.
 
     Raises:
-        InputError: no folder, no contract in it, or one of another version.
+        InputError: no folder, no contract in it, or one that this version cannot read.
     """
     folder = complete_folder(folder)
     path = folder / CONTRACT
     if not path.is_file():
         raise InputError(f"{folder}: has no {CONTRACT}; give best/ or final/ of a phase, or check the path")
     stored = read_json(path)
+    stored.setdefault("version", "unknown")
+    versions = f"written by version {stored['version']}, this is {__version__}"
     unknown = sorted(stored.keys() - {entry.name for entry in fields(PhaseContract)})
     if unknown:
-        raise InputError(f"{path}: unknown entries {', '.join(unknown)}; it was written by another version")
+        raise InputError(f"{path}: unknown entries {', '.join(unknown)} ({versions}); use the version that wrote it")
     for name in PATHS:
         if (stored.get(name) or "").startswith("."):
             stored[name] = os.path.realpath(folder / stored[name])
     try:
         return PhaseContract(**stored)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: {error}; it is damaged or was written by another version") from None
+        raise InputError(f"{path}: {error} ({versions}); it is damaged, or use the version that wrote it") from None

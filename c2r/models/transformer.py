@@ -1,26 +1,25 @@
 """Backbone and control branch in one forward."""
 
-import math
-
 import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from c2r import flow_matching
-from c2r.models.controlnet import SHARED_CONFIG
+from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet
 
 
 class C2RTransformer(nn.Module):
     """The frozen Wan backbone with a trainable control branch, as one module that any training engine can wrap.
 
     For engines that shard: submodules are always called as modules, so their hooks run. Wrap `C2RControlBlock`,
-    `WanTransformerBlock` and this module, not `transformer` or `controlnet`: their own forward is never called, and a
-    hook on it would not run.
+    `WanTransformerBlock` and the outermost module, not `transformer` or `controlnet`: these two are never called as a
+    whole, so a hook on them would not run.
 
     Args:
-        transformer: `WanTransformer3DModel`, text to video. It is frozen here.
-        controlnet: `C2RControlNet` made for this backbone's shape.
-        domain_classifier: `DomainClassifier` of its output, for `--adversarial_weight`; None trains without.
+        transformer: text-to-video backbone. It is frozen here.
+        controlnet: control branch made for a backbone of this shape.
 
     Raises:
         ValueError: if the two do not fit each other.
@@ -28,7 +27,7 @@ class C2RTransformer(nn.Module):
 
     _no_split_modules = ("WanTransformerBlock", "C2RControlBlock")
 
-    def __init__(self, transformer, controlnet, domain_classifier=None):
+    def __init__(self, transformer: WanTransformer3DModel, controlnet: C2RControlNet):
         super().__init__()
         for name in SHARED_CONFIG:
             backbone, control = transformer.config[name], controlnet.config[name]
@@ -36,7 +35,6 @@ class C2RTransformer(nn.Module):
                 raise ValueError(f"the ControlNet is for a backbone with {name} {control}, this one has {backbone}")
         self.transformer = transformer.requires_grad_(False).eval()
         self.controlnet = controlnet
-        self.domain_classifier = domain_classifier
         self.gradient_checkpointing = False
 
     @property
@@ -45,28 +43,31 @@ class C2RTransformer(nn.Module):
         return self.transformer.config
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
+        """The backbone's dtype."""
         return self.transformer.dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
+        """The backbone's device."""
         return self.transformer.device
 
-    def train(self, mode=True):
-        """Training mode for all but the backbone."""
+    def train(self, mode: bool = True):
+        """Set training mode on the control branch; the backbone stays in eval mode."""
         super().train(mode)
         self.transformer.eval()
         return self
 
-    def trainable_parameters(self):
-        """The parameters an optimizer of phase 2 gets."""
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that phase 2 optimizes."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def enable_gradient_checkpointing(self):
-        """Keep one input per block for the backward pass and compute the rest again."""
+        """Keep one input per block for the backward pass and recompute the rest."""
         self.gradient_checkpointing = True
 
     def disable_gradient_checkpointing(self):
+        """Keep all activations for the backward pass."""
         self.gradient_checkpointing = False
 
     def compile_repeated_blocks(self, **compile_options):
@@ -76,26 +77,24 @@ class C2RTransformer(nn.Module):
 
     def forward(
         self,
-        noisy_latents,
-        timesteps,
-        prompt_embeds,
-        control_features=None,
-        conditioning_scale=1.0,
-        reversal_strength=None,
-    ):
-        """Velocity of the noisy latents, steered by the control features.
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        control_features: torch.Tensor | None = None,
+        conditioning_scale: float | torch.Tensor = 1.0,
+    ) -> Transformer2DModelOutput:
+        """Predict the velocity of the noisy latents, steered by the control features.
 
         Args:
             noisy_latents: (B, C, T, h', w'), each of the last three a multiple of the backbone's patch size.
             timesteps: (B,) fp32 in [0, 1000].
             prompt_embeds: (B, L, D_text), any L.
-            control_features: (B, F, h, w, Dd), F = 4·(T − 1) + 1; None is the backbone alone.
-            conditioning_scale: float, or (B,) tensor, one per sample; 0 leaves the backbone's output unchanged.
-            reversal_strength: (B,) tensor: also have the domain classifier look at the predicted clean latents, and
-                multiply the gradient that comes back from it by −reversal_strength.
+            control_features: (B, F, h, w, Dd), F = 4·(T − 1) + 1; None runs the backbone alone.
+            conditioning_scale: factor of the control residuals, or (B,) one per sample; 0 leaves the backbone's output
+                unchanged.
 
         Returns:
-            velocity_pred, like noisy_latents; with reversal_strength a tuple of it and domain_logits (B,).
+            the output with `sample`, the predicted velocity, like noisy_latents.
 
         Raises:
             ValueError: if the shapes do not fit.
@@ -110,11 +109,12 @@ class C2RTransformer(nn.Module):
 
         rotary_emb = backbone.rope(noisy_latents)  # cos, sin: (1, N, 1, head_dim)
         hidden_states = backbone.patch_embedding(noisy_latents)  # (B, D, T, h, w)
-        hidden_states = hidden_states.flatten(2).transpose(1, 2).contiguous()  # (B, N, D)
+        hidden_states = rearrange(hidden_states, "b d t h w -> b (t h w) d").contiguous()  # (B, N, D)
         time_embedding, modulation, prompt_hidden_states, _ = backbone.condition_embedder(
             timesteps, prompt_embeds, None
         )  # (B, D), (B, 6·D), (B, L, D)
-        shared = (prompt_hidden_states, modulation.unflatten(1, (6, -1)), rotary_emb)  # modulation (B, 6, D)
+        modulation = rearrange(modulation, "b (six d) -> b six d", six=6)
+        shared = (prompt_hidden_states, modulation, rotary_emb)
 
         control_blocks = {}
         if control_features is not None:
@@ -129,21 +129,17 @@ class C2RTransformer(nn.Module):
                 hidden_states = add_residual(hidden_states, residual, conditioning_scale)
 
         # The one parameter that is used outside its own module's forward. ZeRO-3 gathers it on access (and never
-        # shards one so small), FSDP2 holds it in this module's group; both need it read here, in this forward.
+        # shards one so small), and FSDP2 holds it in the outermost module's group, which is whole during this forward.
         shift, scale = (backbone.scale_shift_table + time_embedding.unsqueeze(1)).unbind(1)  # (B, D) each
         normed = backbone.norm_out(hidden_states.float())
         hidden_states = (normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)).type_as(hidden_states)
         velocity_pred = self._unpatchify(backbone.proj_out(hidden_states), token_grid)
-        if reversal_strength is None:
-            return velocity_pred
-        sigmas = timesteps / 1000
-        latents = flow_matching.predict_latents(noisy_latents, velocity_pred, sigmas)
-        return velocity_pred, self.domain_classifier(latents, sigmas, reversal_strength)
+        return Transformer2DModelOutput(sample=velocity_pred)
 
     def _run(self, block, hidden_states, *shared):
-        """`block(hidden_states, *shared)`, checkpointed where there is a graph.
+        """Return `block(hidden_states, *shared)`, checkpointed if it is part of the autograd graph.
 
-        Before the first residual there is none: the backbone is frozen, so its hidden states need no gradient yet.
+        Before the first residual there is no graph: the backbone is frozen, so its hidden states need no gradient yet.
         """
         if not (self.gradient_checkpointing and hidden_states.requires_grad):
             return block(hidden_states, *shared)
@@ -151,7 +147,7 @@ class C2RTransformer(nn.Module):
         return checkpoint(block, hidden_states, *shared, use_reentrant=False, preserve_rng_state=False)
 
     def _token_grid(self, noisy_latents):
-        """(T, h, w) of the backbone's tokens."""
+        """Return (T, h, w), the grid of the backbone's tokens."""
         patch_size = self.config.patch_size
         if noisy_latents.ndim != 5 or any(size % patch for size, patch in zip(noisy_latents.shape[2:], patch_size)):
             raise ValueError(
@@ -161,23 +157,24 @@ class C2RTransformer(nn.Module):
         return tuple(size // patch for size, patch in zip(noisy_latents.shape[2:], patch_size))
 
     def _unpatchify(self, patches, token_grid):
-        """(B, N, pt·ph·pw·C) -> (B, C, T·pt, h·ph, w·pw)."""
-        patch_size = self.config.patch_size
-        channels = patches.shape[-1] // math.prod(patch_size)
-        latents = patches.unflatten(2, (*patch_size, channels)).unflatten(1, token_grid)  # (B, T, h, w, pt, ph, pw, C)
-        latents = latents.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, C, T, pt, h, ph, w, pw)
-        return latents.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        """Put patches (B, N, pt·ph·pw·C) in their places: (B, C, T·pt, h·ph, w·pw)."""
+        (t, h, w), (pt, ph, pw) = token_grid, self.config.patch_size
+        return rearrange(
+            patches, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw
+        )
 
 
-def add_residual(hidden_states, residual, conditioning_scale):
-    """hidden_states + conditioning_scale · residual.
+def add_residual(
+    hidden_states: torch.Tensor, residual: torch.Tensor, conditioning_scale: float | torch.Tensor
+) -> torch.Tensor:
+    """Return hidden_states + conditioning_scale · residual.
 
     Args:
         hidden_states, residual: (B, N, D).
-        conditioning_scale: float, or (B,) tensor.
+        conditioning_scale: one factor for all, or (B,) one per sample.
 
     Returns:
-        (B, N, D) in hidden_states' dtype, also with fp32 scales and half-precision states.
+        (B, N, D) in hidden_states' dtype, also where the scales are fp32 and the states half precision.
     """
     if isinstance(conditioning_scale, torch.Tensor):
         conditioning_scale = conditioning_scale.view(-1, 1, 1)

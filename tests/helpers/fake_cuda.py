@@ -160,19 +160,19 @@ def phase1_model(num_layers):
 
 
 def phase2_models(num_layers):
-    """C2RTransformer (backbone bf16, all else fp32) and DINOv3 ViT-B in bf16; on the CPU as they are loaded."""
+    """The joined model with adversary (backbone bf16, all else fp32) and DINOv3 ViT-B in bf16, both on the CPU."""
     from diffusers import WanTransformer3DModel
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
     from transformers.initialization import no_init_weights
 
-    from c2r.models.adversary import DomainClassifier
+    from c2r.models.adversary import DomainClassifier, WithAdversary
     from c2r.models.controlnet import C2RControlNet
     from c2r.models.dinov3 import DINOv3FeatureExtractor
     from c2r.models.transformer import C2RTransformer
 
     transformer = to_bf16(WanTransformer3DModel(**WAN_1_3B | {"num_layers": num_layers}))
     controlnet = C2RControlNet.from_transformer(transformer, min(15, num_layers))
-    model = C2RTransformer(transformer, controlnet, DomainClassifier()).train()
+    model = WithAdversary(C2RTransformer(transformer, controlnet), DomainClassifier()).train()
     model.enable_gradient_checkpointing()
     with no_init_weights():  # a truncated normal looks at its numbers, and there are none
         dinov3 = DINOv3ViTModel(DINOv3ViTConfig(**DINOV3_VITB))

@@ -1,4 +1,4 @@
-"""Models of the real classes at tiny size with random weights, as the tests use them."""
+"""Tiny models of the real classes, with random weights, and inputs for them."""
 
 import json
 from pathlib import Path
@@ -16,6 +16,9 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+
+from c2r.models.controlnet import C2RControlNet
+from c2r.models.transformer import C2RTransformer
 
 LATENT_CHANNELS = 4
 TEXT_DIM = 24
@@ -41,8 +44,34 @@ def tiny_transformer(seed=0, **overrides):
     return WanTransformer3DModel(**config | overrides)
 
 
+def tiny_c2r_transformer(control_layers=2, control_stride=1, trained=False, seed=0, **overrides):
+    """C2RTransformer on a `tiny_transformer`; `trained` gives its projectors random weights instead of zeros."""
+    transformer = tiny_transformer(seed, **overrides)
+    controlnet = C2RControlNet.from_transformer(transformer, control_layers, control_stride, FEATURE_DIM)
+    if trained:
+        for block in controlnet.control_blocks:
+            torch.nn.init.normal_(block.projector[2].weight)
+            torch.nn.init.normal_(block.projector[2].bias)
+    return C2RTransformer(transformer, controlnet)
+
+
+def tiny_inputs(batch_size=2, latent_frames=2, height=48, width=32, prompt_length=7, dtype=torch.float32, seed=1):
+    """noisy_latents, timesteps, prompt_embeds and control_features for a video of height x width pixels."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    return (
+        draw(batch_size, LATENT_CHANNELS, latent_frames, height // 8, width // 8),
+        1000 * torch.rand(batch_size, generator=generator),
+        draw(batch_size, prompt_length, TEXT_DIM),
+        draw(batch_size, 4 * (latent_frames - 1) + 1, height // 16, width // 16, FEATURE_DIM),
+    )
+
+
 def tiny_vae(seed=0):
-    """AutoencoderKLWan with Wan's factors, 8x in space and 4x in time; its latent statistics are not trivial."""
+    """AutoencoderKLWan with Wan's factors, 8x in space and 4x in time, and latent statistics other than 0 and 1."""
     torch.manual_seed(seed)
     vae = AutoencoderKLWan(
         base_dim=4,
@@ -56,11 +85,12 @@ def tiny_vae(seed=0):
     with torch.no_grad():
         for name, parameter in vae.named_parameters():
             if name.endswith("weight"):
-                parameter.mul_(2)  # or all latents decode to nearly the same picture
+                parameter.mul_(2)  # otherwise all latents decode to nearly the same picture
     return vae.eval()
 
 
 def tiny_text_encoder(seed=0):
+    """UMT5 encoder of width 24, one layer."""
     torch.manual_seed(seed)
     config = UMT5Config(vocab_size=64, d_model=TEXT_DIM, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     return UMT5EncoderModel(config).eval()
@@ -82,6 +112,7 @@ def tiny_tokenizer():
 
 
 def tiny_dinov3(seed=0, patch_size=16):
+    """DINOv3ViTModel of width 32, two layers, four registers."""
     torch.manual_seed(seed)
     config = DINOv3ViTConfig(
         patch_size=patch_size,

@@ -6,37 +6,9 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from c2r.models import transformer as transformer_module
-from c2r.models.adversary import DomainClassifier
-from c2r.models.controlnet import C2RControlBlock, C2RControlNet
+from c2r.models.controlnet import C2RControlBlock
 from c2r.models.transformer import C2RTransformer
-from tests.helpers.tiny import FEATURE_DIM, LATENT_CHANNELS, TEXT_DIM, tiny_transformer
-
-
-def tiny_model(control_layers=2, control_stride=1, trained=False, seed=0, **overrides):
-    transformer = tiny_transformer(seed, **overrides)
-    model = C2RTransformer(
-        transformer, C2RControlNet.from_transformer(transformer, control_layers, control_stride, FEATURE_DIM)
-    )
-    if trained:
-        for block in model.controlnet.control_blocks:
-            torch.nn.init.normal_(block.projector[2].weight)
-            torch.nn.init.normal_(block.projector[2].bias)
-    return model
-
-
-def tiny_inputs(batch_size=2, latent_frames=2, height=48, width=32, prompt_length=7, dtype=torch.float32, seed=1):
-    """noisy_latents, timesteps, prompt_embeds, control_features for height x width pixels."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    return (
-        draw(batch_size, LATENT_CHANNELS, latent_frames, height // 8, width // 8),
-        1000 * torch.rand(batch_size, generator=generator),
-        draw(batch_size, prompt_length, TEXT_DIM),
-        draw(batch_size, 4 * (latent_frames - 1) + 1, height // 16, width // 16, FEATURE_DIM),
-    )
+from tests.helpers.tiny import tiny_c2r_transformer, tiny_inputs, tiny_transformer
 
 
 def backbone_output(model, noisy_latents, timesteps, prompt_embeds):
@@ -47,31 +19,32 @@ def backbone_output(model, noisy_latents, timesteps, prompt_embeds):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fresh_control_keeps_the_backbones_output_bit_for_bit(dtype, checkpointing, conditioning_scale):
-    model = tiny_model(control_layers=2, control_stride=2).to(dtype)
+    model = tiny_c2r_transformer(control_layers=2, control_stride=2).to(dtype)
     noisy_latents, timesteps, prompt_embeds, control_features = tiny_inputs(dtype=dtype)
     expected = backbone_output(model, noisy_latents, timesteps, prompt_embeds)
     if checkpointing:
         model.enable_gradient_checkpointing()
 
-    velocity_pred = model(noisy_latents, timesteps, prompt_embeds, control_features, conditioning_scale)
+    velocity_pred = model(noisy_latents, timesteps, prompt_embeds, control_features, conditioning_scale).sample
 
     assert velocity_pred.requires_grad  # so checkpointing had something to do
     assert velocity_pred.dtype == dtype
     assert torch.equal(velocity_pred, expected)
-    assert torch.equal(model(noisy_latents, timesteps, prompt_embeds, None, conditioning_scale), expected)
+    without_control = model(noisy_latents, timesteps, prompt_embeds, None, conditioning_scale).sample
+    assert torch.equal(without_control, expected)
 
 
 def test_no_features_means_no_control_even_when_it_is_trained():
-    model = tiny_model(trained=True)
+    model = tiny_c2r_transformer(trained=True)
     noisy_latents, timesteps, prompt_embeds, control_features = tiny_inputs()
     expected = backbone_output(model, noisy_latents, timesteps, prompt_embeds)
-    assert torch.equal(model(noisy_latents, timesteps, prompt_embeds), expected)
-    assert not torch.equal(model(noisy_latents, timesteps, prompt_embeds, control_features), expected)
+    assert torch.equal(model(noisy_latents, timesteps, prompt_embeds).sample, expected)
+    assert not torch.equal(model(noisy_latents, timesteps, prompt_embeds, control_features).sample, expected)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_fp32_control_and_bf16_backbone_run_together_under_autocast(tmp_path, checkpointing):
-    model = tiny_model()
+    model = tiny_c2r_transformer()
     model.transformer.save_pretrained(tmp_path)
     # from_pretrained leaves time embedder, norms and modulation tables in fp32, unlike `.to(torch.bfloat16)`
     model.transformer = type(model.transformer).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
@@ -84,7 +57,7 @@ def test_fp32_control_and_bf16_backbone_run_together_under_autocast(tmp_path, ch
 
     with torch.autocast("cpu", torch.bfloat16):
         expected = backbone_output(model, noisy_latents, timesteps, prompt_embeds.bfloat16())
-        velocity_pred = model(noisy_latents, timesteps, prompt_embeds.bfloat16(), control_features.bfloat16())
+        velocity_pred = model(noisy_latents, timesteps, prompt_embeds.bfloat16(), control_features.bfloat16()).sample
     velocity_pred.float().square().mean().backward()
 
     assert torch.equal(velocity_pred, expected)
@@ -96,7 +69,7 @@ def test_fp32_control_and_bf16_backbone_run_together_under_autocast(tmp_path, ch
 @pytest.mark.parametrize(("control_layers", "control_stride"), [(4, 1), (2, 1), (2, 3), (1, 1)])
 def test_residuals_land_after_their_blocks(control_layers, control_stride):
     """Against the backbone's own forward with hooks, and the control branch run beforehand instead of interleaved."""
-    model = tiny_model(control_layers, control_stride, trained=True)
+    model = tiny_c2r_transformer(control_layers, control_stride, trained=True)
     noisy_latents, timesteps, prompt_embeds, control_features = tiny_inputs()
     scale = 0.6
     backbone, controlnet = model.transformer, model.controlnet
@@ -118,19 +91,19 @@ def test_residuals_land_after_their_blocks(control_layers, control_stride):
         hook.remove()
 
     assert len(hooks) == control_layers
-    assert torch.equal(model(noisy_latents, timesteps, prompt_embeds, control_features, scale), expected)
+    assert torch.equal(model(noisy_latents, timesteps, prompt_embeds, control_features, scale).sample, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sample_with_scale_zero_is_the_backbones(dtype):
-    model = tiny_model(trained=True).to(dtype)
+    model = tiny_c2r_transformer(trained=True).to(dtype)
     noisy_latents, timesteps, prompt_embeds, control_features = tiny_inputs(batch_size=3, dtype=dtype)
     scales = torch.tensor([1.0, 0.0, 0.7])
-    velocity_pred = model(noisy_latents, timesteps, prompt_embeds, control_features, scales)
+    velocity_pred = model(noisy_latents, timesteps, prompt_embeds, control_features, scales).sample
     expected = backbone_output(model, noisy_latents, timesteps, prompt_embeds)
     assert torch.equal(velocity_pred[1], expected[1])
     for sample, scale in ((0, 1.0), (2, 0.7)):  # and a tensor of scales means the same as floats
-        alone = model(noisy_latents, timesteps, prompt_embeds, control_features, scale)
+        alone = model(noisy_latents, timesteps, prompt_embeds, control_features, scale).sample
         assert torch.equal(velocity_pred[sample], alone[sample])
         assert not torch.equal(velocity_pred[sample], expected[sample])
 
@@ -139,30 +112,30 @@ def test_a_sample_with_scale_zero_is_the_backbones(dtype):
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (16, 80), (48, 32)])
 @pytest.mark.parametrize(("batch_size", "prompt_length"), [(1, 16), (3, 2)])
 def test_any_video_size_batch_and_prompt_length(latent_frames, height, width, batch_size, prompt_length):
-    model = tiny_model(trained=True)
+    model = tiny_c2r_transformer(trained=True)
     inputs = tiny_inputs(batch_size, latent_frames, height, width, prompt_length)
     with torch.no_grad():
-        velocity_pred = model(*inputs)
+        velocity_pred = model(*inputs).sample
         assert velocity_pred.shape == inputs[0].shape
         assert velocity_pred.isfinite().all()
         # each sample is its own: nothing leaks across the batch
-        last = model(*(tensor[-1:] for tensor in inputs))
+        last = model(*(tensor[-1:] for tensor in inputs)).sample
     torch.testing.assert_close(velocity_pred[-1:], last, atol=1e-5, rtol=1e-4)
 
 
 def test_a_blank_control_goes_through_the_branch():
     """Control dropout replaces features by zeros: finite, with gradients, and not the same as no control."""
-    model = tiny_model(trained=True)
+    model = tiny_c2r_transformer(trained=True)
     noisy_latents, timesteps, prompt_embeds, control_features = tiny_inputs()
-    velocity_pred = model(noisy_latents, timesteps, prompt_embeds, torch.zeros_like(control_features))
+    velocity_pred = model(noisy_latents, timesteps, prompt_embeds, torch.zeros_like(control_features)).sample
     velocity_pred.square().mean().backward()
     assert velocity_pred.isfinite().all()
     assert all(parameter.grad.isfinite().all() for parameter in model.trainable_parameters())
-    assert not torch.equal(velocity_pred, model(noisy_latents, timesteps, prompt_embeds))
+    assert not torch.equal(velocity_pred, model(noisy_latents, timesteps, prompt_embeds).sample)
 
 
 def test_first_steps_of_phase_2_train_every_control_parameter_and_nothing_else():
-    model = tiny_model(control_layers=3)
+    model = tiny_c2r_transformer(control_layers=3)
     model.enable_gradient_checkpointing()
     model.train()
     inputs = tiny_inputs()
@@ -173,7 +146,7 @@ def test_first_steps_of_phase_2_train_every_control_parameter_and_nothing_else()
     def step():
         """Names of the parameters that got a gradient other than zero."""
         optimizer.zero_grad()
-        (model(*inputs) - target).square().mean().backward()
+        (model(*inputs).sample - target).square().mean().backward()
         optimizer.step()
         return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.count_nonzero() > 0}
 
@@ -194,7 +167,7 @@ def test_first_steps_of_phase_2_train_every_control_parameter_and_nothing_else()
 
 
 def test_train_leaves_the_backbone_in_eval_mode():
-    model = tiny_model().train()
+    model = tiny_c2r_transformer().train()
     assert model.controlnet.training
     assert not any(module.training for module in model.transformer.modules())
 
@@ -204,10 +177,10 @@ def test_checkpointing_changes_no_gradient(control_stride):
     inputs = tiny_inputs()
     grads = []
     for checkpointing in (False, True):
-        model = tiny_model(2, control_stride, trained=True)
+        model = tiny_c2r_transformer(2, control_stride, trained=True)
         if checkpointing:
             model.enable_gradient_checkpointing()
-        model(*inputs).square().mean().backward()
+        model(*inputs).sample.square().mean().backward()
         grads.append([parameter.grad for parameter in model.trainable_parameters()])
         assert all(grad is not None for grad in grads[-1])
     assert all(torch.equal(plain, checkpointed) for plain, checkpointed in zip(*grads))
@@ -215,7 +188,7 @@ def test_checkpointing_changes_no_gradient(control_stride):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_no_graph_before_the_first_residual_and_recomputation_only_behind_it(monkeypatch, checkpointing):
-    model = tiny_model(control_layers=2, control_stride=2, trained=True)  # residuals after blocks 0 and 2
+    model = tiny_c2r_transformer(control_layers=2, control_stride=2, trained=True)  # residuals after blocks 0 and 2
     if checkpointing:
         model.enable_gradient_checkpointing()
     runs, graph, checkpointed = {}, {}, []
@@ -237,7 +210,7 @@ def test_no_graph_before_the_first_residual_and_recomputation_only_behind_it(mon
 
             module.register_forward_pre_hook(count)
             module.register_forward_hook(look)
-    model(*tiny_inputs()).square().mean().backward()
+    model(*tiny_inputs()).sample.square().mean().backward()
     assert graph == {
         "transformer.blocks.0": False,
         "transformer.blocks.1": True,
@@ -251,24 +224,24 @@ def test_no_graph_before_the_first_residual_and_recomputation_only_behind_it(mon
 
 
 def test_without_autograd_nothing_is_checkpointed():
-    model = tiny_model(trained=True)
+    model = tiny_c2r_transformer(trained=True)
     inputs = tiny_inputs()
     model.enable_gradient_checkpointing()
     with torch.no_grad():
-        checkpointed = model(*inputs)
+        checkpointed = model(*inputs).sample
     model.disable_gradient_checkpointing()
-    assert torch.equal(checkpointed, model(*inputs))
+    assert torch.equal(checkpointed, model(*inputs).sample)
 
 
 def test_gradients_agree_with_finite_differences():
     """The whole path in float64: loss along a random direction of the control parameters."""
-    model = tiny_model(control_layers=1, trained=True, num_layers=2)
+    model = tiny_c2r_transformer(control_layers=1, trained=True, num_layers=2)
     model.double()
     inputs = tiny_inputs(1, 1, 16, 16, 2, dtype=torch.float64)
     # diffusers' blocks compute in fp32 inside, so the difference quotient is only good to some 1e-3
     parameters = model.trainable_parameters()
     direction = [torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) for i, p in enumerate(parameters)]
-    loss = model(*inputs).square().mean()
+    loss = model(*inputs).sample.square().mean()
     grads = torch.autograd.grad(loss, parameters)
     slope = sum((grad * along).sum() for grad, along in zip(grads, direction)).item()
 
@@ -276,7 +249,7 @@ def test_gradients_agree_with_finite_differences():
         with torch.no_grad():
             for parameter, along in zip(parameters, direction):
                 parameter += step * along
-            loss = model(*inputs).square().mean().item()
+            loss = model(*inputs).sample.square().mean().item()
             for parameter, along in zip(parameters, direction):
                 parameter -= step * along
         return loss
@@ -285,37 +258,8 @@ def test_gradients_agree_with_finite_differences():
     assert (loss_at(step) - loss_at(-step)) / (2 * step) == pytest.approx(slope, rel=1e-2)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_domain_classifier_looks_at_the_predicted_latents(checkpointing):
-    plain, model = tiny_model(trained=True), tiny_model(trained=True)
-    model = C2RTransformer(model.transformer, model.controlnet, DomainClassifier(LATENT_CHANNELS, width=8))
-    model.controlnet.load_state_dict(plain.controlnet.state_dict())
-    if checkpointing:
-        model.enable_gradient_checkpointing()
-    noisy_latents, timesteps, *rest = tiny_inputs()
-    strength = torch.tensor([0.0, 0.5])
-    velocity_pred, domain_logits = model(noisy_latents, timesteps, *rest, reversal_strength=strength)
-    assert torch.equal(velocity_pred, plain(noisy_latents, timesteps, *rest))
-    assert torch.equal(model(noisy_latents, timesteps, *rest), velocity_pred)
-    sigmas = timesteps / 1000
-    latents = noisy_latents - sigmas.view(-1, 1, 1, 1, 1) * velocity_pred
-    torch.testing.assert_close(domain_logits, model.domain_classifier(latents, sigmas, strength))
-
-    # One sample's logit moves the control branch, the one of strength 0 does not; both move the classifier.
-    def moved(index):
-        model.zero_grad()
-        domain_logits[index].backward(retain_graph=True)
-        return [
-            sum(p.grad.abs().sum().item() for p in part.parameters() if p.grad is not None)
-            for part in (model.controlnet, model.domain_classifier)
-        ]
-
-    assert moved(0)[0] == 0
-    assert min(moved(0)[1], *moved(1)) > 0
-
-
 def test_wrong_shapes_are_named():
-    model = tiny_model()
+    model = tiny_c2r_transformer()
     noisy_latents, timesteps, prompt_embeds, control_features = tiny_inputs()
     with pytest.raises(ValueError, match=r"noisy latents have shape \(2, 4, 2, 5, 4\)"):
         model(noisy_latents[:, :, :, :5], timesteps, prompt_embeds, control_features)
@@ -334,12 +278,12 @@ def test_compiled_blocks_trace_into_one_graph_each(checkpointing):
     inputs = tiny_inputs()
     results = []
     for compiled in (False, True):
-        model = tiny_model(trained=True, num_layers=2)
+        model = tiny_c2r_transformer(trained=True, num_layers=2)
         if checkpointing:
             model.enable_gradient_checkpointing()
         if compiled:
             model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
-        velocity_pred = model(*inputs)
+        velocity_pred = model(*inputs).sample
         velocity_pred.square().mean().backward()
         results.append([velocity_pred, *(parameter.grad for parameter in model.trainable_parameters())])
     for eager, compiled in zip(*results):
@@ -347,13 +291,12 @@ def test_compiled_blocks_trace_into_one_graph_each(checkpointing):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_compiled_by_inductor():
     inputs = tiny_inputs()
-    model = tiny_model(trained=True, num_layers=2)
-    expected = model(*inputs)
+    model = tiny_c2r_transformer(trained=True, num_layers=2)
+    expected = model(*inputs).sample
     model.compile_repeated_blocks(fullgraph=True)
-    velocity_pred = model(*inputs)
+    velocity_pred = model(*inputs).sample
     velocity_pred.square().mean().backward()
     torch.testing.assert_close(velocity_pred, expected, atol=1e-4, rtol=1e-3)
     assert all(parameter.grad.isfinite().all() for parameter in model.trainable_parameters())
@@ -365,12 +308,12 @@ def test_sharded_by_fsdp2(tmp_path, backbone_dtype, checkpointing):
     """One rank shards as many do: a parameter read outside a hooked forward would be a DTensor and raise."""
     inputs = tiny_inputs()
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=backbone_dtype == torch.bfloat16)
-    expected, model = tiny_model(trained=True), tiny_model(trained=True)
+    expected, model = tiny_c2r_transformer(trained=True), tiny_c2r_transformer(trained=True)
     model.load_state_dict(expected.state_dict())
     for one in (expected, model):
         one.transformer.to(backbone_dtype)
     with autocast:
-        expected_velocity = expected(*inputs)
+        expected_velocity = expected(*inputs).sample
     expected_velocity.square().mean().backward()
     if checkpointing:
         model.enable_gradient_checkpointing()
@@ -382,7 +325,7 @@ def test_sharded_by_fsdp2(tmp_path, backbone_dtype, checkpointing):
                 fully_shard(module, mesh=mesh)
         fully_shard(model, mesh=mesh)
         with autocast:
-            velocity_pred = model(*inputs)
+            velocity_pred = model(*inputs).sample
         velocity_pred.square().mean().backward()
         torch.testing.assert_close(velocity_pred, expected_velocity)
         for sharded, whole in zip(model.trainable_parameters(), expected.trainable_parameters(), strict=True):
