@@ -3,19 +3,86 @@
 The direction, stated here once for the whole project: σ = 0 is data, σ = 1 is noise. Other codebases run it backwards.
 """
 
+from dataclasses import dataclass
+
 import torch
 
-#: `--weighting_scheme`, by Diffusers' names. `logit_normal` and `mode` change the density of the sigmas;
-#: `sigma_sqrt` and `cosmap` change the weight of the loss (`diffusers.training_utils.compute_loss_weighting_for_sd3`).
+#: Diffusers' names. `logit_normal` and `mode` change the density of the sigmas; `sigma_sqrt` and `cosmap` change the
+#: weight of the loss (`diffusers.training_utils.compute_loss_weighting_for_sd3`).
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 
 #: The lowest noise level of Wan's 1000-step schedule before its shift. It bounds `sigma_sqrt`'s weight, σ⁻².
 MIN_SIGMA = 1e-3
 
 
+@dataclass(frozen=True)
+class SigmaDensity:
+    """The density of the noise levels that training draws.
+
+    Args:
+        weighting_scheme: one of WEIGHTING_SCHEMES; all but `logit_normal` and `mode` are uniform.
+        logit_mean, logit_std: of `logit_normal`; a mean above 0 means more noise.
+        mode_scale: of `mode`; in [−1, 2/(π − 2)] the map from uniform numbers is monotonic.
+        shift: see `shift_sigmas`; 3 is that of Wan's own 480p inference schedule.
+
+    Raises:
+        ValueError: for an unknown scheme.
+    """
+
+    weighting_scheme: str = "none"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    shift: float = 3.0
+
+    def __post_init__(self):
+        if self.weighting_scheme not in WEIGHTING_SCHEMES:
+            raise ValueError(
+                f"weighting_scheme is {self.weighting_scheme!r}: it must be one of {', '.join(WEIGHTING_SCHEMES)}"
+            )
+
+
+@dataclass(frozen=True)
+class BatchPlace:
+    """The place of one micro-batch of one process in the global batch of an optimizer step.
+
+    Args:
+        batch_size: B, samples in the micro-batch.
+        num_processes, process_index: this process among all.
+        num_micro_batches, micro_batch_index: this micro-batch among those accumulated into the step.
+
+    Raises:
+        ValueError: if a size is below 1 or an index is out of its range.
+    """
+
+    batch_size: int
+    num_processes: int = 1
+    process_index: int = 0
+    num_micro_batches: int = 1
+    micro_batch_index: int = 0
+
+    def __post_init__(self):
+        for name in ("batch_size", "num_processes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name, size in (("process_index", self.num_processes), ("micro_batch_index", self.num_micro_batches)):
+            if not 0 <= getattr(self, name) < size:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be in 0..{size - 1}")
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of all processes and micro-batches of the step."""
+        return self.batch_size * self.num_processes * self.num_micro_batches
+
+    @property
+    def first(self) -> int:
+        """Index of the micro-batch's first sample in the global batch."""
+        return (self.micro_batch_index * self.num_processes + self.process_index) * self.batch_size
+
+
 # σ' = s·σ / (1 + (s − 1)·σ). Source: Esser et al. 2024 (SD3), eq. 23
-def shift_sigmas(sigmas, shift):
-    """Move sigmas towards noise for shift > 1, as Wan's schedulers do; 0, 1 and order are kept.
+def shift_sigmas(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
+    """Move sigmas towards noise for shift > 1, as Wan's schedulers do; 0, 1 and the order are kept.
 
     Args:
         sigmas: any shape, in [0, 1].
@@ -33,8 +100,8 @@ def shift_sigmas(sigmas, shift):
 
 
 # x_σ = (1 − σ)·x₀ + σ·ε. Source: Lipman et al. 2023, eq. 22, its time reversed to Wan's direction
-def add_noise(latents, noise, sigmas):
-    """Noisy latents on the straight path from `latents` to `noise`.
+def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """Return the noisy latents on the straight path from `latents` to `noise`.
 
     Args:
         latents: (B, C, T, h, w), normalised clean latents.
@@ -56,12 +123,12 @@ def add_noise(latents, noise, sigmas):
 
 
 # u = dx_σ/dσ = ε − x₀. Source: Lipman et al. 2023, eq. 23
-def velocity_target(latents, noise):
-    """The velocity of the straight path, `noise - latents`: the same at every σ.
+def velocity_target(latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Return the velocity of the straight path, `noise - latents`: the same at every σ.
 
     Args:
         latents: (B, C, T, h, w), normalised clean latents.
-        noise: like `latents`, the very noise that `add_noise` was given.
+        noise: like `latents`, the same noise as given to `add_noise`.
 
     Returns:
         (B, C, T, h, w), at least fp32.
@@ -74,8 +141,8 @@ def velocity_target(latents, noise):
 
 
 # x₀ = x_σ − σ·u: the straight path, followed back to its end at σ = 0
-def predict_latents(noisy_latents, velocity_pred, sigmas):
-    """The clean latents that a predicted velocity leads to.
+def predict_latents(noisy_latents: torch.Tensor, velocity_pred: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """Return the clean latents that a predicted velocity leads to.
 
     Args:
         noisy_latents: (B, C, T, h, w), on the path at `sigmas`.
@@ -95,7 +162,7 @@ def predict_latents(noisy_latents, velocity_pred, sigmas):
 
 
 # L = ‖v_θ(x_σ, σ) − (ε − x₀)‖² / dim. Source: Lipman et al. 2023, eq. 23
-def velocity_loss(velocity_pred, velocity_target):
+def velocity_loss(velocity_pred: torch.Tensor, velocity_target: torch.Tensor) -> torch.Tensor:
     """Flow-matching loss: mean squared error of the velocity.
 
     Args:
@@ -113,8 +180,8 @@ def velocity_loss(velocity_pred, velocity_target):
     return squared_error.flatten(1).mean(1)
 
 
-def timesteps_from_sigmas(sigmas):
-    """What the model is called with: 1000·σ.
+def timesteps_from_sigmas(sigmas: torch.Tensor) -> torch.Tensor:
+    """Return the timesteps 1000·σ, in which the model takes its noise levels.
 
     Args:
         sigmas: any shape, fp32 in [0, 1].
@@ -129,105 +196,65 @@ def timesteps_from_sigmas(sigmas):
     return 1000 * sigmas
 
 
-def stratified_uniform(
-    batch_size, generator, num_processes=1, process_index=0, num_micro_batches=1, micro_batch_index=0
-):
-    """This process's part of one uniform draw per stratum of the optimizer step's global batch.
+def stratified_uniform(place: BatchPlace, generator: torch.Generator) -> torch.Tensor:
+    """Draw uniform numbers, one per stratum of the global batch, and return this micro-batch's part.
 
-    [0, 1) is cut into G = batch_size · num_processes · num_micro_batches equal strata, every sample of the global
-    batch gets its own, in shuffled order, and lands uniformly within it. So each sample's u is uniform, and the step's
-    sigmas cover the range evenly: the loss varies less from step to step than with independent draws.
+    [0, 1) is cut into as many equal strata as the global batch has samples. Every sample gets its own stratum, in
+    shuffled order, and a uniform place within it. So each sample's u is uniform, and the step's sigmas cover the range
+    evenly: the loss varies less from step to step than with independent draws.
 
     Args:
-        batch_size: B, samples in one micro-batch of one process.
-        generator: CPU `torch.Generator`. It must stand in the same state in every process and for every micro-batch of
-            the step (seed it from the run's seed and the step): each call draws the whole global batch.
-        num_processes, process_index: this process among all.
-        num_micro_batches, micro_batch_index: this micro-batch among those accumulated into the step.
+        place: place of the micro-batch in the global batch.
+        generator: CPU generator. It must be in the same state in every process and for every micro-batch of the step
+            (seed it from the run's seed and the step): each call draws the whole global batch.
 
     Returns:
         (B,) float64 in [0, 1), on CPU.
-
-    Raises:
-        ValueError: if a size is below 1 or an index is out of its range.
     """
-    for name, size in [("batch_size", batch_size), ("num_processes", num_processes)]:
-        if size < 1:
-            raise ValueError(f"{name} is {size}: it must be at least 1")
-    if not 0 <= process_index < num_processes:
-        raise ValueError(f"process_index is {process_index}: it must be in 0..{num_processes - 1}")
-    if not 0 <= micro_batch_index < num_micro_batches:
-        raise ValueError(f"micro_batch_index is {micro_batch_index}: it must be in 0..{num_micro_batches - 1}")
-    global_batch_size = batch_size * num_processes * num_micro_batches
-    # Shuffled, or a process would see the same noise levels in every step.
-    strata = torch.randperm(global_batch_size, generator=generator)
-    offsets = torch.rand(global_batch_size, generator=generator, dtype=torch.float64)
-    start = (micro_batch_index * num_processes + process_index) * batch_size
-    return ((strata + offsets) / global_batch_size)[start : start + batch_size]
+    # Shuffled: otherwise a process would see the same noise levels in every step.
+    strata = torch.randperm(place.global_batch_size, generator=generator)
+    offsets = torch.rand(place.global_batch_size, generator=generator, dtype=torch.float64)
+    return ((strata + offsets) / place.global_batch_size)[place.first : place.first + place.batch_size]
 
 
 # logit_normal: σ = sigmoid(m + s·Φ⁻¹(u)), mode: σ = 1 − u − s·(cos²(πu/2) − 1 + u). Source: SD3, eq. 19 and 20
-def density_from_uniform(uniform, weighting_scheme="none", logit_mean=0.0, logit_std=1.0, mode_scale=1.29):
-    """Turn uniform numbers into sigmas of the scheme's density, monotonously, so that strata stay strata.
+def density_from_uniform(uniform: torch.Tensor, density: SigmaDensity) -> torch.Tensor:
+    """Turn uniform numbers into sigmas of the density, before its shift; the map is monotonic, so strata stay strata.
 
-    It is `diffusers.training_utils.compute_density_for_timestep_sampling` as a function of u: that one draws by itself
-    and therefore cannot be stratified. As in the paper the result is σ, so `logit_mean` > 0 means more noise;
-    Diffusers' scripts use it as an index into descending sigmas, which mirrors `logit_mean` (the other schemes are
-    symmetric).
+    It is `diffusers.training_utils.compute_density_for_timestep_sampling` as a function of u: Diffusers' function
+    draws its own numbers and therefore cannot be stratified. As in the paper the result is σ, so `logit_mean` > 0
+    means more noise; Diffusers' scripts use the result as an index into descending sigmas, which mirrors `logit_mean`
+    (the other schemes are symmetric).
 
     Args:
         uniform: any shape, in [0, 1).
-        weighting_scheme: one of WEIGHTING_SCHEMES; all but `logit_normal` and `mode` are uniform.
-        logit_mean, logit_std: of `logit_normal`.
-        mode_scale: of `mode`; in [−1, 2/(π − 2)] the map is monotonous.
+        density: see `SigmaDensity`.
 
     Returns:
         Like `uniform`, in [0, 1].
-
-    Raises:
-        ValueError: for an unknown scheme.
     """
-    if weighting_scheme not in WEIGHTING_SCHEMES:
-        raise ValueError(f"weighting_scheme is {weighting_scheme!r}: it must be one of {', '.join(WEIGHTING_SCHEMES)}")
-    if weighting_scheme == "logit_normal":
-        return torch.sigmoid(logit_mean + logit_std * torch.special.ndtri(uniform))
-    if weighting_scheme == "mode":
-        return 1 - uniform - mode_scale * (torch.cos(torch.pi * uniform / 2) ** 2 - 1 + uniform)
+    if density.weighting_scheme == "logit_normal":
+        return torch.sigmoid(density.logit_mean + density.logit_std * torch.special.ndtri(uniform))
+    if density.weighting_scheme == "mode":
+        return 1 - uniform - density.mode_scale * (torch.cos(torch.pi * uniform / 2) ** 2 - 1 + uniform)
     return uniform
 
 
-def sample_sigmas(
-    batch_size,
-    generator,
-    shift=3.0,
-    weighting_scheme="none",
-    logit_mean=0.0,
-    logit_std=1.0,
-    mode_scale=1.29,
-    num_processes=1,
-    process_index=0,
-    num_micro_batches=1,
-    micro_batch_index=0,
-):
-    """Sigmas of one micro-batch for training: stratified over the global batch, of the scheme's density, shifted.
+def sample_sigmas(place: BatchPlace, density: SigmaDensity, generator: torch.Generator) -> torch.Tensor:
+    """Draw the sigmas of one micro-batch: stratified over the global batch, of the given density, shifted.
 
     Args:
-        batch_size, generator, num_processes, process_index, num_micro_batches, micro_batch_index: see
-            `stratified_uniform`.
-        shift: see `shift_sigmas`; 3 is what Wan's own 480p inference schedule uses.
-        weighting_scheme, logit_mean, logit_std, mode_scale: see `density_from_uniform`.
+        place, generator: see `stratified_uniform`.
+        density: see `SigmaDensity`.
 
     Returns:
         (B,) fp32 in [MIN_SIGMA shifted, 1], on CPU.
 
     Raises:
-        ValueError: for a bad argument, as the three functions say.
+        ValueError: if the shift is not positive.
     """
-    uniform = stratified_uniform(
-        batch_size, generator, num_processes, process_index, num_micro_batches, micro_batch_index
-    )
-    sigmas = density_from_uniform(uniform, weighting_scheme, logit_mean, logit_std, mode_scale)
-    return shift_sigmas(sigmas.clamp(MIN_SIGMA, 1), shift).float()
+    sigmas = density_from_uniform(stratified_uniform(place, generator), density)
+    return shift_sigmas(sigmas.clamp(MIN_SIGMA, 1), density.shift).float()
 
 
 def _at_least_fp32(tensor):
@@ -240,6 +267,6 @@ def _require_same_shape(name, tensor, other_name, other):
 
 
 def _require_full_precision(sigmas):
-    # bf16 keeps 8 bits: 1000·σ would be off by up to 2 steps, and the model would be told another σ than the loss.
+    # bf16 keeps 8 bits: 1000·σ would be off by up to 2 steps, and the model would get another σ than the loss.
     if sigmas.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"sigmas are {sigmas.dtype}: keep them in torch.float32")

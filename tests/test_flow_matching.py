@@ -1,3 +1,5 @@
+"""Flow matching: identities of the path, agreement with Diffusers, and stratified noise levels."""
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
@@ -6,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from c2r import flow_matching as fm
+from c2r.flow_matching import BatchPlace, SigmaDensity
 
 SHAPE = (3, 4, 2, 6, 8)
 
@@ -21,7 +24,7 @@ def step_generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_the_path_runs_from_data_at_zero_to_noise_at_one():
+def test_the_path_leads_from_data_at_zero_to_noise_at_one():
     latents, noise, sigmas = draw()
     assert torch.equal(fm.add_noise(latents, noise, torch.zeros_like(sigmas)), latents)
     assert torch.equal(fm.add_noise(latents, noise, torch.ones_like(sigmas)), noise)
@@ -49,7 +52,7 @@ def test_the_velocity_is_the_derivative_of_the_path():
     torch.testing.assert_close(fm.velocity_target(latents, noise), derivative)
 
 
-def test_gradient_of_the_loss_is_the_formulas():
+def test_the_gradient_of_the_loss_agrees_with_the_formula():
     latents, noise, _ = draw()
     velocity_pred = torch.randn(SHAPE, dtype=torch.float64, generator=step_generator(1)).requires_grad_()
     target = fm.velocity_target(latents, noise)
@@ -93,7 +96,7 @@ def test_wans_sampler_on_the_target_leads_from_noise_to_data():
 
 
 @given(st.floats(0.1, 20), st.floats(0, 1), st.floats(0, 1))
-def test_shift_keeps_the_ends_and_the_order_and_is_undone_by_its_inverse(shift, low, high):
+def test_shift_keeps_ends_and_order_and_has_an_inverse(shift, low, high):
     sigmas = torch.tensor([0, *sorted([low, high]), 1], dtype=torch.float64)
     shifted = fm.shift_sigmas(sigmas, shift)
     assert shifted[0] == 0
@@ -105,7 +108,9 @@ def test_shift_keeps_the_ends_and_the_order_and_is_undone_by_its_inverse(shift, 
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**32))
 def test_every_sample_of_the_global_batch_has_its_own_stratum(batch_size, num_processes, num_micro_batches, seed):
     parts = [
-        fm.stratified_uniform(batch_size, step_generator(seed), num_processes, process, num_micro_batches, micro_batch)
+        fm.stratified_uniform(
+            BatchPlace(batch_size, num_processes, process, num_micro_batches, micro_batch), step_generator(seed)
+        )
         for micro_batch in range(num_micro_batches)
         for process in range(num_processes)
     ]
@@ -113,13 +118,13 @@ def test_every_sample_of_the_global_batch_has_its_own_stratum(batch_size, num_pr
     uniform = torch.cat(parts)
     strata = (uniform * len(uniform)).floor().long()
     assert sorted(strata.tolist()) == list(range(len(uniform)))
-    assert torch.equal(uniform, fm.stratified_uniform(len(uniform), step_generator(seed))), (
+    assert torch.equal(uniform, fm.stratified_uniform(BatchPlace(len(uniform)), step_generator(seed))), (
         "the same step on one process must draw the same numbers"
     )
 
 
-def test_every_position_of_the_batch_sees_a_uniform_marginal():
-    draws = torch.stack([fm.stratified_uniform(4, step_generator(seed)) for seed in range(2000)])
+def test_noise_levels_are_uniform_at_every_place_of_the_batch():
+    draws = torch.stack([fm.stratified_uniform(BatchPlace(4), step_generator(seed)) for seed in range(2000)])
     quantiles = draws.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), dim=0)
     expected = torch.tensor([[0.1], [0.5], [0.9]], dtype=torch.float64).expand_as(quantiles)
     torch.testing.assert_close(quantiles, expected, rtol=0, atol=0.05)
@@ -129,19 +134,17 @@ def test_every_position_of_the_batch_sees_a_uniform_marginal():
 def test_density_agrees_with_diffusers(scheme):
     options = {"logit_mean": 0.3, "logit_std": 0.8, "mode_scale": 1.29}
     uniform = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
-    ours = fm.density_from_uniform(uniform, scheme, **options).sort().values
+    ours = fm.density_from_uniform(uniform, SigmaDensity(scheme, **options)).sort().values
     theirs = compute_density_for_timestep_sampling(scheme, 20000, generator=step_generator(), **options)
     torch.testing.assert_close(ours, theirs.sort().values.double(), rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("scheme", fm.WEIGHTING_SCHEMES)
-def test_strata_stay_strata_under_every_density_and_shift(scheme):
-    edges = fm.density_from_uniform(torch.linspace(0, 1, 9, dtype=torch.float64), scheme).clamp(fm.MIN_SIGMA, 1)
+def test_densities_and_shift_keep_one_sample_per_stratum(scheme):
+    density = SigmaDensity(scheme, shift=3.0)
+    edges = fm.density_from_uniform(torch.linspace(0, 1, 9, dtype=torch.float64), density).clamp(fm.MIN_SIGMA, 1)
     edges = fm.shift_sigmas(edges, 3.0).sort().values.float()
-    parts = [
-        fm.sample_sigmas(2, step_generator(), 3.0, scheme, num_processes=4, process_index=process)
-        for process in range(4)
-    ]
+    parts = [fm.sample_sigmas(BatchPlace(2, 4, process), density, step_generator()) for process in range(4)]
     sigmas = torch.cat(parts)
     assert sigmas.dtype == torch.float32
     assert sorted(torch.bucketize(sigmas, edges[1:-1]).tolist()) == list(range(8))
@@ -149,13 +152,17 @@ def test_strata_stay_strata_under_every_density_and_shift(scheme):
 
 def test_positive_logit_mean_means_more_noise():
     def mean(logit_mean):
-        return fm.sample_sigmas(512, step_generator(), 1.0, "logit_normal", logit_mean=logit_mean).mean()
+        density = SigmaDensity("logit_normal", logit_mean, shift=1.0)
+        return fm.sample_sigmas(BatchPlace(512), density, step_generator()).mean()
 
     assert mean(1.0) > mean(0.0) + 0.1 > mean(-1.0) + 0.2
 
 
 def test_sigmas_never_fall_below_the_trained_schedule():
-    lowest = min(fm.sample_sigmas(20000, step_generator(), shift).min().item() for shift in (1.0, 3.0))
+    lowest = min(
+        fm.sample_sigmas(BatchPlace(20000), SigmaDensity(shift=shift), step_generator()).min().item()
+        for shift in (1.0, 3.0)
+    )
     assert lowest == pytest.approx(fm.MIN_SIGMA)
 
 
@@ -180,10 +187,10 @@ def test_half_precision_latents_are_noised_in_full_precision():
         (lambda x: fm.timesteps_from_sigmas(x.bfloat16()), "keep them in torch.float32"),
         (lambda x: fm.velocity_target(x, x[:1]), "noise"),
         (lambda x: fm.velocity_loss(x, x[:1]), "velocity_target"),
-        (lambda x: fm.stratified_uniform(0, None), "batch_size is 0"),
-        (lambda x: fm.stratified_uniform(1, None, num_processes=2, process_index=2), "process_index is 2"),
-        (lambda x: fm.stratified_uniform(1, None, num_micro_batches=2, micro_batch_index=-1), "micro_batch_index"),
-        (lambda x: fm.density_from_uniform(x, "uniform"), "weighting_scheme is 'uniform'"),
+        (lambda x: BatchPlace(0), "batch_size is 0"),
+        (lambda x: BatchPlace(1, num_processes=2, process_index=2), "process_index is 2"),
+        (lambda x: BatchPlace(1, num_micro_batches=2, micro_batch_index=-1), "micro_batch_index"),
+        (lambda x: SigmaDensity("uniform"), "weighting_scheme is 'uniform'"),
     ],
 )
 def test_bad_arguments_are_named(call, message):
