@@ -1,9 +1,10 @@
-"""Which clips a step trains on: an exact mix of CG and real, the same after a resume as without one."""
+"""Choose the clips of every training step: an exact mix of CG and real that a resumed run continues exactly."""
 
 import hashlib
 import math
 import random
 from collections import deque
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -14,29 +15,29 @@ from c2r import InputError
 
 @dataclass(frozen=True)
 class _Position:
-    """Where the global order stands: with the seed and the datasets it determines every batch to come."""
+    """A position in the global order: with the seed and the datasets it determines every batch to come."""
 
-    drawn: tuple  # samples of each source that the stream has given so far
+    drawn: tuple  # samples of each part that the stream has given
     queues: dict  # {bucket: indices that wait for their batch, the oldest first}
     batches: int = 0
-    # What the ratios drawn with so far ask for. Exact: in floats, 0.2 is not a fifth and the account would drift.
+    # Number of CG samples that the ratios have asked for. Exact: as a float, 0.2 is not a fifth, and errors add up.
     cg_due: Fraction = Fraction(0)
 
     @property
     def emitted(self):
-        """Samples in all batches so far."""
+        """Samples in all batches up to this position."""
         return sum(self.drawn) - sum(map(len, self.queues.values()))
 
 
 @dataclass(frozen=True)
-class _Source:
-    """A part of a domain that is walked in epochs of its own."""
+class _Part:
+    """A dataset of a domain, walked in epochs of its own."""
 
-    name: str  # of its random stream
+    name: str  # seeds its random stream
     first: int  # index of its first sample in the concatenation
     length: int
-    weight: int  # its domain's samples are shared as weight / weights
-    weights: int  # the sum over the domain
+    weight: int  # it gives weight / weights of its domain's samples
+    weights: int  # sum over the domain
     is_cg: bool
 
 
@@ -44,20 +45,20 @@ class MixedCGRealSampler:
     """Batch sampler over the concatenation [real, cg] with an exact share of CG at any batch size.
 
     The order is global: all processes compute the same batches of `batch_size * num_processes` samples, and each takes
-    its slice, so nothing is communicated. It begins with one endless stream of samples. Which of them are CG follows
-    from error diffusion: after every one, the number of CG samples drawn is what `cg_ratio` asks for, rounded.
-    (`int(batch_size * cg_ratio)` would be 0 for small batches, for ever.) Within a domain the source that is furthest
-    behind its weight comes next, and each source is walked in shuffled epochs without repeats.
+    its slice, so nothing is communicated. The order begins with one endless stream of samples. Error diffusion decides
+    which of them are CG: after every sample, the number of CG samples drawn is the number that `cg_ratio` asks for,
+    rounded. (`int(batch_size * cg_ratio)` would always be 0 for small batches.) Within a domain the part that is
+    furthest behind its weight comes next, and each part is walked in shuffled epochs without repeats.
 
-    Each sample of the stream waits in the queue of its bucket; a queue that is long enough is the next batch, so all
-    processes have the same bucket at the same step. Nothing is skipped or put in the place of anything else. With one
-    bucket no sample ever waits, and the CG share is exact at every batch; with several, it is exact over the stream,
-    and the batches are off that by what waits. Places in a batch are shuffled, or one process would see all the CG.
+    Each sample of the stream waits in the queue of its bucket. A queue that is long enough becomes the next batch, so
+    all processes have the same bucket at the same step. No sample is skipped or replaced. With one bucket no sample
+    ever waits, and the CG share is exact at every batch; with several, it is exact over the stream, and batches differ
+    from it by the samples that wait. Places in a batch are shuffled; otherwise one process would see all the CG.
 
-    Iterating it never ends, and starts behind the last consumed batch. A DataLoader draws batches ahead of the loop
-    that trains on them. So that the saved state does not count batches no step has seen, the loop calls
-    `mark_consumed()` once per batch it took. Use it as `DataLoader(dataset, batch_sampler=sampler)`, and do not pass
-    that DataLoader to `accelerator.prepare`, which would split the batches once more.
+    Iteration never ends, and starts behind the last consumed batch. A DataLoader draws batches ahead of the loop that
+    trains on them. To keep batches that no step has seen out of the saved state, the loop calls `mark_consumed()` once
+    per batch that it takes. Use it as `DataLoader(dataset, batch_sampler=sampler)`, and do not pass that DataLoader to
+    `accelerator.prepare`, which would split the batches once more.
 
     Args:
         real_dataset, cg_dataset: the two datasets, or their lengths. Indices from `len(real_dataset)` on are CG.
@@ -65,9 +66,10 @@ class MixedCGRealSampler:
         batch_size: samples per batch of one process.
         seed: of the epochs' order and of the places within the batches.
         num_processes, process_index: this process among all.
-        buckets: bucket number of each sample of the concatenation; None: all are of one.
-        real_sources, cg_sources: [(length, weight), …] of the parts that the domain consists of, one after the other.
-            Weights are shares of its samples, whatever the lengths: 2 and 1 are two thirds and one third. None: one.
+        buckets: bucket number of each sample of the concatenation; None: all samples have the same bucket.
+        real_parts, cg_parts: [(length, weight), …] of the datasets that the domain consists of, one after the other.
+            Weights are shares of the domain's samples, independent of the lengths: 2 and 1 are two thirds and one
+            third. None: a single part.
 
     Raises:
         InputError: if a domain that the ratio asks for is empty, or the ratio, a weight or the batch size is out of
@@ -76,16 +78,16 @@ class MixedCGRealSampler:
 
     def __init__(
         self,
-        real_dataset,
-        cg_dataset,
-        cg_ratio=0.2,
-        batch_size=1,
-        seed=0,
-        num_processes=1,
-        process_index=0,
-        buckets=None,
-        real_sources=None,
-        cg_sources=None,
+        real_dataset: Sized | int,
+        cg_dataset: Sized | int,
+        cg_ratio: float | str = 0.2,
+        batch_size: int = 1,
+        seed: int = 0,
+        num_processes: int = 1,
+        process_index: int = 0,
+        buckets: Sequence[int] | np.ndarray | None = None,
+        real_parts: Iterable[tuple[int, float | str]] | None = None,
+        cg_parts: Iterable[tuple[int, float | str]] | None = None,
     ):
         if not 0 <= process_index < num_processes:
             raise ValueError(f"process_index is {process_index}: it must be in 0..{num_processes - 1}")
@@ -93,34 +95,34 @@ class MixedCGRealSampler:
         self.batch_size = _checked_batch_size(batch_size)
         self.seed = seed
         self.num_processes, self.process_index = num_processes, process_index
-        self._sources = _sources("real", 0, self.num_real, real_sources)
-        self._sources += _sources("cg", self.num_real, self.num_cg, cg_sources)
+        self._parts = _parts("real", 0, self.num_real, real_parts)
+        self._parts += _parts("cg", self.num_real, self.num_cg, cg_parts)
         self._buckets = None if buckets is None else np.asarray(buckets)
         if buckets is not None and len(self._buckets) != self.num_real + self.num_cg:
             raise ValueError(f"{len(self._buckets)} buckets for {self.num_real} real and {self.num_cg} CG samples")
 
-        self._consumed = _Position(drawn=(0,) * len(self._sources), queues={})
+        self._consumed = _Position(drawn=(0,) * len(self._parts), queues={})
         self._in_flight = deque()  # positions after the batches that were drawn but not yet consumed, oldest first
-        # The share of CG by the number of the first batch it holds for. A change while batches are in flight must be
-        # remembered with that number: a resume draws these batches again, and they had the old share.
+        # {first batch: share of CG from it on}. A change while batches are in flight must keep its number: a resume
+        # draws these batches again, and they had the old share.
         self._ratios = {0: self._checked_ratio(cg_ratio)}
         self._epoch_orders = {}
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[int]]:
         self._in_flight.clear()
         while True:
             indices, position = self._draw(self.batch_size)
             self._in_flight.append(position)
             yield indices
 
-    def sample_batch(self, batch_size):
-        """Draw one batch and count it as consumed: for loops without a DataLoader.
+    def sample_batch(self, batch_size: int) -> list[int]:
+        """Draw one batch and count it as consumed, for loops without a DataLoader.
 
         Args:
-            batch_size: samples for each process; it may differ from call to call.
+            batch_size: samples for each process; may differ from call to call.
 
         Returns:
-            This process's indices, a list of `batch_size` ints.
+            This process's indices.
 
         Raises:
             RuntimeError: if a DataLoader has drawn batches that are not consumed yet.
@@ -134,7 +136,7 @@ class MixedCGRealSampler:
         return indices
 
     def mark_consumed(self):
-        """Say that the training loop has taken the next batch from its DataLoader.
+        """Record that the training loop has taken the next batch from its DataLoader.
 
         Raises:
             RuntimeError: if no drawn batch is left to consume.
@@ -143,46 +145,46 @@ class MixedCGRealSampler:
             raise RuntimeError("mark_consumed was called more often than batches were drawn")
         self._set_consumed(self._in_flight.popleft())
 
-    def set_cg_ratio(self, cg_ratio, ahead=0):
+    def set_cg_ratio(self, cg_ratio: float | str, ahead: int = 0):
         """Change the share of CG from the next drawn batch on; batches in flight keep theirs.
 
-        The account goes on over the change, so often as it may change, the share stays exact. Call it on every process
-        at the same step.
+        Error diffusion continues over the change, so the share stays exact after any number of changes. Call it on
+        every process at the same step.
 
         Args:
             cg_ratio: share in [0, 1].
-            ahead: so many batches after the last consumed one keep their share, drawn already or not. As many as can
-                be in flight make the order independent of how many are: a run that is resumed at this very step has
-                drawn none.
+            ahead: number of batches after the last consumed one that keep their share, drawn already or not. With the
+                largest number that can be in flight, the order does not depend on how many are: a run that is resumed
+                at this step has drawn none.
 
         Raises:
-            InputError: as the constructor.
+            InputError: if the ratio is out of range or asks for an empty domain.
         """
         ratio, first_batch = self._checked_ratio(cg_ratio), max(self._drawn.batches, self._consumed.batches + ahead)
         earlier = {batch: before for batch, before in self._ratios.items() if batch < first_batch}
         self._ratios = earlier | {first_batch: ratio}
 
     @property
-    def cg_ratio(self):
-        """The share that the next drawn batch will have, a float in [0, 1]."""
+    def cg_ratio(self) -> float:
+        """The share of CG in the next drawn batch, in [0, 1]."""
         return float(self._ratio_of(self._drawn.batches))
 
     @property
-    def realised_cg_share(self):
-        """CG samples among all that the processes have consumed, a float in [0, 1]; 0 before the first."""
+    def realised_cg_share(self) -> float:
+        """The share of CG in all samples that the processes have consumed, in [0, 1]; 0 before the first."""
         samples = self._consumed.emitted
         waiting = sum(index >= self.num_real for queue in self._consumed.queues.values() for index in queue)
-        drawn = sum(count for source, count in zip(self._sources, self._consumed.drawn) if source.is_cg)
+        drawn = sum(count for part, count in zip(self._parts, self._consumed.drawn) if part.is_cg)
         return (drawn - waiting) / samples if samples else 0.0
 
-    def small_buckets(self):
-        """{bucket: samples} of those with fewer samples than a global batch: it holds some of them twice."""
+    def small_buckets(self) -> dict[int, int]:
+        """Return {bucket: samples} of buckets smaller than a global batch, which therefore repeats samples."""
         numbers, counts = np.unique([] if self._buckets is None else self._buckets, return_counts=True)
         needed = self.batch_size * self.num_processes
         return {int(number): int(count) for number, count in zip(numbers, counts) if count < needed}
 
-    def state_dict(self):
-        """The state behind the last consumed batch, the same in every process, of ints and strings only."""
+    def state_dict(self) -> dict:
+        """Return the state after the last consumed batch: the same in every process, ints and strings only."""
         position = self._consumed
         return {
             **self._identity(),
@@ -196,41 +198,41 @@ class MixedCGRealSampler:
         }
 
     def _identity(self):
-        """What the order depends on besides the position."""
+        """Return everything but the position that the order depends on."""
         buckets = None
         if self._buckets is not None and len(np.unique(self._buckets)) > 1:
             buckets = hashlib.sha256(self._buckets.astype(np.int64).tobytes()).hexdigest()
-        sources = {
-            is_cg: [[s.length, str(Fraction(s.weight, s.weights))] for s in self._sources if s.is_cg == is_cg]
-            for is_cg in (0, 1)
-        }
+        real_parts, cg_parts = (
+            [[part.length, str(Fraction(part.weight, part.weights))] for part in self._parts if part.is_cg == is_cg]
+            for is_cg in (False, True)
+        )
         return {
             "seed": self.seed,
             "num_real": self.num_real,
             "num_cg": self.num_cg,
-            "real_sources": sources[0],
-            "cg_sources": sources[1],
+            "real_parts": real_parts,
+            "cg_parts": cg_parts,
             "buckets": buckets,
         }
 
-    def load_state_dict(self, state):
-        """Go on behind the batch that `state` was saved after, with its CG share (changed since the start or not).
+    def load_state_dict(self, state: dict):
+        """Continue after the batch at which `state` was saved, with the CG share of that time.
 
         Batch size and number of processes may differ from those of the saving run: the position counts samples.
         Make a new DataLoader iterator afterwards.
 
         Args:
-            state: what `state_dict` gave.
+            state: result of `state_dict`.
 
         Raises:
-            InputError: if seed or datasets are not those of the saving run, so that the order would be another.
+            InputError: if seed or datasets differ from those of the saving run, which would change the order.
         """
         options = {"seed": "--seed", "num_real": "--real_dataset", "num_cg": "--cg_dataset", "buckets": "--buckets"}
-        options |= {"real_sources": "--real_dataset", "cg_sources": "--cg_dataset"}
+        options |= {"real_parts": "--real_dataset", "cg_parts": "--cg_dataset"}
         for name, value in self._identity().items():
             if state[name] != value:
                 raise InputError(
-                    f"{options[name]}: {name} is {value}, but the checkpoint was saved with {state[name]}: "
+                    f"{options[name]}: {name} is {value}, but the checkpoint was saved with {state[name]}; "
                     "resume with the same data and seed, or start a new run"
                 )
         position = state["position"]
@@ -249,7 +251,7 @@ class MixedCGRealSampler:
 
     def _set_consumed(self, position):
         self._consumed = position
-        # What held only for batches now consumed is history.
+        # Drop ratios that applied only to batches now consumed.
         current = self._ratio_of(position.batches)
         later = {first_batch: ratio for first_batch, ratio in self._ratios.items() if first_batch > position.batches}
         self._ratios = {position.batches: current} | later
@@ -258,15 +260,15 @@ class MixedCGRealSampler:
         return self._ratios[max(first_batch for first_batch in self._ratios if first_batch <= batch)]
 
     def _draw(self, batch_size):
-        """The next global batch's slice for this process, and the position after it."""
+        """Return this process's slice of the next global batch, and the position after it."""
         start = self._drawn
         needed, ratio = batch_size * self.num_processes, self._ratio_of(start.batches)
         drawn, queues = list(start.drawn), {bucket: list(queue) for bucket, queue in start.queues.items()}
-        cg_drawn = sum(count for source, count in zip(self._sources, drawn) if source.is_cg)
-        # In units of 1 / unit, all whole numbers.
+        cg_drawn = sum(count for part, count in zip(self._parts, drawn) if part.is_cg)
+        # Whole numbers, in units of 1 / unit.
         unit = math.lcm(ratio.denominator, start.cg_due.denominator)
         step, due = int(ratio * unit), int(start.cg_due * unit)
-        # More than one is full only after a resume with smaller batches.
+        # Several queues can be full only after a resume with smaller batches.
         full = next((bucket for bucket in sorted(queues) if len(queues[bucket]) >= needed), None)
         while full is None:
             due += step
@@ -279,32 +281,34 @@ class MixedCGRealSampler:
             full = bucket if len(queue) == needed else None
         indices, queues[full] = queues[full][:needed], queues[full][needed:]
         indices.sort(key=lambda index: index >= self.num_real)
-        # Seeded by what is in earlier batches, not by the batch's number: so it holds for every batch size.
+        # Seeded by the number of samples in earlier batches, not of batches: the same for every batch size.
         self._random("batch", start.emitted).shuffle(indices)
         waiting = {bucket: tuple(queue) for bucket, queue in queues.items() if queue}
         end = _Position(tuple(drawn), waiting, start.batches + 1, Fraction(due, unit))
         return indices[self.process_index * batch_size : (self.process_index + 1) * batch_size], end
 
     def _next_sample(self, drawn, is_cg):
-        """The stream's next sample of a domain; counts it in `drawn`."""
-        candidates = [i for i, source in enumerate(self._sources) if source.is_cg == is_cg]
+        """Return the index of the stream's next sample of a domain, and count it in `drawn`."""
+        candidates = [i for i, part in enumerate(self._parts) if part.is_cg == is_cg]
         chosen = candidates[0]
         if len(candidates) > 1:
             total = 1 + sum(drawn[i] for i in candidates)
-            # What is due less what is drawn, times the sum of the weights: whole numbers.
-            chosen = max(
-                candidates, key=lambda i: self._sources[i].weight * total - self._sources[i].weights * drawn[i]
-            )
-        source, number = self._sources[chosen], drawn[chosen]
-        drawn[chosen] += 1
-        return source.first + self._epoch_order(source, number // source.length)[number % source.length]
 
-    def _epoch_order(self, source, epoch):
-        if self._epoch_orders.get(source.name, (None,))[0] != epoch:
-            order = list(range(source.length))
-            self._random(source.name, epoch).shuffle(order)
-            self._epoch_orders[source.name] = (epoch, order)
-        return self._epoch_orders[source.name][1]
+            def behind(i):
+                """Samples due less samples drawn, times the sum of the weights: a whole number."""
+                return self._parts[i].weight * total - self._parts[i].weights * drawn[i]
+
+            chosen = max(candidates, key=behind)
+        part, number = self._parts[chosen], drawn[chosen]
+        drawn[chosen] += 1
+        return part.first + self._epoch_order(part, number // part.length)[number % part.length]
+
+    def _epoch_order(self, part, epoch):
+        if self._epoch_orders.get(part.name, (None,))[0] != epoch:
+            order = list(range(part.length))
+            self._random(part.name, epoch).shuffle(order)
+            self._epoch_orders[part.name] = (epoch, order)
+        return self._epoch_orders[part.name][1]
 
     def _random(self, *stream):
         # Seeding with a string hashes it: nearby seeds and numbers give unrelated streams.
@@ -316,38 +320,42 @@ class MixedCGRealSampler:
         except (ValueError, ZeroDivisionError):
             ratio = None
         if ratio is None or not 0 <= ratio <= 1:
-            raise InputError(f"--cg_ratio is {cg_ratio}: it must be a number in [0, 1]")
+            raise InputError(f"--cg_ratio {cg_ratio}: must be from 0 to 1; try 0.2")
         if ratio > 0 and self.num_cg == 0:
-            raise InputError(f"--cg_dataset has no clips, but --cg_ratio is {cg_ratio}: add CG pairs or set it to 0")
+            raise InputError(f"--cg_ratio {cg_ratio}: --cg_dataset has no clips; add CG pairs, or set it to 0")
         if ratio < 1 and self.num_real == 0:
-            raise InputError(f"--real_dataset has no clips, but --cg_ratio is {cg_ratio}: add clips or set it to 1")
+            raise InputError(f"--cg_ratio {cg_ratio}: --real_dataset has no clips; add clips, or set it to 1")
         return ratio
 
 
 def _checked_batch_size(batch_size):
     if batch_size < 1:
-        raise InputError(f"--train_batch_size is {batch_size}: it must be at least 1")
+        raise InputError(f"--train_batch_size {batch_size}: must be at least 1; try 1")
     return batch_size
 
 
-def _sources(domain, first, length, parts):
-    """The `_Source`s of a domain from its (length, weight) pairs."""
-    parts = [(length, 1)] * (length > 0) if parts is None else parts
-    if sum(count for count, _ in parts) != length:
-        raise ValueError(f"the {domain} sources have {[count for count, _ in parts]} of {length} samples")
+def _parts(domain, first, length, lengths_and_weights):
+    """Return the `_Part`s of a domain."""
+    if lengths_and_weights is None:
+        lengths_and_weights = [(length, 1)] if length else []
+    lengths_and_weights = list(lengths_and_weights)
+    lengths = [int(count) for count, _ in lengths_and_weights]  # a NumPy integer would not go into the state's JSON
+    if sum(lengths) != length:
+        raise ValueError(f"the {domain} parts have {lengths} of {length} samples")
     try:
-        weights = [Fraction(str(weight)) for _, weight in parts]
+        weights = [Fraction(str(weight)) for _, weight in lengths_and_weights]
     except (ValueError, ZeroDivisionError):
-        weights = []
-    if len(weights) < len(parts) or not all(weight > 0 for weight in weights):
-        raise InputError(f"--{domain}_dataset: the weights {[w for _, w in parts]} must be numbers above 0")
-    unit, sources = math.lcm(*(weight.denominator for weight in weights)), []
+        weights = [Fraction(0)]
+    if not all(weight > 0 for weight in weights):
+        raise InputError(
+            f"--{domain}_dataset: weights are {[weight for _, weight in lengths_and_weights]}; give numbers above 0"
+        )
+    unit, parts = math.lcm(*(weight.denominator for weight in weights)), []
     weights = [int(weight * unit) for weight in weights]
-    for number, ((count, _), weight) in enumerate(zip(parts, weights)):
-        count = int(count)  # a NumPy integer would not go into the state's JSON
+    for number, (count, weight) in enumerate(zip(lengths, weights)):
         if count == 0:
             raise InputError(f"--{domain}_dataset: its dataset {number + 1} has no clips; leave it out")
         name = f"{domain} {number}" if number else domain
-        sources.append(_Source(name, first, count, weight, sum(weights), domain == "cg"))
+        parts.append(_Part(name, first, count, weight, sum(weights), domain == "cg"))
         first += count
-    return sources
+    return parts

@@ -309,14 +309,14 @@ def test_resume_before_the_change_with_prefetching_workers():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"cg_dataset": 0}, r"^--cg_dataset has no clips, but --cg_ratio is 0.2"),
-        ({"real_dataset": 0}, r"^--real_dataset has no clips, but --cg_ratio is 0.2"),
-        ({"cg_ratio": 1.01}, r"^--cg_ratio is 1.01: it must be a number in \[0, 1\]"),
-        ({"cg_ratio": -0.1}, r"^--cg_ratio is -0.1"),
-        ({"cg_ratio": float("nan")}, r"^--cg_ratio is nan"),
-        ({"cg_ratio": "a fifth"}, r"^--cg_ratio is a fifth"),
-        ({"cg_ratio": "1/0"}, r"^--cg_ratio is 1/0"),
-        ({"batch_size": 0}, r"^--train_batch_size is 0"),
+        ({"cg_dataset": 0}, r"^--cg_ratio 0.2: --cg_dataset has no clips"),
+        ({"real_dataset": 0}, r"^--cg_ratio 0.2: --real_dataset has no clips"),
+        ({"cg_ratio": 1.01}, r"^--cg_ratio 1.01: must be from 0 to 1"),
+        ({"cg_ratio": -0.1}, r"^--cg_ratio -0.1"),
+        ({"cg_ratio": float("nan")}, r"^--cg_ratio nan"),
+        ({"cg_ratio": "a fifth"}, r"^--cg_ratio a fifth"),
+        ({"cg_ratio": "1/0"}, r"^--cg_ratio 1/0"),
+        ({"batch_size": 0}, r"^--train_batch_size 0"),
     ],
 )
 def test_bad_options_are_named_in_one_line(arguments, message):
@@ -371,18 +371,18 @@ def mixes(draw):
         "batch_size": draw(st.integers(1, 4)),
         "seed": draw(st.integers(0, 99)),
         "buckets": draw(st.lists(st.integers(0, 3), min_size=count, max_size=count)),
-        "real_sources": [(length, draw(weights)) for length in real],
-        "cg_sources": [(length, draw(weights)) for length in cg],
+        "real_parts": [(length, draw(weights)) for length in real],
+        "cg_parts": [(length, draw(weights)) for length in cg],
     }
 
 
 def source_ranges(mix):
     """(first index, length, weight as a share of its domain, whether CG) of each source."""
     first, ranges = 0, []
-    for name in ("real_sources", "cg_sources"):
+    for name in ("real_parts", "cg_parts"):
         total = sum(Fraction(weight) for _, weight in mix[name])
         for length, weight in mix[name]:
-            ranges.append((first, length, Fraction(weight) / total, name == "cg_sources"))
+            ranges.append((first, length, Fraction(weight) / total, name == "cg_parts"))
             first += length
     return ranges
 
@@ -419,7 +419,7 @@ def test_shares_and_epochs_are_exact_but_for_what_waits_in_a_bucket(mix, num_pro
         counts = [stream[index] for index in range(first, first + length)]
         assert max(counts) - min(counts) <= 1  # epochs without repeats, whatever the buckets
         due = share * (cg_drawn if is_cg else total - cg_drawn)
-        assert abs(sum(counts) - due) <= len(mix["cg_sources" if is_cg else "real_sources"])
+        assert abs(sum(counts) - due) <= len(mix["cg_parts" if is_cg else "real_parts"])
 
 
 @settings(deadline=None)
@@ -492,18 +492,18 @@ def test_queues_that_are_full_for_smaller_batches_come_before_new_draws():
 
 
 def test_weights_are_shares_whatever_the_lengths():
-    sampler = MixedCGRealSampler(103, 0, cg_ratio=0, real_sources=[(3, 2), (100, 1)])
+    sampler = MixedCGRealSampler(103, 0, cg_ratio=0, real_parts=[(3, 2), (100, 1)])
     first = sum(sampler.sample_batch(1)[0] < 3 for _ in range(3000))
     assert first == 2000
-    sampler = MixedCGRealSampler(20, 0, cg_ratio=0, real_sources=[(10, 0.1), (10, 0.2)])  # as written: a third
+    sampler = MixedCGRealSampler(20, 0, cg_ratio=0, real_parts=[(10, 0.1), (10, 0.2)])  # as written: a third
     assert sum(sampler.sample_batch(1)[0] < 10 for _ in range(3000)) == 1000
-    sampler = MixedCGRealSampler(20, 0, cg_ratio=0, real_sources=[(10, 1), (10, 1)])  # a tie goes to the first
+    sampler = MixedCGRealSampler(20, 0, cg_ratio=0, real_parts=[(10, 1), (10, 1)])  # a tie goes to the first
     assert [sampler.sample_batch(1)[0] < 10 for _ in range(4)] == [True, False, True, False]
 
 
 def test_a_state_of_numpy_lengths_and_buckets_goes_into_json():
     parts = [(length, 1) for length in np.array([4, 2])]
-    sampler = MixedCGRealSampler(6, 2, batch_size=3, buckets=np.array([0, 1] * 4), real_sources=parts)
+    sampler = MixedCGRealSampler(6, 2, batch_size=3, buckets=np.array([0, 1] * 4), real_parts=parts)
     sampler.sample_batch(3)
     state = sampler.state_dict()
     assert json.loads(json.dumps(state)) == state
@@ -512,7 +512,7 @@ def test_a_state_of_numpy_lengths_and_buckets_goes_into_json():
 def test_a_million_samples_in_buckets_are_drawn_in_milliseconds():
     parts = [(250_000, weight) for weight in ("2", "1", "0.5", "0.333")]
     start = time.process_time()
-    sampler = MixedCGRealSampler(10**6, 0, cg_ratio=0, buckets=np.arange(10**6) % 4, real_sources=parts)
+    sampler = MixedCGRealSampler(10**6, 0, cg_ratio=0, buckets=np.arange(10**6) % 4, real_parts=parts)
     sampler.sample_batch(512)
     assert time.process_time() - start < 3
     start = time.process_time()
@@ -526,12 +526,12 @@ def test_a_million_samples_in_buckets_are_drawn_in_milliseconds():
     ("change", "option"),
     [
         ({"buckets": [0, 0, 1, 1, 1, 0]}, "--buckets: buckets is "),
-        ({"real_sources": [(2, 1), (2, 1)]}, "--real_dataset: real_sources is "),
-        ({"real_sources": [(1, 2), (3, 1)]}, "--real_dataset: real_sources is "),
+        ({"real_parts": [(2, 1), (2, 1)]}, "--real_dataset: real_parts is "),
+        ({"real_parts": [(1, 2), (3, 1)]}, "--real_dataset: real_parts is "),
     ],
 )
 def test_a_resume_with_other_buckets_or_sources_is_refused(change, option):
-    mix = {"real_dataset": 4, "cg_dataset": 2, "buckets": [0, 1, 0, 1, 1, 0], "real_sources": [(2, 2), (2, 1)]}
+    mix = {"real_dataset": 4, "cg_dataset": 2, "buckets": [0, 1, 0, 1, 1, 0], "real_parts": [(2, 2), (2, 1)]}
     state = MixedCGRealSampler(**mix).state_dict()
     with pytest.raises(InputError, match=option):
         MixedCGRealSampler(**mix | change).load_state_dict(state)
@@ -549,4 +549,4 @@ def test_a_bucket_smaller_than_a_global_batch_is_told():
 )
 def test_bad_sources_are_named(sources):
     with pytest.raises(InputError, match="--real_dataset: "):
-        MixedCGRealSampler(3, 1, real_sources=sources)
+        MixedCGRealSampler(3, 1, real_parts=sources)
