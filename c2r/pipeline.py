@@ -1,34 +1,54 @@
 """Generation: a WanPipeline that follows a coarse video."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-from diffusers import WanPipeline
+from diffusers import SchedulerMixin, WanPipeline
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 
 from c2r import InputError
+from c2r.models.adversary import WithAdversary
 from c2r.models.parts import max_sequence_length
 from c2r.models.transformer import C2RTransformer
 from c2r.models.vae import decode_latents
 
-#: The text scale of each kind of guidance, where the caller names none: the released C2R's, and Wan's own.
+#: Default text guidance scale of each kind of guidance: the released C2R's, and Wan's own.
 DEFAULT_GUIDANCE_SCALE = {"apg": 10.0, "cfg": 5.0}
 
 APG_MOMENTUM = -0.5
 
 
-class C2RPipeline(WanPipeline):
-    """Coarse video and prompt in, video out. Without a coarse video it generates what a WanPipeline does.
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of the sampling of a video, by the names of `C2RPipeline.__call__`: `pipeline(**vars(sampling))`."""
 
-    Offloading, VAE tiling and the like are diffusers' own: `enable_model_cpu_offload()`, `vae.enable_tiling()`.
-    To free the text encoder for good, encode with a pipeline of tokenizer and text encoder alone, and pass the
-    embeddings to one without them.
+    num_inference_steps: int = 50
+    guidance: str = "apg"
+    guidance_scale: float | None = None
+    control_guidance_scale: float = 1.0
+    conditioning_scale: float = 1.0
+
+
+def takes_control(transformer) -> bool:
+    """Return True if a model has a control branch: its forward then takes control features and their scale."""
+    return isinstance(transformer, (C2RTransformer, WithAdversary))
+
+
+class C2RPipeline(WanPipeline):
+    """Turns a coarse video and a prompt into a video; without a coarse video it works as a WanPipeline.
+
+    Offloading, VAE tiling and the like are Diffusers' own: `enable_model_cpu_offload()`, `vae.enable_tiling()`.
+    To free the text encoder for good, encode prompts with a pipeline of tokenizer and text encoder alone, and pass the
+    embeddings to a pipeline without them.
 
     Args:
         tokenizer, text_encoder, vae, scheduler: as in WanPipeline; None where a call does not need them.
-        transformer: `C2RTransformer`, or the bare `WanTransformer3DModel` of phase 1 (no control then).
-        transformer_2, boundary_ratio, expand_timesteps: a Wan 2.2 folder's; they must have no effect.
+        transformer: `C2RTransformer`, alone or in `WithAdversary`, or the bare `WanTransformer3DModel` of phase 1,
+            which takes no control.
+        transformer_2, boundary_ratio, expand_timesteps: parts of a Wan 2.2 folder; they must have no effect.
         dinov3: `DINOv3FeatureExtractor`, needed for control.
 
     Raises:
@@ -58,47 +78,47 @@ class C2RPipeline(WanPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt=None,
-        control_video=None,
-        negative_prompt=None,
-        height=None,
-        width=None,
-        num_frames=None,
-        num_inference_steps=50,
-        guidance="apg",
-        guidance_scale=None,
-        control_guidance_scale=1.0,
-        conditioning_scale=1.0,
-        control_guidance_start=0.0,
-        control_guidance_end=1.0,
-        generator=None,
-        latents=None,
-        prompt_embeds=None,
-        negative_prompt_embeds=None,
-        output_type="np",
-    ):
+        prompt: str | list[str] | None = None,
+        control_video: torch.Tensor | list[torch.Tensor] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int = 50,
+        guidance: str = "apg",
+        guidance_scale: float | None = None,
+        control_guidance_scale: float = 1.0,
+        conditioning_scale: float = 1.0,
+        control_guidance_start: float = 0.0,
+        control_guidance_end: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "np",
+    ) -> WanPipelineOutput:
         """Generate one video per prompt.
 
         Args:
-            prompt: str or list of B; or `prompt_embeds`.
-            control_video: (F, 3, H, W) in [0, 1], floats, one for all prompts; or (B, F, 3, H, W), or a list of B.
-                None: the backbone alone.
-            negative_prompt: what ∅ stands for in the text term; None is the empty prompt, as in training.
+            prompt: one prompt or a list of B; None with `prompt_embeds`.
+            control_video: (F, 3, H, W) floats in [0, 1], one for all prompts; or (B, F, 3, H, W), or a list of B.
+                None runs the backbone alone.
+            negative_prompt: the prompt ∅ of the text term; None is the empty prompt, as in training.
             height, width, num_frames: pixels and pixel frames (4k + 1); default: the control video's, else 480×832×81.
             num_inference_steps: steps of the scheduler.
             guidance: "apg" or "cfg", see `guided_velocity`.
-            guidance_scale: s_t ≥ 0; 1 is no text guidance, None is DEFAULT_GUIDANCE_SCALE[guidance].
-            control_guidance_scale: s_c ≥ 0; 1 takes the control as it is and saves a forward pass per step.
-            conditioning_scale: multiplies the control residuals.
-            control_guidance_start, control_guidance_end: fractions of the steps between which control is on; the
-                backbone runs alone outside.
-            generator: `torch.Generator`, or a list of B.
-            latents: (B, C, T, h, w), the noise to start from, instead of one drawn from the generator.
+            guidance_scale: s_t ≥ 0; 1 turns text guidance off, None is DEFAULT_GUIDANCE_SCALE[guidance].
+            control_guidance_scale: s_c ≥ 0; 1 turns control guidance off and saves a forward pass per step.
+            conditioning_scale: factor of the control residuals.
+            control_guidance_start, control_guidance_end: fractions of the steps between which control is on; outside,
+                the backbone runs alone.
+            generator: one for all, or a list of B.
+            latents: (B, C, T, h, w), the noise to start from, instead of drawing it from the generator.
             prompt_embeds, negative_prompt_embeds: (B, L, D_text), instead of the prompts.
             output_type: "np" (B, F, H, W, 3) in [0, 1], "pt" (B, F, 3, H, W), "pil" lists, or "latent".
 
         Returns:
-            `WanPipelineOutput` with `frames`.
+            the output with `frames`.
 
         Raises:
             ValueError: for arguments that do not fit each other or the models.
@@ -133,7 +153,7 @@ class C2RPipeline(WanPipeline):
 
         # 2. Encode the prompts and the control video.
         device, dtype = self._execution_device, self.transformer.dtype
-        self._guidance_scale = guidance_scale  # what WanPipeline's properties show
+        self._guidance_scale = guidance_scale  # read by WanPipeline's properties
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompt,
             negative_prompt,
@@ -143,17 +163,14 @@ class C2RPipeline(WanPipeline):
             max_sequence_length=max_sequence_length(self.tokenizer),
             device=device,
         )
-        # By what `guided_velocity` asks for: with the prompt or not, with control or not.
-        prompts = {
-            with_prompt: None if embeds is None else embeds.to(device, dtype)
-            for with_prompt, embeds in [(True, prompt_embeds), (False, negative_prompt_embeds)]
-        }
-        no_controls = {True: None, False: None}
+        prompt_embeds = prompt_embeds.to(device, dtype)
+        if needs_negative:
+            negative_prompt_embeds = negative_prompt_embeds.to(device, dtype)
         if control_frames is not None:
-            features = self.dinov3(control_frames.to(device)).to(dtype)
-            features = features.expand(batch_size, *features.shape[1:])
-            # ∅ is a blank control, not the backbone alone: it is what control dropout trains.
-            controls = {True: features, False: torch.zeros_like(features)}
+            control_features = self.dinov3(control_frames.to(device)).to(dtype)
+            control_features = control_features.expand(batch_size, *control_features.shape[1:])
+            # The control ∅: zero features, which control dropout has trained, not the backbone alone.
+            blank_features = torch.zeros_like(control_features)
 
         # 3. Start from noise.
         self.scheduler.set_timesteps(num_inference_steps, device=device)
@@ -178,16 +195,17 @@ class C2RPipeline(WanPipeline):
             control_on = control_frames is not None and _is_on(
                 step, len(timesteps), control_guidance_start, control_guidance_end
             )
+            control, blank = (control_features, blank_features) if control_on else (None, None)
             predict = partial(
-                self._predict_velocity,
-                latents.to(dtype),
-                timestep.expand(batch_size),
-                prompts,
-                controls if control_on else no_controls,
-                conditioning_scale,
+                self._predict_velocity, latents.to(dtype), timestep.expand(batch_size), conditioning_scale
             )
             velocity = guided_velocity(
-                predict, guidance_scale, control_guidance_scale if control_on else 1, momentum_buffer
+                partial(predict, blank, negative_prompt_embeds),
+                partial(predict, control, negative_prompt_embeds),
+                partial(predict, control, prompt_embeds),
+                guidance_scale,
+                control_guidance_scale if control_on else 1,
+                momentum_buffer,
             )
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
@@ -199,20 +217,15 @@ class C2RPipeline(WanPipeline):
         self.maybe_free_model_hooks()
         return WanPipelineOutput(frames=frames)
 
-    def _predict_velocity(
-        self, noisy_latents, timesteps, prompts, controls, conditioning_scale, with_control, with_prompt
-    ):
-        """(B, C, T, h, w) fp32: the guidance scales differences, and with them half precision's rounding."""
-        if isinstance(self.transformer, C2RTransformer):
-            velocity = self.transformer(
-                noisy_latents, timesteps, prompts[with_prompt], controls[with_control], conditioning_scale
-            )
-        else:
-            velocity = self.transformer(noisy_latents, timesteps, prompts[with_prompt], return_dict=False)[0]
-        return velocity.float()
+    def _predict_velocity(self, noisy_latents, timesteps, conditioning_scale, control_features, prompt_embeds):
+        """Return the velocity (B, C, T, h, w) in fp32, because guidance scales differences of predictions."""
+        inputs = [noisy_latents, timesteps, prompt_embeds]
+        if takes_control(self.transformer):
+            inputs += [control_features, conditioning_scale]
+        return self.transformer(*inputs).sample.float()
 
     def _check_size(self, num_frames, height, width):
-        """WanPipeline rounds such sizes and goes on; then the control video would no longer fit."""
+        """Refuse sizes that WanPipeline would round, so that the control video would no longer fit."""
         if num_frames < 1 or num_frames % self.vae_scale_factor_temporal != 1:
             raise ValueError(
                 f"num_frames is {num_frames}: it must be a multiple of {self.vae_scale_factor_temporal} plus 1"
@@ -222,7 +235,7 @@ class C2RPipeline(WanPipeline):
                 raise ValueError(f"{name} is {size}: it must be a multiple of {self.vae_scale_factor_spatial * patch}")
 
     def _check_control(self, control_frames, batch_size, size):
-        if not isinstance(self.transformer, C2RTransformer) or self.dinov3 is None:
+        if not takes_control(self.transformer) or self.dinov3 is None:
             raise ValueError("control_video is given, but this pipeline has no ControlNet and DINOv3: load phase 2")
         if not control_frames.is_floating_point() or control_frames.shape[2] != 3:
             raise ValueError(
@@ -239,18 +252,26 @@ class C2RPipeline(WanPipeline):
 
 
 # v = v(∅,∅) + s_c·[v(c,∅) − v(∅,∅)] + s_t·[v(c,t) − v(c,∅)]. Source: the released C2R
-def guided_velocity(predict, guidance_scale, control_guidance_scale=1.0, momentum_buffer=None):
-    """Guide by control and by text; predictions whose weight is zero are not computed.
+def guided_velocity(
+    predict_unconditional: Callable[[], torch.Tensor],
+    predict_with_control: Callable[[], torch.Tensor],
+    predict_with_both: Callable[[], torch.Tensor],
+    guidance_scale: float,
+    control_guidance_scale: float = 1.0,
+    momentum_buffer: MomentumBuffer | None = None,
+) -> torch.Tensor:
+    """Guide by control and by text; a prediction whose weight is zero is not computed.
 
-    With a momentum buffer the text term goes through adaptive projected guidance with η = 0: of the difference only
-    what is orthogonal to v(c,t) is kept, which lets the scale be high without oversaturation.
+    With a momentum buffer the text term goes through adaptive projected guidance with η = 0: only the part of the
+    difference that is orthogonal to v(c,t) is kept, which allows a high scale without oversaturation.
 
     Args:
-        predict: `(with_control, with_prompt) -> velocity` (B, C, T, h, w) fp32, two bools.
+        predict_unconditional: computes v(∅,∅), (B, C, T, h, w) fp32.
+        predict_with_control: computes v(c,∅), with control and without prompt.
+        predict_with_both: computes v(c,t), with control and prompt.
         guidance_scale: s_t, of the text; 1 is no text guidance, with or without momentum.
         control_guidance_scale: s_c, of the control.
-        momentum_buffer: diffusers' `MomentumBuffer`, one for all steps of a video; None is plain classifier-free
-            guidance.
+        momentum_buffer: one for all steps of a video; None is plain classifier-free guidance.
 
     Returns:
         (B, C, T, h, w) fp32.
@@ -258,37 +279,39 @@ def guided_velocity(predict, guidance_scale, control_guidance_scale=1.0, momentu
     Source: Sadat et al. 2024 (APG), algorithm 1.
     """
     if momentum_buffer is None or guidance_scale in (0, 1):
-        weights = {
-            (False, False): 1 - control_guidance_scale,
-            (True, False): control_guidance_scale - guidance_scale,
-            (True, True): guidance_scale,
-        }
-        return sum(weight * predict(*conditions) for conditions, weight in weights.items() if weight != 0)
-    control_only, both = predict(True, False), predict(True, True)
-    velocity = normalized_guidance(both, control_only, guidance_scale, momentum_buffer, eta=0.0)
+        weighted = [
+            (1 - control_guidance_scale, predict_unconditional),
+            (control_guidance_scale - guidance_scale, predict_with_control),
+            (guidance_scale, predict_with_both),
+        ]
+        return sum(weight * predict() for weight, predict in weighted if weight != 0)
+    with_control, with_both = predict_with_control(), predict_with_both()
+    velocity = normalized_guidance(with_both, with_control, guidance_scale, momentum_buffer, eta=0.0)
     if control_guidance_scale != 1:
-        velocity = velocity + (1 - control_guidance_scale) * (predict(False, False) - control_only)
+        velocity = velocity + (1 - control_guidance_scale) * (predict_unconditional() - with_control)
     return velocity
 
 
-def with_flow_shift(scheduler, flow_shift):
-    """A scheduler of the same class with this shift of the noise levels.
+def with_flow_shift(scheduler: SchedulerMixin, flow_shift: float) -> SchedulerMixin:
+    """Return a scheduler of the same class and config with another shift of the noise levels.
 
     Args:
-        scheduler: Wan's own UniPC, or any flow-matching scheduler of diffusers.
+        scheduler: Wan's own UniPC, or any flow-matching scheduler of Diffusers.
         flow_shift: see `flow_matching.shift_sigmas`.
 
     Raises:
-        InputError: if the scheduler knows no shift.
+        InputError: if the scheduler has no shift.
     """
     for name in ("flow_shift", "shift"):
         if name in scheduler.config:
             return type(scheduler).from_config(scheduler.config, **{name: flow_shift})
-    raise InputError(f"--flow_shift: {type(scheduler).__name__} has no shift; use the scheduler of a Wan 2.1 folder")
+    raise InputError(
+        f"--flow_shift {flow_shift}: {type(scheduler).__name__} has no shift; use the scheduler of a Wan 2.1 folder"
+    )
 
 
 def _stacked(control_video):
-    """None, (F, 3, H, W), (B, F, 3, H, W) or a list of (F, 3, H, W) -> (B or 1, F, 3, H, W) or None."""
+    """Stack None, (F, 3, H, W), (B, F, 3, H, W) or a list of (F, 3, H, W) to None or (B or 1, F, 3, H, W)."""
     if control_video is None:
         return None
     if isinstance(control_video, (list, tuple)):
@@ -301,5 +324,5 @@ def _stacked(control_video):
 
 
 def _is_on(step, num_steps, start, end):
-    # As diffusers' ControlNet pipelines count: a step is on if all of it lies between the two fractions.
+    # As in Diffusers' ControlNet pipelines: control is on in steps that lie between the two fractions as a whole.
     return step / num_steps >= start and (step + 1) / num_steps <= end

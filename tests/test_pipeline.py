@@ -1,4 +1,7 @@
+"""C2RPipeline: guidance, control, agreement with WanPipeline, and errors for bad arguments."""
+
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -6,11 +9,12 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMulti
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer
 
 from c2r import InputError
+from c2r.models.adversary import DomainClassifier, WithAdversary
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.parts import max_sequence_length
 from c2r.models.transformer import C2RTransformer
-from c2r.pipeline import C2RPipeline, guided_velocity, with_flow_shift
+from c2r.pipeline import DEFAULT_GUIDANCE_SCALE, C2RPipeline, Sampling, guided_velocity, with_flow_shift
 from tests.helpers import tiny
 
 FRAMES, HEIGHT, WIDTH = 5, 32, 48
@@ -19,7 +23,7 @@ IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.2
 
 
 def controlled_transformer():
-    """A C2RTransformer whose ControlNet is as if trained: its residuals are not zero."""
+    """A C2RTransformer with random projectors, so that its residuals are not zero as in a fresh one."""
     transformer = tiny.tiny_transformer()
     torch.manual_seed(1)
     controlnet = C2RControlNet.from_transformer(transformer, control_layers=2, feature_dim=tiny.FEATURE_DIM)
@@ -69,7 +73,7 @@ def generate(pipeline, seed=0, **arguments):
 
 
 class Calls:
-    """What the pipeline's transformer was called with: (control, prompt_embeds) per forward pass."""
+    """Records the control, prompt embeddings and conditioning scale of each forward pass of the transformer."""
 
     def __init__(self, pipeline):
         self.controls, self.prompts, self.scales = [], [], []
@@ -91,64 +95,70 @@ class Calls:
 # Guidance
 
 
-def predictions(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        conditions: torch.randn(2, 4, 2, 3, 3, generator=generator)
-        for conditions in itertools.product([False, True], repeat=2)
-    }
+class Predictions:
+    """Random predictions v(∅,∅), v(c,∅) and v(c,t), and the names of those that guidance computes."""
+
+    NAMES = ("unconditional", "with_control", "with_both")
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        for name in self.NAMES:
+            setattr(self, name, torch.randn(2, 4, 2, 3, 3, generator=generator))
+        self.computed = []
+
+    def compute(self, name):
+        self.computed.append(name)
+        return getattr(self, name)
+
+    def guided(self, *arguments):
+        return guided_velocity(*(partial(self.compute, name) for name in self.NAMES), *arguments)
 
 
 @pytest.mark.parametrize("text_scale", [0.0, 0.5, 1.0, 5.0])
 @pytest.mark.parametrize("control_scale", [0.0, 0.5, 1.0, 5.0])
-def test_skipped_predictions_do_not_change_the_guided_velocity(text_scale, control_scale):
-    v, asked = predictions(), []
-
-    def predict(*conditions):
-        asked.append(conditions)
-        return v[conditions]
-
-    nothing, control, both = v[False, False], v[True, False], v[True, True]
-    full = nothing + control_scale * (control - nothing) + text_scale * (both - control)
-    torch.testing.assert_close(guided_velocity(predict, text_scale, control_scale), full)
-    needed = {(True, True)} if text_scale else set()
-    needed |= {(True, False)} if text_scale != control_scale else set()
-    needed |= {(False, False)} if control_scale != 1 else set()
-    assert sorted(asked) == sorted(needed)
+def test_predictions_of_weight_zero_are_skipped(text_scale, control_scale):
+    v = Predictions()
+    full = v.unconditional + control_scale * (v.with_control - v.unconditional)
+    full += text_scale * (v.with_both - v.with_control)
+    torch.testing.assert_close(v.guided(text_scale, control_scale), full)
+    needed = ["unconditional"] if control_scale != 1 else []
+    needed += ["with_control"] if text_scale != control_scale else []
+    needed += ["with_both"] if text_scale else []
+    assert v.computed == needed
 
 
-def test_apg_keeps_what_is_orthogonal_to_the_conditional_prediction():
-    v = predictions()
-    guided = guided_velocity(lambda *c: v[c], 10.0, 1.0, MomentumBuffer(-0.5))
-    update, both = ((x.flatten(1)) for x in ((guided - v[True, False]) / 10, v[True, True]))
+def test_apg_keeps_the_part_orthogonal_to_the_conditional_prediction():
+    v = Predictions()
+    guided = v.guided(10.0, 1.0, MomentumBuffer(-0.5))
+    update, both = ((x.flatten(1)) for x in ((guided - v.with_control) / 10, v.with_both))
     torch.testing.assert_close((update * both).sum(1), torch.zeros(2), atol=1e-3, rtol=0)
-    difference = (v[True, True] - v[True, False]).flatten(1)
+    difference = (v.with_both - v.with_control).flatten(1)
     parallel = (difference * both).sum(1, keepdim=True) / (both**2).sum(1, keepdim=True) * both
     torch.testing.assert_close(update, difference - parallel, atol=1e-4, rtol=1e-4)
 
 
 def test_apg_weighs_the_control_as_the_formula_does():
-    v = predictions()
-    at_one, at_three = (guided_velocity(lambda *c: v[c], 10.0, s, MomentumBuffer(-0.5)) for s in (1.0, 3.0))
-    torch.testing.assert_close(at_three - at_one, 2 * (v[True, False] - v[False, False]))
+    v = Predictions()
+    at_one, at_three = (v.guided(10.0, scale, MomentumBuffer(-0.5)) for scale in (1.0, 3.0))
+    torch.testing.assert_close(at_three - at_one, 2 * (v.with_control - v.unconditional))
 
 
-def test_apg_remembers_the_steps_before_with_negative_momentum():
-    v, buffer = predictions(), MomentumBuffer(-0.5)
-    first, second = (guided_velocity(lambda *c: v[c], 10.0, 1.0, buffer) - v[True, False] for _ in range(2))
+def test_apg_has_negative_momentum_over_the_steps():
+    v, buffer = Predictions(), MomentumBuffer(-0.5)
+    first, second = (v.guided(10.0, 1.0, buffer) - v.with_control for _ in range(2))
     torch.testing.assert_close(second, 0.5 * first)
 
 
-def test_text_scale_one_is_no_text_guidance_also_with_apg():
-    v = predictions()
-    assert torch.equal(guided_velocity(lambda *c: v[c], 1.0, 1.0, MomentumBuffer(-0.5)), v[True, True])
+def test_text_scale_one_turns_text_guidance_off_also_with_apg():
+    v = Predictions()
+    assert torch.equal(v.guided(1.0, 1.0, MomentumBuffer(-0.5)), v.with_both)
 
 
 # Without control
 
 
 @pytest.mark.parametrize("bare", [True, False])
-def test_without_control_it_generates_what_a_wan_pipeline_does(parts, bare):
+def test_without_control_it_agrees_with_a_wan_pipeline(parts, bare):
     transformer = parts["transformer"].transformer
     stock = WanPipeline(
         parts["tokenizer"],
@@ -185,7 +195,7 @@ def test_control_is_refused_without_a_controlnet(parts):
 # With control
 
 
-def test_the_seed_decides(pipeline):
+def test_the_seed_determines_the_video(pipeline):
     video = control_video()
     first = generate(pipeline, control_video=video)
     assert torch.equal(first, generate(pipeline, control_video=video))
@@ -203,6 +213,21 @@ def test_control_and_its_scale_steer_the_video(pipeline):
     torch.testing.assert_close(without, free)
 
 
+@pytest.mark.parametrize("control", [False, True])
+def test_a_model_with_adversary_gives_the_same_video(parts, control):
+    with_adversary = WithAdversary(parts["transformer"], DomainClassifier(tiny.LATENT_CHANNELS, width=8))
+    arguments = {"control_video": control_video() if control else None, "num_inference_steps": 2}
+    expected = generate(pipeline_of(parts), **arguments)
+    assert torch.equal(generate(pipeline_of(parts, transformer=with_adversary), **arguments), expected)
+
+
+def test_sampling_holds_the_defaults_of_a_call(pipeline):
+    assert Sampling().guidance in DEFAULT_GUIDANCE_SCALE
+    arguments = {"control_video": control_video(), "num_inference_steps": 2}
+    expected = generate(pipeline, **arguments)
+    assert torch.equal(generate(pipeline, **arguments | vars(Sampling(num_inference_steps=2))), expected)
+
+
 def test_control_is_on_in_its_part_of_the_steps_only(pipeline):
     with Calls(pipeline) as calls:
         generate(
@@ -216,7 +241,7 @@ def test_control_is_on_in_its_part_of_the_steps_only(pipeline):
     assert calls.controls == ["off"] * 2 + ["on"] * 4 + ["off"] * 2
 
 
-def test_each_prediction_gets_its_conditions(pipeline):
+def test_each_forward_pass_gets_its_conditions(pipeline):
     with Calls(pipeline) as calls:
         generate(
             pipeline,
@@ -229,7 +254,7 @@ def test_each_prediction_gets_its_conditions(pipeline):
         )
     with torch.no_grad():
         prompt, empty = pipeline.encode_prompt(PROMPT, max_sequence_length=tiny.PROMPT_LENGTH)
-    # ∅ is a blank control while control is on; when it is off there is no control term.
+    # While control is on, ∅ is a blank control; while it is off, there is no control term.
     assert calls.controls == ["blank", "on", "on", "off", "off"]
     expected = [empty, empty, prompt, empty, prompt]
     assert all(torch.equal(seen, embeds) for seen, embeds in zip(calls.prompts, expected, strict=True))
@@ -237,13 +262,13 @@ def test_each_prediction_gets_its_conditions(pipeline):
 
 
 @pytest.mark.parametrize("options", [{}, {"guidance": "cfg"}])
-def test_released_defaults_take_two_passes_a_step(pipeline, options):
+def test_the_defaults_need_two_forward_passes_a_step(pipeline, options):
     with Calls(pipeline) as calls:
         generate(pipeline, control_video=control_video(), num_inference_steps=3, **options)
     assert calls.controls == ["on", "on"] * 3
 
 
-def test_a_batch_is_its_videos_one_by_one(pipeline):
+def test_a_batch_agrees_with_single_videos(pipeline):
     prompts, videos = ["rain", "a red brick street"], control_video(batch_size=2)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     batch = generate(pipeline, prompt=prompts, control_video=list(videos), generator=generators)
@@ -252,14 +277,14 @@ def test_a_batch_is_its_videos_one_by_one(pipeline):
         torch.testing.assert_close(batch[i : i + 1], alone, rtol=1e-3, atol=1e-3)
 
 
-def test_one_control_video_serves_all_prompts(pipeline):
+def test_one_control_video_applies_to_all_prompts(pipeline):
     arguments = {"prompt": ["rain", "dusk"], "num_inference_steps": 2}
     one = generate(pipeline, control_video=control_video(), **arguments)
     both = generate(pipeline, control_video=torch.stack([control_video()] * 2), **arguments)
     torch.testing.assert_close(one, both)
 
 
-def test_embeddings_stand_for_prompts_without_a_text_encoder(parts, pipeline):
+def test_embeddings_replace_prompts_and_text_encoder(parts, pipeline):
     with torch.no_grad():
         embeds, negative = pipeline.encode_prompt(PROMPT, "rain", max_sequence_length=tiny.PROMPT_LENGTH)
     without = pipeline_of(parts, tokenizer=None, text_encoder=None)
@@ -269,7 +294,7 @@ def test_embeddings_stand_for_prompts_without_a_text_encoder(parts, pipeline):
         generate(without, prompt=None, prompt_embeds=embeds)
 
 
-def test_size_comes_from_the_control_video(pipeline):
+def test_the_default_size_is_that_of_the_control_video(pipeline):
     video = pipeline(PROMPT, control_video(), num_inference_steps=1, output_type="np").frames
     assert video.shape == (1, FRAMES, HEIGHT, WIDTH, 3)
     assert 0 <= video.min() <= video.max() <= 1
@@ -335,7 +360,7 @@ def test_flow_shift_is_set_in_either_kind_of_scheduler():
         with_flow_shift(DDPMScheduler(), 5.0)
 
 
-def test_prompts_are_as_long_as_in_training():
+def test_prompts_have_512_tokens_or_the_tokenizers_maximum():
     tokenizer = tiny.tiny_tokenizer()
     assert max_sequence_length(tokenizer) == tiny.PROMPT_LENGTH
     tokenizer.model_max_length = int(1e30)
