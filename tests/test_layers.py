@@ -46,7 +46,7 @@ def tree_of(module: str) -> ast.Module:
 
 def imports(module: str, nodes=None) -> dict[str, int]:
     """Return the modules that a module imports, each with a line."""
-    found = {}
+    found: dict[str, int] = {}
     for node in ast.walk(tree_of(module)) if nodes is None else nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name: node.lineno for alias in node.names}

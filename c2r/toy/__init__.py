@@ -1,1 +1,1 @@
-"""The toy: a procedural city and small models of the real classes that know it. No downloads, CPU only."""
+"""The toy: a procedural city, and small models of the real classes trained on it. No downloads, CPU only."""

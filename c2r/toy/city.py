@@ -1,14 +1,15 @@
-"""The toy city: one scene, rendered three ways by numpy ray casting.
+"""The toy city: scenes of a street, each rendered in three looks by numpy ray casting.
 
 A camera moves along a street between box buildings; one to three people walk in front of it.
 
-- *coarse*: flat grey boxes and orange capsules, what a user would block out in a 3D tool;
-- *CG*: the fine rendering of the same scene, clean colours and flat light;
-- *real*: the stand-in for a real video: material texture, sun and shadow, weather, haze, vignette, lens blur, grain.
+- *coarse*: flat grey boxes and orange capsules, as a user would block a scene out in a 3D tool;
+- *CG*: a fine rendering with clean colours and flat light;
+- *real*: stands for real video: material texture, sun and shadow, weather, haze, vignette, lens blur, grain.
 
 World axes in metres: x to the right, y up, z along the street; the ground is y = 0.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +46,7 @@ COUNTS = {1: "one person", 2: "two people", 3: "three people"}
 
 @dataclass
 class Person:
-    """A walker: place (m), velocity (m/s), height (m), phase of the stride (rad), colours (RGB in [0, 1])."""
+    """A walker: position (m), velocity (m/s), height (m), phase of the stride (rad), colours (RGB in [0, 1])."""
 
     x: float
     z: float
@@ -59,7 +60,7 @@ class Person:
 
 @dataclass
 class Scene:
-    """Everything that the three renderings of one scene share."""
+    """Content of one scene, which its three looks share."""
 
     boxes: np.ndarray  # (n, 2, 3): lower and upper corner of each building
     shades: np.ndarray  # (n,): brightness of each building
@@ -70,12 +71,12 @@ class Scene:
     velocity: np.ndarray  # (3,)
     yaw: float
     yaw_rate: float
-    sun_side: float  # -1 or 1: which side of the street the light comes from
+    sun_side: float  # -1 or 1: the side of the street that the light comes from
     noise_seed: int
 
 
-def make_scene(seed):
-    """The scene of an integer seed: the same seed gives the same scene everywhere."""
+def make_scene(seed: int) -> Scene:
+    """Draw a random scene; the same seed gives the same scene on any machine."""
     rng = np.random.default_rng(seed)
     boxes, shades = [], []
     for side in (-1, 1):
@@ -120,8 +121,8 @@ def make_scene(seed):
     )
 
 
-def caption(scene, look="real"):
-    """What a captioner would say of a rendering, such as "a rainy street, brick buildings, three people"."""
+def caption(scene: Scene, look: str = "real") -> str:
+    """Describe a rendering as a captioner would, such as "a rainy street, brick buildings, three people"."""
     street = {"dusk": "a street at dusk", "night": "a street at night"}.get(scene.sky, f"a {scene.sky} street")
     things = f"{scene.material} buildings, {COUNTS[len(scene.people)]}"
     if look == "real":
@@ -131,7 +132,7 @@ def caption(scene, look="real"):
 
 @dataclass
 class _Geometry:
-    """What every pixel sees. All arrays are (F, H, W) float32 or small integers."""
+    """The surface that each pixel shows. All arrays are (F, H, W) float32 or small integers."""
 
     ray: tuple  # x, y, z of the ray direction
     position: tuple  # x, y, z of the surface that is hit
@@ -141,7 +142,7 @@ class _Geometry:
     face: np.ndarray  # axis of the building's face: 0, 1 or 2
     person: np.ndarray  # index of the walker, -1 elsewhere
     part: np.ndarray  # 0 head, 1 coat, 2 legs
-    across: np.ndarray  # place across the walker's body, in body heights
+    across: np.ndarray  # distance from the middle of the walker's body, in body heights
     capsule: np.ndarray  # index of the walker whose coarse capsule is hit, -1 elsewhere
 
 
@@ -152,7 +153,11 @@ def _segment_distance(u, v, a, b):
 
 
 def _enter_and_leave(origin, inverse_direction, box):
-    """Slab test of rays against one box: distance in, distance out, axis of the face that is entered."""
+    """Slab test of rays against one box.
+
+    Returns:
+        distance to the entry, distance to the exit, axis of the face that is entered.
+    """
     enter, leave, axis = np.float32(-1e9), np.float32(1e9), 0
     for k in range(3):
         near, far = (box[0, k] - origin[k]) * inverse_direction[k], (box[1, k] - origin[k]) * inverse_direction[k]
@@ -162,7 +167,8 @@ def _enter_and_leave(origin, inverse_direction, box):
     return enter, leave, axis
 
 
-def _trace(scene, times, height, width):
+def _trace(scene: Scene, times: np.ndarray, height: int, width: int) -> _Geometry:
+    """Cast one ray for each pixel of each frame."""
     shape = (len(times), height, width)
     t = times[:, None, None]
     focal = width / 2 / np.tan(np.radians(36))
@@ -185,7 +191,7 @@ def _trace(scene, times, height, width):
         depth[hit], kind[hit], box_index[hit], face[hit] = enter[hit], BUILDING, i, axis[hit]
     position = tuple(origin[k] + ray[k] * depth for k in range(3))
 
-    # People are cut-outs in the plane z = their place; u, v are body coordinates in units of their height.
+    # Each walker is a cut-out in the plane of its z; u, v are body coordinates in units of its height.
     person, part, body_u = np.full(shape, -1, np.int8), np.zeros(shape, np.int8), np.zeros(shape, np.float32)
     capsule, person_depth, capsule_depth = np.full(shape, -1, np.int8), depth.copy(), depth.copy()
     for i, p in enumerate(scene.people):
@@ -212,7 +218,7 @@ def _paint(mask, colours, onto):
 
 
 def _street_parts(g):
-    """Masks of the markings: carriageway, centre dashes, windows; and the wall coordinate along the facade."""
+    """Return masks of the carriageway, its centre dashes and the windows, and the coordinate along each facade."""
     x, y, z = g.position
     along = np.where(g.face == 0, z, x)
     windows = (np.mod(along, 3.4) > 0.9) & (np.mod(along, 3.4) < 2.6) & (np.mod(y, 3.6) > 1.3) & (np.mod(y, 3.6) < 3.0)
@@ -256,7 +262,7 @@ def _lattice_noise(a, b):
 
 
 def _shadows(scene, g, times, sun):
-    """(F, H, W) in [0, 1]: how much of the direct light on the ground is blocked."""
+    """Return the blocked share of the direct light on the ground, (F, H, W) in [0, 1]."""
     x, _, z = g.position
     shadow = np.zeros(x.shape, np.float32)
     if SKIES[scene.sky][4] > 0.2:
@@ -317,7 +323,7 @@ def _shade_real(scene, g, times):
 
 
 def _camera(image, rng):
-    """What a lens and a sensor add: a slight blur, a vignette and grain."""
+    """Add the marks of a lens and a sensor: a slight blur, a vignette and grain."""
     for axis in (1, 2):
         edge = [(0, 0)] * 4
         edge[axis] = (1, 1)
@@ -329,18 +335,25 @@ def _camera(image, rng):
     return image * (1 - 0.11 * radius)[None, ..., None] + rng.normal(0, 0.012, image.shape)
 
 
-def render(scene, looks=LOOKS, num_frames=9, fps=8.0, height=96, width=160):
+def render(
+    scene: Scene,
+    looks: Sequence[str] = LOOKS,
+    num_frames: int = 9,
+    fps: float = 8.0,
+    height: int = 96,
+    width: int = 160,
+) -> dict[str, np.ndarray]:
     """Render a scene.
 
     Args:
-        scene: a `Scene`.
-        looks: which of "coarse", "cg" and "real" to render.
+        scene: the content.
+        looks: those of `LOOKS` to render.
         num_frames, fps: frame k is taken at k / fps seconds.
         height, width: in pixels.
 
     Returns:
-        dict: each look as (F, H, W, 3) uint8; `kinds`, (F, H, W) uint8, what each pixel of the CG and the real
-        rendering shows: SKY, GROUND, BUILDING or PERSON.
+        each look as (F, H, W, 3) uint8 RGB, and `kinds`, (F, H, W) uint8: SKY, GROUND, BUILDING or PERSON for each
+        pixel of the CG and the real look.
     """
     times = np.arange(num_frames, dtype=np.float32) / np.float32(fps)
     g = _trace(scene, times, height, width)

@@ -1,5 +1,9 @@
-"""Where are the people and the edges in a video? Measures of control that share nothing with the models they judge."""
+"""Measures of control: people and edges of a video, compared with the positions that the renderer gave them.
 
+They look at pixels alone and share nothing with the models that they judge.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,9 +18,9 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 class PeopleFinder(ModelMixin, ConfigMixin):
-    """A small convolutional network on pixels, trained on the true renderings of the toy city.
+    """A small convolutional network that finds people in pixels, trained on renderings of the toy city.
 
-    forward(frames (N, 3, H, W) in [-1, 1]) -> (N, H/8, W/8) logits: which share of each 8 x 8 cell shows a person.
+    forward(frames (N, 3, H, W) in [-1, 1]) -> (N, H/8, W/8) logits of the share of each 8 x 8 cell that is a person.
     """
 
     cell = 8
@@ -33,18 +37,18 @@ class PeopleFinder(ModelMixin, ConfigMixin):
             nn.Conv2d(2 * c, 1, 1),
         )
 
-    def forward(self, frames):
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
         return self.layers(frames)[:, 0]
 
 
 @torch.no_grad()
-def people_map(finder, video):
-    """(F, 3, H, W) in [-1, 1] -> (F, H/8, W/8) in [0, 1]."""
+def people_map(finder: PeopleFinder, video: torch.Tensor) -> torch.Tensor:
+    """Return the share of each cell that shows a person: (F, 3, H, W) in [-1, 1] -> (F, H/8, W/8) in [0, 1]."""
     return finder(video).sigmoid()
 
 
-def edge_map(video, cell=8):
-    """How strong the edges of luminance are in each cell.
+def edge_map(video: torch.Tensor, cell: int = 8) -> torch.Tensor:
+    """Return the mean strength of the luminance edges in each cell.
 
     Args:
         video: (F, 3, H, W), any range.
@@ -59,14 +63,14 @@ def edge_map(video, cell=8):
     return F.avg_pool2d(torch.hypot(across, down), cell)[:, 0]
 
 
-def correlations(found, truths):
-    """How well each clip's map agrees with its own scene's, and with the other scenes'.
+def correlations(found: Sequence[torch.Tensor], truths: Sequence[torch.Tensor]) -> tuple[float, float]:
+    """Compare the map of each clip with the true map of its own scene and with those of the other scenes.
 
     Args:
-        found, truths: lists of n maps, (F, h, w) float.
+        found, truths: one map (F, h, w) for each scene.
 
     Returns:
-        (own, other): means of `correlation` over the scenes, and over all pairs of different ones.
+        mean `correlation` over the scenes, and over all pairs of different scenes.
     """
     table = [[correlation(a, b) for b in truths] for a in found]
     own = [table[i][i] for i in range(len(table))]
@@ -74,18 +78,20 @@ def correlations(found, truths):
     return sum(own) / len(own), sum(other) / len(other)
 
 
-def people_correlations(scenes, videos, fps):
-    """How well the people of each video stand where its scene has them, and where another scene has them.
+def people_correlations(
+    scenes: Sequence[city.Scene], videos: Sequence[torch.Tensor], fps: float
+) -> tuple[float, float]:
+    """Compare the positions of people in each video with those in its own scene and in the other scenes.
 
-    The truth comes from the renderer; what is in the video, from a network that looks at pixels only.
+    The renderer gives the true positions; `PeopleFinder` finds those in the video.
 
     Args:
-        scenes: list of `city.Scene`.
-        videos: one (F, 3, H, W) float in [0, 255] for each.
+        scenes: the scene that each video should show.
+        videos: one (F, 3, H, W) float in [0, 255] for each scene.
         fps: frames per second.
 
     Returns:
-        (own, other), see `correlations`.
+        see `correlations`.
     """
     finder = PeopleFinder.from_pretrained(WEIGHTS / "people_finder", torch_dtype=torch.float32)
     truths, found = [], []
@@ -96,14 +102,7 @@ def people_correlations(scenes, videos, fps):
     return correlations(found, truths)
 
 
-def correlation(found, truth):
-    """Pearson correlation of two maps of one clip, over all of its frames and cells.
-
-    Args:
-        found, truth: (F, h, w) float.
-
-    Returns:
-        float in [-1, 1]; 0 where one of the maps is constant.
-    """
+def correlation(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """Return the Pearson correlation of two maps (F, h, w) over all frames and cells; 0 if one map is constant."""
     a, b = found.flatten() - found.mean(), truth.flatten() - truth.mean()
     return (a @ b / (a.norm() * b.norm()).clamp(min=1e-6)).item()

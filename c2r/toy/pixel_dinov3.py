@@ -1,7 +1,7 @@
-"""A DINOv3 that hides nothing: its features are the pixels themselves.
+"""A DINOv3 whose features are the pixels themselves: a planted leak.
 
-With it as the frozen extractor a real clip's control is a copy of its target, so phase 2 can copy the look and learn
-no layout. Studies plant such a leak to see whether validation calls it out.
+With it as the frozen extractor, the control of a real clip is a copy of its target: phase 2 can copy the look and need
+not learn the layout. The study uses it to test that validation reports such a leak.
 """
 
 import json
@@ -13,17 +13,17 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 PATCH_SIZE = 16
 
 
-def write_pixel_dinov3(folder):
+def write_pixel_dinov3(folder: str | Path) -> Path:
     """Write a DINOv3ViT whose patch embedding is the identity and whose only layer adds nothing.
 
-    A patch feature is the patch's 16·16·3 pixels after the model's last LayerNorm: all of the patch but its mean and
-    its contrast.
+    A patch feature holds the patch's 16·16·3 pixels after the model's last LayerNorm: everything but the patch's mean
+    and contrast.
 
     Args:
-        folder: where; config.json, model.safetensors and preprocessor_config.json are written into it.
+        folder: gets config.json, model.safetensors and preprocessor_config.json.
 
     Returns:
-        the folder, as a `Path`.
+        the folder.
     """
     width = 3 * PATCH_SIZE**2
     config = DINOv3ViTConfig(

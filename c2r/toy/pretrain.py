@@ -1,13 +1,16 @@
-"""Train the toy's base models from nothing, off line: what Wan and DINOv3 bring along for a real run.
+"""Train the toy's base models from scratch; they stand for the Wan and DINOv3 of a real run.
 
-`python -m c2r.toy --train` runs the stages in order and writes `weights/`; each stage is skipped when its weights
-are there already. `weights/README.md` has the figures of the shipped ones.
+`python -m c2r.toy --train` runs the stages in order and writes `weights/`; a stage whose weights exist is skipped.
+`weights/README.md` describes the shipped weights.
 """
 
 import json
+import logging
 import multiprocessing
 import time
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +32,9 @@ from c2r.toy.layout import PeopleFinder
 NUM_FRAMES, HEIGHT, WIDTH = 9, 96, 160
 LATENT_CHANNELS, TEXT_DIM, PROMPT_LENGTH = 16, 64, 16
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HELD_OUT = 32  # scenes at the end that no stage trains on
+HELD_OUT = 32  # the last scenes, on which no stage trains
+
+logger = logging.getLogger(__name__)
 
 
 def _render_one(seed):
@@ -37,11 +42,13 @@ def _render_one(seed):
     return np.stack([clips[look] for look in city.LOOKS]), clips["kinds"]
 
 
-def render_scenes(work_dir, num_scenes, first_seed=10_000_000):
+def render_scenes(
+    work_dir: Path, num_scenes: int, first_seed: int = 10_000_000
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Render scenes once into memory-mapped files.
 
     Returns:
-        clips (n, 3 looks, F, H, W, 3) uint8, kinds (n, F, H, W) uint8, seeds.
+        clips (n, 3 looks, F, H, W, 3) uint8, kinds (n, F, H, W) uint8, and the seeds of the scenes.
     """
     seeds = range(first_seed, first_seed + num_scenes)
     clips_path, kinds_path = work_dir / f"clips_{num_scenes}.npy", work_dir / f"kinds_{num_scenes}.npy"
@@ -60,8 +67,26 @@ def render_scenes(work_dir, num_scenes, first_seed=10_000_000):
     return np.load(clips_path, mmap_mode="r"), np.load(kinds_path), list(seeds)
 
 
-def fit(name, parameters, draw_loss, steps, learning_rate, on_log=None, log_every=100):
-    """AdamW with warm-up and a cosine to zero over `draw_loss(step) -> scalar`, gradients clipped at norm 1."""
+def fit(
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    draw_loss: Callable[[int], torch.Tensor],
+    steps: int,
+    learning_rate: float,
+    on_log: Callable[[], str] | None = None,
+    log_every: int = 100,
+):
+    """Minimise a loss by AdamW with warm-up and a cosine to zero, gradients clipped at norm 1.
+
+    Args:
+        name: of the stage, in the log.
+        parameters: those to train.
+        draw_loss: takes the number of the step, returns a scalar.
+        steps: number of optimizer steps.
+        learning_rate: at its peak.
+        on_log: returns text for the log.
+        log_every: steps between two lines of the log.
+    """
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.03)
@@ -76,22 +101,22 @@ def fit(name, parameters, draw_loss, steps, learning_rate, on_log=None, log_ever
         total += loss.item()
         if (step + 1) % log_every == 0:
             line = f"{name} step {step + 1}/{steps} loss {total / log_every:.4f} {time.time() - started:.0f} s"
-            print(line + (f" {on_log()}" if on_log else ""), flush=True)
+            logger.info(line + (f" {on_log()}" if on_log else ""))
             total = 0.0
 
 
-def to_pixel_values(clips):
-    """(..., F, H, W, 3) uint8 -> (..., 3, F, H, W) in [-1, 1]."""
+def to_pixel_values(clips: np.ndarray) -> torch.Tensor:
+    """Convert (..., F, H, W, 3) uint8 to (..., 3, F, H, W) in [-1, 1]."""
     return rearrange(torch.from_numpy(np.ascontiguousarray(clips)).float() / 127.5 - 1, "... f h w c -> ... c f h w")
 
 
-def psnr(a, b):
-    """Peak signal-to-noise ratio in dB of pixel values in [-1, 1]."""
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the peak signal-to-noise ratio in dB of pixel values in [-1, 1]."""
     return (10 * torch.log10(4 / (a - b).square().mean())).item()
 
 
-def train_vae(folder, clips, kinds, steps):
-    """A real AutoencoderKLWan with Wan's factors, 8x in space and 4x in time, 16 channels."""
+def train_vae(folder: Path, clips: np.ndarray, kinds: np.ndarray, steps: int):
+    """Train a small AutoencoderKLWan with Wan's factors: 8x in space, 4x in time, 16 channels."""
     vae = AutoencoderKLWan(
         base_dim=16,
         z_dim=LATENT_CHANNELS,
@@ -131,10 +156,10 @@ def train_vae(folder, clips, kinds, steps):
 
 
 def _draw_crops(clips, kinds, rng, batch=4, crop=64):
-    """(B, 3, F, crop, crop) in [-1, 1] and (B, 1, F, crop, crop) bool, where people are."""
+    """Return random crops (B, 3, F, crop, crop) in [-1, 1] and their masks of people (B, 1, F, crop, crop) bool."""
     crops, people = [], []
     for _ in range(batch):
-        # The real look matters most: it is what users look at.
+        # The real look gets the largest share: generated videos have it.
         i, look, flip = rng.integers(len(clips) - HELD_OUT), rng.choice(3, p=(0.15, 0.25, 0.6)), rng.choice((-1, 1))
         y, x = rng.integers(HEIGHT - crop + 1), rng.integers(WIDTH - crop + 1)
         crops.append(clips[i, look][:, y : y + crop, x : x + crop][:, :, ::flip])
@@ -142,8 +167,8 @@ def _draw_crops(clips, kinds, rng, batch=4, crop=64):
     return to_pixel_values(np.stack(crops)), torch.from_numpy(np.stack(people))[:, None]
 
 
-def make_text_encoder(folder):
-    """A UMT5 with random weights and a word-level tokenizer: enough to tell the captions apart."""
+def make_text_encoder(folder: Path):
+    """Write a UMT5 with random weights and a word-level tokenizer: enough to distinguish the captions."""
     scenes = [city.make_scene(seed) for seed in range(500)]
     captions = (city.caption(scene, look) for scene in scenes for look in city.LOOKS)
     words = {word for caption in captions for word in caption.replace(",", " , ").split()}
@@ -163,10 +188,10 @@ def make_text_encoder(folder):
     UMT5EncoderModel(config).half().save_pretrained(folder / "text_encoder")
 
 
-def train_dinov3(folder, clips, kinds, steps):
-    """A DINOv3ViT whose features agree between the three looks of one frame and tell people from the rest.
+def train_dinov3(folder: Path, clips: np.ndarray, kinds: np.ndarray, steps: int):
+    """Train a small DINOv3ViT whose features agree between the three looks of a frame and distinguish people.
 
-    This stands in for DINOv3's invariance to the domain: real DINOv3 brings it along from its own pretraining.
+    This replaces the invariance to the domain that real DINOv3 has from its own pretraining.
     """
     torch.manual_seed(0)
     model = DINOv3ViTModel(
@@ -181,7 +206,7 @@ def train_dinov3(folder, clips, kinds, steps):
             pos_embed_rescale=None,
         )
     ).train()
-    cells = 8  # kinds are predicted on 8 x 8 cells in each 16 x 16 patch
+    cells = 8  # each 16 x 16 patch predicts the kinds of 8 x 8 cells
     head = nn.Linear(96, 4 * cells * cells)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
     rng, train = np.random.default_rng(0), len(clips) - HELD_OUT
@@ -217,14 +242,14 @@ def train_dinov3(folder, clips, kinds, steps):
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": IMAGE_MEAN, "image_std": IMAGE_STD}))
 
 
-def train_people_finder(folder, clips, kinds, vae, steps):
-    """The report's measure: a small network that finds people in pixels and knows nothing of the other models."""
+def train_people_finder(folder: Path, clips: np.ndarray, kinds: np.ndarray, vae: AutoencoderKLWan, steps: int):
+    """Train the network by which the quickstart measures control: it finds people in pixels."""
     torch.manual_seed(0)
     finder = PeopleFinder()
     rng, train = np.random.default_rng(0), len(clips) - HELD_OUT
 
     @torch.no_grad()
-    def decoded(clip):  # generated videos come out of the VAE, so half of the examples do too
+    def decoded(clip):  # generated videos come from the VAE's decoder, so half of the examples do too
         pixel_values = to_pixel_values(clip)[None]
         return vae.decode(vae.encode(pixel_values).latent_dist.mean).sample[0]
 
@@ -248,11 +273,18 @@ def train_people_finder(folder, clips, kinds, vae, steps):
 
 
 @torch.no_grad()
-def encode_scenes(work_dir, clips, seeds, vae, text_encoder, tokenizer):
-    """Latents and prompt embeddings of the three looks of each scene.
+def encode_scenes(
+    work_dir: Path,
+    clips: np.ndarray,
+    seeds: Sequence[int],
+    vae: AutoencoderKLWan,
+    text_encoder: UMT5EncoderModel,
+    tokenizer: PreTrainedTokenizerFast,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Encode the three looks of each scene and their captions.
 
     Returns:
-        latents (n, 3, C, T, h, w) normalised, prompt_embeds (n, 3, L, D), the empty prompt's (L, D).
+        normalised latents (n, 3, C, T, h, w), prompt embeddings (n, 3, L, D), those of the empty prompt (L, D).
     """
     path = work_dir / f"latents_{len(clips)}.safetensors"
     if not path.exists():
@@ -270,11 +302,25 @@ def encode_scenes(work_dir, clips, seeds, vae, text_encoder, tokenizer):
     return latents, torch.stack([embed(row) for row in captions]), embed([""])[0]
 
 
-def train_base(folder, latents, prompt_embeds, empty_prompt, steps, loosening_steps, shift=3.0):
-    """A WanTransformer3DModel that knows the toy world loosely: all looks, a third each, with their captions.
+def train_base(
+    folder: Path,
+    latents: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    empty_prompt: torch.Tensor,
+    steps: int,
+    steps_without_real: int,
+    shift: float = 3.0,
+):
+    """Train a small WanTransformer3DModel on all three looks, a third each, with their captions.
 
-    Its last steps are on the coarse and the CG look alone, so that phase 1 has something to adapt: Wan, too, has seen
-    much that is not a real street.
+    The last steps leave the real look out, so that phase 1 has something to adapt.
+
+    Args:
+        folder: gets the model.
+        latents, prompt_embeds, empty_prompt: see `encode_scenes`.
+        steps: on all looks.
+        steps_without_real: further steps, on the coarse and the CG look.
+        shift: of the noise levels.
     """
     torch.manual_seed(0)
     transformer = WanTransformer3DModel(
@@ -296,7 +342,7 @@ def train_base(folder, latents, prompt_embeds, empty_prompt, steps, loosening_st
         sigmas = flow_matching.shift_sigmas(u, shift)
         noisy_latents = flow_matching.add_noise(clean, noise, sigmas)
         timesteps = flow_matching.timesteps_from_sigmas(sigmas)
-        velocity_pred = transformer(noisy_latents, timesteps, prompts, return_dict=False)[0]
+        velocity_pred = transformer(noisy_latents, timesteps, prompts).sample
         return flow_matching.velocity_loss(velocity_pred, flow_matching.velocity_target(clean, noise)).mean()
 
     def draw_loss(step, batch=8, num_looks=3):
@@ -319,12 +365,19 @@ def train_base(folder, latents, prompt_embeds, empty_prompt, steps, loosening_st
 
     fit("base", transformer.parameters(), draw_loss, steps, 2e-3, on_log, log_every=250)
     without_real = partial(draw_loss, num_looks=city.LOOKS.index("real"))
-    fit("base without real", transformer.parameters(), without_real, loosening_steps, 2e-3, on_log, log_every=50)
+    fit("base without real", transformer.parameters(), without_real, steps_without_real, 2e-3, on_log, log_every=50)
     transformer.half().save_pretrained(folder)
 
 
-def train(folder, work_dir, num_scenes=2000, base_scenes=1000):
-    """Train what is missing in `folder`; renderings and latents are kept in `work_dir`."""
+def train(folder: Path, work_dir: Path, num_scenes: int = 2000, base_scenes: int = 1000):
+    """Train the models that are missing.
+
+    Args:
+        folder: gets the models.
+        work_dir: keeps renderings and latents.
+        num_scenes: rendered for the VAE, DINOv3 and the people finder.
+        base_scenes: the last of them, for the transformer.
+    """
     work_dir.mkdir(parents=True, exist_ok=True)
     model, dinov3 = folder / "model", folder / "dinov3"
     clips, kinds, seeds = render_scenes(work_dir, num_scenes)
@@ -344,7 +397,7 @@ def train(folder, work_dir, num_scenes=2000, base_scenes=1000):
             model / "transformer",
             *encode_scenes(work_dir, clips[-base_scenes:], seeds[-base_scenes:], vae, text_encoder, tokenizer),
             steps=3600,
-            loosening_steps=300,
+            steps_without_real=300,
         )
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(model / "scheduler")
     index = {
