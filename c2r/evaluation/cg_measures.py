@@ -1,8 +1,8 @@
-"""What the pixels of a clip tell of a CG look: flat texture, uniform lighting, straight and repeated edges.
+"""Measures of a CG look from the pixels of a clip: flat texture, uniform lighting, straight and repeated edges.
 
-Every number is one that theory lets rise with a CG look; `c2r.monitor` finds out on real and CG clips which of them
-do, and how much each counts. All are invariant to exposure and contrast: night and fog are no CG. Scales are in pixels
-or shares of the height, so clips are compared at one size only, the size of training. torch only.
+In theory every number rises with a CG look. `c2r.evaluation.monitor` finds out on real and CG clips which of them do,
+and gives each a weight. All are invariant to exposure and contrast: night and fog are not CG. Scales are in pixels or
+shares of the height, so clips are compared at one size only, the size of training. torch only.
 """
 
 import math
@@ -14,16 +14,18 @@ from torch.nn import functional as F
 
 from c2r.data.images import blur, luminance
 
-#: σ in pixels of the blurs whose differences are the bands of fine, middle and coarse texture.
+#: Sigmas, in pixels, of the blurs whose differences are the bands of fine, middle and coarse texture.
 BAND_SIGMAS = (0.7, 1.4, 2.8)
 
-#: Pixels along one side of a cell: what is smaller than an edge's distance to the next is a surface's interior.
+#: Side of a cell in pixels. It is smaller than the usual distance between two edges, so that most cells lie within a
+#: surface.
 CELL = 8
 
-#: In units of the frame's own contrast: below FLAT is no texture (a grey level is 0.02 or so), FAINT its measure.
+#: In units of the frame's contrast, in which one grey level is about 0.02: no texture, and hardly visible texture.
 FLAT, FAINT = 0.001, 0.01
 
-#: Pixels: light and geometry of higher clips are measured at this height, since their scales are shares of it.
+#: Lighting and geometry of taller clips are measured at this height in pixels: their scales are shares of the height,
+#: and large kernels would take minutes.
 SMALL_HEIGHT = 96
 
 LINE_ANGLES, ORIENTATION_BINS = 16, 18
@@ -35,42 +37,43 @@ LIGHTING = ("even_light", "even_rows", "weak_shade", "steady_shade")
 GEOMETRY = ("line_density", "line_share", "repeated_orientation")
 
 
-def small(images):
-    """(F, 1, H, W) brought to SMALL_HEIGHT, if higher, by averaging."""
+def shrink(images: torch.Tensor) -> torch.Tensor:
+    """Average (F, 1, H, W) down to SMALL_HEIGHT if it is taller."""
     height, width = images.shape[-2:]
     if height <= SMALL_HEIGHT:
         return images
     return F.adaptive_avg_pool2d(images, (SMALL_HEIGHT, max(1, round(width * SMALL_HEIGHT / height))))
 
 
-def standardised(images):
-    """(F, 1, H, W) with mean 0 and standard deviation 1 in each frame."""
+def standardise(images: torch.Tensor) -> torch.Tensor:
+    """Give each frame of (F, 1, H, W) mean 0 and standard deviation 1."""
     deviation = images.std((1, 2, 3), keepdim=True).clamp(min=0.01)
     return (images - images.mean((1, 2, 3), keepdim=True)) / deviation
 
 
-def gradients(images):
-    """Central differences along x and y of (F, 1, H, W): two of (F, 1, H - 2, W - 2)."""
+def gradients(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the central differences of (F, 1, H, W) along x and along y, each (F, 1, H - 2, W - 2)."""
     along_x = (images[..., 1:-1, 2:] - images[..., 1:-1, :-2]) / 2
     along_y = (images[..., 2:, 1:-1] - images[..., :-2, 1:-1]) / 2
     return along_x, along_y
 
 
-def texture(frames):
-    """TEXTURE: how flat surfaces are between their edges.
+def texture(frames: torch.Tensor) -> torch.Tensor:
+    """Measure how flat surfaces are between their edges. Grain lowers all numbers.
 
     Args:
         frames: (F, 3, H, W) floats in [0, 1].
 
     Returns:
-        (4,) fp32: how steeply energy falls from the fine to the middle band and from the middle to the coarse one
-        (natural logarithm, median over cells: hard edges fill few cells); how faint the fine detail of the median cell
-        is against the frame's contrast (logarithm); share of pixels with almost no gradient. Grain lowers all.
+        (4,) fp32, named TEXTURE: logarithm of the energy of the middle band relative to the fine one, and of the
+        coarse band relative to the middle one, each the median over cells, since hard edges fill few cells; negative
+        logarithm of the fine detail of the median cell relative to the frame's contrast; share of pixels with almost
+        no gradient.
     """
-    images = standardised(luminance(frames))
+    images = standardise(luminance(frames))
     levels = [images, *(blur(images, sigma) for sigma in BAND_SIGMAS)]
     bands = [F.avg_pool2d((a - b) ** 2, CELL).sqrt().flatten(1) for a, b in pairwise(levels)]  # (F, cells)
-    # FLAT above and FAINT below: a cell with no detail in either band counts as steep, not as even.
+    # The larger FAINT in the numerator: a cell without detail in either band gets a steep slope, not an even one.
     slopes = [((coarse + FAINT) / (fine + FLAT)).log().median(1).values for fine, coarse in pairwise(bands)]
     faint = -(bands[0].median(1).values + FLAT).log()
     along_x, along_y = gradients(images)
@@ -78,18 +81,18 @@ def texture(frames):
     return torch.stack([*slopes, faint, dead]).mean(1)
 
 
-def lighting(frames):
-    """LIGHTING: how evenly a scene is lit.
+def lighting(frames: torch.Tensor) -> torch.Tensor:
+    """Measure how evenly a scene is lit.
 
     Args:
         frames: (F, 3, H, W) floats in [0, 1].
 
     Returns:
-        (4,) fp32, negative logarithms of: the spread of the low-frequency log luminance; its spread within rows, since
-        a sky over a street is no light; its local spread; how much the local spread changes from place to place and
-        over time, as where shadows fall.
+        (4,) fp32, named LIGHTING, negative logarithms of: the spread of the low-frequency log luminance; its spread
+        within rows, to which a bright sky above a street does not contribute; its local spread; the variation of the
+        local spread over places and time, which shadows cause.
     """
-    logs = (small(luminance(frames)) + 0.03).log()  # ratios of light; 0.03 keeps noise in black from counting
+    logs = (shrink(luminance(frames)) + 0.03).log()  # ratios of light; 0.03 suppresses noise in black
     height = logs.shape[-2]
     light = blur(logs, height / 8)
     rows = light - light.mean(-1, keepdim=True)
@@ -106,7 +109,10 @@ def lighting(frames):
 
 @cache
 def _line_kernels(length):
-    """(LINE_ANGLES, 1, length, length): each the mean along a line through the centre, drawn by bilinear weights."""
+    """Return kernels that average along a line through the centre, (LINE_ANGLES, 1, length, length).
+
+    The lines are drawn with bilinear weights.
+    """
     kernels = torch.zeros(LINE_ANGLES, 1, length, length)
     centre = length // 2
     for i in range(LINE_ANGLES):
@@ -120,20 +126,20 @@ def _line_kernels(length):
     return kernels / kernels.sum((2, 3), keepdim=True)
 
 
-def geometry(frames):
-    """GEOMETRY: how straight, long and alike in direction edges are.
+def geometry(frames: torch.Tensor) -> torch.Tensor:
+    """Measure how straight, long and parallel edges are.
 
     Args:
         frames: (F, 3, H, W) floats in [0, 1].
 
     Returns:
-        (3,) fp32, of the gradient in units of the local contrast: how much is left after it was averaged along the
-        best line of a sixth of the height (logarithm), and which share (about 1 for lines, less for grain and curves);
-        negative entropy of its orientation, in nats.
+        (3,) fp32, named GEOMETRY, of the gradient in units of the local contrast: logarithm of its mean after
+        averaging along the best line, whose length is a sixth of the height; the share of the gradient that this
+        averaging keeps, about 1 for lines and less for grain and curves; negative entropy of its orientation in nats.
     """
-    images = blur(standardised(small(luminance(frames))), 1.0)  # grain has no edges
+    images = blur(standardise(shrink(luminance(frames))), 1.0)  # removes grain
     height = images.shape[-2]
-    # Each place in units of its own contrast, or the lit windows of a night were all that counts.
+    # Divided by the local contrast: otherwise the lit windows of a night scene would outweigh everything else.
     local = images - blur(images, height / 6)
     images = local / (blur(local**2, height / 6).sqrt() + 0.1)
     along_x, along_y = gradients(images)

@@ -1,9 +1,10 @@
-"""The validations of a run as one picture."""
+"""A picture of the validations of a run."""
 
 import io
 from pathlib import Path
 
 import numpy as np
+from accelerate import Accelerator
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -13,7 +14,7 @@ from c2r.evaluation.validation import GAINS, LEAK_BOUND
 from c2r.files import write_atomic
 from c2r.training.logs import tensorboard_writer
 
-#: What the three parts of the picture show: names of numbers and their labels.
+#: Labels of the losses in the first part of the picture.
 LOSSES = {
     "loss": "right conditions",
     "loss_other_control": "another clip's control",
@@ -21,17 +22,18 @@ LOSSES = {
     "loss_other_prompt": "another clip's prompt",
 }
 
+#: Labels of the leaks in the third part.
 LEAKS = {"leak_share_coarse": "leak (coarse version)", "leak_share_augmented": "leak (augmented)"}
 
 
-def draw_history(history):
-    """The validations of a run as a picture: losses, gain by noise level, gains and leak, over the steps.
+def draw_history(history: list[dict[str, float]]) -> bytes:
+    """Draw three curves over the steps: losses, gain by noise level, and gains with the leak.
 
     Args:
-        history: list of dicts, each a validation's `step` and its numbers (`validation_metrics`).
+        history: the validations in order, each its `step` and its `validation_metrics`.
 
     Returns:
-        PNG as bytes, the same for the same history.
+        a PNG file, byte for byte the same for the same history.
     """
     figure = Figure(figsize=(12, 4.2), dpi=100, layout="constrained")
     losses, levels, gains = figure.subplots(1, 3)
@@ -41,7 +43,7 @@ def draw_history(history):
 
     gain = next((name for name in GAINS if name in history[-1]), "prompt_gain")
     by_level = [name for name in history[-1] if name.startswith(f"{gain}_sigma_")]
-    for i, name in enumerate(by_level):  # the more noise, the darker
+    for i, name in enumerate(by_level):  # more noise is darker
         shade = str(0.7 * (1 - i / max(1, len(by_level) - 1)))
         _curve(levels, history, name, f"at sigma {name.rpartition('_')[2]}", color=shade)
     levels.set_title(f"{gain.replace('_', ' ')} by noise level")
@@ -72,7 +74,7 @@ def draw_history(history):
         labels = [line.get_label() for line in shown]
         axes.legend(shown, labels, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     png = io.BytesIO()
-    # Without the version of the program that drew it: the same numbers, the same bytes.
+    # Without the version of matplotlib in the file, which would change its bytes.
     FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
     return png.getvalue()
 
@@ -83,8 +85,16 @@ def _curve(axes, history, name, label, **style):
         axes.plot(*zip(*points), marker="o", markersize=3, label=label, **style)
 
 
-def show_history(history, accelerator, output_dir):
-    """Write validation.png into the output folder, and the same picture to TensorBoard. On the main process."""
+def show_history(history: list[dict[str, float]], accelerator: Accelerator, output_dir: str | Path) -> None:
+    """Write validation.png into the output folder, and the same picture to TensorBoard.
+
+    Call it on the main process only.
+
+    Args:
+        history: see `draw_history`.
+        accelerator: the run's, which has the TensorBoard writer.
+        output_dir: the run's output folder.
+    """
     png = draw_history(history)
     write_atomic(Path(output_dir) / "validation.png", png)
     if (writer := tensorboard_writer(accelerator)) is not None:
