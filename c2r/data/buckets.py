@@ -1,20 +1,21 @@
-"""Buckets: the shapes in frames, height and width that clips are cut to; a batch holds clips of one bucket."""
+"""Buckets: the shapes that clips are cut to. All clips of a batch are of one bucket."""
 
-from argparse import ArgumentTypeError
-from math import inf, log
-from typing import NamedTuple
+from collections.abc import Sequence
+from math import log
+from typing import TYPE_CHECKING, NamedTuple
 
-from c2r import InputError
+if TYPE_CHECKING:
+    from c2r.data.video import VideoInfo  # would import torch
 
 
 class Bucket(NamedTuple):
-    """Pixel frames, height and width in pixels; written 81x480x832. A bucket of one frame takes images."""
+    """Number of frames, height and width in pixels; written 81x480x832. A bucket of one frame takes images."""
 
     num_frames: int
     height: int
     width: int
 
-    def __str__(self):
+    def __str__(self) -> str:
         return "x".join(map(str, self))
 
     @property
@@ -24,78 +25,91 @@ class Bucket(NamedTuple):
 
     @property
     def latent_grid(self) -> tuple[int, int, int]:
-        """(T, h, w) of its latents."""
+        """Latent frames, height and width (T, h, w) of a clip."""
         return (self.num_frames - 1) // 4 + 1, self.height // 8, self.width // 8
 
 
-def parse_bucket(text) -> Bucket:
-    """A `Bucket` from "81x480x832"; for argparse."""
-    parts = str(text).lower().split("x")
-    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
-        raise ArgumentTypeError(f"{text!r} is no bucket; give frames, height and width like 81x480x832")
-    return Bucket(*map(int, parts))
-
-
-def buckets_of(options) -> list[Bucket]:
-    """The buckets that a command's options ask for: `buckets`, or the one of `num_frames`, `height` and `width`.
+def parse_bucket(text: str) -> Bucket:
+    """Return the bucket written as "81x480x832".
 
     Raises:
-        InputError: a shape or rate that Wan's VAE and patches cannot take, or a bucket named twice.
+        ValueError: it is not written like this, or Wan cannot encode its shape.
     """
-    named = getattr(options, "buckets", None)
-    buckets = named or [Bucket(options.num_frames, options.height, options.width)]
-    for bucket in buckets:
-        for name, value in bucket._asdict().items():
-            if name == "num_frames":  # the VAE's first frame stands alone, then it takes them by fours
-                fits, nearest, rule = value >= 1 and value % 4 == 1, max(1, value // 4 * 4 + 1), "4k + 1"
-            else:  # 8 of the VAE times 2 of the patches
-                fits, nearest = value >= 16 and value % 16 == 0, max(16, round(value / 16) * 16)
-                rule = "divisible by 16"
-            if not fits:
-                option = f"--buckets {bucket}: its {name}" if named else f"--{name} {value}:"
-                raise InputError(f"{option} must be {rule}; try {nearest}")
-        if buckets.count(bucket) > 1:
-            raise InputError(f"--buckets {bucket}: is there twice; name it once")
-    if not 0 < options.fps < inf:
-        raise InputError(f"--fps {options.fps}: must be above 0 and finite")
-    return buckets
+    parts = str(text).lower().split("x")
+    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+        raise ValueError("must be frames, height and width; write it like 81x480x832")
+    values = []
+    for name, check, part in zip(Bucket._fields, (check_num_frames, check_pixels, check_pixels), parts):
+        try:
+            values.append(check(part))
+        except ValueError as error:
+            raise ValueError(f"its {name} {error}") from None
+    return Bucket(*values)
 
 
-def nearest_buckets(info, buckets) -> list[Bucket]:
-    """The buckets whose aspect ratio is nearest to a file's; none for an image where none has one frame.
+def check_num_frames(value: str | int) -> int:
+    """Return a clip's number of frames if the VAE can encode it: one frame, then groups of four.
 
-    Images go to buckets of one frame, and videos only where there are no others: then each frame is a clip.
+    Raises:
+        ValueError: it is not 4k + 1; the message suggests a number.
+    """
+    frames = _whole_number(value)
+    if frames < 1 or frames % 4 != 1:
+        raise ValueError(f"must be 4k + 1; try {max(1, frames // 4 * 4 + 1)}")
+    return frames
 
-    Args:
-        info: has `aspect` and `is_image`, as `VideoInfo`.
-        buckets: list of `Bucket`.
+
+def check_pixels(value: str | int) -> int:
+    """Return a clip's height or width if it divides into the transformer's patches: 8 for the VAE times 2.
+
+    Raises:
+        ValueError: it is not divisible by 16; the message suggests a number.
+    """
+    pixels = _whole_number(value)
+    if pixels < 16 or pixels % 16:
+        raise ValueError(f"must be divisible by 16; try {max(16, round(pixels / 16) * 16)}")
+    return pixels
+
+
+def _whole_number(value: str | int) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError("must be a whole number; write it in digits") from None
+
+
+def nearest_buckets(info: "VideoInfo", buckets: Sequence[Bucket]) -> list[Bucket]:
+    """Return the buckets whose aspect ratio is nearest to a file's.
+
+    Images go to buckets of one frame; the result is empty if there is none. Videos go to the longer buckets; if all
+    buckets have one frame, each frame of a video is a clip.
     """
     fitting = [bucket for bucket in buckets if (bucket.num_frames == 1) == info.is_image]
     if not fitting and not info.is_image:
-        fitting = buckets
+        fitting = list(buckets)
 
-    def misfit(bucket):
-        # Not diffusers' find_nearest_bucket: its measure grows with the bucket's size, so small ones would win.
+    def mismatch(bucket):
+        # Diffusers' find_nearest_bucket does not serve here: its measure grows with size, which favours small buckets.
         return round(abs(log(bucket.aspect / info.aspect)), 9)
 
-    least = min(map(misfit, fitting), default=0)
-    return [bucket for bucket in fitting if misfit(bucket) == least]
+    least = min(map(mismatch, fitting), default=0)
+    return [bucket for bucket in fitting if mismatch(bucket) == least]
 
 
-def cut_into_windows(frames, info, buckets) -> list[tuple[int, int]]:
-    """The windows of a file: consecutive, without overlap, each in the bucket that fits best.
+def cut_into_windows(frames: int, info: "VideoInfo", buckets: Sequence[Bucket]) -> list[tuple[int, int]]:
+    """Cut a file into consecutive windows that do not overlap.
 
-    Of the aspect ratios the nearest is taken, see `nearest_buckets`; of several sizes with this ratio the largest that
-    the file fills without being enlarged, or else the smallest. Then as many windows of the longest bucket are cut as
-    there are frames for, and what is left gives windows of the shorter ones.
+    All windows of a file have one height and width: among the buckets of the nearest aspect ratio (see
+    `nearest_buckets`) the largest that does not enlarge the file, or the smallest if all do. Windows of the longest
+    bucket come first; the remaining frames give windows of the shorter ones.
 
     Args:
-        frames: how many the file has at the rate of the clips.
-        info: has `aspect`, `height` and `is_image`, as `VideoInfo`.
-        buckets: list of `Bucket`.
+        frames: the file's length, counted at the frame rate of the clips.
+        info: of the file.
+        buckets: all buckets in use.
 
     Returns:
-        list of (first frame, number of the bucket); empty if no bucket takes the file.
+        (first frame, position in `buckets`) of each window; empty if no bucket takes the file.
     """
 
     def enlargement(bucket):

@@ -1,24 +1,24 @@
-"""Clips in columns: a million of them take little memory, and the data loader's workers share it."""
+"""Clips, stored in columns: a million of them need little memory, and data loader workers share it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from c2r.data.buckets import Bucket
-from c2r.data.video import exact
+from c2r.data.video import to_fraction
 
-INDEX = np.dtype(
+#: A clip's entry in `Clips`.
+ENTRY = np.dtype(
     [
-        ("table", np.uint8),  # number of the file table
-        ("row", np.int64),  # of the file
-        ("window", np.int32),
-        ("first_frame", np.int64),  # at the rate of the clips
-        ("bucket", np.uint8),  # number in the table's buckets
+        ("table", np.uint8),  # position of the clip's `FileTable`
+        ("row", np.int64),  # row of its file there
+        ("window", np.int32),  # 0, 1, … within the file
+        ("first_frame", np.int64),  # at the frame rate of the clips
+        ("bucket", np.uint8),  # position in the table's buckets
         ("held_out", np.bool_),
     ]
 )
@@ -26,65 +26,65 @@ INDEX = np.dtype(
 CLIPS_AT_ONCE = 10_000
 
 
-class Source(NamedTuple):
-    """A file of a dataset as it is now."""
+class DatasetFile(NamedTuple):
+    """A file of a dataset, in its current state."""
 
-    folder: str  # the dataset's, or its address
-    name: str  # within the folder, with forward slashes
+    folder: str  # the dataset's path or address
+    name: str  # path within the folder, with forward slashes
     size: int  # bytes
-    mtime_ns: int  # of a remote file: a number that changes with its content
+    mtime_ns: int  # time of last change; of a remote file, a number that changes with its content
 
     @property
-    def file(self) -> str:
-        """Its path, or address."""
+    def path(self) -> str:
+        """Path or address of the file."""
         return f"{self.folder}/{self.name}"
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One window of one file, or of both files of a CG pair."""
+    """One window of a file, or of both files of a CG pair."""
 
-    folder: str  # the dataset's, or its address
-    name: str  # of the file within the folder, with forward slashes
+    folder: str  # the dataset's path or address
+    name: str  # of the target file: path within the folder, with forward slashes
     text: str
     domain: str  # "real" or "cg"
-    window: int  # 0, 1, …
+    window: int  # 0, 1, … within the file
     start: float  # seconds from the file's first frame
     bucket: Bucket
-    size: int  # of the file, as in `Source`
+    size: int  # of the target file, as in `DatasetFile`
     mtime_ns: int
     held_out: bool
-    control_name: str | None = None  # the coarse video: of a CG pair, or of a real clip, for validation alone
+    control_name: str | None = None  # the coarse file: of a CG pair, or of a real clip (used in validation only)
     control_size: int | None = None
     control_mtime_ns: int | None = None
 
     @property
-    def file(self) -> str:
-        """Path, or address, of the video whose latents are learned."""
-        return self.source.file
-
-    @property
-    def source(self) -> Source:
+    def target_file(self) -> DatasetFile:
         """The file whose latents are learned."""
-        return Source(self.folder, self.name, self.size, self.mtime_ns)
+        return DatasetFile(self.folder, self.name, self.size, self.mtime_ns)
 
     @property
-    def coarse_source(self) -> Source | None:
-        """The coarse video: each CG pair has one, and a real clip may."""
-        return self.control_name and Source(self.folder, self.control_name, self.control_size, self.control_mtime_ns)
+    def coarse_file(self) -> DatasetFile | None:
+        """The coarse version: every CG pair has one, a real clip may have one."""
+        if self.control_name is None:
+            return None
+        return DatasetFile(self.folder, self.control_name, self.control_size, self.control_mtime_ns)
 
     @property
-    def control_source(self) -> Source:
-        """What is the control in training: the coarse video of a CG pair; a real clip is its own control."""
-        return self.coarse_source if self.domain == "cg" else self.source
+    def control_file(self) -> DatasetFile:
+        """The control in training: the coarse version of a CG pair; a real clip is its own control."""
+        return self.coarse_file if self.domain == "cg" else self.target_file
 
 
 @dataclass(frozen=True)
 class FileTable:
-    """The files, or pairs, of one dataset that give clips; row by row.
+    """The files, or pairs of files, of one dataset that give clips; one row per file or pair.
 
     Args:
-        folder, domain, fps, buckets: of all rows.
+        folder: the dataset's path or address.
+        domain: "real" or "cg".
+        fps: frame rate of the clips.
+        buckets: all buckets in use.
         names, texts, control_names: arrow arrays of strings; control_names has nulls.
         sizes, mtimes, control_sizes, control_mtimes: int64.
     """
@@ -92,7 +92,7 @@ class FileTable:
     folder: str
     domain: str
     fps: float
-    buckets: list[Bucket]
+    buckets: tuple[Bucket, ...]
     names: pa.Array
     texts: pa.Array
     sizes: np.ndarray
@@ -103,22 +103,22 @@ class FileTable:
 
     @cached_property
     def rate(self) -> tuple[int, int]:
-        """So many frames in so many seconds."""
-        return exact(self.fps).as_integer_ratio()
+        """The frame rate as a ratio of whole numbers: frames, and the seconds that they take."""
+        return to_fraction(self.fps).as_integer_ratio()
 
-    def clips(self, index):
-        """The `Clip`s of some entries of an INDEX, all of this table. Much faster for many at once."""
+    def clips(self, entries: np.ndarray) -> Iterator[Clip]:
+        """Yield the clips of some entries of this table; much faster for many at once."""
         frames, seconds = self.rate
-        rows = index["row"]
+        rows = entries["row"]
         strings = [
             strings.take(pa.array(rows)).to_pylist() for strings in (self.names, self.texts, self.control_names)
         ]
         numbers = [
             numbers[rows].tolist() for numbers in (self.sizes, self.mtimes, self.control_sizes, self.control_mtimes)
         ]
-        entries = [index[name].tolist() for name in ("window", "first_frame", "bucket", "held_out")]
+        columns = [entries[name].tolist() for name in ("window", "first_frame", "bucket", "held_out")]
         for name, text, control_name, *sizes_and_times, window, first_frame, bucket, held_out in zip(
-            *strings, *numbers, *entries
+            *strings, *numbers, *columns
         ):
             size, mtime_ns, control_size, control_mtime_ns = sizes_and_times
             yield Clip(
@@ -138,78 +138,78 @@ class FileTable:
             )
 
 
-class Clips(Sequence):
-    """A sequence of `Clip`, made when they are asked for. A slice, a mask or an array of positions gives `Clips`.
+class Clips(Sequence[Clip]):
+    """A sequence of `Clip`, each made on access. A slice, a mask or an array of positions gives `Clips`.
 
     Args:
-        tables: list of `FileTable`.
-        index: array of INDEX, one entry for each clip.
+        tables: the files.
+        entries: array of ENTRY, one per clip.
     """
 
-    def __init__(self, tables, index):
-        self.tables, self.index = tables, index
+    def __init__(self, tables: list[FileTable], entries: np.ndarray):
+        self.tables, self.entries = tables, entries
 
     def __len__(self):
-        return len(self.index)
+        return len(self.entries)
 
     def __getitem__(self, key):
         if isinstance(key, (int, np.integer)):
-            return next(iter(Clips(self.tables, self.index[[key]])))
-        return Clips(self.tables, self.index[key])
+            return next(iter(Clips(self.tables, self.entries[[key]])))
+        return Clips(self.tables, self.entries[key])
 
     def __iter__(self):
         for first in range(0, len(self), CLIPS_AT_ONCE):
-            block = self.index[first : first + CLIPS_AT_ONCE]
+            block = self.entries[first : first + CLIPS_AT_ONCE]
             for part in np.split(block, np.flatnonzero(np.diff(block["table"])) + 1):
                 yield from self.tables[part["table"][0]].clips(part)
 
     @classmethod
-    def concatenated(cls, parts) -> "Clips":
-        """All clips of several `Clips`, in order."""
-        tables, indices = [], []
+    def concatenated(cls, parts: Iterable["Clips"]) -> "Clips":
+        """Return all clips of several `Clips`, in order."""
+        tables: list[FileTable] = []
+        all_entries = [np.empty(0, ENTRY)]
         for part in parts:
-            indices.append(part.index.copy())
-            indices[-1]["table"] += len(tables)
+            entries = part.entries.copy()
+            entries["table"] += len(tables)
+            all_entries.append(entries)
             tables += part.tables
-        return cls(tables, np.concatenate([np.empty(0, INDEX), *indices]))
+        return cls(tables, np.concatenate(all_entries))
 
-    def first_windows(self, count=None) -> "Clips":
-        """Up to `count` clips from as many files as possible: first windows before second ones, and among these one of
-        each dataset and bucket before second ones."""
-        table, bucket, window = (self.index[name] for name in ("table", "bucket", "window"))
+    def first_windows(self, count: int | None = None) -> "Clips":
+        """Return up to `count` clips of as many files as possible, or all clips in this order.
+
+        First windows come before second windows. Among the first windows, each dataset and bucket gives one clip in
+        turn; so among the second windows.
+        """
+        table, bucket, window = (self.entries[name] for name in ("table", "bucket", "window"))
         by_kind = np.lexsort((bucket, table, window))
-        kinds = self.index[["table", "bucket", "window"]][by_kind]
+        kinds = self.entries[["table", "bucket", "window"]][by_kind]
         places = np.arange(len(self))
         first_of_kind = np.maximum.accumulate(np.where(kinds != np.roll(kinds, 1), places, 0))
         turns = np.empty(len(self), np.int64)
         turns[by_kind] = places - first_of_kind
         return self[np.lexsort((turns, window))[:count]]
 
-    def of_bucket(self, bucket) -> "Clips":
-        """Those of one bucket."""
+    def of_bucket(self, bucket: Bucket) -> "Clips":
+        """Return the clips of one bucket."""
         return self[self.bucket_numbers == self.buckets.index(bucket)] if bucket in self.buckets else self[:0]
 
     @property
     def main_bucket(self) -> Bucket | None:
-        """The bucket of most clips; None of none."""
+        """The bucket with the most clips; None if there are no clips."""
         return self.buckets[np.bincount(self.bucket_numbers).argmax()] if len(self) else None
 
     @property
-    def buckets(self) -> list[Bucket]:
-        """The buckets that `bucket_numbers` count."""
-        return self.tables[0].buckets if self.tables else []
+    def buckets(self) -> tuple[Bucket, ...]:
+        """All buckets in use; some may have no clips."""
+        return self.tables[0].buckets if self.tables else ()
 
     @property
     def bucket_numbers(self) -> np.ndarray:
-        """(len,) uint8: the number in `buckets` of each clip."""
-        return self.index["bucket"]
+        """The position in `buckets` of each clip's bucket: (len,) uint8."""
+        return self.entries["bucket"]
 
     @property
     def file_count(self) -> int:
-        return len(np.unique(self.index[["table", "row"]]))
-
-
-def cache_folder(dataset_folder, options) -> Path:
-    """A command's `--cache_dir`, or .c2r_cache in the dataset's folder."""
-    cache_dir = getattr(options, "cache_dir", None)
-    return Path(cache_dir) if cache_dir else Path(dataset_folder) / ".c2r_cache"
+        """Number of files, or pairs, that the clips come from."""
+        return len(np.unique(self.entries[["table", "row"]]))

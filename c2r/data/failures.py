@@ -1,43 +1,54 @@
-"""Notes on files that turned out unusable while they were encoded."""
+"""Notes on files that looked usable but could not be encoded."""
 
 import json
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from c2r.data.clips import Source
-from c2r.encoding.cache import CacheSettings
+from c2r.data.clips import DatasetFile
+from c2r.data.drop_reasons import DropReason
 from c2r.files import digest, write_atomic
 
 
 class Failure(NamedTuple):
-    """A file that looked usable and is not."""
+    """A file that could not be decoded or encoded."""
 
-    source: Source
-    reason: str
+    file: DatasetFile
+    reason: DropReason
     detail: str  # one line that names the file
-    settings: CacheSettings | None = None  # where the encoders fail, and the file may be good for others
+    settings: dict[str, Any] | None = None  # the encoders that failed, if other encoders may succeed
 
 
-def note_failure(cache_dir, failure: Failure):
-    """Note that a file, as it is now, gives no clips: the next `read_manifest` drops it with this reason."""
-    source, settings = failure.source, failure.settings and asdict(failure.settings)
-    key = [source.name, source.size, source.mtime_ns, settings]
-    note = {"file": key[:3], "reason": failure.reason, "detail": failure.detail, "settings": settings}
+def note_failure(cache_dir: str | Path, failure: Failure) -> None:
+    """Note a failure in a dataset's cache: the next `read_manifest` drops the file as long as it does not change."""
+    file = failure.file
+    key = [file.name, file.size, file.mtime_ns, failure.settings]
+    note = {"file": key[:3], "reason": failure.reason, "detail": failure.detail, "settings": failure.settings}
     write_atomic(Path(cache_dir) / "failures" / f"{digest(key)}.json", json.dumps(note).encode())
 
 
-def noted_failures(cache_dir, options) -> dict[tuple[str, int, int], tuple[str, str]]:
-    """{(name, size, mtime_ns) of a file: (reason, detail)} of all notes that count for these options."""
+def noted_failures(
+    cache_dir: str | Path, current_encoders: Callable[[], dict[str, Any]]
+) -> dict[tuple[str, int, int], tuple[DropReason, str]]:
+    """Read the notes that apply to the current encoders.
+
+    Args:
+        cache_dir: the dataset's.
+        current_encoders: gives what `Failure.settings` would be now; called only if a note names encoders.
+
+    Returns:
+        {(name, size, mtime_ns) of a file: (reason, detail)}.
+    """
     noted, current = {}, None
     for path in Path(cache_dir).glob("failures/*.json"):
         try:
             note = json.loads(path.read_text())
-            file, reason, detail, settings = (note[name] for name in ("file", "reason", "detail", "settings"))
-        except (OSError, ValueError, KeyError):  # then it is found out again
+            file, detail, settings = note["file"], note["detail"], note["settings"]
+            reason = DropReason(note["reason"])
+        except (OSError, ValueError, KeyError):  # a file without a legible note is tried again
             continue
         if settings is not None:
-            current = current or asdict(CacheSettings.from_options(options))
+            current = current or current_encoders()
         if settings in (None, current):
             noted[tuple(file)] = reason, f"{detail} (noted in {path}; delete that to try again)"
     return noted

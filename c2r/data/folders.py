@@ -1,155 +1,159 @@
-"""Where a dataset is: a folder of this machine, or an fsspec address (`c2r.data.remote`); both look alike here."""
+"""Folders of datasets: one interface for a folder of this machine and for an fsspec address (`c2r.data.remote`)."""
 
 import os
 import stat
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from c2r import InputError
-from c2r.data.clips import Source
+from c2r.data.clips import Clip, DatasetFile
+from c2r.data.drop_reasons import DropReason, DropRow
 from c2r.data.remote import RemoteFolder, is_remote
-from c2r.data.video import UnusableVideo, probe, read_window
-
-
-class DropRow(Exception):
-    """Raised with (reason, detail) while a row is looked into; ends in the manifest's `dropped`."""
+from c2r.data.settings import ClipSettings
+from c2r.data.video import UnusableVideo, VideoInfo, probe, read_window
 
 
 class LocalFolder:
-    """A dataset's folder; nothing outside it is ever given.
-
-    Args:
-        address: its path.
+    """A dataset's folder on this machine; files outside it cannot be reached through it.
 
     Raises:
         InputError: there is no such folder.
     """
 
-    def __init__(self, address):
+    def __init__(self, address: str | Path):
         path = Path(address)
         if not path.is_dir():
             raise InputError(f"{path}: no such dataset folder; check the path")
         self.address = str(path.resolve())
-        self._inside = cache(self._is_inside)
+        self._contains = cache(self._contains_uncached)
 
-    def has(self, name) -> bool:
-        """Whether there is such a file."""
+    def has_file(self, name: str) -> bool:
+        """Return True if there is a file of this name."""
         return os.path.isfile(f"{self.address}/{name}")
 
-    def has_folder(self, name) -> bool:
-        """Whether there is such a folder within it."""
+    def has_folder(self, name: str) -> bool:
+        """Return True if there is a folder of this name; "" is the dataset's folder itself."""
         return os.path.isdir(f"{self.address}/{name}")
 
-    def locate(self, name) -> Source | None:
-        """The file of this name within the folder; None if there is none.
+    def locate(self, name: str) -> DatasetFile | None:
+        """Return the file of this name; None if there is none.
 
         Raises:
-            DropRow: it is outside.
+            DropRow: it is outside the folder.
         """
         path = os.path.normpath(os.path.join(self.address, name))
         parent = os.path.dirname(path)
         try:
             status = os.lstat(path)
-            link = stat.S_ISLNK(status.st_mode)
-            status = os.stat(path) if link else status
-        except (OSError, ValueError):  # also a name that no file can have
+            is_link = stat.S_ISLNK(status.st_mode)
+            status = os.stat(path) if is_link else status
+        except (OSError, ValueError):  # ValueError: no file can have this name
             return None
         if not stat.S_ISREG(status.st_mode):
             return None
-        # Both as written and as it is on disk: neither ".." nor a link may lead out of the dataset.
-        if not (self._inside(parent) and (not link or self._is_inside(path))):
-            raise DropRow("path outside the folder", f"{name} leads to {os.path.realpath(path)}")
-        return Source(self.address, path[len(self.address) + 1 :], status.st_size, status.st_mtime_ns)
+        # Neither ".." nor a link may lead out of the dataset: the name and the real path are both checked.
+        if not (self._contains(parent) and (not is_link or self._contains_uncached(path))):
+            raise DropRow(DropReason.OUTSIDE_FOLDER, f"{name} leads to {os.path.realpath(path)}")
+        return DatasetFile(self.address, path[len(self.address) + 1 :], status.st_size, status.st_mtime_ns)
 
-    def _is_inside(self, path):
-        within = (self.address, self.address.rstrip("/") + "/")
-        return all(p == within[0] or p.startswith(within[1]) for p in (path, os.path.realpath(path)))
+    def _contains_uncached(self, path):
+        inside = self.address.rstrip("/") + "/"
+        return all(p == self.address or p.startswith(inside) for p in (path, os.path.realpath(path)))
 
     @contextmanager
-    def local_copy(self, source):
-        """The path of a file of this folder, while the context is open."""
-        yield Path(source.file)
+    def local_copy(self, file: DatasetFile) -> Iterator[Path]:
+        """Give the path under which a file can be read while the context is open."""
+        yield Path(file.path)
 
-    def probe(self, source):
-        """`c2r.data.video.probe` of a file."""
-        return probe(source.file)
+    def probe(self, file: DatasetFile) -> VideoInfo:
+        """Return length, rate and shape of a file, see `c2r.data.video.probe`."""
+        return probe(file.path)
 
 
 class RemoteDataset:
-    """A dataset at an fsspec address, see `RemoteFolder`; its files are looked into where they are."""
+    """A dataset at an fsspec address, with the interface of `LocalFolder`; `probe` does not fetch the whole file."""
 
     def __init__(self, folder: RemoteFolder):
         self.address, self._folder = folder.address, folder
 
-    def has(self, name) -> bool:
+    def has_file(self, name: str) -> bool:
         return name in self._folder.files
 
-    def has_folder(self, name) -> bool:
+    def has_folder(self, name: str) -> bool:
         return not name or any(file.startswith(f"{name}/") for file in self._folder.files)
 
-    def locate(self, name) -> Source | None:
+    def locate(self, name: str) -> DatasetFile | None:
         name = os.path.normpath(name)
         file = self._folder.files.get(name)
         if file is None and name.startswith(("/", "..")):
-            raise DropRow("path outside the folder", name)
-        return file and Source(self.address, name, file.size, file.version)
+            raise DropRow(DropReason.OUTSIDE_FOLDER, name)
+        return file and DatasetFile(self.address, name, file.size, file.version)
 
-    def local_copy(self, source):
-        return self._folder.fetch(source.name, source.size, source.mtime_ns)
+    def local_copy(self, file: DatasetFile) -> AbstractContextManager[Path]:
+        return self._folder.fetch(file.name, file.size, file.mtime_ns)
 
-    def probe(self, source):
-        with self._folder.telling(source.file), self._folder.open(source.name) as file:
+    def probe(self, file: DatasetFile) -> VideoInfo:
+        with self._folder.raise_input_errors(file.path), self._folder.open(file.name) as stream:
             try:
-                return probe(source.file, file)
-            finally:  # a lost connection says nothing of the video, whatever the decoder has made of it
-                if file.error is not None:
-                    raise file.error
+                return probe(file.path, stream)
+            finally:
+                # A lost connection is no fault of the video, whatever error the decoder has made of it.
+                if stream.error is not None:
+                    raise stream.error
 
 
-def open_folder(address, options):
-    """`LocalFolder` or `RemoteDataset`.
+DatasetFolder = LocalFolder | RemoteDataset
+
+
+def open_folder(address: str | Path, settings: ClipSettings) -> DatasetFolder:
+    """Open a dataset's folder.
 
     Args:
         address: a path, or an fsspec address such as hf://datasets/user/name.
-        options: a command's; a remote dataset needs its cache_dir, and video_cache_gb bounds what is fetched to it.
+        settings: an address needs cache_dir; video_cache_gb limits the videos that are fetched to it.
 
     Raises:
-        InputError: there is no such folder.
+        InputError: there is no such folder, or no cache_dir for an address.
     """
-    if not is_remote(str(address)):
-        return _local_folder(str(address))
-    cache_dir = getattr(options, "cache_dir", None)
-    if cache_dir is None:
-        raise InputError(f"{address}: is not on this machine: give a --cache_dir for what is fetched and encoded")
-    return _remote_dataset(str(address), str(cache_dir), int(options.video_cache_gb * 1e9))
+    address = str(address)
+    if not is_remote(address):
+        return _local_folder(address)
+    if settings.cache_dir is None:
+        raise InputError(f"{address}: is not on this machine; give a --cache_dir for fetched videos and encoded clips")
+    return _remote_dataset(address, settings.cache_dir, int(settings.video_cache_gb * 1e9))
 
 
 _local_folder = cache(LocalFolder)
 
 
 @cache
-def _remote_dataset(*where):
-    return RemoteDataset(RemoteFolder(*where))
+def _remote_dataset(address, cache_dir, max_bytes):
+    return RemoteDataset(RemoteFolder(address, cache_dir, max_bytes))
 
 
-def read_source(source, clip, options):
+def read_frames(file: DatasetFile, clip: Clip, settings: ClipSettings) -> torch.Tensor:
     """Decode a clip's window of one of its files, see `read_window`.
 
     Args:
-        source: the clip's `source`, `control_source` or `coarse_source`.
-        clip: `Clip`.
-        options: see `open_folder`; and fps.
+        file: the clip's target_file, control_file or coarse_file.
+        clip: the window.
+        settings: the frame rate, and where copies of remote files are kept.
 
     Returns:
-        (F, 3, H, W) uint8 RGB in the shape of the clip's bucket.
+        (F, 3, H, W) uint8 RGB in [0, 255], in the shape of the clip's bucket.
 
     Raises:
         UnusableVideo: the file cannot be decoded.
         InputError: it cannot be read or fetched.
     """
-    with open_folder(source.folder, options).local_copy(source) as path:
+    num_frames, height, width = clip.bucket
+    with open_folder(file.folder, settings).local_copy(file) as path:
         try:
-            return read_window(path, clip.start, clip.bucket.num_frames, options.fps, *clip.bucket[1:])
-        except UnusableVideo as error:  # of the file, not of its copy
-            raise UnusableVideo(str(error).replace(str(path), source.file), error.reason) from error
+            return read_window(path, clip.start, num_frames, settings.fps, height, width)
+        except UnusableVideo as error:
+            # Users know the file by its address, not by its copy in the cache.
+            raise UnusableVideo(str(error).replace(str(path), file.path), error.reason) from error

@@ -1,56 +1,67 @@
-"""A dataset as clips: which windows of which files are used, which are held out, which rows are dropped and why."""
+"""Manifests: the clips of a dataset, which of them are held out, and which rows are dropped for which reason."""
 
 import csv
 import hashlib
 import io
+import logging
 from array import array
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from c2r import InputError
-from c2r.data.buckets import buckets_of, cut_into_windows, nearest_buckets
-from c2r.data.clips import INDEX, Clips, FileTable, Source, cache_folder
+from c2r.data.buckets import Bucket, cut_into_windows, nearest_buckets
+from c2r.data.clips import ENTRY, Clip, Clips, DatasetFile, FileTable
+from c2r.data.drop_reasons import DropReason, DropRow
 from c2r.data.failures import noted_failures
-from c2r.data.folders import DropRow, open_folder
+from c2r.data.folders import DatasetFolder, open_folder
 from c2r.data.metadata import find_metadata, rows_of
 from c2r.data.probes import Probes
-from c2r.data.video import UnusableVideo
+from c2r.data.settings import ClipSettings
+from c2r.data.video import UnusableVideo, VideoInfo
 from c2r.files import digest, write_atomic
 
+logger = logging.getLogger(__name__)
+
 HELD_OUT_FRACTION = 0.05
-# A pair's rates may differ by this much: 23.976 and 24 are one rate to a clip of seconds.
+# Largest relative difference of a pair's frame rates: 23.976 and 24 count as equal, clips last seconds only.
 RATE_TOLERANCE = 0.005
-# And its aspect ratios: encoders round sizes to even numbers. At 832 pixels this moves the edge by 4.
+# Largest relative difference of a pair's aspect ratios: encoders round sizes to even numbers. At a width of 832 pixels
+# the edge moves by 4.
 ASPECT_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """A metadata row that is not used, or not in full. Rows are counted by `reason`; `detail` tells them apart."""
+    """A metadata row that is not used, or is used without its coarse version."""
 
     file: str
-    reason: str
+    reason: DropReason
     detail: str = ""
 
 
-def is_held_out(name, fraction=HELD_OUT_FRACTION) -> bool:
-    """Whether a file of this name is held out: by the name's SHA-256, so always the same, whatever else is there."""
-    return _place(name) < fraction
+def is_held_out(name: str, fraction: float = HELD_OUT_FRACTION) -> bool:
+    """Return True if a file of this name is held out.
+
+    The name's SHA-256 alone decides, so other files do not change the answer.
+    """
+    return _hash_position(name) < fraction
 
 
-def _place(name) -> float:
-    """A number in [0, 1) that belongs to a file name."""
+def _hash_position(name: str) -> float:
+    """Map a file name to a number in [0, 1) by its SHA-256."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
 
 
-def clips_fingerprint(clips) -> str:
-    """SHA-256 hex of a sequence of clips: names, windows, buckets, sizes, times of change and captions."""
+def clips_fingerprint(clips: Iterable[Clip]) -> str:
+    """Return the SHA-256 hex of clips: names, windows, buckets, captions, and sizes and change times of files."""
     content = hashlib.sha256()
     for c in clips:
         entry = (c.name, c.window, c.start, *c.bucket, c.size, c.mtime_ns, c.text)
@@ -60,60 +71,63 @@ def clips_fingerprint(clips) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is used of a dataset, in the order of its metadata."""
+    """The clips and dropped rows of a dataset, in the order of its metadata."""
 
-    folder: str  # or address
+    folder: str  # path or address
     domain: str
     clips: Clips
     dropped: list[Dropped]
     cache_dir: Path
     row_count: int  # of the metadata
-    # Real rows that are kept, but without the coarse version that they name.
-    without_coarse: list[Dropped] = field(default_factory=list)
+    without_coarse: list[Dropped] = field(default_factory=list)  # real rows that are used without the coarse version
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The name in messages."""
         return self.folder
 
     @property
     def train(self) -> Clips:
-        return self.clips[~self.clips.index["held_out"]]
+        """The clips that are not held out."""
+        return self.clips[~self.clips.entries["held_out"]]
 
     @property
     def held_out(self) -> Clips:
-        return self.clips[self.clips.index["held_out"]]
+        """The clips that are kept out of training, for validation."""
+        return self.clips[self.clips.entries["held_out"]]
 
     @cached_property
     def fingerprint(self) -> str:
-        """`clips_fingerprint` of all clips."""
+        """The `clips_fingerprint` of all clips."""
         return clips_fingerprint(self.clips)
 
-    def report(self):
-        """Print how many clips are used and how many rows dropped, by reason, and write the list into the cache."""
+    def report(self) -> None:
+        """Log the numbers of clips used and of rows dropped by reason, and write the list into the cache."""
         path = self.write()
-        held_out = int(self.clips.index["held_out"].sum())
-        print(
-            f"{self.folder} ({self.domain}): kept {len(self.clips)} clips of {self.clips.file_count} files "
+        name = f"{self.folder} ({self.domain})"
+        held_out = int(self.clips.entries["held_out"].sum())
+        logger.info(
+            f"{name}: kept {len(self.clips)} clips of {self.clips.file_count} files "
             f"({len(self.clips) - held_out} to train on, {held_out} held out), "
-            f"dropped {len(self.dropped)} rows{': ' if self.dropped else ''}{by_reason(self.dropped)}; list in {path}",
-            flush=True,
+            f"dropped {len(self.dropped)} rows{': ' if self.dropped else ''}{_count_reasons(self.dropped)}; "
+            f"list in {path}"
         )
         if len(self.clips.buckets) > 1:
             numbers = Counter(self.clips.bucket_numbers.tolist())
             shares = ", ".join(f"{numbers[i]} of {bucket}" for i, bucket in enumerate(self.clips.buckets))
-            print(f"{self.folder} ({self.domain}): clips by bucket: {shares}", flush=True)
+            logger.info(f"{name}: clips by bucket: {shares}")
         if self.without_coarse:
-            print(
-                f"{self.folder} ({self.domain}): kept {len(self.without_coarse)} rows without their coarse version: "
-                f"{by_reason(self.without_coarse)}",
-                flush=True,
+            logger.info(
+                f"{name}: kept {len(self.without_coarse)} rows without their coarse version: "
+                f"{_count_reasons(self.without_coarse)}"
             )
 
     def write(self) -> Path:
-        """Write every dropped row and every clip as csv into the cache: file, window, bucket, use (train, held out,
-        dropped, without coarse version), reason. Returns the file's path."""
-        # Datasets that share a cache may have folders of one name.
+        """Write the clips and dropped rows as a CSV file into the cache, and return its path.
+
+        Columns: file_name, window, bucket, use (train, held out, dropped, without coarse version), reason.
+        """
+        # Datasets of one folder name may share a cache.
         path = self.cache_dir / f"manifest-{self.domain}-{Path(self.folder).name}-{digest(self.folder)[:6]}.csv"
         content = io.StringIO()
         writer = csv.writer(content)
@@ -122,84 +136,93 @@ class Manifest:
             for row in rows:
                 reason = f"{row.reason}: {row.detail}" if row.detail else row.reason
                 writer.writerow([row.file, "", "", use, reason])
-        index, table = self.clips.index, self.clips.tables[0]
+        entries, table = self.clips.entries, self.clips.tables[0]
         names, uses = table.names.to_pylist(), ("train", "held out")
-        rows, windows, buckets, held_out = (index[name].tolist() for name in ("row", "window", "bucket", "held_out"))
+        rows, windows, buckets, held_out = (entries[name].tolist() for name in ("row", "window", "bucket", "held_out"))
         for row, window, bucket, held in zip(rows, windows, buckets, held_out):
             writer.writerow([names[row], window, table.buckets[bucket], uses[held], ""])
         try:
             write_atomic(path, content.getvalue().encode(errors="replace"))
         except OSError as error:
-            raise InputError(
-                f"{path}: cannot be written ({error.strerror}); give a --cache_dir that can be"
-            ) from error
+            raise InputError(f"{path}: cannot be written ({error.strerror}); give a writable --cache_dir") from error
         return path
 
-    def require_kept(self, max_dropped=None):
-        """Write the list and raise InputError if there is no clip, or more than this share of the rows is dropped."""
+    def require_kept(self, max_dropped: float | None = None) -> None:
+        """Raise InputError if there is no clip, or if more than this share of the rows is dropped.
+
+        The list is written before, so that the message can name it.
+        """
         if not len(self.clips):
             raise InputError(
                 f"{self.folder}: none of its {self.row_count} rows can be used "
-                f"({by_reason(self.dropped) or 'the metadata is empty'}); {_first_detail(self.dropped)}"
+                f"({_count_reasons(self.dropped) or 'the metadata is empty'}); {_first_detail(self.dropped)}"
                 f"list in {self.write()}; see the README on datasets"
             )
         if max_dropped is not None and len(self.dropped) > max_dropped * self.row_count:
             raise InputError(
                 f"{self.folder}: {len(self.dropped)} of {self.row_count} rows are dropped "
-                f"({by_reason(self.dropped)}), more than --max_dropped {max_dropped:g}; mend them, or raise it; "
+                f"({_count_reasons(self.dropped)}), more than --max_dropped {max_dropped:g}; fix them, or raise it; "
                 f"list in {self.write()}"
             )
 
 
-def by_reason(dropped) -> str:
-    """'3 too short, 1 missing file', the most frequent first."""
+def _count_reasons(dropped: list[Dropped]) -> str:
+    """Return the reasons and their numbers, the most frequent first: "3 too short, 1 missing file"."""
     return ", ".join(f"{n} {reason}" for reason, n in Counter(row.reason for row in dropped).most_common())
 
 
-class _Rows:
-    """The columns of a `FileTable`, of the rows whose files are there, and of the index, while they are filled.
+def _first_detail(dropped: list[Dropped]) -> str:
+    detail = next((f"{row.file}: {row.detail}" for row in dropped if row.detail), "")
+    return f"the first: {detail}; " if detail else ""
+
+
+class _TableBuilder:
+    """Collects the columns of a `FileTable` and of the entries of its clips.
 
     Args:
-        folder: `LocalFolder` or `RemoteDataset`, of all rows.
+        folder: the dataset's.
     """
 
-    def __init__(self, folder):
-        self.folder, self.names, self.texts, self.control_names = folder, [], [], []
+    def __init__(self, folder: DatasetFolder):
+        self.folder = folder
+        self.names: list[str] = []
+        self.texts: list[str] = []
+        self.control_names: list[str | None] = []
         self.numbers = {name: array("q") for name in ("sizes", "mtimes", "control_sizes", "control_mtimes")}
         self.windows = {name: array("q") for name in ("row", "window", "first_frame", "bucket")}
 
     def __len__(self):
         return len(self.names)
 
-    def add(self, text, source, coarse=None):
-        """Add a row with the `Source` of its file, and of its coarse video."""
-        self.names.append(source.name)
+    def add(self, text: str, target: DatasetFile, coarse: DatasetFile | None = None) -> None:
+        """Add a row of the table."""
+        self.names.append(target.name)
         self.texts.append(text)
         self.control_names.append(coarse and coarse.name)
-        self.numbers["sizes"].append(source.size)
-        self.numbers["mtimes"].append(source.mtime_ns)
+        self.numbers["sizes"].append(target.size)
+        self.numbers["mtimes"].append(target.mtime_ns)
         self.numbers["control_sizes"].append(coarse.size if coarse else 0)
         self.numbers["control_mtimes"].append(coarse.mtime_ns if coarse else 0)
 
-    def sources(self, row):
-        """The `Source`s of a row: its file, and its coarse video if it has one."""
+    def files(self, row: int) -> list[DatasetFile]:
+        """Return a row's target file, and its coarse file if it has one."""
         sizes, mtimes, control_sizes, control_mtimes = self.numbers.values()
-        sources = [Source(self.folder.address, self.names[row], sizes[row], mtimes[row])]
+        files = [DatasetFile(self.folder.address, self.names[row], sizes[row], mtimes[row])]
         if (coarse := self.control_names[row]) is not None:
-            sources.append(Source(self.folder.address, coarse, control_sizes[row], control_mtimes[row]))
-        return sources
+            files.append(DatasetFile(self.folder.address, coarse, control_sizes[row], control_mtimes[row]))
+        return files
 
-    def add_windows(self, row, windows):
-        """Add windows, see `cut_into_windows`, of a row; a row without any is not used."""
+    def add_windows(self, row: int, windows: list[tuple[int, int]]) -> None:
+        """Add the windows of a row, see `cut_into_windows`; a row without windows gives no clips."""
         for window, (first, bucket) in enumerate(windows):
             for column, value in zip(self.windows.values(), (row, window, first, bucket)):
                 column.append(value)
 
-    def clips(self, domain, fps, buckets) -> Clips:
-        """All of them, none held out yet."""
-        index = np.zeros(len(self.windows["row"]), INDEX)
+    def clips(self, domain: str, fps: float, buckets: tuple[Bucket, ...]) -> Clips:
+        """Return the clips of all windows, none of them held out yet."""
+        entries = np.zeros(len(self.windows["row"]), ENTRY)
         for name, column in self.windows.items():
-            index[name] = column
+            entries[name] = column
         table = FileTable(
             folder=self.folder.address,
             domain=domain,
@@ -210,156 +233,171 @@ class _Rows:
             control_names=pa.array(self.control_names, pa.string()),
             **{name: np.array(numbers, np.int64) for name, numbers in self.numbers.items()},
         )
-        return Clips([table], index)
+        return Clips([table], entries)
 
 
-def _hold_out(folder, clips):
-    """Mark the clips that are held out, in place."""
-    rows = np.unique(clips.index["row"])
-    names = clips.tables[0].names.take(pa.array(rows)).to_pylist()
-    held_out = _held_out_names(folder, set(names))
-    is_held_out = np.zeros(rows[-1] + 1, bool)
-    is_held_out[rows] = [name in held_out for name in names]
-    clips.index["held_out"] = is_held_out[clips.index["row"]]
-
-
-def read_manifest(address, domain, options) -> Manifest:
-    """Read a dataset's metadata and look into its files.
+def read_manifest(
+    address: str | Path,
+    domain: str,
+    settings: ClipSettings,
+    current_encoders: Callable[[], dict[str, Any]] | None = None,
+) -> Manifest:
+    """Read a dataset's metadata and probe its files.
 
     Args:
         address: a folder, or an fsspec address, with metadata.csv, .jsonl or .parquet (columns file_name, text, and
             control_name for CG pairs), in itself or in train/, and perhaps in validation/. Names are relative to the
             metadata's folder, to the dataset folder or to its train/.
-        domain: "real" or "cg". A real row may name its coarse version as control_name; one that does not fit is not
-            used, and the row is kept.
-        options: has buckets (or height, width, num_frames), fps, and perhaps cache_dir and max_dropped.
+        domain: "real" or "cg". A real row may name its coarse version as control_name. If that version does not fit,
+            the row is kept without it.
+        settings: buckets, frame rate, cache and the allowed share of dropped rows.
+        current_encoders: gives the encoders' settings, see `noted_failures`; None: files that only some encoders
+            failed on are kept.
 
     Returns:
-        `Manifest`. Held-out files are those in validation/ where there is one; otherwise about 5 %, by a hash of the
-        name, and at least one where there are two. All windows of a file fall on one side.
+        The manifest. Held-out files are those in validation/ if there is one; otherwise about 5 %, chosen by a hash of
+        the name, and at least one of two. All windows of a file fall on one side.
 
     Raises:
-        InputError: no folder, metadata or column, not one usable row, or more than max_dropped lost.
+        InputError: no folder, metadata or column, no usable row, or too many rows dropped.
     """
-    buckets = buckets_of(options)
-    folder = open_folder(address, options)
-    cache_dir = cache_folder(folder.address, options)
-    rows, dropped, without_coarse, row_count = _locate_rows(folder, domain, cache_dir)
+    folder = open_folder(address, settings)
+    cache_dir = settings.cache_folder(folder.address)
+    table, dropped, without_coarse, row_count = _locate_rows(folder, domain, cache_dir)
     probes = Probes(cache_dir)
-    probes.look_into(folder, (source for row in range(len(rows)) for source in rows.sources(row)))
+    probes.probe_missing(folder, (file for row in range(len(table)) for file in table.files(row)))
+    failures = noted_failures(cache_dir, current_encoders or dict)
+    windows_of_infos: dict[tuple[int, ...], list[tuple[int, int]]] = {}
 
-    failures, known = noted_failures(cache_dir, options), {}
+    def windows_of(files):
+        infos = [probes.of(file) for file in files]
+        key = tuple(map(id, infos))  # `probes` keeps one object for all files that are alike
+        if key not in windows_of_infos:
+            windows_of_infos[key] = _cut(infos, settings)
+        for file in files:
+            if file[1:] in failures:
+                raise DropRow(*failures[file[1:]])
+        return windows_of_infos[key]
 
-    def windows_of(sources):
-        infos = [probes.of(source) for source in sources]
-        alike = tuple(map(id, infos))  # `probes` keeps them
-        if alike not in known:
-            known[alike] = _windows(infos, buckets, options.fps)
-        windows = known[alike]
-        for source in sources:
-            if source[1:] in failures:
-                raise DropRow(*failures[source[1:]])
-        return windows
-
-    for row in range(len(rows)):
-        sources = rows.sources(row)
+    for row in range(len(table)):
+        files = table.files(row)
         try:
             try:
-                windows = windows_of(sources)
+                windows = windows_of(files)
             except DropRow as drop:
-                if domain == "cg" or len(sources) == 1:
+                if domain == "cg" or len(files) == 1:
                     raise
-                windows = windows_of(sources[:1])
-                rows.control_names[row] = None
-                without_coarse.append(Dropped(sources[0].name, *drop.args))
-            rows.add_windows(row, windows)
+                windows = windows_of(files[:1])
+                table.control_names[row] = None
+                without_coarse.append(Dropped(files[0].name, drop.reason, drop.detail))
+            table.add_windows(row, windows)
         except DropRow as drop:
-            dropped.append(Dropped(sources[0].name, *drop.args))
-    clips = rows.clips(domain, options.fps, buckets)
+            dropped.append(Dropped(files[0].name, drop.reason, drop.detail))
+    clips = table.clips(domain, settings.fps, settings.buckets)
     manifest = Manifest(folder.address, domain, clips, dropped, cache_dir, row_count, without_coarse)
-    manifest.require_kept(getattr(options, "max_dropped", None))
+    manifest.require_kept(settings.max_dropped)
     _hold_out(folder, clips)
     return manifest
 
 
-def _locate_rows(folder, domain, cache_dir):
-    """(`_Rows` with files, dropped rows, coarse versions that are not there, count of all rows)."""
-    rows, dropped, without_coarse, seen, row_count = _Rows(folder), [], [], set(), 0
-    for place, table in find_metadata(folder, domain, cache_dir):
-        row_count += len(table)
-        # Names are relative to the metadata's folder, to the dataset's, or to its train/.
-        bases = [base for base in dict.fromkeys((place, "", "train")) if folder.has_folder(base)]
-        for name, text, control_name in rows_of(table, f"{folder.address}/{place}".rstrip("/")):
+def _locate_rows(
+    folder: DatasetFolder, domain: str, cache_dir: Path
+) -> tuple[_TableBuilder, list[Dropped], list[Dropped], int]:
+    """Find the files of each metadata row.
+
+    Returns:
+        the rows whose files are there, the dropped rows, the rows kept without a coarse version, and the number of all
+        rows.
+    """
+    table, dropped, without_coarse, row_count = _TableBuilder(folder), [], [], 0
+    seen = set()
+    for metadata_folder, rows in find_metadata(folder, domain, cache_dir):
+        row_count += len(rows)
+        bases = [base for base in dict.fromkeys((metadata_folder, "", "train")) if folder.has_folder(base)]
+        for name, text, control_name in rows_of(rows, f"{folder.address}/{metadata_folder}".rstrip("/")):
             try:
-                sources = [_locate(folder, bases, name)]
+                files = [_locate(folder, bases, name)]
                 if not text.strip():
-                    raise DropRow("empty caption", "")
+                    raise DropRow(DropReason.EMPTY_CAPTION)
                 if domain == "cg" or control_name:
                     try:
-                        sources.append(_locate(folder, bases, control_name))
+                        files.append(_locate(folder, bases, control_name))
                     except DropRow as drop:
                         if domain == "cg":
                             raise
-                        without_coarse.append(Dropped(sources[0].name, *drop.args))
-                if (row := hash((text, *sources))) in seen:
-                    raise DropRow("duplicate row", "")
-                seen.add(row)
-                rows.add(text, *sources)
+                        without_coarse.append(Dropped(files[0].name, drop.reason, drop.detail))
+                if (key := hash((text, *files))) in seen:
+                    raise DropRow(DropReason.DUPLICATE_ROW)
+                seen.add(key)
+                table.add(text, *files)
             except DropRow as drop:
-                dropped.append(Dropped(name, *drop.args))
-    return rows, dropped, without_coarse, row_count
+                dropped.append(Dropped(name, drop.reason, drop.detail))
+    return table, dropped, without_coarse, row_count
 
 
-def _first_detail(dropped):
-    detail = next((f"{row.file}: {row.detail}" for row in dropped if row.detail), "")
-    return f"the first: {detail}; " if detail else ""
-
-
-def _locate(folder, bases, name):
-    """The file that a row names, relative to the first base that has it."""
+def _locate(folder: DatasetFolder, bases: list[str], name: str) -> DatasetFile:
+    """Return the file that a row names, relative to the first base that has it."""
     if not name:
-        raise DropRow("missing file", "the row names none")
+        raise DropRow(DropReason.MISSING_FILE, "the row names none")
     for base in bases:
-        if (source := folder.locate(f"{base}/{name}" if base else name)) is not None:
-            return source
-    raise DropRow("missing file", name)
+        if (file := folder.locate(f"{base}/{name}" if base else name)) is not None:
+            return file
+    raise DropRow(DropReason.MISSING_FILE, name)
 
 
-def _windows(infos, buckets, fps):
-    """The windows of a file, or of a pair of files, see `cut_into_windows`; DropRow if there is none."""
+def _cut(infos: Sequence[VideoInfo | UnusableVideo], settings: ClipSettings) -> list[tuple[int, int]]:
+    """Cut a file, or a pair of files, into windows, see `cut_into_windows`.
+
+    Raises:
+        DropRow: there is no window.
+    """
+    usable = []
     for info in infos:
         if isinstance(info, UnusableVideo):
             raise DropRow(info.reason, str(info))
-    if len(infos) == 2:
-        _require_pair(*infos)
-    frames = min(info.frames_at(fps) for info in infos)
-    windows = cut_into_windows(frames, infos[0], buckets)
+        usable.append(info)
+    if len(usable) == 2:
+        _require_pair(*usable)
+    fps, buckets, target = settings.fps, settings.buckets, usable[0]
+    frames = min(info.frames_at(fps) for info in usable)
+    windows = cut_into_windows(frames, target, buckets)
     if windows:
         return windows
-    if infos[0].is_image:
-        raise DropRow("image", "no bucket has one frame")
-    least = min(bucket.num_frames for bucket in nearest_buckets(infos[0], buckets))
-    detail = f"{frames} frames at {fps:g} fps, {float(infos[0].duration):.2f} s; a clip takes {least}"
-    if min(info.native_frames for info in infos) < least:
-        raise DropRow("too short", detail)
-    raise DropRow("too few frames after resampling", detail)
+    if target.is_image:
+        raise DropRow(DropReason.IMAGE, "no bucket has one frame")
+    least = min(bucket.num_frames for bucket in nearest_buckets(target, buckets))
+    detail = f"{frames} frames at {fps:g} fps, {float(target.duration):.2f} s; a clip takes {least}"
+    if min(info.native_frames for info in usable) < least:
+        raise DropRow(DropReason.TOO_SHORT, detail)
+    raise DropRow(DropReason.TOO_FEW_RESAMPLED_FRAMES, detail)
 
 
-def _require_pair(fine, coarse):
+def _require_pair(fine: VideoInfo, coarse: VideoInfo) -> None:
+    """Raise DropRow unless two files can be cut into the same windows."""
     if fine.is_image or coarse.is_image:
         if fine.is_image != coarse.is_image:
-            raise DropRow("pair of an image and a video", "")
+            raise DropRow(DropReason.PAIR_OF_KINDS)
     else:
         if abs(fine.rate / coarse.rate - 1) > RATE_TOLERANCE:
-            raise DropRow("pair differs in rate", f"{fine.rate:g} fps, its control {coarse.rate:g} fps")
+            raise DropRow(DropReason.PAIR_RATE, f"{fine.rate:g} fps, its control {coarse.rate:g} fps")
         if abs(fine.duration - coarse.duration) > max(fine.interval, coarse.interval) * Fraction(3, 2):
             lengths = f"{float(fine.duration):.2f} s, its control {float(coarse.duration):.2f} s"
-            raise DropRow("pair differs in length", lengths)
+            raise DropRow(DropReason.PAIR_LENGTH, lengths)
     if abs(fine.aspect / coarse.aspect - 1) > ASPECT_TOLERANCE:
-        raise DropRow("pair differs in aspect", f"{fine.aspect:.3f}, its control {coarse.aspect:.3f}")
+        raise DropRow(DropReason.PAIR_ASPECT, f"{fine.aspect:.3f}, its control {coarse.aspect:.3f}")
 
 
-def _held_out_names(folder, names) -> set[str]:
+def _hold_out(folder: DatasetFolder, clips: Clips) -> None:
+    """Mark the clips that are held out, in place."""
+    rows = np.unique(clips.entries["row"])
+    names = clips.tables[0].names.take(pa.array(rows)).to_pylist()
+    held_out = _held_out_names(folder, set(names))
+    row_is_held_out = np.zeros(rows[-1] + 1, bool)
+    row_is_held_out[rows] = [name in held_out for name in names]
+    clips.entries["held_out"] = row_is_held_out[clips.entries["row"]]
+
+
+def _held_out_names(folder: DatasetFolder, names: set[str]) -> set[str]:
     if folder.has_folder("validation"):
         held_out = {name for name in names if name.startswith("validation/")}
         for side, missing in (("validation", not held_out), ("train", held_out == names)):
@@ -371,7 +409,7 @@ def _held_out_names(folder, names) -> set[str]:
         return held_out
     held_out = {name for name in names if is_held_out(name)}
     if len(names) >= 2 and not held_out:
-        held_out = {min(names, key=_place)}
+        held_out = {min(names, key=_hash_position)}
     elif held_out == names:
-        held_out -= {max(names, key=_place)}
+        held_out -= {max(names, key=_hash_position)}
     return held_out

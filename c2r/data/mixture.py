@@ -1,122 +1,148 @@
-"""The datasets of one domain, each with the weight of its samples: `--real_dataset data/a:2 data/b:1`."""
+"""Mixtures: the datasets of one domain with sampling weights, such as `--real_dataset data/a:2 data/b:1`."""
 
 import hashlib
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeVar
 
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from c2r import InputError
 from c2r.data.clips import Clips
 from c2r.data.manifest import Manifest, read_manifest
+from c2r.data.settings import ClipSettings
+from c2r.data.workers import Heartbeat
 
 
 @dataclass(frozen=True)
-class Sources:
-    """What is used of the datasets of one domain; their clips one after the other."""
+class Mixture:
+    """The datasets of one domain with sampling weights. Clips are concatenated in the order of the datasets."""
 
-    manifests: list[Manifest]
-    weights: list[str]  # as they were written
+    datasets: list[Manifest]
+    weights: list[str]  # as the user wrote them
 
     @property
     def domain(self) -> str:
-        return self.manifests[0].domain
+        """The domain of all datasets: "real" or "cg"."""
+        return self.datasets[0].domain
 
     @property
     def name(self) -> str:
-        """Of the datasets, for messages."""
-        return " ".join(manifest.folder for manifest in self.manifests)
+        """The name in messages."""
+        return " ".join(dataset.folder for dataset in self.datasets)
 
     @property
     def cache_dir(self) -> Path:
-        """Where is kept what belongs to all of them."""
-        return self.manifests[0].cache_dir
+        """The folder for cached values that belong to the whole mixture: the first dataset's."""
+        return self.datasets[0].cache_dir
 
     @cached_property
     def clips(self) -> Clips:
-        return Clips.concatenated([manifest.clips for manifest in self.manifests])
+        """The clips of all datasets."""
+        return Clips.concatenated(dataset.clips for dataset in self.datasets)
 
     @cached_property
     def train(self) -> Clips:
-        return Clips.concatenated([manifest.train for manifest in self.manifests])
+        """The clips that are not held out."""
+        return Clips.concatenated(dataset.train for dataset in self.datasets)
 
     @cached_property
     def held_out(self) -> Clips:
-        return Clips.concatenated([manifest.held_out for manifest in self.manifests])
+        """The clips that are kept out of training, for validation."""
+        return Clips.concatenated(dataset.held_out for dataset in self.datasets)
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 hex of all clips and weights."""
-        if len(self.manifests) == 1:
-            return self.manifests[0].fingerprint
-        parts = [(manifest.fingerprint, weight) for manifest, weight in zip(self.manifests, self.weights)]
+        if len(self.datasets) == 1:
+            return self.datasets[0].fingerprint
+        parts = [(dataset.fingerprint, weight) for dataset, weight in zip(self.datasets, self.weights)]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    def parts(self, clips) -> list[tuple[int, str]]:
-        """(length, weight) of each dataset that has some of these clips, for `MixedCGRealSampler`.
+    def parts(self, clips: Clips) -> list[tuple[int, str]]:
+        """Return (number of clips, weight) for each dataset that some of the clips come from.
 
-        All of them have clips to train on, see `read_manifest`; the few of a dry run may all be of the first.
+        Args:
+            clips: some of the mixture's clips. A dry run's few clips may all come from one dataset.
         """
-        counts = [int((clips.index["table"] == number).sum()) for number in range(len(self.manifests))]
+        counts = [int((clips.entries["table"] == number).sum()) for number in range(len(self.datasets))]
         return [(count, weight) for count, weight in zip(counts, self.weights) if count]
 
-    def report(self):
-        """`Manifest.report` of each."""
-        for manifest in self.manifests:
-            manifest.report()
+    def report(self) -> None:
+        """Report each dataset, see `Manifest.report`."""
+        for dataset in self.datasets:
+            dataset.report()
 
 
-def read_sources(addresses, domain, options) -> Sources:
-    """`read_manifest` of each of `addresses`, which may end in ":" and a weight; 1 where there is none.
+DatasetSequence = TypeVar("DatasetSequence", bound=Sequence[Manifest | Mixture | None])
+
+
+def read_mixture(
+    addresses: Sequence[str],
+    domain: str,
+    settings: ClipSettings,
+    current_encoders: Callable[[], dict[str, Any]] | None = None,
+) -> Mixture:
+    """Read the datasets of one domain.
+
+    Args:
+        addresses: folders or fsspec addresses, each optionally with ":" and a weight (1 by default).
+        domain, settings, current_encoders: see `read_manifest`.
 
     Raises:
-        InputError: as `read_manifest`; a weight that is not above 0; or a dataset that is named twice.
+        InputError: see `read_manifest`; or a weight is not above 0, or a dataset is named twice.
     """
     parsed = [_parse(str(address)) for address in addresses]
     folders = [folder for folder, _ in parsed]
-    same = {folder.rstrip("/") if "://" in folder else os.path.realpath(folder) for folder in folders}
-    if len(same) < len(folders):
-        raise InputError(f"--{domain}_dataset {' '.join(addresses)}: names one twice; give it a larger weight")
-    return Sources([read_manifest(folder, domain, options) for folder in folders], [weight for _, weight in parsed])
+    distinct = {folder.rstrip("/") if "://" in folder else os.path.realpath(folder) for folder in folders}
+    if len(distinct) < len(folders):
+        raise InputError(
+            f"--{domain}_dataset {' '.join(addresses)}: names one dataset twice; give it a larger weight instead"
+        )
+    datasets = [read_manifest(folder, domain, settings, current_encoders) for folder in folders]
+    return Mixture(datasets, [weight for _, weight in parsed])
 
 
-def read_on_all(read, accelerator, watchdog):
+def read_on_all(read: Callable[[], DatasetSequence], accelerator: Accelerator, watchdog: Heartbeat) -> DatasetSequence:
     """Read datasets on every process, and report them.
 
-    The main process is first: the others find in the cache what it has looked into.
+    The main process reads first; the other processes find its probes in the cache.
 
     Args:
-        read: `() -> sequence` of `Manifest`, `Sources` or None.
+        read: reads the datasets; entries that are None are skipped here.
         accelerator, watchdog: the run's.
 
     Returns:
-        what `read` gives.
+        the result of `read`.
 
     Raises:
-        InputError: the processes see other files: they would draw other batches.
+        InputError: the processes see different files, and would train on different batches.
     """
     with watchdog.main_process_first():
-        datasets = read()
-    there = [dataset for dataset in datasets if dataset is not None]
+        result = read()
+    datasets = [dataset for dataset in result if dataset is not None]
     if accelerator.is_main_process:
-        for dataset in there:
+        for dataset in datasets:
             dataset.report()
     if accelerator.num_processes > 1:
-        fingerprints = [dataset.fingerprint for dataset in there]
-        watchdog.wait_for_everyone()  # some may be reading still
-        for dataset, *seen in zip(there, *gather_object([fingerprints])):
+        fingerprints = [dataset.fingerprint for dataset in datasets]
+        watchdog.wait_for_everyone()  # gather_object has a time limit, which a slow read could exceed
+        for dataset, *seen in zip(datasets, *gather_object([fingerprints])):
             if len(set(seen)) > 1:
                 raise InputError(
-                    f"{dataset.name}: its files are not the same for all processes: some see others, or cannot read "
-                    "them; check that all can, and start again"
+                    f"{dataset.name}: its files are not the same for all processes; check that every machine sees and "
+                    "may read the same files, and start again"
                 )
-    return datasets
+    return result
 
 
-def _parse(address):
+def _parse(address: str) -> tuple[str, str]:
+    """Split an address into folder and weight."""
     folder, colon, weight = address.rpartition(":")
     if "/" not in folder.partition("://")[2] and "://" in folder:
         return address, "1"  # the number is the server's port

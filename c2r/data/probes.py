@@ -1,7 +1,8 @@
-"""What is known of a dataset's files: looked into once, kept in the cache."""
+"""Probes of a dataset's files: length, rate and shape of each, kept in the cache."""
 
 import os
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fractions import Fraction
@@ -13,26 +14,28 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
+from c2r.data.clips import DatasetFile
+from c2r.data.folders import DatasetFolder
 from c2r.data.video import UnusableVideo, VideoInfo
 from c2r.files import write_atomic
 
-# Fewer files than this are looked into before a progress bar could be read.
+# Fewer files are probed before a progress bar could be read.
 BAR_FROM = 200
-# What was found is written so often, in seconds: a killed command repeats no more. At each write all is written.
+# Seconds between two writes of all probes, so that a killed command loses little.
 SAVE_EVERY = 60
 FILES_AT_ONCE = 1000
-# Raise it when `probe` measures otherwise: what older ones have found is then looked into anew.
+# To be raised when `probe` measures differently: probes of an older version are not used.
 VERSION = 3
 
 
 class Probes:
-    """`probe` of files, by `Source`; what an earlier command found out is taken from the cache.
+    """Probes of files by `DatasetFile`; those of earlier commands are read from the cache.
 
     Args:
         cache_dir: the dataset's; probes.safetensors in it holds a row of numbers for each file.
     """
 
-    def __init__(self, cache_dir):
+    def __init__(self, cache_dir: str | Path):
         self.store = Path(cache_dir) / "probes.safetensors"
         try:
             stored = load_file(self.store)
@@ -40,45 +43,48 @@ class Probes:
         except (OSError, SafetensorError, KeyError):
             self._keys, self._values = np.empty((0, 16), np.uint8), np.empty((0, 7))
         self._rows = {key.tobytes(): row for row, key in enumerate(self._keys)}
-        self._failed = {}
-        # Files are of few kinds and lengths: a million of them are hundreds of these.
-        self._infos = {}
+        self._failed: dict[bytes, UnusableVideo] = {}
+        # Many files are alike in length, rate and shape: a million files share a few hundred objects.
+        self._infos: dict[bytes, VideoInfo] = {}
 
-    def look_into(self, folder, sources):
-        """Probe the files that are not known yet. Call it before `of`.
+    def probe_missing(self, folder: DatasetFolder, files: Iterable[DatasetFile]) -> None:
+        """Probe the files that have no probe yet. Call it before `of`.
 
         Raises:
-            InputError: a remote file cannot be reached, which says nothing of its content.
+            InputError: a file cannot be reached, such as after a lost connection; its content may be good.
         """
-        unknown = {key: source for source in sources if (key := _key(source)) not in self._rows}
+        missing = {key: file for file in files if (key := _key(file)) not in self._rows}
 
-        def probe(item):
+        def probe(item: tuple[bytes, DatasetFile]) -> tuple[bytes, VideoInfo | UnusableVideo]:
             try:
                 return item[0], folder.probe(item[1])
             except UnusableVideo as error:
                 return item[0], error
 
-        unknown = list(unknown.items())
-        quiet = len(unknown) < BAR_FROM or os.environ.get("RANK", "0") != "0"
+        items = list(missing.items())
+        quiet = len(items) < BAR_FROM or os.environ.get("RANK", "0") != "0"
         with (
             ThreadPoolExecutor(max(2, min(16, os.cpu_count() or 1))) as pool,
-            tqdm(total=len(unknown), desc="looking into files", unit="file", disable=quiet) as bar,
+            tqdm(total=len(items), desc="probing files", unit="file", disable=quiet) as bar,
         ):
-            new, saved = {}, time.monotonic()
-            for first in range(0, len(unknown), FILES_AT_ONCE):
-                for key, info in pool.map(probe, unknown[first : first + FILES_AT_ONCE]):
-                    # Failures are not kept: a right to read or a file server may come back without a change of the
-                    # file.
-                    (self._failed if isinstance(info, UnusableVideo) else new)[key] = info
+            new: dict[bytes, VideoInfo] = {}
+            saved = time.monotonic()
+            for first in range(0, len(items), FILES_AT_ONCE):
+                for key, info in pool.map(probe, items[first : first + FILES_AT_ONCE]):
+                    # Failures are not cached: permissions or a file server may recover while the file stays the same.
+                    if isinstance(info, UnusableVideo):
+                        self._failed[key] = info
+                    else:
+                        new[key] = info
                     bar.update()
                 if time.monotonic() - saved > SAVE_EVERY:
                     self._add(new)
                     new, saved = {}, time.monotonic()
             self._add(new)
 
-    def of(self, source) -> VideoInfo | UnusableVideo:
-        """What is known of a file; the same object for all files that are alike."""
-        key = _key(source)
+    def of(self, file: DatasetFile) -> VideoInfo | UnusableVideo:
+        """Return a file's probe, or the error that probing it raised; one object for all files that are alike."""
+        key = _key(file)
         if key in self._failed:
             return self._failed[key]
         values = self._values[self._rows[key]].tobytes()
@@ -90,7 +96,7 @@ class Probes:
             )
         return self._infos[values]
 
-    def _add(self, new):
+    def _add(self, new: dict[bytes, VideoInfo]) -> None:
         if not new:
             return
         values = [
@@ -101,10 +107,10 @@ class Probes:
         self._rows |= {key: len(self._keys) + i for i, key in enumerate(new)}
         self._keys = np.concatenate([self._keys, keys])
         self._values = np.concatenate([self._values, np.array(values, np.float64)])
-        # A cache that cannot be written is an error where it must be written.
+        # Probes are a shortcut only: reading goes on without them, and whatever must write the cache raises.
         with suppress(OSError):
             write_atomic(self.store, save({"keys": self._keys, "values": self._values}))
 
 
-def _key(source):
-    return sha256(f"{VERSION} {source.name} {source.size} {source.mtime_ns}".encode(errors="replace")).digest()[:16]
+def _key(file: DatasetFile) -> bytes:
+    return sha256(f"{VERSION} {file.name} {file.size} {file.mtime_ns}".encode(errors="replace")).digest()[:16]

@@ -1,11 +1,13 @@
-"""Datasets at an fsspec address: files are fetched to this machine on first use, into a cache of bounded size.
+"""Datasets at an fsspec address: files are fetched to this machine on first use, into a cache of limited size.
 
-fsspec's own `filecache` has no such bound: it would keep every video of a dataset that no disk holds.
+fsspec's own `filecache` has no limit: it would keep every video, more than a disk may hold.
 
-    <cache_dir>/videos/ab12….mp4             a copy, whole; who reads it holds a shared lock
-    <cache_dir>/videos/.ab12….mp4.<id>.part  a download under way: empty, but as long as the file will be, and locked
-    <cache_dir>/videos/.ab12….mp4.<id>.tmp   what has come of it; its writer may replace it, which would lose a lock
-    <cache_dir>/videos/.lock                 locked while copies are removed, announced or named
+    <cache_dir>/videos/ab12….mp4             a complete copy; every reader holds a shared lock on it
+    <cache_dir>/videos/.ab12….mp4.<id>.part  a reservation: empty, but as long as the file that is being downloaded;
+                                             the downloading process holds a lock on it
+    <cache_dir>/videos/.ab12….mp4.<id>.tmp   the download itself: apart from the reservation, because a filesystem may
+                                             replace the file that it writes to, and the lock would be lost
+    <cache_dir>/videos/.lock                 locked while copies are removed, reserved or renamed
 """
 
 import errno
@@ -13,67 +15,68 @@ import fcntl
 import os
 import time
 import uuid
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from c2r import InputError
 
-#: What a listing may say of a file's content; its size counts too.
+#: Keys of a listing's entries that change with a file's content, by filesystem.
 MARKS = (
     *("ETag", "etag", "e_tag", "blob_id", "sha", "md5Hash", "content_md5", "Content-MD5", "Digest", "checksum", "CRC"),
     *("mtime", "LastModified", "Last-Modified", "last_modified", "modified", "modify", "updated"),
 )
 
 
-class RemoteFile(NamedTuple):
+class ListedFile(NamedTuple):
     """A file in a listing."""
 
     size: int  # bytes
-    version: int  # changes with the content, as far as the listing tells; where it has no mark, with the size alone
+    version: int  # changes with the listing's MARKS of the file, and with its size
 
 
-def is_remote(address) -> bool:
-    """Whether a dataset is at an address and not in a folder."""
+def is_remote(address: str | Path) -> bool:
+    """Return True if a dataset is at an fsspec address, False if it is in a folder."""
     return "://" in str(address)
 
 
 class RemoteFolder:
-    """A folder at an fsspec address. It may be pickled, and used by many processes at once.
+    """A folder at an fsspec address. It can be pickled, and used by many processes at once.
 
     Args:
         address: such as hf://datasets/user/name or s3://bucket/folder.
         cache_dir: copies go to videos/ in it.
-        max_bytes: of all copies there, those under way included.
+        max_bytes: limit of all copies there, downloads under way included.
     """
 
-    def __init__(self, address, cache_dir, max_bytes):
+    def __init__(self, address: str, cache_dir: str | Path, max_bytes: int):
         self.address, self.folder, self.max_bytes = str(address).rstrip("/"), Path(cache_dir) / "videos", max_bytes
 
-    def _connect(self):
-        # fsspec makes a new connection in each process: one does not outlive a fork.
+    def _connect(self) -> tuple[AbstractFileSystem, str]:
+        """Return the filesystem and the folder's path on it. fsspec connects again after a fork."""
         filesystem, root = fsspec.core.url_to_fs(self.address)
         return filesystem, root.rstrip("/")
 
     @cached_property
-    def files(self) -> dict[str, RemoteFile]:
-        """{name within the folder: RemoteFile} of one listing.
+    def files(self) -> dict[str, ListedFile]:
+        """{name within the folder: its entry} of one listing.
 
-        Names with ".." and absolute ones are in no listing, nor are links that lead out of a folder of this machine:
-        nothing outside the folder can be asked for.
+        Names that are absolute or contain ".." are left out, and so are links that lead out of a folder of this
+        machine: nothing outside the folder can be fetched.
 
         Raises:
             InputError: no such folder, nothing in it, or no access.
         """
-        with self.telling(self.address):
+        with self.raise_input_errors(self.address):
             filesystem, root = self._connect()
             listing = filesystem.find(root, detail=True)
-            # Of a folder of this machine, links may lead out of it.
             real_root = Path(root).resolve() if isinstance(filesystem, LocalFileSystem) else None
             found = {}
             for path, info in listing.items():
@@ -83,85 +86,98 @@ class RemoteFolder:
                     continue
                 if real_root and not Path(path).resolve().is_relative_to(real_root):
                     continue
-                if info.get("size") is None:  # a web page's links
-                    with suppress(FileNotFoundError):  # one that leads nowhere is no file
-                        found[name] = _describe(filesystem.info(path))
+                if info.get("size") is None:  # links of a web page
+                    with suppress(FileNotFoundError):  # a dead link
+                        found[name] = _listed_file(filesystem.info(path))
                 else:
-                    found[name] = _describe(info)
+                    found[name] = _listed_file(info)
         if not found:
             raise InputError(f"{self.address}: no files there; check the address")
         return found
 
-    def open(self, name):
-        """A `_RemoteObject`, to look into a file without fetching it."""
-        with self.telling(f"{self.address}/{name}"):
+    def open(self, name: str) -> "RemoteStream":
+        """Open a file for reading without fetching all of it."""
+        with self.raise_input_errors(f"{self.address}/{name}"):
             filesystem, path = self._locate(name)
-            return _RemoteObject(filesystem.open(path, "rb"))
+            return RemoteStream(filesystem.open(path, "rb"))
 
-    def _locate(self, name):
+    def _locate(self, name: str) -> tuple[AbstractFileSystem, str]:
         if not _is_inside(name):
-            raise InputError(f"{self.address}/{name}: leads out of the dataset's folder; mend its metadata")
+            raise InputError(f"{self.address}/{name}: leads out of the dataset's folder; correct its metadata")
         filesystem, root = self._connect()
         return filesystem, f"{root}/{name}"
 
     @contextmanager
-    def fetch(self, name, size, version):
-        """The path of a local copy, which stays while the context is open.
+    def fetch(self, name: str, size: int, version: int) -> Iterator[Path]:
+        """Give the path of a local copy, which is not removed while the context is open.
+
+        Args:
+            name: of the file within the folder.
+            size, version: as in `ListedFile`.
 
         Raises:
-            InputError: it cannot be fetched, comes in another length, or has no room within max_bytes.
+            InputError: it cannot be fetched, has another length than listed, or does not fit within max_bytes.
         """
         key = sha256(repr((self.address, name, size, version)).encode()).hexdigest()[:40]
         path = self.folder / f"{key}{PurePosixPath(name).suffix}"
-        while (held := _hold(path)) is None and (held := self._download(name, size, path)) is None:
+        while (copy := _open_shared(path)) is None and (copy := self._download(name, size, path)) is None:
             pass
         try:
-            now = time.time_ns()  # the system's own mark would be too coarse
+            now = time.time_ns()  # os.utime's default has too coarse a resolution to order copies by
             with suppress(PermissionError):  # another user's copy
-                os.utime(held, ns=(now, now))
+                os.utime(copy, ns=(now, now))
             yield path
         finally:
-            os.close(held)
+            os.close(copy)
 
-    def _download(self, name, size, path):
-        """A descriptor that holds the new copy; None if another process has fetched it, or has tried: look again."""
-        announced = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-        lock = self._announce(announced, name, size, path)
+    def _download(self, name: str, size: int, path: Path) -> int | None:
+        """Download a file to its place in the cache.
+
+        Returns:
+            a descriptor that keeps the new copy from being removed; None if another process has downloaded the file,
+            or has tried to.
+        """
+        reservation = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+        lock = self._reserve(reservation, name, size, path)
         if lock is None:
             return None
-        aside = announced.with_suffix(".tmp")
+        partial = reservation.with_suffix(".tmp")
         try:
-            with self.telling(f"{self.address}/{name}"):
-                filesystem, there = self._locate(name)
-                filesystem.get_file(there, str(aside))
-            if aside.stat().st_size != size:
+            with self.raise_input_errors(f"{self.address}/{name}"):
+                filesystem, remote_path = self._locate(name)
+                filesystem.get_file(remote_path, str(partial))
+            received = partial.stat().st_size
+            if received != size:
                 raise InputError(
-                    f"{self.address}/{name}: {aside.stat().st_size} bytes came of {size}; it was cut off, or has "
-                    "changed: start again; or its server names no size: copy the dataset to this machine"
+                    f"{self.address}/{name}: {received} bytes received instead of {size}: the download was cut off, "
+                    "the file has changed, or its server does not give its size; start again, or copy the dataset "
+                    "to this machine"
                 )
-            with self._alone():
-                held = _hold(aside)  # before it has its name: nobody may remove it in between
-                os.replace(aside, path)
-                announced.unlink()
-            return held
+            with self._locked():
+                copy = _open_shared(partial)  # before the rename, so that no process can remove the copy in between
+                os.replace(partial, path)
+                reservation.unlink()
+            return copy
         finally:
-            aside.unlink(missing_ok=True)
-            announced.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
+            reservation.unlink(missing_ok=True)
             os.close(lock)
 
-    def _announce(self, announced, name, size, path):
-        """Make room for a download and take it: a descriptor that is held while it lasts.
+    def _reserve(self, reservation: Path, name: str, size: int, path: Path) -> int | None:
+        """Reserve room for a download, after removing copies if necessary.
 
-        Returns None after waiting for another process that was fetching the same file.
+        Returns:
+            a descriptor to hold during the download; None if another process has downloaded the file, or has tried to,
+            after waiting for it.
         """
         if size > self.max_bytes:
-            raise self._no_room(name, size)
-        with self._alone():
+            raise self._no_room_error(name, size)
+        with self._locked():
             if path.exists():
                 return None
             other = self._make_room(name, size, path)
             if other is None:
-                lock = os.open(announced, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                lock = os.open(reservation, os.O_RDWR | os.O_CREAT | os.O_EXCL)
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 os.truncate(lock, size)
                 return lock
@@ -171,20 +187,21 @@ class RemoteFolder:
             os.close(other)
         return None
 
-    def _make_room(self, name, size, path):
-        """Make `size` more bytes fit: remove what killed downloads left, then copies that nobody holds, the least
-        recently used first.
+    def _make_room(self, name: str, size: int, path: Path) -> int | None:
+        """Make room for `size` more bytes.
+
+        Remains of killed downloads are removed first, then copies without readers, the least recently used first.
 
         Returns:
-            A descriptor of another process's download of the same file; None if there is none, and room.
+            a descriptor of another process's reservation for the same file; None if there is none, and now room.
         """
         copies, used = [], 0
         for file in self.folder.iterdir():
-            with suppress(FileNotFoundError):  # a download that fails meanwhile removes its own
+            with suppress(FileNotFoundError):  # a download that fails removes its own files
                 if file.suffix == ".tmp":
                     if not file.with_suffix(".part").exists():
                         file.unlink()
-                elif file.suffix == ".part" and _remove(file):
+                elif file.suffix == ".part" and _remove_unlocked(file):
                     file.with_suffix(".tmp").unlink()
                 elif file.name.startswith(f".{path.name}."):
                     return os.open(file, os.O_RDONLY)
@@ -196,21 +213,21 @@ class RemoteFolder:
         for _, count, file in sorted(copies):
             if used + size <= self.max_bytes:
                 break
-            if _remove(file):
+            if _remove_unlocked(file):
                 used -= count
         if used + size > self.max_bytes:
-            raise self._no_room(name, size)
+            raise self._no_room_error(name, size)
         return None
 
-    def _no_room(self, name, size):
+    def _no_room_error(self, name: str, size: int) -> InputError:
         return InputError(
             f"--video_cache_gb {self.max_bytes / 1e9:g}: {self.address}/{name} of {size / 1e9:.3g} GB does not "
             "fit beside the files in use; raise it"
         )
 
     @contextmanager
-    def _alone(self):
-        """No other process removes, announces or names a copy meanwhile; short, no download within."""
+    def _locked(self) -> Iterator[None]:
+        """Lock the folder: no other process removes, reserves or renames a copy. Hold it briefly."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT)
         try:
@@ -220,8 +237,11 @@ class RemoteFolder:
             os.close(lock)
 
     @contextmanager
-    def telling(self, what):
-        """Network and access errors, of whatever library, and a full disk, in one line."""
+    def raise_input_errors(self, address: str) -> Iterator[None]:
+        """Turn errors of network, access and disk into an InputError that names `address`.
+
+        Every filesystem's library has exceptions of its own.
+        """
         try:
             yield
         except InputError:
@@ -230,80 +250,84 @@ class RemoteFolder:
             reason = " ".join(str(error).split()) or type(error).__name__
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise InputError(
-                    f"{self.folder}: no room on the disk for {what}; make room, or lower --video_cache_gb"
+                    f"{self.folder}: no room on the disk for {address}; make room, or lower --video_cache_gb"
                 ) from error
-            raise InputError(f"{what}: cannot be read ({reason}); check the address, access and network") from error
+            raise InputError(f"{address}: cannot be read ({reason}); check the address, access and network") from error
 
 
-class _RemoteObject:
-    """A seekable binary file that keeps the error which reading it has raised: a decoder goes on with what it has, or
-    raises one of its own."""
+class RemoteStream:
+    """A seekable binary file that remembers the error that reading it has raised.
 
-    def __init__(self, file):
-        self._file, self.error = file, None
+    A decoder may hide such an error: it goes on with the data that it has, or raises an error of its own.
+    """
 
-    def __enter__(self):
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.error: Exception | None = None
+
+    def __enter__(self) -> "RemoteStream":
         return self
 
     def __exit__(self, *_):
         self._file.close()
 
-    def read(self, *size):
+    def read(self, size: int = -1, /) -> bytes:
         try:
-            return self._file.read(*size)
+            return self._file.read(size)
         except Exception as error:
             self.error = error
             raise
 
-    def seek(self, *place):
-        return self._file.seek(*place)
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self._file.seek(offset, whence)
 
-    def tell(self):
+    def tell(self) -> int:
         return self._file.tell()
 
 
-def _is_inside(name):
-    """Whether a name is one of a file within a folder, in the one way of writing it."""
+def _is_inside(name: str) -> bool:
+    """Return True if a name is that of a file within a folder, without empty, "." or ".." parts."""
     return not {"", ".", ".."} & set(name.split("/"))
 
 
-def _describe(info):
-    """RemoteFile of a listing's entry."""
+def _listed_file(info: dict[str, Any]) -> ListedFile:
+    """Read size and version from a listing's entry."""
     size = int(info.get("size") or 0)
     marks = [str(info[key]) for key in MARKS if info.get(key) is not None]
-    # Of a file of this machine `created` changes with its rights too; memory:// has nothing else.
+    # `created` is the last resort: on a local disk it changes with permissions too, but memory:// has no other mark.
     mark = repr([size, marks or [str(info[key]) for key in ("created",) if key in info]])
-    return RemoteFile(size, int.from_bytes(sha256(mark.encode()).digest()[:8], "big") >> 1)
+    return ListedFile(size, int.from_bytes(sha256(mark.encode()).digest()[:8], "big") >> 1)
 
 
-def _hold(path):
-    """A descriptor that keeps a copy from being removed, or None if it is not there."""
+def _open_shared(path: Path) -> int | None:
+    """Open a copy with a shared lock, which keeps it from being removed; None if there is no copy."""
     try:
-        held = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    fcntl.flock(held, fcntl.LOCK_SH)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
     with suppress(FileNotFoundError):
-        if os.path.samestat(os.fstat(held), os.stat(path)):
-            return held
-    os.close(held)  # removed between the two
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+    os.close(descriptor)  # removed between opening and locking
     return None
 
 
-def _remove(path):
-    """Remove a file unless somebody holds it; whether it is gone."""
+def _remove_unlocked(path: Path) -> bool:
+    """Remove a file if no process holds a lock on it. Return True if the file is gone."""
     try:
-        # A shared folder may emulate these locks by ones that are exclusive for writers alone: hence not O_RDONLY.
-        held = os.open(path, os.O_RDWR)
+        # Shared filesystems may emulate these locks by ones that are exclusive for writers only, so O_RDONLY is not
+        # enough.
+        descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:
         return True
     except PermissionError:  # another user's
         return False
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink(missing_ok=True)
         return True
     except BlockingIOError:
         return False
     finally:
-        os.close(held)
+        os.close(descriptor)

@@ -15,9 +15,9 @@ class ClipSettings:
     base_model: str  #: the Wan pipeline whose VAE and text encoder encode: a folder or hub name
     cache_dir: Path | None = None  #: None: .c2r_cache in each dataset's folder
     max_dropped: float | None = None  #: largest share of a dataset's rows that may be dropped; None: any
-    video_cache_gb: float = 50.0  #: most that is kept of videos fetched from remote datasets
+    video_cache_gb: float = 50.0  #: bound of the videos kept from remote datasets, in units of 1e9 bytes
     num_workers: int = 0  #: data loader workers per process
 
     def cache_folder(self, dataset_folder: str | Path) -> Path:
-        """Return the cache folder of a dataset."""
+        """Return the folder that caches what is made from a dataset."""
         return self.cache_dir or Path(dataset_folder) / ".c2r_cache"

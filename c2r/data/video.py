@@ -1,74 +1,83 @@
-"""Video and image files in, uint8 RGB windows out (PyAV), and frames out to mp4.
+"""Read windows of video and image files as uint8 RGB, and write mp4 files (PyAV).
 
-Times are measured from a file's first shown frame, so that two files whose clocks start elsewhere agree.
+Times count from a file's first shown frame, because the clocks of two files may start at different values.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
 from pathlib import Path
+from typing import Any, BinaryIO, Protocol, cast
 
 import av
 import numpy as np
 import torch
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from einops import rearrange
 from PIL import Image
 from torch.utils.data import get_worker_info
 
 from c2r import InputError
+from c2r.data.drop_reasons import DropReason
 
-# These open other files or the network, and would lead out of the dataset folder: playlists, streams, files in parts.
-LEADING_FORMATS = {"concat", "dash", "hls", "imf", "lavfi", "mlv", "rtp", "rtsp", "sap", "sdp", "vobsub"}
-LEADING_FORMATS |= {"webm_dash_manifest"}
+# Playlists, streams and files in parts: they open other files or the network, outside the dataset's folder.
+REFERENCING_FORMATS = {"concat", "dash", "hls", "imf", "lavfi", "mlv", "rtp", "rtsp", "sap", "sdp", "vobsub"}
+REFERENCING_FORMATS |= {"webm_dash_manifest"}
 # swscale widens the bicubic kernel when it shrinks, so this does not alias; the flags keep chroma at full precision.
 INTERPOLATION = (
     Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP | Interpolation.ACCURATE_RND
 )
-# Containers that do not store a show time for every frame: FFmpeg guesses, and after a seek it guesses otherwise. They
-# are read from their beginning.
+# These containers do not store a show time for every frame. FFmpeg's guess differs after a seek, so they are decoded
+# from the beginning.
 GUESSED_TIMES_FORMATS = {"avi", "mpeg"}
-# AVI stores decode times only. Of frames in show order, without threads that hold some back, they are as good.
+# AVI stores decode times only. They equal show times if frames come in show order, and if no decoder thread delays
+# frames.
 DECODE_TIMES_FORMATS = {"avi"}
-# A file may declare what it likes. One frame of 8192x8192 fills 200 MB, or 537 MB where it has 16 bits and alpha; and
-# of a file of more than a day the windows would fill the memory, whether there are frames in them or not.
+# A file may declare any size. One frame of 8192x8192 pixels fills 200 MB; with 16 bits and alpha, 537 MB.
 MAX_PIXELS = 8192 * 8192
-# Files are looked into by several threads: frames above this size by one at a time, or they would add up to gigabytes.
+# Several threads probe files; frames above this size are decoded one at a time, as together they would fill gigabytes.
 LARGE_PIXELS = 4096 * 4096
 _one_large_frame = threading.Lock()
+# The windows of a longer file would fill the memory, whether it holds frames or only declares them.
 MAX_SECONDS = 24 * 3600
-# A picture is resized until it covers the window: of one much wider or higher, all would be made large to be cropped
-# away, gigabytes where a header declares pixels of 10000:1. Scrolls and panoramas are within 32:1.
+# A picture is resized until it covers the window, then cropped. A header that declares pixels of 10000:1 would make it
+# gigabytes large; scrolls and panoramas are within 32:1.
 MAX_ASPECT = 32
 OPEN_OPTIONS = {
-    "protocol_whitelist": "file",  # no network, whatever a file says
-    # Refused before they are opened: then the other files would be open already.
-    "format_whitelist": ",".join(sorted(set(av.formats_available) - LEADING_FORMATS)),
+    "protocol_whitelist": "file",  # no network, whatever a file refers to
+    # Formats are refused before they are opened: opening one opens the files that it refers to.
+    "format_whitelist": ",".join(sorted(set(av.formats_available) - REFERENCING_FORMATS)),
     "pattern_type": "none",  # FFmpeg would take a "%03d" in an image's name for a numbered series
-    "max_pixels": str(MAX_PIXELS),  # for the decoders: refused before room is made
+    "max_pixels": str(MAX_PIXELS),  # decoders refuse larger frames before they allocate memory
 }
 UNSPECIFIED_COLORSPACE = 2  # AVCOL_SPC_UNSPECIFIED
-# After a seek, decoding starts this many seconds early: a key frame is found by decode time, which runs before show
-# time, and the frames around an open group of pictures need the one before.
+# Seconds by which a seek aims too early: key frames are found by decode time, which runs ahead of show time, and the
+# frames around an open group of pictures need the group before.
 SEEK_MARGIN = Fraction(1, 2)
+
+
+class SeekableFile(Protocol):
+    """A binary file object: the methods that PyAV calls."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+
+    def seek(self, offset: int, whence: int = 0, /) -> int: ...
+
+    def tell(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What the manifest needs to know of a file.
+    """Length, rate and shape of a video or image."""
 
-    `last` is the time of the last frame in seconds from the first one, `interval` the mean time between two frames,
-    `aspect` the shown width / height (pixel shape and rotation applied), `height` that height in pixels. An image has
-    `last` = 0.
-    """
-
-    last: Fraction
-    interval: Fraction
-    aspect: float
+    last: Fraction  # time of the last frame, in seconds from the first one; 0 for an image
+    interval: Fraction  # mean seconds between frames
+    aspect: float  # width / height as shown, with pixel shape and rotation applied
     is_image: bool
-    height: int
+    height: int  # in pixels as shown
 
     @property
     def rate(self) -> float:
@@ -77,56 +86,77 @@ class VideoInfo:
 
     @property
     def duration(self) -> float:
-        """Seconds from the first frame's start to the last frame's end."""
+        """Seconds from the start of the first frame to the end of the last frame."""
         return float(self.last + self.interval)
 
     @property
     def native_frames(self) -> int:
-        """How many frames the file has at its own rate."""
+        """Number of frames at the file's own rate."""
         return round(self.last / self.interval) + 1
 
-    def frames_at(self, fps) -> int:
-        """How many frames the file gives at `fps`: sample n, at n / fps, counts until half an interval after the last
-        frame, the reach of "nearest". The half also absorbs containers that round times to milliseconds."""
+    def frames_at(self, fps: float) -> int:
+        """Return the number of frames after resampling to `fps`.
+
+        Sample n, at n / fps, counts until half an interval after the last frame, where the nearest frame is still the
+        last one. The half also absorbs the rounding of containers that store milliseconds.
+        """
         if self.is_image:
             return 1
-        return int((self.last + self.interval / 2) * exact(fps)) + 1
+        return int((self.last + self.interval / 2) * to_fraction(fps)) + 1
 
 
-def exact(seconds) -> Fraction:
-    """A float of a time or rate as the fraction that was meant: sums of fractions have no drift and no false ties."""
-    return Fraction(seconds).limit_denominator(100_000)
+def to_fraction(value: float) -> Fraction:
+    """Convert a time or rate to the fraction that was meant: sums of fractions have no drift and no false ties."""
+    return Fraction(value).limit_denominator(100_000)
 
 
 class UnusableVideo(InputError):
-    """A file that gives no frames; `reason` is one of "unreadable", "no video stream", "beyond the limits"."""
+    """A file that gives no frames; `reason` is UNREADABLE, NO_VIDEO_STREAM or BEYOND_LIMITS."""
 
-    def __init__(self, message, reason="unreadable"):
+    def __init__(self, message: str, reason: DropReason = DropReason.UNREADABLE):
         super().__init__(message)
         self.reason = reason
 
 
-def unusable(path, detail, reason="unreadable") -> UnusableVideo:
+def unusable_video(path: str | Path, detail: object, reason: DropReason = DropReason.UNREADABLE) -> UnusableVideo:
+    """Return the error to raise for a file, with a message of one line.
+
+    Args:
+        path: of the file.
+        detail: a description or a decoder's error.
+        reason: its category.
+    """
     detail = " ".join(str(detail).split()) or "unknown decoder error"
-    return UnusableVideo(f"{path}: cannot be decoded ({detail}); repair or re-encode it, or take its row out", reason)
+    return UnusableVideo(f"{path}: cannot be decoded ({detail}); repair or re-encode it, or remove its row", reason)
 
 
 @contextmanager
-def open_video(path, file=None) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """Open a file, local or an object, and its main picture stream (not cover art); decoder errors become one line."""
+def open_video(
+    path: str | Path, file: SeekableFile | None = None
+) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """Open a file and its main picture stream (not cover art).
+
+    Args:
+        path: of the file; only for messages if there is a file object.
+        file: a seekable binary file object to read instead.
+
+    Raises:
+        UnusableVideo: it has no such stream, exceeds a limit, or the body raises a decoder's error.
+        InputError: the system fails to read it.
+    """
     try:
-        with av.open(file or str(path), options=OPEN_OPTIONS) as container:
-            stream = container.streams.best("video")
+        with av.open(file or str(path), "r", options=OPEN_OPTIONS) as container:
+            stream = cast(av.VideoStream | None, container.streams.best("video"))
             if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
-                raise unusable(path, "it has no video stream", "no video stream")
+                raise unusable_video(path, "it has no video stream", DropReason.NO_VIDEO_STREAM)
             if stream.codec_context is None:
-                raise unusable(path, "no decoder knows its video stream")
+                raise unusable_video(path, "no decoder knows its video stream")
             width, height = stream.codec_context.width, stream.codec_context.height
             if width * height > MAX_PIXELS:
-                raise unusable(path, f"frames of {width}x{height} pixels", "beyond the limits")
-            # A frame may still be larger than its container says: then the decoder refuses it before it makes room.
+                raise unusable_video(path, f"frames of {width}x{height} pixels", DropReason.BEYOND_LIMITS)
+            # A frame may be larger than its container declares: then the decoder refuses it.
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-            # In a data loader's worker the workers are the parallelism.
+            # Data loader workers already use all cores.
             if get_worker_info() is not None:
                 stream.codec_context.thread_count = 1
             elif container.format.name not in DECODE_TIMES_FORMATS:
@@ -138,13 +168,17 @@ def open_video(path, file=None) -> Iterator[tuple[av.container.InputContainer, a
         if file is None:
             _require_readable(path)
         if _is_huge_picture(path, file):
-            raise unusable(path, f"it declares more than {MAX_PIXELS} pixels", "beyond the limits") from error
-        raise unusable(path, getattr(error, "strerror", None) or error) from error
+            raise unusable_video(
+                path, f"it declares more than {MAX_PIXELS} pixels", DropReason.BEYOND_LIMITS
+            ) from error
+        raise unusable_video(path, getattr(error, "strerror", None) or error) from error
 
 
-def _require_readable(path):
-    """Raise InputError if the system fails to read a file through, as a lost disk or server does: such a fault says
-    nothing of the video. One that may not be read is left to the decoder's verdict."""
+def _require_readable(path: str | Path) -> None:
+    """Raise InputError if the system fails to read a file, as after the loss of a disk or server.
+
+    Such a file may be a good video. A file without read permission counts as readable here, and thus as unusable.
+    """
     try:
         with open(path, "rb") as file:
             while file.read(1 << 20):
@@ -155,65 +189,75 @@ def _require_readable(path):
         raise InputError(f"{path}: cannot be read ({error.strerror}); start again when it can be") from error
 
 
-def _is_huge_picture(path, file=None):
-    """Whether a picture that FFmpeg refuses is too large: FFmpeg does not say why. Reads the header alone."""
+def _is_huge_picture(path: str | Path, file: SeekableFile | None = None) -> bool:
+    """Return True if a picture has too many pixels, which FFmpeg refuses without naming a reason.
+
+    Reads the header only.
+    """
     try:
         if file is not None:
             file.seek(0)
-        with Image.open(file or path) as image:
+        with Image.open(cast(BinaryIO, file or path)) as image:
             return image.width * image.height > MAX_PIXELS
     except Image.DecompressionBombError:
         return True
-    except (OSError, ValueError, SyntaxError):  # no picture
+    except (OSError, ValueError, SyntaxError):  # not a picture
         return False
 
 
-def frame_time(container, frame) -> Fraction | None:
-    """Show time in seconds on the stream's own clock; None where the container stores none."""
+def frame_time(container: av.container.InputContainer, frame: av.VideoFrame) -> Fraction | None:
+    """Return a frame's show time in seconds on the stream's own clock; None if the container stores none."""
     ticks = frame.dts if container.format.name in DECODE_TIMES_FORMATS else frame.pts
     return None if ticks is None else ticks * Fraction(frame.time_base)
 
 
-def first_frame(path, container, decoder):
-    """The first frame and its time in seconds on the stream's own clock (an image's is 0)."""
+def first_frame(
+    path: str | Path, container: av.container.InputContainer, decoder: Iterator[av.VideoFrame]
+) -> tuple[av.VideoFrame, Fraction]:
+    """Return the first frame and its time in seconds on the stream's own clock (0 for an image)."""
     frame = next(decoder, None)
     if frame is None:
-        raise unusable(path, "it holds no frame")
+        raise unusable_video(path, "it holds no frame")
     time = Fraction(0) if is_image(container) else frame_time(container, frame)
     if time is None:
-        raise unusable(path, "its frames carry no times, as in a raw stream: remux it into mp4 or mkv")
+        raise unusable_video(path, "its frames carry no times, as in a raw stream: remux it into mp4 or mkv")
     return frame, time
 
 
-def is_image(container) -> bool:
+def is_image(container: av.container.InputContainer) -> bool:
+    """Return True if the file is a still image."""
     return container.format.name == "image2" or container.format.name.endswith("_pipe")
 
 
-def frame_interval(stream) -> Fraction:
-    """Mean seconds between frames, from the header."""
+def frame_interval(stream: av.VideoStream) -> Fraction:
+    """Return the mean seconds between frames, from the header."""
     rate = stream.average_rate or stream.guessed_rate
     return 1 / Fraction(rate) if rate else Fraction(1, 25)
 
 
-def stored_aspect(path, frame, stream) -> Fraction:
-    """Width / height of a frame as it is stored, before rotation, with the shape of its pixels."""
+def stored_aspect(path: str | Path, frame: av.VideoFrame, stream: av.VideoStream) -> Fraction:
+    """Return width / height of a frame before rotation, with the shape of its pixels applied.
+
+    Raises:
+        UnusableVideo: it is beyond MAX_ASPECT.
+    """
     aspect = Fraction(frame.width, frame.height) * (stream.sample_aspect_ratio or 1)
     if not Fraction(1, MAX_ASPECT) <= aspect <= MAX_ASPECT:
         detail = f"{frame.width}x{frame.height} pixels, shown {float(aspect):.3g} times as wide as high"
-        raise unusable(path, detail, "beyond the limits")
+        raise unusable_video(path, detail, DropReason.BEYOND_LIMITS)
     return aspect
 
 
-def display_transform(frame) -> tuple[bool, bool, bool]:
-    """(transpose, flip vertically, flip horizontally), in this order, that bring a frame upright.
+def display_transform(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """Return the steps that turn a frame upright: (transpose, flip vertically, flip horizontally), in this order.
 
     Source: libavutil/display.h: (x', y') = (a·x + c·y, b·x + d·y), 16.16 fixed point, matrix (a, b, u, c, d, …).
     """
     try:
-        matrix = frame.side_data.get("DISPLAYMATRIX")
+        matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:
-        # PyAV cannot list side data of a kind that it has no name for, such as a photograph's EXIF; then it is asked
-        # for the angle alone (degrees counter-clockwise).
+        # PyAV cannot list side data of a kind that it has no name for, such as a photograph's EXIF. The angle alone
+        # (degrees counter-clockwise) is available.
         quarters = round(frame.rotation / 90) % 4
         return quarters % 2 == 1, quarters in (1, 2), quarters in (2, 3)
     if matrix is None:
@@ -224,18 +268,19 @@ def display_transform(frame) -> tuple[bool, bool, bool]:
     return True, b < 0, c < 0
 
 
-def probe(path, file=None) -> VideoInfo:
-    """Length, rate and shape of a video or image, cheaply: the first frame is decoded and the last packets are read.
+def probe(path: str | Path, file: SeekableFile | None = None) -> VideoInfo:
+    """Measure length, rate and shape of a video or image; only its first frame is decoded.
 
-    The length comes from the last packets and not from the header: a header knows neither that the file was cut off,
-    nor that the sound is longer than the picture.
+    The length comes from the last packets. The header does not show that a file was cut off, and its length may be
+    that of the sound.
 
     Args:
-        path: of the file.
-        file: a seekable binary file object that is read instead; the path is for messages then.
+        path: of the file; only for messages if there is a file object.
+        file: a seekable binary file object to read instead.
 
     Raises:
         UnusableVideo: the file is no video, is damaged, was cut off, or is beyond the limits.
+        InputError: the system fails to read it.
     """
     with open_video(path, file) as (container, stream):
         stream.thread_type = "NONE"  # one frame is not worth starting threads for
@@ -245,30 +290,34 @@ def probe(path, file=None) -> VideoInfo:
         interval = frame_interval(stream)
         if is_image(container):
             return VideoInfo(Fraction(0), interval, aspect, True, height)
-        # The container's length includes its sound; it says something about the picture only where there is no sound.
+        # The container's length includes its sound, so it counts only if there is no sound.
         length = stream.duration and stream.duration * stream.time_base
         if length is None and container.duration is not None and len(container.streams) == 1:
             length = Fraction(container.duration, av.time_base)
         last, end = last_packet(path, container, stream)
         missing = 0 if length is None else (stream.start_time or 0) * stream.time_base + length - end
         if missing > max(1, length / 10 if length else 0):
-            raise unusable(path, f"it was cut off: its last {float(missing):.1f} s are missing")
+            raise unusable_video(path, f"it was cut off: its last {float(missing):.1f} s are missing")
         info = VideoInfo(max(last - first, Fraction(0)), interval, aspect, False, height)
-        if info.duration > MAX_SECONDS:  # the last frame may be shown for years, too
-            raise unusable(path, f"it lasts {info.duration / 3600:.0f} hours", "beyond the limits")
+        if info.duration > MAX_SECONDS:  # the last frame alone may be declared to last for years
+            raise unusable_video(path, f"it lasts {info.duration / 3600:.0f} hours", DropReason.BEYOND_LIMITS)
         return info
 
 
-def _first_shape(path, container, stream) -> tuple[Fraction, float, int]:
-    """Time of the first frame, and its aspect ratio and height as shown; the frame itself is not kept."""
+def _first_shape(
+    path: str | Path, container: av.container.InputContainer, stream: av.VideoStream
+) -> tuple[Fraction, float, int]:
+    """Return the first frame's time, and its aspect ratio and height as shown; the frame itself is freed."""
     frame, first = first_frame(path, container, container.decode(stream))
     transpose = display_transform(frame)[0]
     aspect = stored_aspect(path, frame, stream)
     return first, float(1 / aspect if transpose else aspect), frame.width if transpose else frame.height
 
 
-def last_packet(path, container, stream) -> tuple[Fraction, Fraction]:
-    """Show time of the last frame, and the time when it ends, in seconds on the stream's clock."""
+def last_packet(
+    path: str | Path, container: av.container.InputContainer, stream: av.VideoStream
+) -> tuple[Fraction, Fraction]:
+    """Return the last frame's show time and end time, in seconds on the stream's own clock."""
 
     def last_of(packets):
         last = end = None
@@ -281,7 +330,7 @@ def last_packet(path, container, stream) -> tuple[Fraction, Fraction]:
         return last, end
 
     last = end = None
-    # Only the last group of pictures is read, where the container can be searched.
+    # A container with an index is read from its last group of pictures on.
     length = stream.duration or (container.duration and int(container.duration / (av.time_base * stream.time_base)))
     if length:
         try:
@@ -293,52 +342,59 @@ def last_packet(path, container, stream) -> tuple[Fraction, Fraction]:
         container.seek(stream.start_time or 0, stream=stream)
         last, end = last_of(container.demux(stream))
     if last is None:
-        raise unusable(path, "none of its packets can be read")
+        raise unusable_video(path, "none of its packets can be read")
     return last * stream.time_base, end * stream.time_base
 
 
-def read_window(path, start, num_frames, fps, height, width) -> torch.Tensor:
+def read_window(path: str | Path, start: float, num_frames: int, fps: float, height: int, width: int) -> torch.Tensor:
     """Decode one window of a video, resampled in time by nearest frame, resized to cover and centre-cropped.
 
     Args:
         path: a video of any container and codec, or an image (with num_frames = 1).
         start: seconds from the file's first frame.
-        num_frames: F; frame n is the one shown nearest to start + n / fps, the earlier one where two are as near.
-        fps: frames per second of the window, whatever the file's rate.
-        height, width: H and W in pixels, after rotation by the file's metadata.
+        num_frames: F; frame n is the one shown nearest to start + n / fps; of two equally near, the earlier.
+        fps: frames per second of the window.
+        height, width: H and W in pixels, after the rotation that the file asks for.
 
     Returns:
         (F, 3, H, W) uint8 RGB in [0, 255].
 
     Raises:
         UnusableVideo: the file cannot be decoded, ends before the window does, or is beyond the limits.
-        InputError: an image is asked for several frames.
+        InputError: the file is an image and num_frames is not 1, or the system fails to read it.
     """
-    wanted = [exact(start) + n / exact(fps) for n in range(num_frames)]
+    wanted = [to_fraction(start) + n / to_fraction(fps) for n in range(num_frames)]
     window = np.empty((num_frames, 3, height, width), dtype=np.uint8)
     with open_video(path) as (container, stream):
         if is_image(container):
             if num_frames != 1:
                 raise InputError(f"{path}: an image is one frame, but num_frames is {num_frames}; give a video")
             wanted = wanted[:1]
-        # The reach beyond the last frame is one interval more than `VideoInfo.frames_at` counts with: some decoders
-        # keep a file's last frame to themselves.
+        # The reach is one interval longer than in `VideoInfo.frames_at`: some decoders never output the last frame.
         reach = frame_interval(stream) * 3 / 2
-        filled, converted = 0, None
+        filled = 0
         for count, frame in nearest_frames(timed_frames(container, stream, wanted[0]), wanted, reach):
             if frame.is_corrupt:
-                raise unusable(path, f"the frame {float(wanted[filled]):.2f} s after the first is damaged")
+                raise unusable_video(path, f"the frame {float(wanted[filled]):.2f} s after the first is damaged")
             stored_aspect(path, frame, stream)  # frames may change within a file
-            converted = to_rgb(frame, stream.sample_aspect_ratio or 1, height, width)
-            window[filled : filled + count] = converted.transpose(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+            rgb = to_rgb(frame, stream.sample_aspect_ratio or 1, height, width)
+            window[filled : filled + count] = rearrange(rgb, "h w c -> c h w")
             filled += count
     if filled < num_frames:
-        raise unusable(path, f"it ends before {float(wanted[filled]):.2f} s, within a window that needs it")
+        raise unusable_video(path, f"it ends before {float(wanted[filled]):.2f} s, within a window that needs it")
     return torch.from_numpy(window)
 
 
-def timed_frames(container, stream, start, search=True) -> Iterator[tuple[Fraction, av.VideoFrame]]:
-    """(seconds since the file's first frame, frame) in order of time, from a frame at or before `start` on."""
+def timed_frames(
+    container: av.container.InputContainer, stream: av.VideoStream, start: Fraction, search: bool = True
+) -> Iterator[tuple[Fraction, av.VideoFrame]]:
+    """Yield (seconds from the file's first frame, frame) in order of time, from a frame at or before `start` on.
+
+    Args:
+        container, stream: see `open_video`.
+        start: in seconds from the file's first frame.
+        search: seek to a key frame before `start`, if the container's times allow it.
+    """
     decoder = container.decode(stream)
     frame, first = first_frame(container.name, container, decoder)
     target = first + start - SEEK_MARGIN
@@ -348,7 +404,7 @@ def timed_frames(container, stream, start, search=True) -> Iterator[tuple[Fracti
         frame = next(decoder, None)
         landed = None if frame is None else frame_time(container, frame)
         if landed is None or landed > first + start:
-            # The container has no exact index, as MPEG-TS: begin at the beginning.
+            # A container without an exact index, such as MPEG-TS, is decoded from the beginning.
             with open_video(container.name) as (again, same_stream):
                 yield from timed_frames(again, same_stream, start, search=False)
             return
@@ -356,19 +412,24 @@ def timed_frames(container, stream, start, search=True) -> Iterator[tuple[Fracti
     time = None
     while frame is not None:
         shown = frame_time(container, frame)
-        # Frames come in the order in which they are shown: where a clock stops or jumps back, the clock is wrong.
+        # Decoders output frames in show order, so a time that does not increase is wrong.
         time = shown - first if shown is not None and (time is None or shown - first > time) else time + interval
         yield time, frame
         frame = next(decoder, None)
 
 
-def nearest_frames(timed, wanted, reach) -> Iterator[tuple[int, av.VideoFrame]]:
-    """For increasing `wanted` times, the nearest frames as (how often in a row, frame).
+def nearest_frames(
+    timed: Iterable[tuple[Fraction, av.VideoFrame]], wanted: Sequence[Fraction], reach: Fraction
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Find the nearest frame for each of some increasing times.
 
     Args:
         timed: (time, frame) in order of time, the first at or before `wanted[0]`.
         wanted: times in seconds.
-        reach: how long after its time the last frame still serves, in seconds.
+        reach: seconds after its time for which the last frame still serves.
+
+    Yields:
+        (number of consecutive wanted times, the frame that is nearest to them). Times beyond the reach get none.
     """
     position = 0
     before, frame_before = None, None
@@ -390,14 +451,14 @@ def nearest_frames(timed, wanted, reach) -> Iterator[tuple[int, av.VideoFrame]]:
         yield served - position, frame_before
 
 
-def to_rgb(frame, sample_aspect_ratio, height, width) -> np.ndarray:
-    """A decoded frame upright, resized to cover height × width and centre-cropped: (H, W, 3) uint8 RGB."""
+def to_rgb(frame: av.VideoFrame, sample_aspect_ratio: Fraction | int, height: int, width: int) -> np.ndarray:
+    """Convert a decoded frame to (H, W, 3) uint8 RGB: upright, resized to cover height × width, centre-cropped."""
     transpose, flip_vertically, flip_horizontally = display_transform(frame)
-    h, w = (width, height) if transpose else (height, width)  # the crop as it lies in the stored frame
+    h, w = (width, height) if transpose else (height, width)  # the crop before rotation
     shown_height, shown_width = frame.height, frame.width * sample_aspect_ratio
     scale = max(Fraction(h) / shown_height, Fraction(w) / shown_width)
     covering_height, covering_width = max(h, round(shown_height * scale)), max(w, round(shown_width * scale))
-    # A file that does not name its colour matrix: HD is BT.709, as players take it; the rest is swscale's BT.601.
+    # For files that do not name their colour matrix, players take BT.709 for HD; swscale always takes BT.601.
     unnamed_hd = frame.colorspace == UNSPECIFIED_COLORSPACE and frame.height > 576 and not frame.format.is_rgb
     rgb = frame.reformat(
         width=covering_width,
@@ -409,18 +470,23 @@ def to_rgb(frame, sample_aspect_ratio, height, width) -> np.ndarray:
     ).to_ndarray()  # (covering_height, covering_width, 3)
     top, left = (covering_height - h) // 2, (covering_width - w) // 2
     rgb = rgb[top : top + h, left : left + w]
-    rgb = rgb.transpose(1, 0, 2) if transpose else rgb
+    rgb = rearrange(rgb, "h w c -> w h c") if transpose else rgb
     rgb = rgb[::-1] if flip_vertically else rgb
     return rgb[:, ::-1] if flip_horizontally else rgb
 
 
-def write_video(path, frames, fps):
-    """Write an mp4 (H.264, yuv420p, BT.709, its colours tagged), that any player shows; complete or not at all.
+def write_video(path: str | Path, frames: torch.Tensor | np.ndarray, fps: float) -> None:
+    """Write an mp4 that any player shows (H.264, yuv420p, BT.709 with colour tags).
+
+    A killed process leaves no incomplete file of this name.
 
     Args:
         path: the .mp4 to write; its folder is made.
-        frames: (F, H, W, 3) uint8 RGB, tensor or array; H and W even.
+        frames: (F, H, W, 3) uint8 RGB in [0, 255]; H and W even.
         fps: frames per second.
+
+    Raises:
+        ValueError: the frames have another shape or dtype.
     """
     frames = np.asarray(frames)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
@@ -432,7 +498,7 @@ def write_video(path, frames, fps):
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     with av.open(str(partial), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=exact(fps), options={"crf": "16"})
+        stream = container.add_stream("libx264", rate=to_fraction(fps), options={"crf": "16"})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.codec_context.colorspace = stream.codec_context.color_primaries = stream.codec_context.color_trc = 1
         stream.codec_context.color_range = ColorRange.MPEG

@@ -1,6 +1,6 @@
-"""Thousands of damaged files and manifests: each is kept, or dropped with a reason; none hangs or ends the process.
+"""Thousands of damaged files and metadata tables: each is kept, or dropped with a reason; none crashes or hangs.
 
-They are read in a process of its own, which prints the name of each before it reads it.
+A subprocess reads them and prints each name first, so that a crash can be traced to its input.
 """
 
 import csv
@@ -10,27 +10,29 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet
 from PIL import Image
 
 from c2r import InputError
+from c2r.data.drop_reasons import DropReason
 from c2r.data.manifest import read_manifest
 from c2r.data.video import UnusableVideo, probe, read_window
 from tests.helpers.commands import ENVIRONMENT, ROOT
+from tests.helpers.settings import clip_settings
 from tests.helpers.videos import encode_video
 
-OPTIONS = SimpleNamespace(height=32, width=48, num_frames=5, fps=8, cache_dir=None)
-UNUSABLE = {"unreadable", "no video stream", "beyond the limits"}
+SETTINGS = clip_settings()
+(BUCKET,) = SETTINGS.buckets
+UNUSABLE = {DropReason.UNREADABLE, DropReason.NO_VIDEO_STREAM, DropReason.BEYOND_LIMITS}
 SECONDS_PER_INPUT = 10
-#: What libraries, decoders and the largest frame of 8192x8192 pixels may take together.
+#: Enough for the libraries, the decoders and one frame of the largest size, 8192x8192 pixels.
 MAX_BYTES = 2 * 2**30
 
 
 def originals(folder):
-    """Whole files of many formats."""
+    """Write intact files of many formats into a new folder and return their contents by name."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (6, 4, 6, 3), np.uint8).repeat(8, 1).repeat(8, 2)
@@ -47,8 +49,8 @@ def originals(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def atoms(content):
-    """The top-level boxes of an mp4 or mov, whole; of anything else, its quarters."""
+def split_boxes(content):
+    """Split an mp4 or mov into its top-level boxes, and any other content into quarters."""
     found, place = [], 0
     while place < len(content):
         size = int.from_bytes(content[place : place + 4])
@@ -59,8 +61,8 @@ def atoms(content):
     return found
 
 
-def mutated(content, other, rng):
-    """A damaged copy: the header more often than the rest."""
+def damaged_copy(content, other, rng):
+    """Return a damaged copy; the header is damaged more often than the rest."""
     content = bytearray(content)
     reach = min(len(content), rng.choice([32, 200, 1000, len(content)]))
     for _ in range(rng.choice([1, 2, 8])):
@@ -79,7 +81,7 @@ def mutated(content, other, rng):
             end = min(len(content), place + rng.randrange(1, 256))
             content[place:end] = bytes(end - place)
         elif kind == 6:
-            parts = atoms(bytes(content))
+            parts = split_boxes(bytes(content))
             rng.shuffle(parts)
             content = bytearray(b"".join(parts))
         else:
@@ -89,7 +91,10 @@ def mutated(content, other, rng):
 
 
 def announce(name):
-    """Print what is read next; SIGALRM ends the process, also from within a decoder, where no Python runs."""
+    """Print the next input's name and start its time limit.
+
+    SIGALRM ends the process even while a decoder runs, where Python could not raise an exception.
+    """
     print(name, flush=True)
     signal.alarm(SECONDS_PER_INPUT)
 
@@ -105,13 +110,14 @@ def read_files(folder, count):
     for i in range(count):
         name, other = rng.choice(names), rng.choice(names)
         path = data / f"{i}{Path(rng.choice([name, name, other])).suffix}"
-        path.write_bytes(mutated(whole[name], whole[other], rng))
+        path.write_bytes(damaged_copy(whole[name], whole[other], rng))
         announce(path.name)
         try:
             info = probe(path)
             outcomes[path.name] = "decoded"
-            if info.frames_at(OPTIONS.fps) >= (1 if info.is_image else OPTIONS.num_frames):
-                read_window(path, 0, 1 if info.is_image else OPTIONS.num_frames, OPTIONS.fps, 32, 48)
+            num_frames = 1 if info.is_image else BUCKET.num_frames
+            if info.frames_at(SETTINGS.fps) >= num_frames:
+                read_window(path, 0, num_frames, SETTINGS.fps, BUCKET.height, BUCKET.width)
             else:
                 outcomes[path.name] = "too short"
         except UnusableVideo as error:
@@ -122,21 +128,21 @@ def read_files(folder, count):
     for outcome in sorted(set(outcomes.values())):
         print(f"{list(outcomes.values()).count(outcome)} {outcome}")
     dropped = {name for name, outcome in outcomes.items() if outcome.startswith("dropped")}
-    assert count / 10 < len(dropped) < count * 9 / 10, "the damage is too small or too large to tell anything"
+    assert count / 10 < len(dropped) < count * 9 / 10, "too few or too many files are damaged for this test"
 
     (data / "whole.mp4").write_bytes(whole["a.mp4"])
     with open(data / "metadata.csv", "w", newline="") as table:
         csv.writer(table).writerows([("file_name", "text"), ("whole.mp4", "a"), *((name, "a") for name in outcomes)])
     print("all as one dataset", flush=True)
     signal.alarm(60)
-    manifest = read_manifest(data, "real", OPTIONS)
+    manifest = read_manifest(data, "real", SETTINGS)
     lost = {row.file: row.reason for row in manifest.dropped}
     assert len({clip.name for clip in manifest.clips}) + len(lost) == count + 1
     assert {name for name, reason in lost.items() if reason in UNUSABLE} == dropped
 
 
-def read_manifests(folder, count):
-    """Read `count` damaged manifests of each kind."""
+def read_metadata_tables(folder, count):
+    """Read `count` damaged metadata tables of each format."""
     rng = random.Random(1)
     whole = originals(folder / "originals")
     data = folder / "data"
@@ -155,13 +161,13 @@ def read_manifests(folder, count):
     for table, content in tables.items():
         read = 0
         for i in range(count):
-            damaged = mutated(content, content[::-1], rng)
+            damaged = damaged_copy(content, content[::-1], rng)
             (folder / "inputs").mkdir(exist_ok=True)
-            (folder / "inputs" / f"{i} {table}").write_bytes(damaged)  # to look at, where one fails
+            (folder / "inputs" / f"{i} {table}").write_bytes(damaged)  # kept for inspection after a failure
             (data / table).write_bytes(damaged)
             announce(f"{i} {table}")
             try:
-                manifest = read_manifest(data, "real", OPTIONS)
+                manifest = read_manifest(data, "real", SETTINGS)
             except InputError as error:
                 lines.append(str(error))
             else:
@@ -178,10 +184,10 @@ def read_manifests(folder, count):
     assert not [line for line in lines if "\n" in line]
 
 
-def run(what, folder, count):
-    """Its output, from a process of its own; the input at which it ended is named."""
+def run(reader, folder, count):
+    """Run one of the readers above in a subprocess and return its output; a failure names the last input."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.data.test_fuzz", what, str(folder), str(count)],
+        [sys.executable, "-m", "tests.data.test_fuzz", reader, str(folder), str(count)],
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
@@ -197,12 +203,14 @@ def test_damaged_files_are_kept_or_dropped_with_a_reason(tmp_path):
     assert " decoded\n" in run("read_files", tmp_path, 3000)
 
 
-def test_damaged_metadata_gives_clips_or_one_line(tmp_path):
-    assert run("read_manifests", tmp_path, 100).count(" were read\n") == 3
+def test_damaged_metadata_gives_clips_or_an_error_of_one_line(tmp_path):
+    assert run("read_metadata_tables", tmp_path, 100).count(" were read\n") == 3
 
 
 if __name__ == "__main__":
-    {"read_files": read_files, "read_manifests": read_manifests}[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))
+    {"read_files": read_files, "read_metadata_tables": read_metadata_tables}[sys.argv[1]](
+        Path(sys.argv[2]), int(sys.argv[3])
+    )
     signal.alarm(0)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert most < MAX_BYTES, f"{most / 2**30:.1f} GiB"

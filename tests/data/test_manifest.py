@@ -1,11 +1,11 @@
-"""Dataset folders as users make them, good and bad: what is kept, what is dropped and why, what is held out."""
+"""Dataset folders, good and bad: kept clips, reasons of dropped rows, held-out files."""
 
 import csv
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +15,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from c2r import InputError
+from c2r.data.buckets import Bucket
+from c2r.data.drop_reasons import DropReason
 from c2r.data.manifest import is_held_out, read_manifest
 from c2r.data.video import write_video
+from tests.helpers.commands import ROOT
+from tests.helpers.settings import clip_settings
 from tests.helpers.videos import counter_frames, encode_video
 
-OPTIONS = SimpleNamespace(height=48, width=64, num_frames=9, fps=16, cache_dir=None)
+SETTINGS = clip_settings(buckets=(Bucket(9, 48, 64),), fps=16)
 
 
 def write_metadata(folder, rows, name="metadata.csv"):
@@ -51,6 +55,11 @@ def add(folder, video, *names):
         path.write_bytes(video)
 
 
+def test_every_drop_reason_is_documented():
+    documented = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    assert [reason.value for reason in DropReason if f"`{reason}`" not in documented] == []
+
+
 def reasons(manifest):
     return {row.file: row.reason for row in manifest.dropped}
 
@@ -70,7 +79,7 @@ def test_every_layout_and_format(tmp_path, video, name, metadata, videos, prefix
     add(tmp_path / videos, video, "a.mp4", "b.mp4")
     rows = [{"file_name": f"{prefix}a.mp4", "text": "a street"}, {"file_name": f"{prefix}b.mp4", "text": "a"}]
     write_metadata(tmp_path / metadata, rows, name)
-    manifest = read_manifest(tmp_path, "real", OPTIONS)
+    manifest = read_manifest(tmp_path, "real", SETTINGS)
     where = "" if videos == "." else f"{videos}/"
     assert [(c.name, c.window, c.start, c.text) for c in manifest.clips] == [
         (f"{where}a.mp4", 0, 0.0, "a street"),
@@ -79,7 +88,10 @@ def test_every_layout_and_format(tmp_path, video, name, metadata, videos, prefix
         (f"{where}b.mp4", 1, 9 / 16, "a"),
     ]
     assert manifest.dropped == []
-    assert all(os.path.samefile(c.file, tmp_path / c.name) and c.control_source == c.source for c in manifest.clips)
+    assert all(
+        os.path.samefile(c.target_file.path, tmp_path / c.name) and c.control_file == c.target_file
+        for c in manifest.clips
+    )
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
@@ -88,24 +100,24 @@ def test_captions_stay_text(tmp_path, video, name):
     names = [f"{n}.mp4" for n in range(len(texts))]
     add(tmp_path, video, *names)
     write_metadata(tmp_path, [{"file_name": n, "text": t, "extra": 1} for n, t in zip(names, texts)], name)
-    assert [c.text for c in read_manifest(tmp_path, "real", OPTIONS).clips if c.window == 0] == texts
+    assert [c.text for c in read_manifest(tmp_path, "real", SETTINGS).clips if c.window == 0] == texts
 
 
 def test_a_byte_order_mark_and_numeric_columns(tmp_path, video):
     add(tmp_path, video, "007", "8")
     (tmp_path / "metadata.csv").write_text("\ufefffile_name,text\n007,12\n8,9\n", encoding="utf-8")
-    assert [(c.name, c.text) for c in read_manifest(tmp_path, "real", OPTIONS).clips if not c.window] == [
+    assert [(c.name, c.text) for c in read_manifest(tmp_path, "real", SETTINGS).clips if not c.window] == [
         ("007", "12"),
         ("8", "9"),
     ]
 
 
-def test_an_edit_is_seen_at_once_and_nothing_is_written_at_home(tmp_path, video, monkeypatch):
+def test_edited_metadata_is_read_again_and_home_is_not_written(tmp_path, video, monkeypatch):
     monkeypatch.setenv("HOME", "/nonexistent")
     add(tmp_path, video, "a.mp4", "b.mp4")
     for text in ("first", "other"):
         (tmp_path / "metadata.csv").write_text(f"file_name,text\na.mp4,{text}\n")
-        assert {c.text for c in read_manifest(tmp_path, "real", OPTIONS).clips} == {text}
+        assert {c.text for c in read_manifest(tmp_path, "real", SETTINGS).clips} == {text}
 
 
 def test_no_row_is_dropped_silently(tmp_path, video, capsys):
@@ -124,7 +136,7 @@ def test_no_row_is_dropped_silently(tmp_path, video, capsys):
     add(data, video, "no caption.mp4")
     names += ["no caption.mp4"]
     write_metadata(data, [{"file_name": n, "text": " " if n == "no caption.mp4" else "a"} for n in names])
-    manifest = read_manifest(data, "real", OPTIONS)
+    manifest = read_manifest(data, "real", SETTINGS)
     assert [c.name for c in manifest.clips if c.window == 0] == ["good.mp4", "twice.mp4"]
     assert reasons(manifest) == {
         "twice.mp4": "duplicate row",
@@ -153,24 +165,24 @@ def test_no_row_is_dropped_silently(tmp_path, video, capsys):
     assert any(row["file_name"] == "cut.mp4" and "cut off" in row["reason"] for row in listed)
 
 
-def test_images_are_clips_where_a_clip_is_one_frame(tmp_path, video):
+def test_images_are_clips_in_a_bucket_of_one_frame(tmp_path, video):
     Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
     Image.new("RGB", (64, 48)).save(tmp_path / "b.jpg")
     add(tmp_path, video, "c.mp4")
     write_metadata(tmp_path, [{"file_name": n, "text": "a"} for n in ("a.png", "b.jpg", "c.mp4")])
-    options = SimpleNamespace(**vars(OPTIONS) | {"num_frames": 1})
-    names = [c.name for c in read_manifest(tmp_path, "real", options).clips]
+    settings = replace(SETTINGS, buckets=(Bucket(1, 48, 64),))
+    names = [c.name for c in read_manifest(tmp_path, "real", settings).clips]
     assert names == ["a.png", "b.jpg"] + ["c.mp4"] * 20
 
 
-def test_windows_follow_the_rate(tmp_path):
+def test_the_number_of_windows_follows_the_frame_rate(tmp_path):
     write_video(tmp_path / "a.mp4", counter_frames(25), 24)
     write_metadata(tmp_path, [{"file_name": "a.mp4", "text": "a"}])
     for fps, windows in ((24, 2), (16, 1), (48, 5), (8, 1)):
-        options = SimpleNamespace(**vars(OPTIONS) | {"fps": fps})
-        assert len(read_manifest(tmp_path, "real", options).clips) == windows
+        settings = replace(SETTINGS, fps=fps)
+        assert len(read_manifest(tmp_path, "real", settings).clips) == windows
     with pytest.raises(InputError, match=r"none of its 1 rows.*1 too few frames after resampling"):
-        read_manifest(tmp_path, "real", SimpleNamespace(**vars(OPTIONS) | {"fps": 4}))
+        read_manifest(tmp_path, "real", replace(SETTINGS, fps=4))
 
 
 def test_cg_pairs_that_disagree_are_dropped(tmp_path, video):
@@ -204,24 +216,24 @@ def test_cg_pairs_that_disagree_are_dropped(tmp_path, video):
         pairs = [("a", "coarse.mp4"), ("another caption", control)]
         rows = [{"file_name": "fine.mp4", "control_name": c, "text": text} for text, c in pairs]
         write_metadata(tmp_path, rows)
-        manifest = read_manifest(tmp_path, "cg", OPTIONS)
+        manifest = read_manifest(tmp_path, "cg", SETTINGS)
         assert [row.reason for row in manifest.dropped] == ([reason] if reason else []), control
         assert [c.control_name for c in manifest.clips if c.window == 1] == ["coarse.mp4"] + [control] * (not reason)
-        # As real data no row is lost: the coarse version is for validation alone, and the video is its own control.
-        real = read_manifest(tmp_path, "real", OPTIONS)
+        # Real rows are kept: the coarse version serves validation only, and the video is its own control.
+        real = read_manifest(tmp_path, "real", SETTINGS)
         assert real.dropped == []
-        assert all(c.control_source == c.source and c.file.endswith("fine.mp4") for c in real.clips)
-        assert [c.coarse_source is not None for c in real.clips if c.window == 1] == [True, not reason]
-        # An empty name names nothing that could be missed.
+        assert all(c.control_file == c.target_file and c.name == "fine.mp4" for c in real.clips)
+        assert [c.coarse_file is not None for c in real.clips if c.window == 1] == [True, not reason]
+        # A real row with an empty name has no coarse version, so none is missing.
         assert [row.reason for row in real.without_coarse] == ([reason] if reason and control else []), control
 
 
-def test_real_clips_kept_without_their_coarse_version_are_told(tmp_path, video, capsys):
+def test_real_rows_kept_without_their_coarse_version_are_reported(tmp_path, video, capsys):
     add(tmp_path, video, "a.mp4", "b.mp4", "coarse.mp4")
     write_video(tmp_path / "longer.mp4", counter_frames(24), 16)
     rows = zip(("a.mp4", "b.mp4", "coarse.mp4", "gone.mp4"), ("coarse.mp4", "longer.mp4", "", "coarse.mp4"))
     write_metadata(tmp_path, [{"file_name": name, "control_name": coarse, "text": "a"} for name, coarse in rows])
-    manifest = read_manifest(tmp_path, "real", OPTIONS)
+    manifest = read_manifest(tmp_path, "real", SETTINGS)
     assert [c.control_name for c in manifest.clips if c.window == 0] == ["coarse.mp4", None, None]
     assert [row.file for row in manifest.dropped] == ["gone.mp4"]
     manifest.report()
@@ -253,35 +265,34 @@ def test_real_clips_kept_without_their_coarse_version_are_told(tmp_path, video, 
         (lambda d: d.mkdir() or (d / "metadata.parquet").write_text("hi"), r"parquet: cannot be read"),
     ],
 )
-def test_bad_folders_end_in_one_line(tmp_path, prepare, message, capfd):
+def test_bad_folders_raise_an_error_of_one_line(tmp_path, prepare, message, capfd):
     prepare(tmp_path / "data")
     with pytest.raises(InputError, match=message) as error:
-        read_manifest(tmp_path / "data", "real", OPTIONS)
+        read_manifest(tmp_path / "data", "real", SETTINGS)
     assert str(tmp_path / "data") in str(error.value)
     assert "\n" not in str(error.value)
     assert capfd.readouterr().err == ""
 
 
-def test_other_one_line_errors(tmp_path, video):
+def test_other_errors_of_one_line(tmp_path, video):
     add(tmp_path, video, "a.mp4")
     write_metadata(tmp_path, [{"file_name": "a.mp4", "text": "a"}])
     with pytest.raises(InputError, match=r"no column control_name.*coarse"):
-        read_manifest(tmp_path, "cg", OPTIONS)
-    for option, value in (("height", 50), ("width", 0), ("num_frames", 8), ("fps", 0), ("fps", float("nan"))):
-        with pytest.raises(InputError, match=f"--{option} {value}: must be"):
-            read_manifest(tmp_path, "real", SimpleNamespace(**vars(OPTIONS) | {option: value}))
+        read_manifest(tmp_path, "cg", SETTINGS)
     write_metadata(tmp_path, [{"file_name": "a.mp4", "text": "a"}], "metadata.jsonl")
     with pytest.raises(InputError, match=r"metadata\.csv and metadata\.jsonl; keep one"):
-        read_manifest(tmp_path, "real", OPTIONS)
+        read_manifest(tmp_path, "real", SETTINGS)
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "no_folder").write_text("")
-    with pytest.raises(InputError, match=r"no_folder: cannot be written .*; make room, or give a --cache_dir"):
-        read_manifest(tmp_path, "real", SimpleNamespace(**vars(OPTIONS) | {"cache_dir": str(tmp_path / "no_folder")}))
+    with pytest.raises(
+        InputError, match=r"no_folder: cannot be written .*; make room, or give a writable --cache_dir"
+    ):
+        read_manifest(tmp_path, "real", replace(SETTINGS, cache_dir=tmp_path / "no_folder"))
 
 
-def test_the_list_is_written_also_where_nothing_is_left(tmp_path, video):
-    """And datasets that share a cache keep lists of their own."""
-    shared = SimpleNamespace(**vars(OPTIONS) | {"cache_dir": str(tmp_path / "cache")})
+def test_the_list_is_written_even_if_no_row_can_be_used(tmp_path, video):
+    """Datasets that share a cache have separate lists."""
+    shared = replace(SETTINGS, cache_dir=tmp_path / "cache")
     lists = set()
     for folder in (tmp_path / "a/train", tmp_path / "b/train"):
         write_metadata(folder, [{"file_name": "gone.mp4", "text": folder.parent.name}])
@@ -292,36 +303,36 @@ def test_the_list_is_written_also_where_nothing_is_left(tmp_path, video):
     assert all("gone.mp4,,,dropped,missing file: gone.mp4" in Path(path).read_text() for path in lists)
 
 
-def test_held_out_files_are_the_same_whatever_else_is_there(tmp_path, video):
+def test_other_files_do_not_change_which_files_are_held_out(tmp_path, video):
     names = [f"{n}.mp4" for n in range(40)]
     add(tmp_path, video, *names)
     write_metadata(tmp_path, [{"file_name": n, "text": "a"} for n in names])
-    manifest = read_manifest(tmp_path, "real", OPTIONS)
+    manifest = read_manifest(tmp_path, "real", SETTINGS)
     held_out = {c.name for c in manifest.held_out}
     assert held_out == {n for n in names if is_held_out(n)}
     assert 1 <= len(held_out) <= 8
     assert held_out.isdisjoint(c.name for c in manifest.train)
     assert len(manifest.held_out) == 2 * len(held_out)  # both windows
-    # Reordered and with fewer files, each of them stays on its side.
+    # A file stays on its side if the rows are reordered and others are removed.
     write_metadata(tmp_path, [{"file_name": n, "text": "a"} for n in names[::-1][10:]])
-    again = read_manifest(tmp_path, "real", OPTIONS)
+    again = read_manifest(tmp_path, "real", SETTINGS)
     assert {c.name for c in again.held_out} == held_out & set(names[::-1][10:])
     assert manifest.fingerprint != again.fingerprint
 
 
-def test_two_files_are_one_for_each_side(tmp_path, video):
+def test_of_two_files_one_is_held_out(tmp_path, video):
     for a, b in (("a.mp4", "b.mp4"), ("x1.mp4", "x7.mp4")):
         folder = tmp_path / a
         add(folder, video, a, b)
         write_metadata(folder, [{"file_name": n, "text": "a"} for n in (a, b)])
-        manifest = read_manifest(folder, "real", OPTIONS)
+        manifest = read_manifest(folder, "real", SETTINGS)
         assert len(manifest.held_out) == len(manifest.train) == 2
     write_metadata(folder, [{"file_name": a, "text": "a"}])
-    assert read_manifest(folder, "real", OPTIONS).held_out.file_count == 0
+    assert read_manifest(folder, "real", SETTINGS).held_out.file_count == 0
 
 
 @given(st.sets(st.text(min_size=1), min_size=2, max_size=30), st.floats(0, 1))
-def test_the_hash_is_stable_and_grows_with_the_fraction(names, fraction):
+def test_held_out_names_are_stable_and_grow_with_the_fraction(names, fraction):
     for name in names:
         assert not is_held_out(name, 0)
         assert is_held_out(name, 1)
@@ -329,13 +340,13 @@ def test_the_hash_is_stable_and_grows_with_the_fraction(names, fraction):
     assert is_held_out("train/0.mp4", 0.5) == is_held_out("train/0.mp4", 0.5)
 
 
-def test_the_hash_never_changes():
-    # Another hash would move held-out clips of an older run into training.
+def test_held_out_names_are_those_of_earlier_versions():
+    # With another hash, a resumed run would train on clips that were held out before.
     assert [n for n in range(100) if is_held_out(f"{n}.mp4")] == [7, 8, 70, 71, 82]
 
 
 @pytest.mark.parametrize("own_metadata", [True, False])
-def test_a_validation_folder_is_used_instead_of_the_hash(tmp_path, video, own_metadata):
+def test_a_validation_folder_replaces_the_hash(tmp_path, video, own_metadata):
     add(tmp_path, video, "train/a.mp4", "train/b.mp4", "validation/c.mp4")
     if own_metadata:
         write_metadata(tmp_path / "train", [{"file_name": n, "text": "a"} for n in ("a.mp4", "b.mp4")])
@@ -343,27 +354,27 @@ def test_a_validation_folder_is_used_instead_of_the_hash(tmp_path, video, own_me
     else:
         rows = [{"file_name": n, "text": "a"} for n in ("train/a.mp4", "train/b.mp4", "validation/c.mp4")]
         write_metadata(tmp_path, rows)
-    manifest = read_manifest(tmp_path, "real", OPTIONS)
+    manifest = read_manifest(tmp_path, "real", SETTINGS)
     assert {c.name for c in manifest.held_out} == {"validation/c.mp4"}
     assert {c.name for c in manifest.train} == {"train/a.mp4", "train/b.mp4"}
     (tmp_path / "validation/c.mp4").unlink()
     with pytest.raises(InputError, match="validation/ gives no usable clip"):
-        read_manifest(tmp_path, "real", OPTIONS)
+        read_manifest(tmp_path, "real", SETTINGS)
 
 
-def test_probes_are_kept_until_the_file_changes(tmp_path, video, monkeypatch):
+def test_files_are_probed_again_only_after_a_change(tmp_path, video, monkeypatch):
     add(tmp_path, video, "a.mp4", "b.mp4")
     write_metadata(tmp_path, [{"file_name": n, "text": "a"} for n in ("a.mp4", "b.mp4")])
-    first = read_manifest(tmp_path, "real", OPTIONS)
-    looked_into = []
-    monkeypatch.setattr("c2r.data.folders.probe", lambda path: looked_into.append(path) or 1 / 0)
-    assert read_manifest(tmp_path, "real", OPTIONS).fingerprint == first.fingerprint
-    assert looked_into == []
+    first = read_manifest(tmp_path, "real", SETTINGS)
+    probed = []
+    monkeypatch.setattr("c2r.data.folders.probe", lambda path: probed.append(path) or 1 / 0)
+    assert read_manifest(tmp_path, "real", SETTINGS).fingerprint == first.fingerprint
+    assert probed == []
     monkeypatch.undo()
     time.sleep(0.01)
     write_video(tmp_path / "a.mp4", counter_frames(9), 16)
-    second = read_manifest(tmp_path, "real", OPTIONS)
+    second = read_manifest(tmp_path, "real", SETTINGS)
     assert [c.name for c in second.clips] == ["a.mp4", "b.mp4", "b.mp4"]
     assert second.fingerprint != first.fingerprint
     (tmp_path / ".c2r_cache/probes.safetensors").write_text('{"trunca')
-    assert read_manifest(tmp_path, "real", OPTIONS).fingerprint == second.fingerprint
+    assert read_manifest(tmp_path, "real", SETTINGS).fingerprint == second.fingerprint

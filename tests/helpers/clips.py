@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 
 from c2r.data.buckets import Bucket
-from c2r.data.clips import INDEX, Clip, Clips, FileTable
+from c2r.data.clips import ENTRY, Clip, Clips, FileTable
 
 BUCKET = Bucket(5, 32, 48)
 
@@ -32,4 +32,4 @@ def clips_of(*clips, fps=16):
         control_mtimes=zeros,
     )
     rows = [(0, row, c.window, 0, buckets.index(c.bucket), c.held_out) for row, c in enumerate(clips)]
-    return Clips([table], np.array(rows, INDEX))
+    return Clips([table], np.array(rows, ENTRY))
