@@ -1,4 +1,4 @@
-"""The cache: names that follow the content, files that are complete or absent, damage that is seen."""
+"""The cache: names that follow from the content, files that are complete or absent, damage that is detected."""
 
 import os
 import shutil
@@ -9,10 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from c2r import InputError
+from c2r import InputError, __version__
 from c2r.data.buckets import Bucket
 from c2r.data.clips import Clip
-from c2r.encoding.cache import MIB, CacheSettings, clip_path, encoder_fingerprint, prompt_path
+from c2r.encoding.cache import (
+    MIB,
+    CacheSettings,
+    ControlSettings,
+    clip_key,
+    clip_path,
+    control_path,
+    encoder_fingerprint,
+    prompt_path,
+)
 from c2r.files import is_complete, load_tensors, save_tensors, write_atomic
 
 CLIP = Clip("data", "a.mp4", "a street", "cg", 1, 0.5, Bucket(9, 48, 64), 100, 10**18, False, "b.mp4", 50, 10**18)
@@ -20,7 +29,7 @@ SETTINGS = CacheSettings(16.0, "vae", "text")
 TENSORS = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.ones(2, dtype=torch.bfloat16)}
 
 
-def test_every_part_of_the_content_changes_the_name():
+def test_a_cache_file_is_named_by_all_that_its_content_depends_on():
     names = {clip_path("c", CLIP, SETTINGS)}
     changes = [{"name": "x.mp4"}, {"size": 101}, {"mtime_ns": 10**18 + 1}, {"start": 1.0}, {"text": "a road"}]
     changes += [{"bucket": Bucket(*shape)} for shape in ((13, 48, 64), (9, 64, 64), (9, 48, 48))]
@@ -29,23 +38,32 @@ def test_every_part_of_the_content_changes_the_name():
     for change in ({"fps": 24.0}, {"vae": "x"}, {"text_encoder": "x"}):
         names.add(clip_path("c", CLIP, replace(SETTINGS, **change)))
     assert len(names) == 12
-    # What the latents do not depend on does not.
+    # None of these changes the latents.
     same = replace(CLIP, folder="moved", window=3, held_out=True, domain="real", control_name="x.mp4")
     assert clip_path("c", same, SETTINGS) == clip_path("c", CLIP, SETTINGS)
 
 
-def test_prompts_are_shared_by_all_sizes():
+def test_cached_names_stay_the_same_between_versions():
+    """A change of this hash would encode everything again for every user."""
+    assert clip_key(CLIP, SETTINGS) == "3fa4147b78e0bfa7fbf1d0387c4d2fc900d0ebb39f5714f90c34f636043b02d6"
+    control = control_path("c", CLIP, ControlSettings(16.0, "dinov3", "torch.bfloat16"))
+    assert control.stem == "036fb97430926903b4c4a3fa655d94972b233c8db39c14b1881591e07d8fca68"
+    prompt = prompt_path("c", "a street", SETTINGS)
+    assert prompt.stem == "ceeb4d16c69c4ae1dfd8bf697a70a33f53a73e64e3dc6910ef038c9da9bf41b5"
+
+
+def test_prompts_are_shared_by_all_clip_sizes_frame_rates_and_vaes():
     assert prompt_path("c", "a", SETTINGS) == prompt_path("c", "a", replace(SETTINGS, fps=24.0, vae="x"))
-    assert (
-        len({prompt_path("c", t, s) for t in ("a", "") for s in (SETTINGS, replace(SETTINGS, text_encoder="x"))}) == 4
-    )
+    other_text_encoder = replace(SETTINGS, text_encoder="x")
+    names = {prompt_path("c", text, encoders) for text in ("a", "") for encoders in (SETTINGS, other_text_encoder)}
+    assert len(names) == 4
 
 
-def test_tensors_and_provenance_come_back(tmp_path):
+def test_saved_tensors_and_metadata_are_loaded_again(tmp_path):
     path = tmp_path / "deep" / "x.safetensors"
     save_tensors(path, TENSORS, {"file": "é.mp4", "window": 3})
     tensors, metadata = load_tensors(path)
-    assert metadata == {"file": "é.mp4", "window": 3}
+    assert metadata == {"file": "é.mp4", "window": 3, "version": __version__}
     assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
     assert {name: t.dtype for name, t in tensors.items()} == {"a": torch.float32, "b": torch.bfloat16}
     assert is_complete(path, ["a", "b"])
@@ -62,7 +80,7 @@ def whole(tmp_path_factory):
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_a_cut_or_grown_file_is_seen(tmp_path_factory, whole, data):
+def test_a_cut_or_extended_file_is_found_damaged(tmp_path_factory, whole, data):
     length = data.draw(st.integers(0, len(whole) + 8).filter(lambda n: n != len(whole)))
     path = tmp_path_factory.mktemp("cut") / "x.safetensors"
     path.write_bytes((whole + bytes(8))[:length])
@@ -71,13 +89,13 @@ def test_a_cut_or_grown_file_is_seen(tmp_path_factory, whole, data):
         load_tensors(path)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_cache_file_is_named(tmp_path):
     assert not is_complete(tmp_path / "x.safetensors", ["a", "b"])
     with pytest.raises(InputError, match=r"x\.safetensors.*is missing; run python -m c2r\.encode"):
         load_tensors(tmp_path / "x.safetensors")
 
 
-def test_a_file_is_complete_or_absent(tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x"
     write_atomic(path, b"old")
 
@@ -91,13 +109,13 @@ def test_a_file_is_complete_or_absent(tmp_path, monkeypatch):
                 write_atomic(path, b"new")
         assert path.read_bytes() == b"old"
         assert os.listdir(tmp_path) == ["x"]
-    # What a kill leaves behind (no clean-up runs then) is never read.
+    # A killed process cannot clean up: the temporary file that it leaves is never read.
     (tmp_path / ".x.0.tmp").write_bytes(b"half")
     write_atomic(path, b"new")
     assert path.read_bytes() == b"new"
 
 
-def test_the_encoders_fingerprint_sees_every_change(tmp_path):
+def test_an_encoders_fingerprint_changes_with_its_files(tmp_path):
     folder = tmp_path / "vae"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
@@ -105,7 +123,7 @@ def test_the_encoders_fingerprint_sees_every_change(tmp_path):
     (folder / "model.safetensors").write_bytes(weights)
 
     def fingerprint(change):
-        copy = tmp_path / f"copy{len(os.listdir(tmp_path))}"  # another folder: fingerprints are kept by folder
+        copy = tmp_path / f"copy{len(os.listdir(tmp_path))}"  # fingerprints are cached by folder
         shutil.copytree(folder, copy)
         change(copy)
         return encoder_fingerprint(copy)

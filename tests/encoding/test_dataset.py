@@ -1,26 +1,30 @@
-"""ClipDataset: items as the training step reads them, from real files and a real (tiny) encoding pass."""
+"""ClipDataset: items as the training step reads them, from video files encoded by tiny models."""
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from torch.utils.data import ConcatDataset, DataLoader
 
 from c2r import InputError
 from c2r.data.manifest import read_manifest
 from c2r.data.video import read_window, write_video
-from c2r.encoding.cache import clip_path
+from c2r.encoding.cache import clip_path, current_encoders
 from c2r.encoding.dataset import ClipDataset
 from c2r.encoding.encoding_pass import encode_missing
+from tests.helpers.settings import clip_settings
 from tests.helpers.tiny import LATENT_CHANNELS, PROMPT_LENGTH, TEXT_DIM, save_tiny_pipeline
 from tests.helpers.videos import counter_frames, read_counter
 
 
+def read(folder, domain, settings):
+    return read_manifest(folder, domain, settings, current_encoders(settings))
+
+
 @pytest.fixture(scope="module")
-def setup(tmp_path_factory):
-    """(options, real manifest, CG manifest), encoded."""
+def encoded(tmp_path_factory, process):
+    """(settings, real manifest, CG manifest), encoded."""
     root = tmp_path_factory.mktemp("data")
     frames = counter_frames(10, 32, 48)
     for name in ("real/a.mp4", "real/b.mp4", "cg/fine.mp4", "cg/fine2.mp4"):
@@ -30,23 +34,16 @@ def setup(tmp_path_factory):
     (root / "real/metadata.csv").write_text("file_name,text,control_name\na.mp4,red brick,coarse.mp4\nb.mp4,night,\n")
     rows = "fine.mp4,coarse.mp4,night\nfine2.mp4,coarse.mp4,night\n"
     (root / "cg/metadata.csv").write_text(f"file_name,control_name,text\n{rows}")
-    options = SimpleNamespace(
-        pretrained_model_name_or_path=str(save_tiny_pipeline(root / "model")),
-        height=32,
-        width=48,
-        num_frames=5,
-        fps=16,
-        dataloader_num_workers=0,
-    )
-    real, cg = read_manifest(root / "real", "real", options), read_manifest(root / "cg", "cg", options)
-    encode_missing([*real.clips, *cg.clips], options, Accelerator(cpu=True))
-    return options, real, cg
+    settings = clip_settings(base_model=str(save_tiny_pipeline(root / "model")), fps=16.0)
+    real, cg = read(root / "real", "real", settings), read(root / "cg", "cg", settings)
+    encode_missing([*real.clips, *cg.clips], settings, *process)
+    return settings, real, cg
 
 
-def test_items_of_a_batch_from_both_domains(setup):
-    options, real, cg = setup
-    real_dataset = ClipDataset(real.clips, options, with_control=True)
-    cg_dataset = ClipDataset(cg.clips, options, with_control=True)
+def test_a_batch_holds_items_of_both_domains(encoded):
+    settings, real, cg = encoded
+    real_dataset = ClipDataset(real.clips, settings, with_control=True)
+    cg_dataset = ClipDataset(cg.clips, settings, with_control=True)
     loader = DataLoader(
         ConcatDataset([real_dataset, cg_dataset]),
         batch_sampler=[[0, 3], [5, 6], [1, 7]],
@@ -65,18 +62,18 @@ def test_items_of_a_batch_from_both_domains(setup):
     assert batches[2]["name"] == ["a.mp4#1", "fine2.mp4#1"]
 
 
-def test_control_is_the_clips_own_video_or_the_pairs_coarse_one(setup):
-    options, real, cg = setup
+def test_the_control_is_a_real_clips_own_video_or_a_pairs_coarse_one(encoded):
+    settings, real, cg = encoded
     for manifest, expected in ((real, range(5, 10)), (cg, range(4, -1, -1))):
-        dataset = ClipDataset(manifest.clips, options, with_control=True)
+        dataset = ClipDataset(manifest.clips, settings, with_control=True)
         assert read_counter(dataset[1]["control_frames"]) == list(expected)
         assert torch.equal(dataset.control_frames(1), dataset[1]["control_frames"])
-    assert "control_frames" not in ClipDataset(real.clips, options)[0]
+    assert "control_frames" not in ClipDataset(real.clips, settings)[0]
 
 
-def test_prompts_are_padded_with_zeros(setup):
-    options, real, _ = setup
-    dataset = ClipDataset(real.clips, options)
+def test_prompts_are_padded_with_zeros(encoded):
+    settings, real, _ = encoded
+    dataset = ClipDataset(real.clips, settings)
     assert dataset.max_sequence_length == PROMPT_LENGTH
     prompt = dataset[0]["prompt_embeds"]  # "red brick </s>"
     assert (prompt.abs().sum(dim=1) > 0).tolist() == [True] * 3 + [False] * (PROMPT_LENGTH - 3)
@@ -85,46 +82,44 @@ def test_prompts_are_padded_with_zeros(setup):
     assert not torch.equal(empty, dataset[2]["prompt_embeds"])
 
 
-def test_a_dataset_without_clips_has_no_length(setup):
-    assert len(ClipDataset([], setup[0])) == 0
+def test_a_dataset_without_clips_has_length_zero(encoded):
+    assert len(ClipDataset([], encoded[0])) == 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_video_that_is_gone_or_broken_raises_and_names_it(setup, tmp_path, workers):
-    options, real, _ = setup
+def test_a_video_broken_after_encoding_is_named(encoded, process, tmp_path, workers):
+    settings, _, _ = encoded
     write_video(tmp_path / "a.mp4", np.zeros((10, 32, 48, 3), np.uint8), 16)
     (tmp_path / "metadata.csv").write_text("file_name,text\na.mp4,red brick\n")
-    clips = read_manifest(tmp_path, "real", options).clips
-    encode_missing(clips, options, Accelerator(cpu=True))
-    dataset = ClipDataset(clips, options, with_control=True)
+    clips = read(tmp_path, "real", settings).clips
+    encode_missing(clips, settings, *process)
+    dataset = ClipDataset(clips, settings, with_control=True)
     assert len(list(DataLoader(dataset, num_workers=workers))) == 2
-    (tmp_path / "a.mp4").write_bytes(b"no video any more")
+    (tmp_path / "a.mp4").write_bytes(b"not a video")
     with pytest.raises(InputError, match=r"a\.mp4: cannot be decoded"):
         list(DataLoader(dataset, num_workers=workers))
-    assert dataset.clips[0].file != real.clips[0].file
 
 
-def test_a_clip_that_is_not_encoded_says_what_to_run(setup, tmp_path):
-    options, real, _ = setup
-    other = SimpleNamespace(**vars(options) | {"cache_dir": str(tmp_path)})
-    dataset = ClipDataset(real.clips, other)
+def test_an_error_names_the_command_that_encodes_a_clip(encoded, tmp_path):
+    settings, real, _ = encoded
+    dataset = ClipDataset(real.clips, replace(settings, cache_dir=tmp_path))
     with pytest.raises(InputError, match=r"missing; run python -m c2r\.encode"):
         dataset[0]
 
 
-def test_control_frames_come_from_the_same_window_as_the_latents(setup):
-    options, real, _ = setup
+def test_control_frames_come_from_the_same_window_as_the_latents(encoded):
+    settings, real, _ = encoded
     clip = real.clips[1]
-    dataset = ClipDataset(real.clips, options, with_control=True)
-    frames = read_window(clip.file, 5 / 16, 5, 16, 32, 48)
+    dataset = ClipDataset(real.clips, settings, with_control=True)
+    frames = read_window(clip.target_file.path, 5 / 16, 5, 16, 32, 48)
     assert torch.equal(dataset[1]["control_frames"], frames)
-    assert clip_path("c", clip, dataset.settings) != clip_path("c", real.clips[0], dataset.settings)
+    assert clip_path("c", clip, dataset.cache_settings) != clip_path("c", real.clips[0], dataset.cache_settings)
 
 
-def test_a_real_clip_is_its_own_control_also_where_it_has_a_coarse_version(setup):
-    options, real, _ = setup
-    dataset = ClipDataset(real.clips, options)
-    assert [clip.name for clip in real.clips if clip.coarse_source] == ["a.mp4"] * 2
+def test_a_real_clip_with_a_coarse_version_is_its_own_control(encoded):
+    settings, real, _ = encoded
+    dataset = ClipDataset(real.clips, settings)
+    assert [clip.name for clip in real.clips if clip.coarse_file] == ["a.mp4"] * 2
     first = next(i for i, clip in enumerate(real.clips) if (clip.name, clip.window) == ("a.mp4", 0))
     assert read_counter(dataset.control_frames(first)) == [0, 1, 2, 3, 4]
     assert read_counter(dataset.coarse_frames(first)) == [9, 8, 7, 6, 5]
