@@ -208,9 +208,8 @@ def test_damaged_metadata_gives_clips_or_an_error_of_one_line(tmp_path):
 
 
 if __name__ == "__main__":
-    {"read_files": read_files, "read_metadata_tables": read_metadata_tables}[sys.argv[1]](
-        Path(sys.argv[2]), int(sys.argv[3])
-    )
+    readers = {"read_files": read_files, "read_metadata_tables": read_metadata_tables}
+    readers[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))
     signal.alarm(0)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert most < MAX_BYTES, f"{most / 2**30:.1f} GiB"

@@ -284,9 +284,7 @@ def test_other_errors_of_one_line(tmp_path, video):
         read_manifest(tmp_path, "real", SETTINGS)
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "no_folder").write_text("")
-    with pytest.raises(
-        InputError, match=r"no_folder: cannot be written .*; make room, or give a writable --cache_dir"
-    ):
+    with pytest.raises(InputError, match=r"no_folder: cannot be written .*; make room, or give a writable --cache"):
         read_manifest(tmp_path, "real", replace(SETTINGS, cache_dir=tmp_path / "no_folder"))
 
 

@@ -1,4 +1,4 @@
-"""Datasets at an address: fetched on first use, within a bound, and never torn from a reader."""
+"""Datasets at an address: fetched on first use, within a size limit, and not removed while they are read."""
 
 import errno
 import functools
@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from dataclasses import replace
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType
 
 import fsspec
 import numpy as np
@@ -20,11 +20,18 @@ import pytest
 from fsspec.spec import AbstractFileSystem
 
 from c2r import InputError
-from c2r.data.folders import read_source
+from c2r.data.buckets import Bucket
+from c2r.data.folders import read_frames
 from c2r.data.manifest import read_manifest
-from c2r.data.remote import RemoteFolder, _RemoteObject, is_remote
+from c2r.data.remote import RemoteFolder, RemoteStream, is_remote
 from c2r.data.video import UnusableVideo, write_video
+from tests.helpers.settings import clip_settings
 from tests.helpers.videos import counter_frames, encode_video, read_counter
+
+
+def settings_in(tmp_path):
+    """Return settings with a cache in a test's folder."""
+    return clip_settings(buckets=(Bucket(5, 48, 64),), fps=16, cache_dir=tmp_path / "cache", video_cache_gb=1)
 
 
 @pytest.fixture
@@ -51,13 +58,13 @@ def fetch(remote, number):
         return path.read_bytes()
 
 
-def test_an_address_is_told_from_a_path():
+def test_an_address_is_distinguished_from_a_path():
     assert is_remote("hf://datasets/user/name")
     assert not is_remote("/data/real")
     assert not is_remote("data:2")
 
 
-def test_the_least_recently_used_copies_make_room(origin, tmp_path):
+def test_the_least_recently_used_copies_are_removed(origin, tmp_path):
     remote = folder_at(origin, tmp_path, max_bytes=3000)
     for number in (0, 1, 2):
         assert fetch(remote, number) == bytes([number]) * 1000
@@ -78,7 +85,7 @@ def test_a_copy_in_use_is_not_removed(origin, tmp_path):
     assert copies(remote) == [1]
 
 
-def test_a_changed_file_is_another_one(origin, tmp_path):
+def test_a_changed_file_is_fetched_again(origin, tmp_path):
     before = folder_at(origin, tmp_path)
     fetch(before, 0)
     (origin / "sub/0.bin").write_bytes(b"\x09" * 1000)
@@ -89,15 +96,15 @@ def test_a_changed_file_is_another_one(origin, tmp_path):
     assert fetch(after, 0) == b"\x09" * 1000
 
 
-def test_what_comes_in_another_length_is_refused(origin, tmp_path):
+def test_a_download_of_another_length_is_refused(origin, tmp_path):
     remote = folder_at(origin, tmp_path)
     (origin / "sub/0.bin").write_bytes(bytes(999 - remote.files["sub/0.bin"].size + 500))
-    with pytest.raises(InputError, match=r"sub/0\.bin: 499 bytes came of 1000"):
+    with pytest.raises(InputError, match=r"sub/0\.bin: 499 bytes received instead of 1000"):
         fetch(remote, 0)
     assert copies(remote) == []
 
 
-def test_what_is_missing_is_named(origin, tmp_path):
+def test_a_missing_remote_file_is_named(origin, tmp_path):
     remote = folder_at(origin, tmp_path)
     with (
         pytest.raises(InputError, match=r"sub/9\.bin: cannot be read .*; check the address"),
@@ -107,7 +114,7 @@ def test_what_is_missing_is_named(origin, tmp_path):
 
 
 def start(target, *args):
-    """A forked process, as the data loader's workers are, and its end of a queue."""
+    """Fork a process, as the data loader does, and return it with the queue that it puts results into."""
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     process = context.Process(target=target, args=(*args, results), daemon=True)
@@ -120,7 +127,7 @@ def read_all(remote, order, results):
     for number in order:
         name = f"sub/{number}.bin"
         with remote.fetch(name, *remote.files[name]) as path:
-            with remote._alone():  # a moment at which none comes or goes
+            with remote._locked():  # no process adds or removes a copy meanwhile
                 most = max(most, sum(p.stat().st_size for p in remote.folder.iterdir() if p.suffix != ".part"))
             if path.read_bytes() != bytes([number]) * 1000:
                 results.put("torn")
@@ -128,7 +135,7 @@ def read_all(remote, order, results):
     results.put(most)
 
 
-def test_two_processes_at_once_keep_the_bound(origin, tmp_path):
+def test_two_processes_together_keep_the_size_limit(origin, tmp_path):
     remote = pickle.loads(pickle.dumps(folder_at(origin, tmp_path, max_bytes=2000)))
     orders = [[0, 1, 2, 3, 4, 5] * 40, [5, 4, 3, 2, 1, 0] * 40]
     running = [start(read_all, remote, order) for order in orders]
@@ -138,7 +145,7 @@ def test_two_processes_at_once_keep_the_bound(origin, tmp_path):
 
 
 class Shelf(AbstractFileSystem):
-    """Says and gives what a test puts on it: {path: (what the listing says, content or what to do instead)}."""
+    """A filesystem of entries {path: (info in a listing, content or a function that makes or replaces it)}."""
 
     protocol = "shelf"
     entries = MappingProxyType({})
@@ -162,23 +169,23 @@ fsspec.register_implementation("shelf", Shelf, clobber=True)
 
 @pytest.fixture
 def shelf(tmp_path, monkeypatch):
-    """A function that puts entries on a shelf and gives its `RemoteFolder`."""
+    """A function that puts entries on a `Shelf` and returns its `RemoteFolder`."""
 
-    def of(entries, max_bytes=10_000):
+    def folder_with(entries, max_bytes=10_000):
         monkeypatch.setattr(Shelf, "entries", entries)
         return RemoteFolder("shelf://data/set", tmp_path / "cache", max_bytes)
 
-    return of
+    return folder_with
 
 
 @pytest.mark.parametrize("mark", ["ETag", "blob_id", "LastModified", "last_modified", "updated", "created"])
-def test_each_mark_of_a_listing_makes_another_version(shelf, mark):
+def test_each_mark_of_a_listing_changes_the_version(shelf, mark):
     versions = [shelf({"data/set/a": ({"size": 3, mark: value}, b"")}).files["a"].version for value in ("x", "y", "x")]
     assert versions[0] == versions[2] != versions[1]
     assert all(0 <= version < 2**63 for version in versions)
 
 
-def test_without_a_mark_the_size_alone_counts(shelf):
+def test_without_a_mark_the_version_follows_the_size(shelf):
     a, b, c = (shelf({"data/set/a": ({"size": size}, b"")}).files["a"].version for size in (3, 3, 4))
     assert a == b != c
 
@@ -194,7 +201,7 @@ def test_names_that_leave_the_folder_are_not_listed(shelf):
             remote.open(name)
 
 
-def test_a_listing_without_sizes_is_asked_for_them(shelf):
+def test_sizes_missing_in_a_listing_are_requested(shelf):
     remote = shelf({"data/set/a": ({"size": None}, b"four")})
     with remote.fetch("a", *remote.files["a"]) as path:
         assert path.read_bytes() == b"four"
@@ -205,7 +212,7 @@ def test_an_address_without_files_is_named(tmp_path):
         RemoteFolder("memory://nowhere", tmp_path, 1).files  # noqa: B018
 
 
-def test_a_file_rewritten_in_memory_is_another_one(tmp_path):
+def test_a_file_rewritten_in_memory_has_another_version(tmp_path):
     memory = fsspec.filesystem("memory")
     versions = []
     for content in (b"one", b"two"):
@@ -217,7 +224,7 @@ def test_a_file_rewritten_in_memory_is_another_one(tmp_path):
     assert versions[0] != versions[1]
 
 
-def test_a_file_larger_than_the_bound_costs_no_copy(origin, tmp_path):
+def test_a_file_larger_than_the_limit_removes_no_copy(origin, tmp_path):
     fetch(folder_at(origin, tmp_path), 0)
     small = folder_at(origin, tmp_path, max_bytes=999)
     with pytest.raises(InputError, match=r"--video_cache_gb .*sub/1.bin .* does not fit"):
@@ -225,7 +232,7 @@ def test_a_file_larger_than_the_bound_costs_no_copy(origin, tmp_path):
     assert copies(small) == [0]
 
 
-def test_a_full_disk_is_told_as_such(shelf):
+def test_a_full_disk_is_named_as_the_cause(shelf):
     def no_room(lpath):
         raise OSError(errno.ENOSPC, "No space left on device", lpath)
 
@@ -242,21 +249,21 @@ def fetch_one(remote, name, results=None):
         results.put(path.read_bytes())
 
 
-def test_processes_that_want_one_file_fetch_it_once(shelf, tmp_path):
+def test_a_file_that_several_processes_need_is_fetched_once(shelf, tmp_path):
     def slowly(lpath):
         with open(tmp_path / "fetched", "a") as log:
             log.write("once\n")
         time.sleep(0.3)
         return b"1234"
 
-    # There is room for one: a second download at the same time would be refused.
+    # The limit allows one copy: a second download at the same time would fail.
     remote = shelf({"data/set/a": ({"size": 4}, slowly)}, max_bytes=4)
     running = [start(fetch_one, remote, "a") for _ in range(3)]
     assert [results.get(timeout=30) for _, results in running] == [b"1234"] * 3
     assert (tmp_path / "fetched").read_text() == "once\n"
 
 
-def test_a_killed_download_leaves_nothing_for_the_next(shelf):
+def test_remains_of_a_killed_download_are_removed(shelf):
     def half(lpath):
         with open(lpath, "wb") as file:
             file.write(b"12")
@@ -275,13 +282,13 @@ def test_a_killed_download_leaves_nothing_for_the_next(shelf):
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder without a line per request."""
+    """A server of a folder that does not log requests."""
 
     def log_message(self, *args):
         pass
 
 
-def test_a_folder_of_a_web_server(origin, tmp_path):
+def test_files_of_a_web_server_are_fetched(origin, tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(origin.parent)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -309,33 +316,29 @@ def dataset(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["file", "memory"])
-def test_a_dataset_at_an_address_gives_the_clips_of_the_folder(dataset, tmp_path, kind):
-    options = SimpleNamespace(
-        height=48, width=64, num_frames=5, fps=16, cache_dir=str(tmp_path / "cache"), video_cache_gb=1
-    )
+def test_an_address_gives_the_same_clips_as_the_folder(dataset, tmp_path, kind):
+    settings = settings_in(tmp_path)
     address = f"file://{dataset}"
     if kind == "memory":
         fsspec.filesystem("memory").put(str(dataset), "/data/real", recursive=True)
         address = "memory://data/real"
-    local, remote = read_manifest(dataset, "real", options), read_manifest(address, "real", options)
+    local, remote = read_manifest(dataset, "real", settings), read_manifest(address, "real", settings)
     assert [(c.name, c.text, c.start, c.held_out) for c in remote.clips] == [
         (c.name, c.text, c.start, c.held_out) for c in local.clips
     ]
     assert [(row.file, row.reason) for row in remote.dropped] == [("../x.mp4", "path outside the folder")]
-    window = read_source(remote.clips[1].source, remote.clips[1], options)
+    window = read_frames(remote.clips[1].target_file, remote.clips[1], settings)
     assert read_counter(window) == [5, 6, 7, 8, 9]
 
 
-def test_a_video_that_fails_is_told_by_its_address_not_by_its_copy(dataset, tmp_path):
-    options = SimpleNamespace(
-        height=48, width=64, num_frames=5, fps=16, cache_dir=str(tmp_path / "cache"), video_cache_gb=1
-    )
-    clip = read_manifest(f"file://{dataset}", "real", options).clips[0]
+def test_an_error_names_the_address_of_a_video_and_not_its_copy(dataset, tmp_path):
+    settings = settings_in(tmp_path)
+    clip = read_manifest(f"file://{dataset}", "real", settings).clips[0]
     with pytest.raises(UnusableVideo, match=r"^file://\S+/train/a\.mp4: cannot be decoded \(it ends before"):
-        read_source(clip.source, replace(clip, start=60.0), options)
+        read_frames(clip.target_file, replace(clip, start=60.0), settings)
 
 
-def test_a_link_does_not_lead_out_of_a_folder_at_an_address(dataset, tmp_path):
+def test_links_out_of_a_folder_at_an_address_are_not_listed(dataset, tmp_path):
     (dataset / "inside.mp4").symlink_to(dataset / "train/a.mp4")
     (dataset / "outside.mp4").symlink_to(tmp_path / "x.mp4")
     (tmp_path / "secret").mkdir()
@@ -356,35 +359,32 @@ def test_another_users_copy_is_read(origin, tmp_path, monkeypatch):
     assert fetch(remote, 1) == bytes([1]) * 1000
 
 
-def test_a_server_that_gives_no_parts_of_files_drops_no_video(tmp_path):
-    """Files above fsspec's block of 5 MiB are read in parts; Python's server has none."""
+def test_a_server_without_range_requests_is_an_error_and_drops_no_video(tmp_path):
+    """fsspec reads files above 5 MiB in ranges, which Python's server does not support."""
     folder = tmp_path / "real"
     noise = np.random.default_rng(0).integers(0, 256, (24, 480, 832, 3), np.uint8)
     encode_video(folder / "a.mov", noise, codec="prores_ks", pix_fmt="yuv422p10le")
     assert (folder / "a.mov").stat().st_size > 6 * 2**20
     (folder / "metadata.csv").write_text("file_name,text\na.mov,one\n")
-    options = SimpleNamespace(
-        height=48, width=64, num_frames=5, fps=16, cache_dir=str(tmp_path / "cache"), video_cache_gb=1
-    )
+    settings = settings_in(tmp_path)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         address = f"http://127.0.0.1:{server.server_port}/real"
         with pytest.raises(InputError, match=r"a\.mov: cannot be read \(.*range.*\); check the address"):
-            read_manifest(address, "real", options)
+            read_manifest(address, "real", settings)
     finally:
         server.shutdown()
         server.server_close()
 
 
-def test_a_remote_dataset_needs_a_place_for_its_cache():
-    options = SimpleNamespace(height=48, width=64, num_frames=5, fps=16, cache_dir=None, video_cache_gb=1)
-    with pytest.raises(InputError, match=r"memory://nothing: is not on this machine: give a --cache_dir"):
-        read_manifest("memory://nothing", "real", options)
+def test_a_remote_dataset_needs_a_cache_dir():
+    with pytest.raises(InputError, match=r"memory://nothing: is not on this machine; give a --cache_dir"):
+        read_manifest("memory://nothing", "real", clip_settings(cache_dir=None))
 
 
 class Flaky(io.BytesIO):
-    """Loses its connection after two reads."""
+    """A file whose connection is lost after two reads."""
 
     def read(self, size=-1):
         self.reads = getattr(self, "reads", 0) + 1
@@ -393,11 +393,9 @@ class Flaky(io.BytesIO):
         return super().read(min(size, 500))
 
 
-def test_a_lost_connection_drops_no_video(dataset, tmp_path, monkeypatch):
-    options = SimpleNamespace(
-        height=48, width=64, num_frames=5, fps=16, cache_dir=str(tmp_path / "cache"), video_cache_gb=1
-    )
+def test_a_lost_connection_is_an_error_and_drops_no_video(dataset, tmp_path, monkeypatch):
+    settings = settings_in(tmp_path)
     content = (dataset / "train/a.mp4").read_bytes()
-    monkeypatch.setattr(RemoteFolder, "open", lambda self, name: _RemoteObject(Flaky(content)))
+    monkeypatch.setattr(RemoteFolder, "open", lambda self, name: RemoteStream(Flaky(content)))
     with pytest.raises(InputError, match=r"train/[ab]\.mp4: cannot be read \(gone away\); check the address"):
-        read_manifest(f"file://{dataset}", "real", options)
+        read_manifest(f"file://{dataset}", "real", settings)

@@ -1,4 +1,4 @@
-"""Decoding of real files: the right frames, upright, in the right colours; one clear line where it fails."""
+"""Decoding of real files: the right frames, upright, in the right colours; errors of one line."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def encode(path, frames, name, **kwargs):
 
 
 def corners(window):
-    """Mean colour of the four quarters of frame 0, their edges left out: (4, 3), from the top left by rows."""
+    """Return the mean colours (4, 3) of the quarters of frame 0 without their edges, from the top left by rows."""
     _, _, height, width = window.shape
     h, w = height // 2, width // 2
     quarters = [window[0, :, y : y + h, x : x + w] for y in (0, h) for x in (0, w)]
@@ -57,10 +57,10 @@ def assert_corners(window, colours, tolerance=8):
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_windows_of_any_codec_hold_the_right_frames(tmp_path, name):
+def test_windows_of_every_codec_hold_the_right_frames(tmp_path, name):
     path = encode(tmp_path, counter_frames(60), name)
     info = probe(path)
-    # MPEG-TS marks its last packet as incomplete, AVI hides the decoder's delay: one frame less is known.
+    # In MPEG-TS the last packet is marked incomplete; AVI hides the decoder's delay. Both may hide one frame.
     assert info.frames_at(16) in ((59, 60) if path.suffix in (".ts", ".avi") else (60,))
     assert info.aspect == pytest.approx(64 / 48)
     for start in (0, 1, 9, 23, 24, 25, 36, 50):
@@ -71,7 +71,7 @@ def test_windows_of_any_codec_hold_the_right_frames(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "open_gop.mp4", "h264.ts", "vp9.webm", "mpeg4.avi"])
-def test_a_searched_window_equals_decoding_from_the_beginning(tmp_path, name):
+def test_seeking_gives_the_same_frames_as_decoding_from_the_beginning(tmp_path, name):
     rng = np.random.default_rng(0)
     path = encode(tmp_path, rng.integers(0, 255, (120, 6, 8, 3), np.uint8).repeat(8, 1).repeat(8, 2), name)
     with open_video(path) as (container, stream):
@@ -81,20 +81,20 @@ def test_a_searched_window_equals_decoding_from_the_beginning(tmp_path, name):
         np.testing.assert_array_equal(window.permute(0, 2, 3, 1).numpy(), expected[start : start + 9])
 
 
-@pytest.mark.parametrize(("source", "target"), [(24, 16), (30, 16), (16, 24), (8, 16), (29.97, 16), (16, 23.976)])
-def test_another_rate_takes_the_nearest_frame(tmp_path, source, target):
-    path = encode_video(tmp_path / "a.mp4", counter_frames(26), fps=source)
-    count = probe(path).frames_at(target)
-    assert count == pytest.approx(26 * target / source, abs=1)
-    # ceil(x - 1/2) is "nearest, the earlier of two as near".
-    expected = [int(np.ceil(n * source / target - 0.5 - 1e-6)) for n in range(count)]
-    assert read_counter(read_window(path, 0.0, count, target, 48, 64)) == expected
-    assert read_counter(read_window(path, 5 / target, count - 5, target, 48, 64)) == expected[5:]
+@pytest.mark.parametrize(("file_fps", "fps"), [(24, 16), (30, 16), (16, 24), (8, 16), (29.97, 16), (16, 23.976)])
+def test_resampling_takes_the_nearest_frame(tmp_path, file_fps, fps):
+    path = encode_video(tmp_path / "a.mp4", counter_frames(26), fps=file_fps)
+    count = probe(path).frames_at(fps)
+    assert count == pytest.approx(26 * fps / file_fps, abs=1)
+    # ceil(x - 1/2) rounds to the nearest number, and down if two are equally near.
+    expected = [int(np.ceil(n * file_fps / fps - 0.5 - 1e-6)) for n in range(count)]
+    assert read_counter(read_window(path, 0.0, count, fps, 48, 64)) == expected
+    assert read_counter(read_window(path, 5 / fps, count - 5, fps, 48, 64)) == expected[5:]
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(5, 400), min_size=8, max_size=26), st.integers(0, 20), st.sampled_from([8, 12, 16, 25]))
-def test_variable_frame_times_are_honoured(tmp_path_factory, gaps, skip, fps):
+def test_variable_frame_times_are_followed(tmp_path_factory, gaps, skip, fps):
     times = np.concatenate([[0], np.cumsum(gaps)]) / 1000
     path = encode_video(tmp_path_factory.mktemp("vfr") / "a.mkv", counter_frames(len(times)), times=times)
     count = probe(path).frames_at(fps)
@@ -102,11 +102,11 @@ def test_variable_frame_times_are_honoured(tmp_path_factory, gaps, skip, fps):
     window = read_window(path, skip / fps, count - skip, fps, 48, 64)
     for n, shown in zip(range(skip, count), read_counter(window)):
         assert abs(times[shown] - n / fps) <= abs(times - n / fps).min() + 1e-9
-    assert times[-1] - (count - 1) / fps < 1 / fps + 1e-9  # and nothing of the file is left over
+    assert times[-1] - (count - 1) / fps < 1 / fps + 1e-9  # the window reaches the end of the file
 
 
 @given(st.lists(st.fractions(0, 10, max_denominator=24), min_size=1, max_size=20, unique=True), st.data())
-def test_nearest_frames_against_brute_force(times, data):
+def test_nearest_frames_equal_a_brute_force_search(times, data):
     times = sorted(times)
     wanted = sorted(data.draw(st.lists(st.fractions(times[0], 12, max_denominator=24), min_size=1, max_size=20)))
     reach = Fraction(1, 2)
@@ -114,7 +114,7 @@ def test_nearest_frames_against_brute_force(times, data):
     assert got == [min(times, key=lambda t: (abs(t - w), t)) for w in wanted if w <= times[-1] + reach]
 
 
-def test_colours_and_quarters_survive(tmp_path):
+def test_colours_and_positions_are_preserved(tmp_path):
     frames = corner_frames(2, 96, 128)
     for name in ("ffv1.mkv", "prores.mov", "h264.mp4", "full_range.avi"):
         assert_corners(read_window(encode(tmp_path, frames, name), 0.0, 1, 16, 96, 128), (RED, GREEN, BLUE, WHITE))
@@ -131,8 +131,8 @@ def test_colours_and_quarters_survive(tmp_path):
         (2, 720, 0.2126, 0.0722),
     ],
 )
-def test_colour_matrix_and_range(colorspace, height, kr, kb, full_range):
-    """ITU-R BT.601/709/2020 by their equations; untagged (2): 601, or 709 for HD."""
+def test_colour_matrix_and_range_are_applied(colorspace, height, kr, kb, full_range):
+    """Colours follow the equations of ITU-R BT.601, 709 and 2020; without a tag (2) BT.601, or BT.709 for HD."""
     r, g, b = (x / 255 for x in RED)
     y = kr * r + (1 - kr - kb) * g + kb * b
     cb, cr = (b - y) / (2 - 2 * kb), (r - y) / (2 - 2 * kr)
@@ -155,7 +155,7 @@ def test_colour_matrix_and_range(colorspace, height, kr, kb, full_range):
         (0, True, (GREEN, RED, WHITE, BLUE)),
     ],
 )
-def test_rotation_metadata_turns_the_picture_upright(tmp_path, rotation, hflip, expected):
+def test_rotation_metadata_turns_the_video_upright(tmp_path, rotation, hflip, expected):
     path = encode_video(tmp_path / "a.mp4", corner_frames(3, 96, 128), rotation=rotation, hflip=hflip)
     sideways = rotation in (90, -90)
     assert probe(path).aspect == pytest.approx(96 / 128 if sideways else 128 / 96)
@@ -163,7 +163,7 @@ def test_rotation_metadata_turns_the_picture_upright(tmp_path, rotation, hflip, 
     assert_corners(read_window(path, 0.0, 1, 16, height, width), expected)
 
 
-def test_rotation_of_a_photograph(tmp_path):
+def test_exif_orientation_turns_a_photograph_upright(tmp_path):
     exif = Image.Exif()
     exif[0x112] = 6  # turn 90° clockwise
     Image.fromarray(corner_frames(1, 96, 128)[0]).save(tmp_path / "a.jpg", exif=exif, quality=95)
@@ -172,8 +172,8 @@ def test_rotation_of_a_photograph(tmp_path):
 
 
 @pytest.mark.parametrize(("height", "width"), [(96, 64), (33, 128), (49, 65), (128, 96)])
-def test_crop_is_central_and_covers(tmp_path, height, width):
-    # Quarters stay quarters under a central crop, whatever is cut away.
+def test_the_crop_is_central_and_has_no_border(tmp_path, height, width):
+    # A central crop keeps the borders between the four quarters in the middle.
     path = encode(tmp_path, corner_frames(2, height, width), "ffv1.mkv")
     for target in ((48, 64), (64, 48), (32, 96)):
         window = read_window(path, 0.0, 2, 16, *target)
@@ -194,11 +194,11 @@ def test_resizing_keeps_the_aspect_ratio_and_does_not_alias(tmp_path):
     assert shrunk[..., 2:-2, 2:-2].std() < 12
 
 
-def test_pixels_that_are_not_square(tmp_path):
+def test_pixels_that_are_not_square_are_stretched(tmp_path):
     frames = corner_frames(2, 96, 64)
     path = encode_video(tmp_path / "a.mp4", frames, sample_aspect_ratio=Fraction(2, 1))
     assert probe(path).aspect == pytest.approx(128 / 96)
-    frames[:, :, :8] = 0  # a bar at the edge stays in the picture: nothing is cut away at the shown aspect ratio
+    frames[:, :, :8] = 0  # a window of the shown aspect ratio cuts nothing away, so this bar stays
     path = encode_video(tmp_path / "b.mp4", frames, sample_aspect_ratio=Fraction(2, 1))
     assert read_window(path, 0.0, 1, 16, 96, 128)[0, :, :, :12].float().mean() < 15
 
@@ -210,7 +210,7 @@ def test_sound_is_ignored(tmp_path, suffix):
     assert read_counter(read_window(path, 3 / 16, 17, 16, 48, 64)) == list(range(3, 20))
 
 
-def test_sound_alone_is_no_video(tmp_path):
+def test_a_file_with_only_sound_is_refused(tmp_path):
     with av.open(str(tmp_path / "a.mp4"), "w") as container:
         sound = container.add_stream("aac", rate=48000)
         samples = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), "fltp", "stereo")
@@ -241,7 +241,7 @@ def one_line(error):
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, this is a text", bytes(range(256)) * 40])
-def test_what_is_no_video_is_named_in_one_line(tmp_path, content):
+def test_a_file_that_is_no_video_gives_an_error_of_one_line(tmp_path, content):
     (tmp_path / "broken.mp4").write_bytes(content)
     for read in (
         lambda: probe(tmp_path / "broken.mp4"),
@@ -253,7 +253,7 @@ def test_what_is_no_video_is_named_in_one_line(tmp_path, content):
 
 
 def declared_png(path, width, height):
-    """A PNG of so many black pixels, small; of more than 2.6e8 of them, the first."""
+    """Write a small PNG file that declares width x height black pixels; it stores at most 2.6e8 of them."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -274,7 +274,7 @@ JPEG_BOMB = b"\xff\xc0\x00\x11\x08" + struct.pack(">HH", 16_000, 16_000)
 
 
 def write_bomb(path):
-    """A small file that declares, or would be made, enormous."""
+    """Write a small file that declares an enormous size or duration, or that resizing would make enormous."""
     frames = counter_frames(20)
     match path.stem:
         case "pixels" | "more_pixels" if path.suffix == ".png":
@@ -324,10 +324,10 @@ print(json.dumps([*found, peak() - before]))
     ("name", "reason"),
     [
         ("pixels.png", "beyond the limits"),
-        ("more_pixels.png", "beyond the limits"),  # FFmpeg's own limit is between the two
+        ("more_pixels.png", "beyond the limits"),  # above FFmpeg's own limit, unlike the file before
         ("pixels.jpg", "beyond the limits"),
         ("pixels.gif", "beyond the limits"),
-        ("frames_larger_than_declared.mov", "unreadable"),  # FFmpeg refuses, and does not say why
+        ("frames_larger_than_declared.mov", "unreadable"),  # FFmpeg refuses it without naming a reason
         ("two_frames_years_apart.mkv", "beyond the limits"),
         ("last_frame_lasts_days.mp4", "beyond the limits"),
         ("wide_pixels.mp4", "beyond the limits"),
@@ -335,7 +335,7 @@ print(json.dumps([*found, peak() - before]))
         ("ribbon.mp4", "beyond the limits"),
     ],
 )
-def test_a_small_file_cannot_fill_the_memory(tmp_path, name, reason):
+def test_small_files_of_enormous_content_do_not_fill_the_memory(tmp_path, name, reason):
     write_bomb(tmp_path / name)
     done = subprocess.run(
         [sys.executable, "-c", READ_BOMB, tmp_path / name],
@@ -348,13 +348,13 @@ def test_a_small_file_cannot_fill_the_memory(tmp_path, name, reason):
     assert done.returncode == 0, done.stderr
     of_probe, of_window, growth = json.loads(done.stdout)
     assert of_probe == reason
-    # A window of a long file is as small as any.
+    # The limit of duration does not apply to reading one window.
     assert of_window == (None if name.startswith(("two_frames", "last_frame")) else reason)
     assert growth < 100 * 2**20
 
 
 @pytest.mark.parametrize("name", [*CODECS, "picture.png", "pixels.png", "text.mp4"])
-def test_a_file_object_is_probed_as_its_path(tmp_path, name):
+def test_probing_a_file_object_gives_the_same_as_its_path(tmp_path, name):
     path = tmp_path / name
     if name in CODECS:
         encode(tmp_path, counter_frames(60), name)
@@ -375,7 +375,7 @@ def test_a_file_object_is_probed_as_its_path(tmp_path, name):
         assert result(file) == result()
 
 
-def test_a_video_knows_its_own_height_and_frames(tmp_path):
+def test_height_and_native_frames_of_a_rotated_video(tmp_path):
     info = probe(encode_video(tmp_path / "a.mp4", counter_frames(40), 24, rotation=90))
     assert (info.height, info.native_frames, info.frames_at(16)) == (64, 40, 27)
 
@@ -386,10 +386,10 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("front", [False, True])
-def test_a_file_that_was_cut_off_is_refused(tmp_path, front):
+def test_a_cut_off_file_is_refused(tmp_path, front):
     frames = np.random.default_rng(0).integers(0, 255, (64, 48, 64, 3), np.uint8)
     whole = tmp_path / "whole.mp4"
-    if front:  # its index at the front: it opens, and its header claims the full length
+    if front:  # with the index at its front, the cut-off file opens and declares its full length
         write_video(whole, frames, 16)
     else:
         encode_video(whole, frames)
@@ -402,14 +402,14 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path, front):
         read_window(tmp_path / "cut.mp4", 3.0, 9, 16, 48, 64)
 
 
-def test_a_window_beyond_the_end_is_an_error_not_a_repeat(tmp_path):
+def test_a_window_beyond_the_end_raises_an_error(tmp_path):
     path = encode_video(tmp_path / "a.mp4", counter_frames(20))
     with pytest.raises(InputError, match=r"a\.mp4.*ends before"):
         read_window(path, 0.0, 25, 16, 48, 64)
 
 
-def test_a_playlist_cannot_lead_elsewhere(tmp_path):
-    """What it names is not even opened: a pipe that nobody writes to would be waited for."""
+def test_files_that_a_playlist_names_are_not_opened(tmp_path):
+    """Opening the named pipe, which has no writer, would block."""
     os.mkfifo(tmp_path / "secret.ts")
     (tmp_path / "a.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:1.25,\nsecret.ts\n#EXT-X-ENDLIST\n")
     (tmp_path / "b.mp4").write_text("ffconcat version 1.0\nfile secret.ts\n")

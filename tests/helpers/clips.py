@@ -1,4 +1,4 @@
-"""Clips without videos, for tests of what is chosen among them."""
+"""Clips without videos, for tests that choose among clips."""
 
 import numpy as np
 import pyarrow as pa
@@ -10,14 +10,14 @@ BUCKET = Bucket(5, 32, 48)
 
 
 def clip(name, window=0, domain="real", text="a street", bucket=BUCKET, held_out=False):
-    """A `Clip` of a file that is not there."""
+    """Return a `Clip` whose file does not exist."""
     return Clip("data", name, text, domain, window, 0.0, bucket, 1, 1, held_out)
 
 
 def clips_of(*clips, fps=16):
-    """`Clips` of these, each with a row of its own in one table."""
-    buckets = list(dict.fromkeys(clip.bucket for clip in clips))
-    zeros = np.ones(len(clips), np.int64)
+    """Return `Clips` of one table with a row for each of the given clips."""
+    buckets = tuple(dict.fromkeys(clip.bucket for clip in clips))
+    ones = np.ones(len(clips), np.int64)
     table = FileTable(
         folder="data",
         domain=clips[0].domain if clips else "real",
@@ -25,11 +25,11 @@ def clips_of(*clips, fps=16):
         buckets=buckets,
         names=pa.array([clip.name for clip in clips], pa.string()),
         texts=pa.array([clip.text for clip in clips], pa.string()),
-        sizes=zeros,
-        mtimes=zeros,
+        sizes=ones,
+        mtimes=ones,
         control_names=pa.array([None] * len(clips), pa.string()),
-        control_sizes=zeros,
-        control_mtimes=zeros,
+        control_sizes=ones,
+        control_mtimes=ones,
     )
     rows = [(0, row, c.window, 0, buckets.index(c.bucket), c.held_out) for row, c in enumerate(clips)]
     return Clips([table], np.array(rows, ENTRY))

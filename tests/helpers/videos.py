@@ -1,4 +1,4 @@
-"""Real video files for the tests, encoded by PyAV: the number of a frame is its brightness."""
+"""Video files for tests, encoded by PyAV. The brightness of a frame tells its number."""
 
 from fractions import Fraction
 
@@ -7,24 +7,24 @@ import numpy as np
 
 
 def level(index):
-    """Brightness of frame `index`, in [20, 236): steps of 8 survive lossy codecs, and repeat after 27 frames."""
+    """Return the brightness of frame `index`, in [20, 236). Steps of 8 survive lossy codecs; 27 frames are a period."""
     return 20 + 8 * (index % 27)
 
 
 def counter_frames(count, height=48, width=64):
-    """(F, H, W, 3) uint8: frame n is grey of `level(n)`."""
+    """Return grey frames (F, H, W, 3) uint8; frame n has the brightness `level(n)`."""
     frames = np.empty((count, height, width, 3), dtype=np.uint8)
     frames[:] = np.array([level(n) for n in range(count)], dtype=np.uint8)[:, None, None, None]
     return frames
 
 
 def read_counter(window):
-    """The number (modulo 27) of each frame of a (F, 3, H, W) uint8 window."""
+    """Return the number (modulo 27) of each frame of a (F, 3, H, W) uint8 window."""
     return [round((float(brightness) - 20) / 8) % 27 for brightness in window.float().mean(dim=(1, 2, 3))]
 
 
 def corner_frames(count, height, width):
-    """(F, H, W, 3) uint8: red, green, blue and white quarters, from the top left by rows."""
+    """Return frames (F, H, W, 3) uint8 with red, green, blue and white quarters, from the top left by rows."""
     frames = np.empty((count, height, width, 3), dtype=np.uint8)
     top, left = height // 2, width // 2
     frames[:, :top, :left] = (220, 30, 30)
@@ -48,11 +48,11 @@ def encode_video(
     sound_seconds=0,
     key_frame_interval=12,
 ):
-    """Encode (F, H, W, 3) uint8 RGB frames; returns the path.
+    """Encode (F, H, W, 3) uint8 RGB frames and return the path.
 
     Args:
         times: seconds of each frame, for a variable frame rate; None: n / fps.
-        rotation, hflip: display matrix (degrees counter-clockwise), the frames are stored as given.
+        rotation, hflip: display matrix (degrees counter-clockwise) for players; the frames are stored as given.
         sound_seconds: length of an audio stream; 0: none.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def encode_video(
             stream.codec_context.time_base = clock
         sound = (
             container.add_stream("aac" if path.suffix in (".mp4", ".mov", ".ts") else "libopus", rate=48000)
-            if (sound_seconds)
+            if sound_seconds
             else None
         )
         for n, rgb in enumerate(frames):
