@@ -576,7 +576,7 @@ PHASE2 = Command(
                 4,
                 common=True,
             ),
-            Option("sample_steps", "optimizer steps between samplings", COUNT, 2500, common=True),
+            Option("sample_steps", "optimizer steps between samplings", COUNT, 2500),
             Option(
                 "sample_dataset",
                 "folder of coarse videos to sample from, laid out like --cg_dataset, with the prompts as captions; "
@@ -728,8 +728,8 @@ def markdown() -> str:
         "# Options",
         "",
         "All options of all commands. `--help` shows the common ones (bold here), `--help-all` shows all. A YAML file "
-        "given by `--config` can set any option of the training scripts; the command line wins. This page is printed by "
-        "`python -m c2r.options`.",
+        "given by `--config` can set any option of the training scripts; the command line wins. This page is printed "
+        "by `python -m c2r.options`.",
     ]
     for command in COMMANDS:
         lines += ["", f"## {command.prog}", "", command.description]

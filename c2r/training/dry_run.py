@@ -1,94 +1,72 @@
-"""`--dry_run`: everything that a run does, once, on a few of its clips, before it is left alone for days.
+"""`--dry_run`: do everything that a run does once, on a few of its clips, before it is left alone for days.
 
-The script's own loop trains one step, validates, saves a checkpoint, best/ and final/, is built up again from the
-checkpoint and goes on. What it has measured is projected on the whole run.
+The script's own loop trains one step, validates, saves a checkpoint, best/ and final/, is rebuilt from the checkpoint
+and continues. The measured times are projected to the whole run.
 """
 
 import gc
+import logging
 import math
 import resource
 import shutil
 import time
 from argparse import Namespace
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from diffusers.utils.torch_utils import empty_device_cache
 
 from c2r.cli import stop_on_signals
+from c2r.data.clips import Clips
 from c2r.training.engine import build_accelerator
-from c2r.training.preflight import run_bytes, samples_per_step
+from c2r.training.plan import Plan
+from c2r.training.preflight import run_bytes
+from c2r.training.run import Run
+from c2r.training.setup import start_run
+from c2r.training.timings import Timings
 from c2r.units import GIB, duration_text, size_text
 
-STEPS = (1, 3)  # of the first leg, and of both; the third is warm, and it alone is timed
+logger = logging.getLogger(__name__)
+
+#: Last steps of the two legs; the third step is warm, and it alone is timed.
+STEPS = (1, 3)
 
 
-@dataclass
-class RunRecord:
-    """What a run measures of itself, for the projection of a dry run."""
+def launch(train: Callable[[Run], Plan], args: Namespace):
+    """Run a script's training loop, or rehearse it with --dry_run.
 
-    seconds: dict = field(default_factory=dict)  #: of the last "validation", "sampling" and "checkpoint"
-    spent: dict = field(default_factory=dict)  #: seconds of all of them
-    started: float = field(default_factory=time.perf_counter)  #: when the first validation has, and then training
-    samples_per_second: float | None = None  #: of the last step
-    trainable: int = 0  #: parameters
-    to_encode: dict = field(default_factory=dict)  #: {"latents": clips} that the whole run lacked before this one
-    seconds_per_clip: dict = field(default_factory=dict)  #: {"latents": of all processes together} if any were missing
-
-    @contextmanager
-    def time(self, name):
-        """Note how long the body takes."""
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - started
-        self.spent[name] = self.spent.get(name, 0.0) + self.seconds[name]
-
-    def plan_encoding(self, missing):
-        """Note what the whole run would encode, a `Missing`.
-
-        Raises:
-            InputError: there is no room for it.
-        """
-        missing.require_room()
-        self.to_encode[missing.kind] = missing.count
-
-    def add_encoding(self, *passes):
-        """Note how long encoding takes; each an `Encoded`."""
-        for encoded in passes:
-            if encoded.seconds_per_clip is not None:
-                self.seconds_per_clip.setdefault(encoded.kind, encoded.seconds_per_clip)
-
-    def start(self):
-        """What is timed starts now: the first validation, then the training loop."""
-        self.spent, self.started = {}, time.perf_counter()
-
-    def shares(self):
-        """'93.1 % training, 4.0 % validation, 2.9 % checkpoint' of the time since `start`."""
-        total = time.perf_counter() - self.started
-        parts = {"training": total - sum(self.spent.values())} | self.spent
-        return ", ".join(f"{100 * seconds / total:.1f} % {name}" for name, seconds in parts.items())
+    Args:
+        train: the script's loop.
+        args: its options.
+    """
+    if args.dry_run:
+        dry_run(train, args)
+        return
+    accelerator = build_accelerator(args)
+    train(start_run(args, accelerator))
+    accelerator.end_training()
 
 
-def few(clips, args, accelerator):
-    """The clips of a domain to train on: in a dry run no more than its steps take, of the largest bucket first."""
-    if not args.dry_run:
+def limit_to_dry_run(clips: Clips, run: Run) -> Clips:
+    """Return the clips to train on: in a dry run as many as its steps take, of the largest buckets; else all."""
+    if not run.args.dry_run:
         return clips
     sizes = np.array([math.prod(bucket) for bucket in clips.buckets], np.int64)[clips.bucket_numbers]
-    largest = np.argsort(-sizes, kind="stable")[: STEPS[-1] * samples_per_step(accelerator, args)]
+    largest = np.argsort(-sizes, kind="stable")[: STEPS[-1] * run.samples_per_step]
     return clips[np.sort(largest)]
 
 
-def dry_run(train, args):
+def dry_run(train: Callable[[Run], Plan], args: Namespace):
     """Run a script's `train` in two legs, the second resumed from the first, and print what the whole run would take.
 
-    It writes beside `--output_dir` and removes that again, whatever happens. What it encodes stays in the cache.
+    It writes beside `--output_dir` and always removes that folder again. Encoded clips stay in the cache.
 
     Args:
-        train: `(args, accelerator, RunRecord)`, the script's.
-        args: the options of the run that is planned.
+        train: the script's loop; it returns its `Plan`.
+        args: options of the planned run.
 
     Raises:
         InputError: as the run itself would.
@@ -96,18 +74,19 @@ def dry_run(train, args):
     out = Path(args.output_dir).absolute()
     folder = out.with_name(f".{out.name}.dry_run")
     leg = Namespace(**vars(args))
-    leg.planned, leg.output_dir, leg.report_to = args, str(folder), "none"
+    leg.output_dir, leg.report_to, leg.resume_from_checkpoint = str(folder), "none", "latest"
     leg.checkpointing_steps = leg.validation_steps = leg.sample_steps = leg.checkpoints_total_limit = 1
-    leg.resume_from_checkpoint = "latest"
     started = time.perf_counter()
-    shutil.rmtree(folder, ignore_errors=True)  # of a dry run that was killed
+    shutil.rmtree(folder, ignore_errors=True)  # left by a dry run that was killed
     accelerator = build_accelerator(leg)
-    records = [RunRecord() for _ in STEPS]
+    timings: list[Timings] = []
     try:
-        for leg.max_train_steps, record in zip(STEPS, records):
-            stop_on_signals()  # the leg before has left its own
-            accelerator.print(f"dry run: to step {leg.max_train_steps}")
-            train(leg, accelerator, record)
+        for leg.max_train_steps in STEPS:
+            stop_on_signals()  # the first leg has left its own handlers
+            logger.info("dry run: to step %d", leg.max_train_steps)
+            run = start_run(leg, accelerator, planned=args)
+            plan = train(run)
+            timings.append(run.timings)
             accelerator.free_memory()
             gc.collect()
             empty_device_cache()
@@ -115,44 +94,47 @@ def dry_run(train, args):
     finally:
         if accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
-    accelerator.print(
+    logger.info(
         f"dry run: passed in {time.perf_counter() - started:.0f} s: trained, validated, saved and resumed; "
-        f"{folder.name} is removed again, what was encoded stays in the cache"
+        f"{folder.name} is removed again, encoded clips stay in the cache"
     )
-    for line in projection(args, *records, samples_per_step(accelerator, args)):
-        accelerator.print(f"dry run: {line}")
-    accelerator.print(f"dry run: {_peak_memory(accelerator)}")
+    first, last = timings
+    for line in projection(args, first, last, run.samples_per_step, plan.num_trainable):
+        logger.info("dry run: %s", line)
+    logger.info("dry run: %s", _peak_memory(accelerator))
     accelerator.end_training()
 
 
-def projection(args, first, last, samples):
-    """Lines that tell what the whole run takes, from what a few steps of it took.
+def projection(args: Namespace, first: Timings, last: Timings, samples: int, num_trainable: int) -> Iterator[str]:
+    """Return lines on what the whole run takes, projected from a few steps.
 
     Args:
-        args: the options of the run that is planned.
-        first, last: `RunRecord` of the first leg (which encoded) and of the last one (which is warm).
+        args: options of the planned run.
+        first: timings of the first leg, which encoded.
+        last: timings of the last leg, which was warm.
         samples: clips of one optimizer step.
+        num_trainable: parameters that train.
     """
     step = samples / last.samples_per_second
     validations = math.ceil(args.max_train_steps / args.validation_steps) + 1
     checkpoints = math.ceil(args.max_train_steps / args.checkpointing_steps)
     parts = {
         f"{args.max_train_steps:,} steps": args.max_train_steps * step,
-        f"{validations} validations": validations * last.seconds["validation"],
-        f"{checkpoints} checkpoints": checkpoints * last.seconds["checkpoint"],
+        f"{validations} validations": validations * last.last["validation"],
+        f"{checkpoints} checkpoints": checkpoints * last.last["checkpoint"],
     }
-    if "sampling" in last.seconds:
+    if "sampling" in last.last:
         samplings = math.ceil(args.max_train_steps / args.sample_steps)
-        parts[f"{samplings} samplings"] = samplings * last.seconds["sampling"]
+        parts[f"{samplings} samplings"] = samplings * last.last["sampling"]
     for kind, seconds in first.seconds_per_clip.items():
         parts[f"encoding the {kind} of {first.to_encode[kind]:,} clips"] = first.to_encode[kind] * seconds
     yield (
-        f"measured: {step:.2f} s a step, {last.seconds['validation']:.2f} s a validation, "
-        f"{last.seconds['checkpoint']:.2f} s a checkpoint"
+        f"measured: {step:.2f} s a step, {last.last['validation']:.2f} s a validation, "
+        f"{last.last['checkpoint']:.2f} s a checkpoint"
     )
     detail = ", ".join(f"{name} {duration_text(seconds)}" for name, seconds in parts.items())
     yield f"projected: {duration_text(sum(parts.values()))} in all: {detail}"
-    needed = run_bytes(args, last.trainable)
+    needed = run_bytes(args, num_trainable)
     yield "projected: " + (
         f"up to {size_text(needed)} in {args.output_dir}"
         if needed is not None
@@ -160,7 +142,7 @@ def projection(args, first, last, samples):
     )
 
 
-def _peak_memory(accelerator):
+def _peak_memory(accelerator: Accelerator) -> str:
     if accelerator.device.type == "cuda":
         return f"measured: {torch.cuda.max_memory_reserved() / GIB:.2f} GiB of the device's memory at the peak"
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,50 +1,54 @@
-"""Saving and stopping at other times than planned: signals, the end of a slot, the clock.
+"""Saving and stopping at unplanned times: on signals, before a slot ends, by the clock.
 
-A stopped run saves first and ends with the exit status EXIT_STOPPED: start it again with the same command and
+A stopped run saves first and ends with the exit status EXIT_STOPPED: restart it with the same command and
 `--resume_from_checkpoint latest`. (`accelerate launch` itself ends with 1, or by the signal that it was sent.)
 """
 
 import os
-import re
 import signal
 import time
 
 import torch
+from accelerate import Accelerator
 
-from c2r import InputError
-from c2r.cli import SIGNALS, _say
+from c2r.cli import SIGNALS, write_error_line
 
 _SAVE, _SLOT_ENDS, _SIGNAL = 1, 2, 3
 
 
 class Interruption:
-    """Tells the loop when to save in between and when to stop; all processes hear the same at the same step.
+    """Decides when the loop saves between planned checkpoints and when it stops, the same on every process.
 
     Args:
-        args: has save_every_minutes and save_before_timeout.
+        save_every_minutes: longest time between two checkpoints; None: no limit.
+        save_before_timeout: seconds before the end of the Slurm slot at which the run stops; None: never.
+
+    Attributes:
+        stop: reason to stop, as a phrase; None to continue.
+        save: True if a checkpoint is to be saved now.
     """
 
-    def __init__(self, args):
-        self.stop = None  # why, as a phrase; None: go on
+    def __init__(self, save_every_minutes: float | None = None, save_before_timeout: float | None = None):
+        self.stop: str | None = None
         self.save = False
-        self._signal = None
-        self._every = args.save_every_minutes and 60 * args.save_every_minutes
-        self._deadline = slot_deadline(args.save_before_timeout)
+        self._signal: str | None = None
+        self._interval = save_every_minutes and 60 * save_every_minutes
+        self._deadline = slot_deadline(save_before_timeout)
         self._saved_at = time.monotonic()
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            signal.signal(number, self._note_signal)
 
-    def _note(self, number, frame):
-        # No more than a note: the step in progress goes on. A second signal changes nothing.
+    def _note_signal(self, number, frame):
+        # Only noted: the step in progress is finished first. A second signal changes nothing.
         if self._signal is None:
             self._signal = signal.Signals(number).name
-            _say(f"{self._signal}: saving after this step, then stopping")
+            write_error_line(f"{self._signal}: saving after this step, then stopping")
 
-    def agree(self, accelerator):
-        """Settle `save` and `stop` with the other processes, and return whether to go on. Call it on every process."""
+    def agree(self, accelerator: Accelerator) -> bool:
+        """Settle `save` and `stop` with the other processes; return True to continue. Call it on every process."""
         wanted = 0
         if accelerator.is_main_process:  # one clock decides
-            if self._every and time.monotonic() - self._saved_at >= self._every:
+            if self._interval and time.monotonic() - self._saved_at >= self._interval:
                 wanted = _SAVE
             if self._deadline and time.time() >= self._deadline:
                 wanted = _SLOT_ENDS
@@ -60,25 +64,16 @@ class Interruption:
         return self.stop is None
 
     def saved(self):
-        """Start the clock of `--save_every_minutes` again."""
+        """Restart the clock of `save_every_minutes`."""
         self._saved_at = time.monotonic()
 
 
-def slot_deadline(save_before_timeout):
-    """When to stop, in seconds since 1970; None without the option.
+def slot_deadline(save_before_timeout: float | None) -> float | None:
+    """Return the time at which the run is to stop, in seconds since 1970.
 
-    Raises:
-        InputError: not a duration, or nothing says when the slot ends.
+    SLURM_JOB_END_TIME is there: the options are refused without it.
+
+    Args:
+        save_before_timeout: seconds before the end of the slot.
     """
-    if save_before_timeout is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", save_before_timeout)
-    if match is None:
-        raise InputError(f"--save_before_timeout {save_before_timeout}: give a time such as 90s, 5m or 1h")
-    end = os.environ.get("SLURM_JOB_END_TIME", "")
-    if not end.isdigit():
-        raise InputError(
-            "--save_before_timeout: nothing says when this slot ends; outside Slurm set SLURM_JOB_END_TIME to its end "
-            "in seconds since 1970"
-        )
-    return int(end) - float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+    return None if save_before_timeout is None else int(os.environ["SLURM_JOB_END_TIME"]) - save_before_timeout

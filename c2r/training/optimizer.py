@@ -1,43 +1,78 @@
-"""AdamW, its schedule, and `--weight_storage bf16`: weights and gradients of half the size, and no update is lost."""
+"""AdamW, its schedule, and `--weight_storage bf16`, which halves weights and gradients and loses no update."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 from c2r import InputError
+from c2r.models.adversary import DomainClassifier
 
-# Of the domain classifier: it has to keep up with what it judges, and starts from nothing.
+# The classifier starts from random weights and has to keep up with the samples that it judges.
 CLASSIFIER_LEARNING_RATE = 1e-3
 
 
-def build_optimizer(module, args, device, domain_classifier=None):
-    """AdamW over the trainable parameters. Call it before DDP is built: bf16 storage changes the module's dtypes.
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW's settings."""
+
+    learning_rate: float
+    optimizer: str = "adamw"  #: or "adamw8bit"
+    weight_storage: str = "fp32"  #: or "bf16"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    epsilon: float = 1e-8
+
+    @classmethod
+    def of(cls, args: Namespace) -> "OptimizerSettings":
+        """Return the settings that a script's options give."""
+        return cls(
+            learning_rate=args.learning_rate,
+            optimizer=args.optimizer,
+            weight_storage=args.weight_storage,
+            betas=(args.adam_beta1, args.adam_beta2),
+            weight_decay=args.adam_weight_decay,
+            epsilon=args.adam_epsilon,
+        )
+
+
+def build_optimizer(
+    module: torch.nn.Module,
+    settings: OptimizerSettings,
+    device: torch.device,
+    domain_classifier: DomainClassifier | None = None,
+) -> torch.optim.Optimizer:
+    """Build AdamW over the trainable parameters. Call it before DDP is built: bf16 storage changes their dtypes.
 
     Args:
-        module: what trains, in fp32; with `--weight_storage bf16` its weights are bf16 afterwards, except those under
-            a name in its `_keep_in_fp32_modules`.
-        args: has optimizer, weight_storage, learning_rate, adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon.
+        module: in fp32; with bf16 storage its trainable weights become bf16, except those under a name in its
+            `_keep_in_fp32_modules`.
+        settings: see `OptimizerSettings`.
         device: where the module is or will be.
-        domain_classifier: trains along, in fp32 and at a learning rate of its own, under the same schedule.
+        domain_classifier: trains beside the module, in fp32, at its own learning rate and on the same schedule.
 
     Raises:
         InputError: bitsandbytes is missing, or a weight is beyond the range of bf16.
         ValueError: bf16 storage of a module that is not in fp32.
     """
-    options = {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
-        "eps": args.adam_epsilon,
+    options: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": settings.betas,
+        "weight_decay": settings.weight_decay,
+        "eps": settings.epsilon,
     }
-    if args.optimizer == "adamw8bit":
+    if settings.optimizer == "adamw8bit":
         cls = adamw_8bit()
     else:
         cls, options["fused"] = torch.optim.AdamW, device.type in ("cuda", "cpu")
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    groups = [{"params": list(trainable.values())}]
+    groups: list[dict[str, Any]] = [{"params": list(trainable.values())}]
     if domain_classifier is not None:
         groups.append({"params": list(domain_classifier.parameters()), "lr": CLASSIFIER_LEARNING_RATE})
-    if args.weight_storage == "fp32":
+    if settings.weight_storage == "fp32":
         return cls(groups, **options)
     kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
     optimizer = type(f"Split{cls.__name__}", (SplitWeights, cls), {})(groups, **options)
@@ -47,23 +82,23 @@ def build_optimizer(module, args, device, domain_classifier=None):
     return optimizer
 
 
-def adamw_8bit():
-    """bitsandbytes' AdamW.
+def adamw_8bit() -> type[torch.optim.Optimizer]:
+    """Return bitsandbytes' AdamW.
 
     Raises:
-        InputError: it is not installed.
+        InputError: bitsandbytes is not installed.
     """
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise InputError(
-            "--optimizer adamw8bit: needs bitsandbytes; pip install bitsandbytes==0.50.2, or take --optimizer adamw"
+            "--optimizer adamw8bit: needs bitsandbytes; pip install bitsandbytes==0.50.2, or give --optimizer adamw"
         ) from error
     return AdamW8bit
 
 
-def build_lr_scheduler(optimizer, args):
-    """The schedule `--lr_scheduler` of diffusers; it counts optimizer steps."""
+def build_lr_scheduler(optimizer: torch.optim.Optimizer, args: Namespace) -> LRScheduler:
+    """Build diffusers' schedule `--lr_scheduler`; it counts optimizer steps."""
     return get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -73,14 +108,14 @@ def build_lr_scheduler(optimizer, args):
 
 
 # ------------------------------------------------------------------------------------------------ bf16 weight storage
-def split_weight(weight):
-    """Split fp32 into the nearest bf16, ties away from zero, and the 16 bits that it lacks.
+def split_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split fp32 into the nearest bf16, ties away from zero, and the 16 bits that bf16 lacks.
 
     Args:
         weight: fp32, any shape. From 3.396e38 on the bf16 is infinite.
 
     Returns:
-        high bf16, low int16, of the same shape. `merge_weight` gives back every bit, those of a NaN too.
+        high bf16 and low int16, of the same shape. `merge_weight` restores every bit, also of a NaN.
     """
     bits = weight.view(torch.int32)
     # bits = 2^16·high + low with low in [−2^15, 2^15): the lower half read as a signed number carries into the upper.
@@ -88,35 +123,35 @@ def split_weight(weight):
     return ((bits - low) >> 16).to(torch.int16).view(torch.bfloat16), low
 
 
-def merge_weight(high, low):
-    """The fp32 that `split_weight` has split."""
+def merge_weight(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """Undo `split_weight`: bf16 and the low 16 bits to fp32."""
     return ((high.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
 
 
 class SplitWeights:
-    """Mixin for an optimizer whose parameters are bf16 in the module; what they lack of fp32 is in `low_bits`.
+    """Mixin for an optimizer whose parameters are bf16 in the module and whose low 16 bits are in `low_bits`.
 
-    A step is the fp32 optimizer's own, for one parameter after another, each put together for the time of its step.
-    `param_groups` and `state` name the module's parameters; the moments are what the fp32 optimizer would keep.
+    A step is the fp32 optimizer's own, for one parameter after another; each is merged to fp32 for its step alone.
+    `param_groups` and `state` refer to the module's parameters, and the moments equal those of the fp32 optimizer.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.low_bits = {}  # by parameter: int16 of its shape
+        self.low_bits: dict[torch.nn.Parameter, torch.Tensor] = {}  # int16, of the parameter's shape
 
     @torch.no_grad()
     def split(self, name, parameter, device):
-        """Make a parameter of this optimizer bf16, its low bits on the device that the module will be moved to.
+        """Store a parameter of this optimizer as bf16, its low bits on the device that the module will be moved to.
 
         Raises:
             InputError: a value is not finite in bf16.
-            ValueError: it is not fp32.
+            ValueError: the parameter is not fp32.
         """
         if parameter.dtype != torch.float32:
             raise ValueError(f"{name} is {parameter.dtype}: only fp32 can be split")
         high, low = split_weight(parameter.data)
         if not high.isfinite().all():
-            raise InputError(f"--weight_storage bf16: {name} is not finite in bf16; take --weight_storage fp32")
+            raise InputError(f"--weight_storage bf16: {name} is not finite in bf16; give --weight_storage fp32")
         parameter.grad = None
         parameter.data, self.low_bits[parameter] = high, low.to(device)
 
@@ -140,8 +175,8 @@ class SplitWeights:
 
     @torch.no_grad()
     def _step_split(self, group, parameter):
-        # A stand-in is stepped on: with another dtype put into it, the parameter would lose the autograd node that
-        # DDP's hooks are on, and its gradients would no longer be averaged.
+        # The step is taken on a copy: a parameter whose dtype changes loses the autograd node that carries DDP's
+        # hooks, and its gradients would no longer be averaged.
         whole = merge_weight(parameter.detach(), self.low_bits[parameter])
         whole.grad = parameter.grad.float()
         self.state[whole] = self.state[parameter]
@@ -154,25 +189,25 @@ class SplitWeights:
         self.low_bits[parameter].copy_(low)
 
     def load_state_dict(self, state_dict):
-        """Take over the options of a state dict.
+        """Load the options of a state dict.
 
         Raises:
-            NotImplementedError: it holds moments: torch would cast them to the parameters' bf16. Fill `state`.
+            NotImplementedError: it holds moments, which torch would cast to bf16. Fill `state` instead.
         """
         if state_dict["state"]:
             raise NotImplementedError("moments would be cast to bf16; fill optimizer.state instead")
         super().load_state_dict(state_dict)
 
 
-def exact_state_dict(module, optimizer):
-    """The module's state dict with fp32 where `--weight_storage bf16` has split a weight.
+def exact_state_dict(module: torch.nn.Module, optimizer: Any = None) -> dict[str, torch.Tensor]:
+    """Return a module's state dict in fp32 also where `--weight_storage bf16` has split a weight.
 
     Args:
-        module: what `build_optimizer` was given, or a part of it, with the weights that the last step has left.
-        optimizer: of `build_optimizer`, also in Accelerate's wrapper; None for a module without one.
+        module: the one that `build_optimizer` was given, or a part of it.
+        optimizer: from `build_optimizer`, also in Accelerate's wrapper; None for a module without one.
 
     Returns:
-        {name: tensor}. What has been put together is on the CPU; all else shares the module's memory.
+        {name: tensor}. Merged weights are on the CPU; the others share the module's memory.
     """
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer

@@ -3,22 +3,26 @@
 import torch
 
 
-def in_full_precision(module, device):
-    """Exempt a module from autocast. In bf16 the time embedding would round the noise level that it is given."""
+def frozen_dtype(mixed_precision: str) -> torch.dtype:
+    """Return the dtype of frozen weights (`weight_dtype`). Trainable weights stay in fp32 under autocast.
+
+    Args:
+        mixed_precision: "bf16" or "no".
+    """
+    return torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+
+
+def disable_autocast(module: torch.nn.Module, device: torch.device):
+    """Run a module's forward outside autocast. In bf16 the time embedding would round the noise level."""
     module.forward = torch.autocast(device.type, enabled=False)(module.forward)
 
 
-def frozen_dtype(args):
-    """`weight_dtype`: what frozen weights are kept in. Trainable ones are fp32 under autocast."""
-    return torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+def enable_autocast(model: torch.nn.Module, device: torch.device, mixed_precision: str):
+    """Run a model's forward in `mixed_precision`. Accelerate's autocast would cast the weights too under some engines.
 
-
-def under_autocast(model, device, args):
-    """Run the model's forward in `--mixed_precision`. Not Accelerate's: the engines would cast the weights too.
-
-    Autocast's cache would keep a bf16 copy of every trainable weight until the forward ends, whole ones under a
-    sharding engine too (28.6 GB at 14B), and each weight is used once.
+    Autocast's cache would keep a bf16 copy of every trainable weight until the forward ends, whole weights under a
+    sharding engine too (28.6 GB at 14B), although each weight is used once.
     """
-    enabled = args.mixed_precision == "bf16"
+    enabled = mixed_precision == "bf16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
     model.forward = autocast(model.forward)

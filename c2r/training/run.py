@@ -1,104 +1,148 @@
-"""The state of a training run that is saved with every checkpoint."""
+"""One start of a training script: its options, its progress, and the models that train."""
 
-import math
-from dataclasses import asdict, dataclass, field, fields
+import logging
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
 
-from c2r.data.buckets import buckets_of
-from c2r.models.contract import PhaseContract
+import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin
+from diffusers.training_utils import EMAModel
+from tqdm import tqdm
+
+from c2r import cli
+from c2r.data.settings import ClipSettings
+from c2r.models.adversary import DomainClassifier
+from c2r.training.interruption import Interruption
+from c2r.training.logs import start_logs
+from c2r.training.precision import frozen_dtype
+from c2r.training.progress import Progress
+from c2r.training.timings import Timings
+from c2r.training.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
-class LoopState:
-    """The loop's own state; saved with every checkpoint."""
+class TrainState:
+    """The models and the optimizer of a run, from `c2r.training.setup.build_train_state`."""
 
-    global_step: int = 0
-    # What best/ holds: {the number that it is chosen by: its value}.
-    best: dict = field(default_factory=dict)
-    # The last validation: its step and its numbers.
-    validated_step: int | None = None
-    metrics: dict = field(default_factory=dict)
-    # Up to which step sample videos have been made.
-    sampled_step: int | None = None
-    # All validations, each its `step` and its numbers: what the plot shows.
-    history: list = field(default_factory=list)
-    # The last step's numbers, as they were logged.
-    logs: dict = field(default_factory=dict)
-    # Fingerprints of what the run is trained on: datasets and backbone.
-    inputs: dict = field(default_factory=dict)
-    # What the guards know: skipped steps up to here without a break, and the last steps' log losses.
-    skipped_in_a_row: int = 0
-    log_losses: list = field(default_factory=list)
-    # The CG share from here on, and --cg_ratio of the run that saved: another one on the command line takes effect.
-    cg_ratio: float | None = None
-    asked_cg_ratio: float | None = None
-    # The ratio controller's memory, and what the CG monitor has said last.
-    controller: dict = field(default_factory=dict)
-    look: dict = field(default_factory=dict)
+    model: torch.nn.Module  #: prepared for the training engine: call this one
+    trainable: ModelMixin  #: the part of it that trains, unwrapped
+    optimizer: Any  #: prepared
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    ema: EMAModel | None
+    domain_classifier: DomainClassifier | None = None
 
-    def state_dict(self):
-        return asdict(self)
 
-    def load_state_dict(self, state):
-        for entry in fields(self):
-            setattr(self, entry.name, state[entry.name])
+@dataclass
+class Run:
+    """One start of a training script."""
 
-    def add_validation(self, metrics):
-        """Take in the numbers of this step's validation."""
-        self.validated_step, self.metrics = self.global_step, metrics
-        self.history = [*self.history, {"step": self.global_step} | metrics]
-
-    def is_best(self, by="loss"):
-        """Whether the last validation is the best so far by one of its numbers, if that is finite; remembers it.
-
-        Args:
-            by: "loss", the lower the better, or "control_gain", the higher the better. Where it is another one than
-                before, the best is looked for anew.
-        """
-        value, best = self.metrics[by], self.best.get(by)
-        sign = -1 if by == "loss" else 1
-        if not math.isfinite(value) or (best is not None and sign * value <= sign * best):
-            return False
-        self.best = {by: value}
-        return True
+    args: Namespace
+    planned: Namespace  #: options of the run that a dry run rehearses; `args` itself otherwise
+    accelerator: Accelerator
+    settings: ClipSettings
+    watchdog: Watchdog
+    lock: TextIO | None  #: keeps other runs out of output_dir while this process lives
+    checkpoint: Path | None  #: checkpoint to resume from
+    progress: Progress
+    timings: Timings
+    interruption: Interruption | None = None  #: from `start_training` on
+    bar: tqdm | None = None
 
     @property
-    def best_text(self):
-        """Such as "validation loss 0.4321"."""
-        return ", ".join(f"validation {by.replace('_', ' ')} {value:.4f}" for by, value in self.best.items())
+    def device(self) -> torch.device:
+        return self.accelerator.device
 
-    def validation_due(self, args):
-        """Whether this step is to be validated: a resumed run makes up for what the stopped one did not reach."""
-        return self._at_interval(args.validation_steps, args) and self.validated_step != self.global_step
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """dtype of frozen models."""
+        return frozen_dtype(self.args.mixed_precision)
 
-    def sampling_due(self, args):
-        """Whether videos are to be made at this step; before the first one they would all be the backbone's own."""
-        wanted = args.num_samples > 0 and self.global_step > 0 and self.sampled_step != self.global_step
-        return wanted and self._at_interval(args.sample_steps, args)
+    @property
+    def samples_per_step(self) -> int:
+        """Clips in one optimizer step, over all processes."""
+        args = self.args
+        return args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
 
-    def _at_interval(self, steps, args):
-        return self.global_step % steps == 0 or self.global_step == args.max_train_steps
+    @property
+    def micro_steps(self) -> range:
+        """Numbers of the micro-steps of the next optimizer step, counted from the start of training."""
+        count = self.args.gradient_accumulation_steps
+        return range(self.progress.global_step * count, (self.progress.global_step + 1) * count)
 
+    def start_training(self):
+        """Open the logs and take over signals, once everything that can be refused has been checked."""
+        # A run that was killed may have logged this step's validation, but not finished it.
+        again = self.progress.global_step == 0 or self.validation_is_due()
+        start_logs(self.accelerator, self.args, self.progress, again)
+        self.interruption = Interruption(self.args.save_every_minutes, self.args.save_before_timeout)
+        self.timings.start()
 
-def tell_small_buckets(accelerator, sampler, buckets):
-    """Say which buckets have so few clips that a batch over all processes holds some of them twice."""
-    for number, count in sampler.small_buckets().items():
-        accelerator.print(
-            f"bucket {buckets[number]}: its {count} clips are fewer than a batch over all processes, "
-            f"{sampler.batch_size * sampler.num_processes}: batches repeat them; add clips, or leave the bucket out"
+    def steps(self, title: str) -> Iterator[int]:
+        """Count optimizer steps up to --max_train_steps; end early after a signal or before the slot ends."""
+        self.bar = tqdm(
+            total=self.args.max_train_steps,
+            initial=self.progress.global_step,
+            desc=title,
+            disable=not self.accelerator.is_local_main_process,
         )
+        while self.progress.global_step < self.args.max_train_steps and not self.is_stopping():
+            yield self.progress.global_step
 
+    def is_due(self, interval: int) -> bool:
+        """Return True every `interval` steps and at the last step."""
+        step = self.progress.global_step
+        return step % interval == 0 or step == self.args.max_train_steps
 
-def build_contract(args, state, phase, base_model, manifests, **phase2):
-    """What best/ and final/ say of themselves; see `PhaseContract`."""
-    return PhaseContract(
-        phase=phase,
-        base_model=base_model,
-        step=state.global_step,
-        validation_loss=state.metrics.get("loss"),
-        metrics=state.metrics | state.look,
-        dataset_fingerprints={manifest.domain: manifest.fingerprint for manifest in manifests},
-        **max(buckets_of(args), key=math.prod)._asdict(),
-        fps=args.fps,
-        flow_shift=args.flow_shift,
-        **phase2,
-    )
+    def validation_is_due(self) -> bool:
+        """Return True if this step is to be validated; a resumed run catches up on a validation that was cut off."""
+        done = self.progress.validated_step == self.progress.global_step
+        return self.is_due(self.args.validation_steps) and not done and not self.is_stopping()
+
+    def sampling_is_due(self) -> bool:
+        """Return True if sample videos are to be made at this step; at step 0 all would be the backbone's own."""
+        done = self.progress.sampled_step == self.progress.global_step
+        wanted = self.args.num_samples > 0 and self.progress.global_step > 0
+        return wanted and self.is_due(self.args.sample_steps) and not done and not self.is_stopping()
+
+    def checkpoint_is_due(self) -> bool:
+        """Return True if a checkpoint is to be saved at this step."""
+        return self.is_due(self.args.checkpointing_steps) or self.interruption.save
+
+    def is_stopping(self) -> bool:
+        """Return True if the run is to save and stop; the same on every process."""
+        return self.interruption is not None and self.interruption.stop is not None
+
+    def go_on(self, doing: str) -> bool:
+        """Report to the watchdog, and return False if the run is to stop. Call it on every process."""
+        self.watchdog.beat(f"step {self.progress.global_step}: {doing}")
+        return self.interruption.agree(self.accelerator)
+
+    def info(self, line: str):
+        """Print a line that begins with the step."""
+        logger.info("step %d: %s", self.progress.global_step, line)
+
+    def log(self, prefix: str, numbers: dict[str, float]):
+        """Log numbers at this step as `prefix/name`."""
+        self.accelerator.log({f"{prefix}/{name}": n for name, n in numbers.items()}, self.progress.global_step)
+
+    def end_training(self):
+        """Close the progress bar and print the shares of time; a stopped run ends here with EXIT_STOPPED."""
+        self.bar.close()
+        logger.info("time: %s", self.timings.shares())
+        if self.interruption.stop is not None:
+            self.info(f"stopped: {self.interruption.stop}; continue with --resume_from_checkpoint latest")
+            self.watchdog.close()
+            self.accelerator.end_training()
+            sys.exit(cli.EXIT_STOPPED)
+
+    def close(self):
+        """Print where the result is, and stop the watchdog."""
+        logger.info("final/ and best/ (%s) are in %s", self.progress.best_text, self.args.output_dir)
+        self.watchdog.close()

@@ -5,11 +5,11 @@ import hashlib
 import torch
 
 
-def seeded_generator(*parts):
-    """A CPU generator seeded by what is named alone, such as (seed, "sample", micro_step, place).
+def seeded_generator(*parts) -> torch.Generator:
+    """Return a CPU generator seeded by the given values alone, such as (seed, "sample", micro_step, place).
 
-    Whatever else the process has drawn, and on whichever machine, the numbers are the same: a resumed run draws what
-    the uninterrupted one would have drawn. Samples differ because each names its place.
+    Its numbers do not depend on what else the process has drawn or on the machine: a resumed run draws what the
+    uninterrupted one would have drawn. Samples differ because each names its place.
     """
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

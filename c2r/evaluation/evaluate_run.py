@@ -1,0 +1,124 @@
+"""Validate and sample the model of a run in progress."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from c2r.evaluation.monitor import CGLook, CGMonitor
+from c2r.evaluation.monitor_reference import judge_samples, reference_of
+from c2r.evaluation.ratio_controller import RatioController
+from c2r.evaluation.sample_plan import SamplePlan
+from c2r.evaluation.samples import SampleRows, make_samples, sampling_pipeline
+from c2r.evaluation.validation import validation_metrics
+from c2r.evaluation.validation_plot import show_history
+from c2r.models.dinov3 import DINOv3FeatureExtractor
+from c2r.pipeline import Sampling
+from c2r.sampler import MixedCGRealSampler
+from c2r.training.ema import averaged_weights
+from c2r.training.engine import failing_together
+from c2r.training.plan import Plan
+from c2r.training.run import Run, TrainState
+
+
+@contextmanager
+def evaluating(run: Run, state: TrainState, what: str) -> Iterator[None]:
+    """Put the model in eval mode, with averaged weights if the run keeps an average, and time the body as `what`."""
+    with run.timings.measure(what):
+        state.model.eval()
+        with averaged_weights(state.ema, state.trainable, state.model):
+            yield
+        state.model.train()
+
+
+def record_validation(
+    run: Run, losses: dict[str, torch.Tensor] | None, domains: list[str], **numbers: float
+) -> dict[str, float] | None:
+    """Log, plot and print the validation of this step. Call it on every process.
+
+    Args:
+        run: of the script.
+        losses: see `validation_metrics`; None if the validation was cut off, to be repeated by the resumed run.
+        domains: of the validation clips.
+        numbers: further numbers to record.
+
+    Returns:
+        The numbers; None without losses.
+    """
+    if losses is None:
+        return None
+    metrics = validation_metrics(losses, domains, run.args.flow_shift) | numbers
+    run.progress.add_validation(metrics)
+    run.log("validation", metrics)
+    with failing_together(run.accelerator, run.args.output_dir):
+        if run.accelerator.is_main_process:
+            show_history(run.progress.history, run.accelerator, run.args.output_dir)
+    gain = f", control gain {metrics['control_gain']:.4f}" if "control_gain" in metrics else ""
+    run.info(f"validation loss {metrics['loss']:.4f}{gain}")
+    return metrics
+
+
+def sample_and_judge(
+    run: Run,
+    state: TrainState,
+    sample_plan: SamplePlan,
+    sampling: Sampling,
+    dinov3: DINOv3FeatureExtractor,
+    plan: Plan,
+) -> tuple[SampleRows | None, CGLook | None]:
+    """Make the sample videos of this step and judge them by the CG monitor. Call it on every process.
+
+    Args:
+        run, state, plan: of the script; the model is in eval mode.
+        sample_plan: the samples, encoded.
+        sampling: see `Sampling`.
+        dinov3: of the run.
+
+    Returns:
+        The rows of `make_samples`, None if sampling was cut off; and the judgement, None if the run is not monitored.
+    """
+    args, accelerator, samples = run.args, run.accelerator, sample_plan.samples
+    transformer = accelerator.unwrap_model(state.model)
+    with sampling_pipeline(
+        args.pretrained_model_name_or_path, args.flow_shift, transformer, dinov3, run.device
+    ) as pipeline:
+        rows = make_samples(
+            samples,
+            pipeline,
+            sampling,
+            args.flow_shift,
+            run.settings,
+            args.output_dir,
+            accelerator,
+            plan.inputs["backbone"],
+            lambda: run.go_on("samples"),
+        )
+        if rows is None or not sample_plan.monitored:
+            return rows, None
+        reference = reference_of(
+            sample_plan.reference_clips,
+            pipeline,
+            plan.inputs["DINOv3"],
+            run.settings,
+            accelerator,
+            plan.cg.cache_dir,
+            run.watchdog.beat,
+        )
+        return rows, judge_samples(rows, samples, CGMonitor(reference), dinov3, accelerator)
+
+
+def record_cg_look(run: Run, cg_look: CGLook, controller: RatioController, sampler: MixedCGRealSampler):
+    """Log and print the CG monitor's judgement, and lower the CG share where the controller asks for it."""
+    progress = run.progress
+    run.info(str(cg_look))
+    cg_ratio = controller.step(cg_look.look, progress.cg_ratio)
+    if cg_ratio < progress.cg_ratio:
+        # So many batches ahead that the order of samples does not depend on how many are loaded by now.
+        sampler.set_cg_ratio(cg_ratio, ahead=2 * run.settings.num_workers)
+        run.info(f"cg_ratio lowered from {progress.cg_ratio:g} to {cg_ratio:g}")
+        progress.cg_ratio = cg_ratio
+    elif advice := controller.advice(cg_look.look, progress.cg_ratio):
+        run.info(advice)
+    progress.controller = controller.state_dict()
+    progress.cg_look = cg_look.scalars() | {"cg_ratio": progress.cg_ratio}
+    run.log("monitor", progress.cg_look)

@@ -1,0 +1,43 @@
+"""The endless stream of training batches."""
+
+from collections.abc import Iterator
+
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from c2r.data.workers import shield_worker
+from c2r.sampler import MixedCGRealSampler
+from c2r.training.run import Run
+
+
+class TrainBatches:
+    """Loads the batches that the sampler chooses, and counts those that a step has taken.
+
+    Args:
+        run: of the script.
+        dataset: dataset that the sampler's indices refer to.
+        sampler: gives each process its share already, so Accelerate must not prepare the loader.
+    """
+
+    def __init__(self, run: Run, dataset: Dataset, sampler: MixedCGRealSampler):
+        self._run, self._sampler = run, sampler
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=run.settings.num_workers,
+            worker_init_fn=shield_worker,
+            collate_fn=default_collate,
+            pin_memory=run.device.type == "cuda",
+        )
+        self._batches: Iterator[dict] | None = None
+
+    def of_one_step(self) -> Iterator[tuple[int, dict]]:
+        """Return (micro_step, batch) for each micro-step of the next optimizer step."""
+        # Made here and not earlier: a resumed sampler must stand at its position when loading starts.
+        self._batches = self._batches or iter(self._loader)
+        step = self._run.progress.global_step + 1
+        for micro_step in self._run.micro_steps:
+            self._run.watchdog.beat(f"step {step}: data")
+            batch = next(self._batches)
+            self._sampler.mark_consumed()
+            self._run.watchdog.beat(f"step {step}: forward and backward")
+            yield micro_step, batch

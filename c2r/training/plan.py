@@ -1,0 +1,175 @@
+"""What a run is to train on and from, found and checked before any weight is read."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Protocol, TypeVar
+
+import torch
+from diffusers import WanTransformer3DModel
+
+from c2r.data.clips import Clip, Clips
+from c2r.data.mixture import Mixture, read_mixture, read_on_all
+from c2r.encoding.cache import current_encoders, encoder_fingerprint
+from c2r.encoding.encoding_pass import encode_control, encode_missing
+from c2r.encoding.missing import find_missing, find_missing_control
+from c2r.models.assembly import check_transformer, read_transformer_config
+from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet, injection_layers
+from c2r.models.dinov3 import check_dinov3
+from c2r.models.hub import resolve_model_folder
+from c2r.training.preflight import (
+    count_parameters,
+    fingerprint_backbone,
+    preflight,
+    require_access,
+    require_encoders,
+)
+from c2r.training.resume import require_resumable
+from c2r.training.run import Run
+
+
+@dataclass
+class Plan:
+    """The datasets and models of a run."""
+
+    backbone: str  #: folder, hub name or file that the backbone is loaded from
+    config: dict[str, Any]  #: of the model that trains
+    real: Mixture
+    cg: Mixture | None = None
+    scenes: Mixture | None = None  #: of --sample_dataset
+    inputs: dict[str, str] = field(default_factory=dict)  #: fingerprints of everything that a resumed run must share
+    feature_dim: int = 0  #: width of DINOv3's features
+    num_trainable: int = 0  #: parameters
+
+    @property
+    def mixtures(self) -> list[Mixture]:
+        """The mixtures that are trained on."""
+        return [self.real, self.cg] if self.cg else [self.real]
+
+
+def check_phase1(run: Run) -> Plan:
+    """Check everything that can be refused before a weight is read, the cheapest first. Call it on every process.
+
+    Raises:
+        InputError: access, models, datasets, batches, memory, disk or checkpoint do not allow the run.
+    """
+    args, base_model = run.args, run.args.pretrained_model_name_or_path
+    require_access(base_model)
+    backbone = args.dit_path or base_model
+    config = read_transformer_config(backbone, base_model)
+    plan = Plan(backbone, config, *_read_mixtures(run))
+    plan.num_trainable = count_parameters(WanTransformer3DModel, config)
+    preflight(run, plan.mixtures, config, plan.num_trainable, frozen=0)
+    _check_inputs(run, plan)
+    require_encoders(base_model)
+    check_transformer(backbone, base_model)
+    if run.checkpoint is not None:
+        plan.backbone = str(run.checkpoint / "model")
+    return plan
+
+
+def check_phase2(run: Run) -> Plan:
+    """As `check_phase1`; of the weights no more is read than the backbone's fingerprint takes."""
+    args, base_model = run.args, run.args.pretrained_model_name_or_path
+    require_access(base_model, args.dinov3)
+    backbone_config = read_transformer_config(args.resume_backbone_from, base_model)
+    layers = injection_layers(args.control_layers, args.control_stride, backbone_config["num_layers"])
+    feature_dim, num_dinov3 = check_dinov3(args.dinov3, [bucket[1:] for bucket in run.settings.buckets])
+    config = {name: backbone_config[name] for name in SHARED_CONFIG}
+    config |= {"injection_layers": layers, "feature_dim": feature_dim}
+    real, cg, scenes = _read_mixtures(run)
+    plan = Plan(args.resume_backbone_from, config, real, cg, scenes, feature_dim=feature_dim)
+    plan.num_trainable = count_parameters(C2RControlNet, config)
+    num_frozen = count_parameters(WanTransformer3DModel, backbone_config) + num_dinov3
+    preflight(run, plan.mixtures, backbone_config, plan.num_trainable, num_frozen)
+    plan.inputs["DINOv3"] = encoder_fingerprint(resolve_model_folder(args.dinov3))
+    _check_inputs(run, plan)
+    require_encoders(base_model)
+    check_transformer(plan.backbone, base_model)
+    plan.inputs["backbone"] = fingerprint_backbone(run.accelerator, plan.backbone, base_model)
+    _check_inputs(run, plan)  # again, with the fingerprint that took long
+    return plan
+
+
+def _read_mixtures(run):
+    """Read the run's datasets on every process; return the real mixture, the CG one and that of --sample_dataset."""
+
+    def read():
+        def mixture(addresses, domain):
+            return read_mixture(addresses, domain, run.settings, current_encoders(run.settings)) if addresses else None
+
+        scenes = getattr(run.args, "sample_dataset", None)  # phase 1 has no such options
+        return (
+            mixture(run.args.real_dataset, "real"),
+            mixture(getattr(run.args, "cg_dataset", None), "cg"),
+            mixture([scenes] if scenes else None, "cg"),
+        )
+
+    return read_on_all(read, run.accelerator, run.watchdog)
+
+
+def _check_inputs(run, plan):
+    plan.inputs |= {f"{mixture.domain} dataset": mixture.fingerprint for mixture in plan.mixtures}
+    if run.checkpoint is not None:
+        require_resumable(run.checkpoint, run.accelerator, run.args, plan.config, plan.inputs)
+
+
+class ChosenClips(Protocol):
+    """The clips that a phase has chosen from its datasets."""
+
+    @property
+    def train(self) -> list[Clips]:
+        """Clips to train on, by domain."""
+
+    @property
+    def held_out(self) -> list[Clip]:
+        """Clips that validation and samples need."""
+
+
+C = TypeVar("C", bound=ChosenClips)
+
+
+def encode_until_usable(
+    run: Run, plan: Plan, choose: Callable[[Run, Plan], C], control_dtype: torch.dtype | None = None
+) -> C:
+    """Choose clips and encode those that are not cached. Call it on every process.
+
+    A clip that cannot be encoded is noted with its reason; then the datasets are read again without it, and the clips
+    are chosen again.
+
+    Args:
+        run: of the script.
+        plan: its mixtures are replaced where clips were dropped.
+        choose: chooses the clips from the plan's mixtures.
+        control_dtype: dtype of control features that are cached too; None: they are not.
+
+    Raises:
+        InputError: no room for the cache, or no clip is left.
+    """
+    args = run.args
+    while True:
+        chosen = choose(run, plan)
+        if args.dry_run:
+            _plan_encoding(run, plan, chosen, control_dtype)
+        to_encode = chain(*chosen.train, chosen.held_out)
+        passes = [encode_missing(to_encode, run.settings, run.accelerator, run.watchdog)]
+        if control_dtype is not None:
+            to_encode = chain(*chosen.train)
+            passes.append(
+                encode_control(to_encode, run.settings, args.dinov3, control_dtype, run.accelerator, run.watchdog)
+            )
+        for encoded in passes:
+            run.timings.add_encoding(encoded)
+        if not any(encoded.failures for encoded in passes):
+            return chosen
+        plan.real, plan.cg, plan.scenes = _read_mixtures(run)
+        _check_inputs(run, plan)
+
+
+def _plan_encoding(run, plan, chosen, control_dtype):
+    """Record what the whole run would encode, of which a dry run encodes a few clips."""
+    train = [mixture.train for mixture in plan.mixtures]
+    run.timings.plan_encoding(find_missing(chain(*train, chosen.held_out), run.settings))
+    if control_dtype is not None:
+        missing = find_missing_control(chain(*train), run.settings, run.args.dinov3, control_dtype)
+        run.timings.plan_encoding(missing)

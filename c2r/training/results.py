@@ -1,0 +1,43 @@
+"""Save best/ and final/, the folders that a phase hands to the next one and to generation."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from c2r.data.mixture import Mixture
+from c2r.models.contract import PhaseContract, save_phase
+from c2r.training.engine import failing_together, gathered_state_dict
+from c2r.training.run import Run, TrainState
+
+
+def save_model(run: Run, state: TrainState, name: str, phase: int, mixtures: list[Mixture], **phase2: Any):
+    """Save the trained weights with their contract. Call it on every process.
+
+    Args:
+        run, state: of the run; the weights are those that the model holds now, averaged or not.
+        name: "best" or "final".
+        phase: 1 or 2.
+        mixtures: trained on.
+        phase2: further entries of a phase 2 contract, see `PhaseContract`.
+
+    Raises:
+        InputError: no room or no permission to write.
+    """
+    folder = Path(run.args.output_dir) / name
+    weights = gathered_state_dict(run.accelerator, state.trainable, state.optimizer)
+    with failing_together(run.accelerator, folder):
+        if run.accelerator.is_main_process:
+            progress = run.progress
+            contract = PhaseContract(
+                phase=phase,
+                base_model=run.args.pretrained_model_name_or_path,
+                step=progress.global_step,
+                validation_loss=progress.metrics.get("loss"),
+                metrics=progress.metrics | progress.cg_look,
+                dataset_fingerprints={mixture.domain: mixture.fingerprint for mixture in mixtures},
+                **max(run.settings.buckets, key=math.prod)._asdict(),
+                fps=run.args.fps,
+                flow_shift=run.args.flow_shift,
+                **phase2,
+            )
+            save_phase(folder, state.trainable, contract, weights)

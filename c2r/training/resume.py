@@ -1,0 +1,216 @@
+"""Find the checkpoint that a run resumes from, and check that it can."""
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import weakref
+from argparse import Namespace
+from dataclasses import fields
+from pathlib import Path
+from typing import TextIO
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from c2r import InputError, __version__
+from c2r.files import read_json
+from c2r.training.engine import failing_together, sharding
+from c2r.training.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+#: Written last into a checkpoint: its state, and the size of every other file.
+STATE = "state.json"
+_PATTERN = re.compile(r"checkpoint-(\d+)")
+
+_locks: weakref.WeakSet[TextIO] = weakref.WeakSet()
+# Data loader workers live on for seconds when their process is killed: they must not hold its lock.
+os.register_at_fork(after_in_child=lambda: [lock.close() for lock in _locks])
+
+
+def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
+    """Return the checkpoints in a folder as (step, path), oldest first, damaged ones too."""
+    found = [path for path in Path(output_dir).glob("*") if _is_checkpoint(path)]
+    return sorted((int(path.name.rpartition("-")[2]), path) for path in found)
+
+
+def _is_checkpoint(path):
+    return path.is_dir() and _PATTERN.fullmatch(path.name) is not None
+
+
+def find_damage(path: Path) -> str | None:
+    """Return in a short phrase why a checkpoint cannot be resumed from; None if all its files are complete."""
+    try:
+        files = read_json(path / STATE)["files"]
+    except InputError as error:
+        return str(error)
+    except (KeyError, TypeError):
+        return f"{STATE} lists no files"
+    for name, size in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}"
+    return None
+
+
+def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) -> tuple[Path | None, list[str]]:
+    """Find the checkpoint that `--resume_from_checkpoint` names.
+
+    Args:
+        output_dir: the run's folder.
+        resume_from_checkpoint: None, "latest", a path, or the name of a folder in `output_dir`.
+
+    Returns:
+        The path, None to start at step 0, as "latest" does where there is no checkpoint yet; and a line for each later
+        checkpoint that "latest" has passed over because it is damaged.
+
+    Raises:
+        InputError: the named checkpoint is missing or damaged, or without one the run would overwrite an earlier run.
+    """
+    if resume_from_checkpoint is None:
+        _require_no_run(output_dir)
+        return None, []
+    if resume_from_checkpoint == "latest":
+        skipped: list[str] = []
+        for _, path in reversed(list_checkpoints(output_dir)):
+            damage = find_damage(path)
+            if damage is None:
+                return path, skipped
+            skipped.append(f"{path}: incomplete ({damage}); skipped")
+        return None, skipped
+    option = f"--resume_from_checkpoint {resume_from_checkpoint}"
+    for path in (Path(resume_from_checkpoint), Path(output_dir) / resume_from_checkpoint):
+        if _is_checkpoint(path):
+            if (damage := find_damage(path)) is not None:
+                raise InputError(f"{option}: incomplete ({damage}); resume from an earlier one, or latest")
+            if path.parent.resolve() != Path(output_dir).resolve():
+                _require_no_run(output_dir)
+            newest = list_checkpoints(output_dir)[-1:]
+            if newest and path.name != newest[0][1].name:
+                raise InputError(
+                    f"{option}: {newest[0][1].name} is later; delete the later ones, or choose another --output_dir"
+                )
+            return path, []
+    raise InputError(f"{option}: no such checkpoint; give a checkpoint-N folder or latest")
+
+
+def agree_on_checkpoint(
+    accelerator: Accelerator, output_dir: str | Path, resume_from_checkpoint: str | None
+) -> Path | None:
+    """Find the checkpoint on the main process for all: machines that see different folders must not drift apart.
+
+    Raises:
+        InputError: as `find_checkpoint`, or a process does not see the checkpoint.
+    """
+    found = None
+    with failing_together(accelerator, output_dir):
+        if accelerator.is_main_process:
+            found = find_checkpoint(output_dir, resume_from_checkpoint)
+    path, skipped = broadcast_object_list([found])[0]
+    with failing_together(accelerator, output_dir):
+        if path is not None and not (path / STATE).is_file():
+            raise InputError(f"{path}: not seen by every process; put --output_dir on a shared file system")
+    for line in skipped:
+        logger.info(line)
+    return path
+
+
+def _require_no_run(output_dir):
+    earlier = [path for path in Path(output_dir).glob("*") if path.name in ("best", "final") or _is_checkpoint(path)]
+    if earlier:
+        raise InputError(
+            f"--output_dir {output_dir}: holds {earlier[0].name} of an earlier run; "
+            "continue it by --resume_from_checkpoint latest, or choose another folder"
+        )
+
+
+def lock_output_dir(accelerator: Accelerator, output_dir: str | Path) -> TextIO | None:
+    """Keep a second run from writing into the same folder. Call it on every process, and keep the returned file.
+
+    The lock ends with the process, however that ends. A run whose launcher was killed may still be saving.
+
+    Raises:
+        InputError: another run holds the lock.
+    """
+    lock = None
+    with failing_together(accelerator, output_dir):
+        if accelerator.is_main_process:
+            lock = open(Path(output_dir) / ".lock", "w")  # noqa: SIM115
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"--output_dir {output_dir}: another run is writing into it; wait for its end, or choose another"
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                    raise
+                logger.warning("%s: its file system has no locks; start no second run into it", output_dir)
+            _locks.add(lock)
+    return lock
+
+
+def require_resumable(
+    path: Path, accelerator: Accelerator, args: Namespace, config: dict, inputs: dict[str, str]
+) -> None:
+    """Check that a run can resume from a checkpoint, before any weight is read.
+
+    Args:
+        path: a complete checkpoint.
+        accelerator, args: of the run.
+        config: of the model that trains.
+        inputs: {name: fingerprint} of datasets and frozen models.
+
+    Raises:
+        InputError: another version, model, dataset, backbone or optimizer, or optimizer states that are split for
+            another engine or number of processes.
+    """
+    state = read_json(path / STATE)
+    if state.get("progress", {}).keys() != {entry.name for entry in fields(Progress)}:
+        raise InputError(
+            f"{path}: written by version {state.get('version', 'before 0.1.0')}, this is {__version__}; resume with "
+            "that version, or start a new run with another --output_dir"
+        )
+    if state["sampler"]["seed"] != args.seed:
+        saved = state["sampler"]["seed"]
+        raise InputError(f"--seed {args.seed}: {path} was written with --seed {saved}; give that one")
+    saved_config = read_json(path / "model/config.json")
+    for name, value in config.items():
+        if not name.startswith("_") and saved_config.get(name) != value:
+            raise InputError(
+                f"{path}: was written with {name} {saved_config.get(name)}, but this run has {value}; "
+                "resume with the same options, or choose another --output_dir"
+            )
+    for name, fingerprint in inputs.items():
+        if state["progress"]["inputs"].get(name) != fingerprint:
+            raise InputError(
+                f"--resume_from_checkpoint {path.name}: the {name} has changed since the checkpoint was written; "
+                "restore it, or start a new run with another --output_dir"
+            )
+    if state["optimizer"] != args.optimizer:
+        raise InputError(f"--optimizer {args.optimizer}: {path} was written with {state['optimizer']}; give that one")
+    if args.ema_decay is not None and state["ema"] is None:
+        raise InputError(f"--ema_decay {args.ema_decay:g}: {path} was written without one; leave it out")
+    if args.ema_decay is None and state["ema"] is not None:
+        raise InputError(f"--ema_decay: {path} holds an average, which would be lost; give the option again")
+    has_classifier = (path / "domain_classifier").is_dir()
+    if has_classifier != (getattr(args, "adversarial_weight", 0) > 0):  # phase 1 has no such option
+        raise InputError(
+            f"--adversarial_weight {args.adversarial_weight:g}: {path} has {'a' if has_classifier else 'no'} domain "
+            "classifier; resume with the same option, or start a new run with another --output_dir"
+        )
+    here, before = sharding(accelerator), state["sharding"]
+    if here != before or (here is not None and accelerator.num_processes != state["num_processes"]):
+        raise InputError(
+            f"{path}: its optimizer states are split for {_engine(before, state['num_processes'])}, but this run has "
+            f"{_engine(here, accelerator.num_processes)}; resume with the same accelerate config, or start a new run "
+            f"from the weights in {path / 'model'}"
+        )
+
+
+def _engine(sharding, num_processes):
+    return f"{sharding} on {num_processes} processes" if sharding else "one process or DDP"

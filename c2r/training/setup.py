@@ -1,0 +1,87 @@
+"""Set up a run: its folder and checkpoint, its models and optimizer, its resume."""
+
+import logging
+from argparse import Namespace
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import ModelMixin, WanTransformer3DModel
+
+from c2r.models.adversary import DomainClassifier
+from c2r.options import clip_settings
+from c2r.sampler import MixedCGRealSampler
+from c2r.training.checkpoint import load_checkpoint
+from c2r.training.ema import build_ema
+from c2r.training.engine import prepare
+from c2r.training.optimizer import OptimizerSettings, build_lr_scheduler, build_optimizer
+from c2r.training.precision import disable_autocast, enable_autocast
+from c2r.training.progress import Progress
+from c2r.training.resume import agree_on_checkpoint, lock_output_dir
+from c2r.training.run import Run, TrainState
+from c2r.training.timings import Timings
+from c2r.training.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+
+def start_run(args: Namespace, accelerator: Accelerator, planned: Namespace | None = None) -> Run:
+    """Lock the output folder and find the checkpoint to resume from. Call it on every process.
+
+    Args:
+        args: options of the script.
+        accelerator: from `build_accelerator`.
+        planned: in a dry run, the options of the run that it rehearses.
+
+    Raises:
+        InputError: another run writes into the folder, or the checkpoint is missing or damaged.
+    """
+    watchdog = Watchdog(accelerator, 60 * args.distributed_timeout_minutes)
+    set_seed(args.seed)
+    return Run(
+        args=args,
+        planned=planned or args,
+        accelerator=accelerator,
+        settings=clip_settings(args),
+        watchdog=watchdog,
+        lock=lock_output_dir(accelerator, args.output_dir),
+        checkpoint=agree_on_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint),
+        progress=Progress(),
+        timings=Timings(),
+    )
+
+
+def build_train_state(
+    run: Run,
+    model: torch.nn.Module,
+    backbone: WanTransformer3DModel,
+    trainable: ModelMixin,
+    domain_classifier: DomainClassifier | None = None,
+) -> TrainState:
+    """Set the precision, build optimizer, schedule and average, and prepare the model for the training engine.
+
+    Args:
+        run: of the script.
+        model: one module with everything that runs in a step: an engine such as DeepSpeed wraps one.
+        backbone, trainable, domain_classifier: parts of it.
+    """
+    args = run.args
+    model.train()
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()  # type: ignore[operator]
+    disable_autocast(backbone.condition_embedder.time_embedder, run.device)
+    enable_autocast(model, run.device, args.mixed_precision)
+    optimizer = build_optimizer(trainable, OptimizerSettings.of(args), run.device, domain_classifier)
+    lr_scheduler = build_lr_scheduler(optimizer, args)
+    model, optimizer = prepare(run.accelerator, model, optimizer)
+    ema = build_ema(trainable, args.ema_decay)
+    return TrainState(model, trainable, optimizer, lr_scheduler, ema, domain_classifier)
+
+
+def resume(run: Run, state: TrainState, sampler: MixedCGRealSampler):
+    """Load everything but the weights from the checkpoint, if there is one. Call it on every process."""
+    if run.checkpoint is not None:
+        load_checkpoint(run, state, sampler)
+        logger.info("resumed from %s at step %d", run.checkpoint, run.progress.global_step)
+    elif run.args.resume_from_checkpoint:
+        logger.info("no checkpoint in %s yet: starting at step 0", run.args.output_dir)
