@@ -1,17 +1,22 @@
 """Generation: a WanPipeline that follows a coarse video."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from diffusers import SchedulerMixin, WanPipeline
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.utils.torch_utils import empty_device_cache
 
 from c2r import InputError
 from c2r.models.adversary import WithAdversary
-from c2r.models.parts import max_sequence_length
+from c2r.models.assembly import load_for_generation
+from c2r.models.dinov3 import DINOv3FeatureExtractor
+from c2r.models.parts import load_pipeline_part, max_sequence_length
 from c2r.models.transformer import C2RTransformer
 from c2r.models.vae import decode_latents
 
@@ -290,6 +295,82 @@ def guided_velocity(
     if control_guidance_scale != 1:
         velocity = velocity + (1 - control_guidance_scale) * (predict_unconditional() - with_control)
     return velocity
+
+
+@torch.no_grad()
+def encode_prompts(
+    base_model: str | Path, prompts: list[str], device: torch.device | str, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Encode prompts, then free the text encoder's memory: it is larger than Wan 1.3B.
+
+    Args:
+        base_model: Wan pipeline, a folder or hub name.
+        prompts: N prompts.
+        device, dtype: of the text encoder.
+
+    Returns:
+        N embeddings (1, L, D_text) on CPU.
+    """
+    tokenizer = load_pipeline_part(base_model, "tokenizer")
+    text_encoder = load_pipeline_part(base_model, "text_encoder", dtype).to(device)
+    pipeline = C2RPipeline(tokenizer, text_encoder, vae=None, scheduler=None)
+    length = max_sequence_length(tokenizer)
+    embeds = [
+        pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=length, device=device)[
+            0
+        ].cpu()
+        for prompt in prompts
+    ]
+    del pipeline, text_encoder
+    gc.collect()
+    empty_device_cache()
+    return embeds
+
+
+def load_pipeline(
+    model: str | Path,
+    base_model: str | Path,
+    *,
+    backbone: str | Path | None = None,
+    dinov3: str | Path | None = None,
+    flow_shift: float,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    cpu_offload: bool = False,
+    vae_tiling: bool = False,
+) -> C2RPipeline:
+    """Load a trained model into a pipeline without text encoder.
+
+    Args:
+        model: best/ or final/ of a phase.
+        base_model: Wan pipeline with VAE and scheduler, a folder or hub name.
+        backbone: see `load_for_generation`.
+        dinov3: folder or hub name; None: the pipeline takes no control.
+        flow_shift: shift of the noise levels.
+        device: device of the models.
+        dtype: dtype of the weights; the VAE stays in fp32, as in Wan's own examples: it costs little.
+        cpu_offload: keep only the model in use on the device.
+        vae_tiling: decode in tiles: less memory, more time.
+
+    Raises:
+        InputError: see `load_for_generation`.
+    """
+    transformer, _ = load_for_generation(model, backbone, dtype)
+    pipeline = C2RPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=load_pipeline_part(base_model, "vae", torch.float32),
+        scheduler=with_flow_shift(load_pipeline_part(base_model, "scheduler"), flow_shift),
+        transformer=transformer,
+        dinov3=None if dinov3 is None else DINOv3FeatureExtractor.from_pretrained(dinov3, dtype),
+    )
+    if vae_tiling:
+        pipeline.vae.enable_tiling()
+    if cpu_offload:
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
+    return pipeline
 
 
 def with_flow_shift(scheduler: SchedulerMixin, flow_shift: float) -> SchedulerMixin:

@@ -1,3 +1,5 @@
+"""python -m c2r.generate: what decides the videos, agreement with Diffusers, and one line for bad input."""
+
 import shutil
 
 import numpy as np
@@ -5,13 +7,14 @@ import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 
-from c2r import InputError
-from c2r.cli import run
+from c2r import InputError, cli
 from c2r.data.video import probe, read_window, write_video
-from c2r.generate import build_parser, complete_options, encode_prompts, load_pipeline, main, read_control
+from c2r.generate import complete_options, main, read_control
 from c2r.models.assembly import fingerprint_transformer
 from c2r.models.contract import PhaseContract, read_contract, save_phase
 from c2r.models.controlnet import C2RControlNet
+from c2r.options import GENERATE
+from c2r.pipeline import encode_prompts, load_pipeline
 from tests.helpers import tiny
 
 FRAMES, HEIGHT, WIDTH, FPS = 5, 32, 48, 8.0
@@ -55,7 +58,7 @@ def folder(tmp_path_factory):
 
 
 def options(folder, phase=2, control=True, **changed):
-    """A command line; None leaves an option out, True is a flag, a list repeats it."""
+    """Arguments of a command line; None leaves an option out, True is a flag, a list repeats an option."""
     given = {
         "model": folder / f"phase{phase}",
         "prompt": "the street",
@@ -70,7 +73,7 @@ def options(folder, phase=2, control=True, **changed):
 
 
 def generated(folder, output, **changed):
-    """Run the command; the frames it wrote, (F, 3, H, W) as floats."""
+    """Run the command and return the frames that it wrote, (F, 3, H, W) as floats."""
     main(options(folder, output=output, **changed))
     info = probe(output)
     num_frames = info.frames_at(changed.get("fps", FPS))
@@ -79,16 +82,23 @@ def generated(folder, output, **changed):
 
 
 def parsed(folder, **changed):
-    args = build_parser().parse_args(options(folder, output="out.mp4", **changed))
+    args = cli.parse(GENERATE, options(folder, output="out.mp4", **changed))
     complete_options(args, read_contract(args.model))
     return args
+
+
+def loaded(folder, dtype=torch.float32, control=True, **options):
+    """The pipeline of phase 2."""
+    dinov3 = folder / "dinov3" if control else None
+    options = {"flow_shift": 2.0, "device": "cpu", "dtype": dtype} | options
+    return load_pipeline(folder / "phase2", folder / "base", dinov3=dinov3, **options)
 
 
 def distance(a, b):
     return (a - b).abs().mean().item()
 
 
-def test_control_prompt_and_seed_decide_the_video(folder, tmp_path):
+def test_seed_control_and_scales_determine_the_video(folder, tmp_path):
     video = generated(folder, tmp_path / "new" / "out.mp4")
     assert video.shape == (FRAMES, 3, HEIGHT, WIDTH)
     assert distance(video, generated(folder, tmp_path / "again.mp4")) == 0
@@ -103,15 +113,16 @@ def test_control_prompt_and_seed_decide_the_video(folder, tmp_path):
 
 
 def test_the_control_is_the_start_of_the_video_at_the_given_rate(folder):
-    control = read_control(parsed(folder, num_frames=9), folder / "coarse0.mp4")
+    size = {"num_frames": 9, "height": HEIGHT, "width": WIDTH}
+    control = read_control(folder / "coarse0.mp4", fps=FPS, **size)
     assert control.shape == (9, 3, HEIGHT, WIDTH)
     assert 0 <= control.min() < 0.2 < 0.8 < control.max() <= 1
     assert distance(control[0], control[1]) > 0.1
-    half_rate = read_control(parsed(folder, fps=FPS / 2), folder / "coarse0.mp4")
+    half_rate = read_control(folder / "coarse0.mp4", fps=FPS / 2, **size | {"num_frames": 5})
     assert torch.equal(half_rate, control[::2])
 
 
-def test_several_videos_are_the_single_ones(folder, tmp_path):
+def test_several_videos_agree_with_single_ones(folder, tmp_path):
     prompts, controls = ["rain", "dusk"], [folder / "coarse0.mp4", folder / "coarse1.mp4"]
     main(options(folder, output=tmp_path / "all.mp4", prompt=prompts, control_video=controls))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all-0.mp4", "all-1.mp4"]
@@ -122,16 +133,18 @@ def test_several_videos_are_the_single_ones(folder, tmp_path):
 
 
 @pytest.mark.parametrize("many", ["prompt", "control_video"])
-def test_one_prompt_or_one_control_serves_all(folder, tmp_path, many):
+def test_one_prompt_or_one_control_applies_to_all_videos(folder, tmp_path, many):
     values = {"prompt": ["rain", "dusk"], "control_video": [folder / "coarse0.mp4", folder / "coarse1.mp4"]}
     main(options(folder, output=tmp_path / "all.mp4", **{many: values[many]}))
     frames = [np.asarray(read_window(tmp_path / f"all-{i}.mp4", 0.0, FRAMES, FPS, HEIGHT, WIDTH)) for i in range(2)]
     assert (frames[0] != frames[1]).any()
 
 
-def test_the_conditioning_scale_is_the_trained_one_unless_given(folder):
-    assert parsed(folder).conditioning_scale == 0.9
-    assert parsed(folder, conditioning_scale=0.3).conditioning_scale == 0.3
+def test_options_not_given_are_those_of_training(folder):
+    trained = {"height": HEIGHT, "width": WIDTH, "fps": FPS, "flow_shift": 2.0, "conditioning_scale": 0.9}
+    assert vars(parsed(folder)).items() >= trained.items()
+    given = {"height": 64, "width": 64, "fps": 4.0, "flow_shift": 5.0, "conditioning_scale": 0.0}
+    assert vars(parsed(folder, **given)).items() >= given.items()
 
 
 def test_size_options_override_the_models(folder, tmp_path):
@@ -140,7 +153,7 @@ def test_size_options_override_the_models(folder, tmp_path):
     assert probe(tmp_path / "out.mp4").rate == pytest.approx(6)
 
 
-def test_phase_1_generates_what_a_stock_pipeline_does(folder, tmp_path):
+def test_phase_1_agrees_with_a_stock_pipeline(folder, tmp_path):
     arguments = {"guidance": "cfg", "guidance_scale": 5, "negative_prompt": "rain", "seed": 3}
     video = generated(folder, tmp_path / "out.mp4", phase=1, control=False, **arguments)
     stock = WanPipeline.from_pretrained(
@@ -162,30 +175,31 @@ def test_phase_1_generates_what_a_stock_pipeline_does(folder, tmp_path):
     assert distance(video, expected) < 0.1
 
 
-def test_the_text_encoder_is_gone_before_the_rest_is_loaded(folder):
-    args = parsed(folder, prompt=["rain", "a street"], vae_tiling=True)
-    (rain, empty), (street, same) = encode_prompts(args, "cpu", torch.float32)
+def test_prompts_are_padded_with_zeros(folder):
+    rain, street = encode_prompts(folder / "base", ["rain", "a street"], "cpu", torch.float32)
     assert rain.shape == (1, tiny.PROMPT_LENGTH, tiny.TEXT_DIM)
     assert (rain[0, 2:] == 0).all()  # one word, </s>, then zeros
     assert (street[0, 2] != 0).any()
-    assert empty is same
-    pipeline = load_pipeline(args, "cpu", torch.float32)
+
+
+def test_the_loaded_pipeline_is_frozen_and_has_no_text_encoder(folder):
+    pipeline = loaded(folder, vae_tiling=True)
     assert pipeline.text_encoder is None
     assert pipeline.vae.use_tiling
-    assert pipeline.scheduler.shift == 2.0  # the contract's
+    assert pipeline.scheduler.shift == 2.0
     assert not any(
         p.requires_grad for m in (pipeline.transformer, pipeline.dinov3, pipeline.vae) for p in m.parameters()
     )
 
 
-def test_weights_have_the_asked_dtype_but_the_vae_stays_fp32(folder):
-    pipeline = load_pipeline(parsed(folder), "cpu", torch.bfloat16)
+def test_weights_have_the_given_dtype_but_the_vae_stays_fp32(folder):
+    pipeline = loaded(folder, torch.bfloat16)
     assert {pipeline.transformer.dtype, pipeline.dinov3.dtype} == {torch.bfloat16}
     assert pipeline.vae.dtype == torch.float32
-    assert load_pipeline(parsed(folder, control=False), "cpu", torch.float32).dinov3 is None
+    assert loaded(folder, control=False).dinov3 is None
 
 
-def test_a_moved_backbone_is_named_and_another_refused(folder, tmp_path):
+def test_a_moved_backbone_can_be_named_and_another_is_refused(folder, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(folder / "phase1", moved)
     generated(folder, tmp_path / "out.mp4", backbone=moved)
@@ -200,7 +214,7 @@ def test_a_moved_backbone_is_named_and_another_refused(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def unreadable(folder, tmp_path_factory):
-    """The models with damaged text encoder weights: who reads them before the input is checked fails otherwise."""
+    """The models with damaged text encoder weights, which raise another error if they are read too early."""
     copy = tmp_path_factory.mktemp("unreadable") / "models"
     shutil.copytree(folder, copy)
     (copy / "base/text_encoder/model.safetensors").write_bytes(b"damaged")
@@ -222,18 +236,22 @@ BAD_INPUT = [
     ({"backbone": "{}/absent"}, "{}/absent"),
     ({"backbone": "{}/dinov3"}, "{}/dinov3"),
     ({"output": "out.avi"}, "--output out.avi"),
-    ({"output": "{}/text.mp4/out.mp4"}, "its folder cannot be made"),
+    ({"output": "{}/text.mp4/out.mp4"}, "its folder cannot be created"),
     ({"output": "{}/coarse0.mp4"}, "would overwrite --control_video"),
-    ({"height": 40}, "--height is 40"),
-    ({"width": 0}, "--width is 0"),
-    ({"num_frames": 4}, "--num_frames is 4"),
-    ({"num_inference_steps": 0}, "--num_inference_steps is 0"),
-    ({"fps": 0}, "--fps is 0"),
-    ({"fps": "nan"}, "--fps is nan"),
-    ({"flow_shift": -1}, "--flow_shift is -1"),
-    ({"guidance_scale": -1}, "--guidance_scale is -1"),
-    ({"conditioning_scale": "inf"}, "--conditioning_scale is inf"),
-    ({"control_guidance_start": 0.8, "control_guidance_end": 0.2}, "--control_guidance_start 0.8"),
+    ({"height": 40}, "--height 40: "),
+    ({"width": 0}, "--width 0: "),
+    ({"num_frames": 4}, "--num_frames 4: "),
+    ({"num_inference_steps": 0}, "--num_inference_steps 0: "),
+    ({"fps": 0}, "--fps 0: "),
+    ({"fps": "nan"}, "--fps nan: "),
+    ({"flow_shift": -1}, "--flow_shift -1: "),
+    ({"guidance_scale": -1}, "--guidance_scale -1: "),
+    ({"conditioning_scale": "inf"}, "--conditioning_scale inf: "),
+    (
+        {"control_guidance_start": 0.8, "control_guidance_end": 0.2},
+        "--control_guidance_start 0.8: not below --control_guidance_end 0.2",
+    ),
+    ({"control_guidance_end": 1.5}, "--control_guidance_end 1.5: "),
     ({"prompt": ["a", "b", "c"], "control_video": ["{}/coarse0.mp4", "{}/coarse1.mp4"]}, "given 2 times, --prompt 3"),
 ]
 
@@ -258,4 +276,4 @@ def test_offloading_from_no_gpu_is_refused(folder, tmp_path):
 
 def test_the_command_ends_with_one_line(tmp_path):
     with pytest.raises(SystemExit, match=r"^error: .*phase2: has no c2r\.json"):
-        run(lambda: main(options(tmp_path, output=tmp_path / "out.mp4")))
+        cli.run(lambda: main(options(tmp_path, output=tmp_path / "out.mp4")))
