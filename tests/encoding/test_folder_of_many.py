@@ -1,4 +1,4 @@
-"""A folder as users bring it: 200 files, 40 of them broken in 12 ways; encoded by one process, by two, and killed."""
+"""A folder as users bring it: 200 rows, 40 of them broken in 12 ways; encoded by one process, by two, and killed."""
 
 import csv
 import os
@@ -18,9 +18,9 @@ from tests.helpers.forks import fork, forked_twice, statuses
 from tests.helpers.videos import counter_frames, encode_video
 
 SIZE = ["--buckets", "5x32x48", "5x48x32", "1x32x48", "--fps=8", "--dataloader_num_workers=1"]
-#: How many rows are lost to each reason.
+#: Number of rows dropped for each reason.
 BROKEN = {
-    "unreadable": 15,  # no video, cut off, damaged within: 4 each; and 3 playlists
+    "unreadable": 15,  # 4 text files, 4 cut off, 4 damaged in the middle, 3 playlists
     "no video stream": 4,
     "too short": 4,
     "too few frames after resampling": 3,
@@ -32,8 +32,8 @@ BROKEN = {
 }
 
 
-def sound(path):
-    """A file with sound alone."""
+def write_sound(path):
+    """Write a file that holds only sound."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=48000)
         for first in range(0, 48000, 1024):
@@ -43,14 +43,14 @@ def sound(path):
         container.mux(stream.encode())
 
 
-def huge_png(path):
-    """A picture that declares 20000x20000 pixels, all of them black, in a few kilobytes."""
+def write_huge_png(path):
+    """Write a black picture of 20000x20000 pixels, which takes a few kilobytes."""
     Image.MAX_IMAGE_PIXELS = None
     Image.new("1", (20000, 20000)).save(path)
 
 
 def write_folder(folder):
-    """160 good files (landscape, portrait, images; each one clip) and 40 rows that are lost."""
+    """Write 160 good files (landscape, portrait, images; one clip each) and 40 rows to be dropped."""
     folder.mkdir()
     rng = np.random.default_rng(0)
 
@@ -78,7 +78,7 @@ def write_folder(folder):
         (folder / f"within{i}.mov").write_bytes(
             whole[: middle - 20_000] + bytes(40_000 + i) + whole[middle + 20_000 + i :]
         )
-        sound(folder / f"sound{i}.m4a")
+        write_sound(folder / f"sound{i}.m4a")
         write_video(folder / f"short{i}.mp4", counter_frames(2 + i % 3, 32, 48), 8)
         rows += [(f"{name}{i}.{suffix}", "a") for name, suffix in (("text", "mp4"), ("cut", "mp4"), ("within", "mov"))]
         rows += [(f"sound{i}.m4a", "a"), (f"short{i}.mp4", "a")]
@@ -97,10 +97,10 @@ def write_folder(folder):
     for i in range(3):
         (folder / f"list{i}.m3u8").write_text(f"#EXTM3U\n#EXTINF:1,\ngood{i + 1}.mp4\n#EXT-X-ENDLIST\n")
         rows.append((f"list{i}.m3u8", "a"))
-    huge_png(folder / "huge0.png")
+    write_huge_png(folder / "huge0.png")
     os.link(folder / "huge0.png", folder / "huge1.png")
     rows += [("huge0.png", "a"), ("huge1.png", "a")]
-    random.Random(0).shuffle(rows)  # what is broken stands among the rest
+    random.Random(0).shuffle(rows)  # broken files stand among good ones
     with open(folder / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows([("file_name", "text"), *rows])
     return folder
@@ -123,7 +123,7 @@ def encode(folder, model, cache):
 
 
 def content(cache):
-    """{name of each cached clip and prompt: its bytes}"""
+    """Return {name of each cached clip and prompt: its bytes}."""
     return {
         str(path.relative_to(cache)): path.read_bytes()
         for kind in ("clips", "prompts")
@@ -139,7 +139,7 @@ def by_one(folder, tiny_models, tmp_path_factory):
     return cache, done.stdout
 
 
-def test_each_reason_is_counted_and_all_others_are_encoded(by_one):
+def test_dropped_rows_are_counted_by_reason_and_the_rest_is_encoded(by_one):
     cache, out = by_one
     last = [line for line in out.splitlines() if "dropped" in line][-1]
     assert "kept 160 clips of 160 files" in last
@@ -159,7 +159,7 @@ def test_two_processes_fill_the_same_cache_byte_for_byte(by_one, folder, tiny_mo
 
 
 @pytest.mark.slow
-def test_two_passes_at_once_each_killed_twenty_times_leave_the_cache_of_one(by_one, folder, tiny_models, tmp_path):
+def test_two_passes_killed_twenty_times_leave_the_same_cache(by_one, folder, tiny_models, tmp_path):
     arguments = encode(folder, tiny_models / "pipeline", tmp_path / "killed")[2:]
     passes = []
     for seed in (0, 1):
@@ -172,7 +172,7 @@ def test_two_passes_at_once_each_killed_twenty_times_leave_the_cache_of_one(by_o
         out = process.communicate(timeout=200)[0]
         kills = [int(count) for count in re.findall(r"killed at (\d+) clips", out)]
         assert len(kills) >= 15, out
-        assert len({count for count in kills if 0 < count < 160}) >= 5, kills  # in the midst of it
+        assert len({count for count in kills if 0 < count < 160}) >= 5, kills  # killed while encoding
         assert "ended with 0" in out
     once, killed = content(by_one[0]), content(tmp_path / "killed")
     assert once.keys() == killed.keys()
