@@ -11,7 +11,7 @@ import pyarrow as pa
 from c2r.data.buckets import Bucket
 from c2r.data.video import to_fraction
 
-#: A clip's entry in `Clips`.
+#: One clip in `Clips.entries`.
 ENTRY = np.dtype(
     [
         ("table", np.uint8),  # position of the clip's `FileTable`
@@ -178,8 +178,8 @@ class Clips(Sequence[Clip]):
     def first_windows(self, count: int | None = None) -> "Clips":
         """Return up to `count` clips of as many files as possible, or all clips in this order.
 
-        First windows come before second windows. Among the first windows, each dataset and bucket gives one clip in
-        turn; so among the second windows.
+        Clips are ordered by their window's number within its file; among clips of one number, datasets and buckets
+        take turns.
         """
         table, bucket, window = (self.entries[name] for name in ("table", "bucket", "window"))
         by_kind = np.lexsort((bucket, table, window))

@@ -4,7 +4,7 @@ from enum import StrEnum
 
 
 class DropReason(StrEnum):
-    """The reasons that reports, manifests and failure notes name; docs/data.md lists them."""
+    """The reasons that reports, lists of rows and failure notes give; docs/data.md explains them to users."""
 
     # The row itself.
     EMPTY_CAPTION = "empty caption"  #: the row has no text, or only spaces
@@ -13,12 +13,12 @@ class DropReason(StrEnum):
     OUTSIDE_FOLDER = "path outside the folder"  #: the name, or a link, leads out of the dataset's folder
 
     # One file.
-    UNREADABLE = "unreadable"  #: no decoder can read the file; it may be damaged or cut off
-    NO_VIDEO_STREAM = "no video stream"  #: the file holds no moving picture, but perhaps sound
-    BEYOND_LIMITS = "beyond the limits"  #: more pixels, a longer duration or a narrower shape than is accepted
+    UNREADABLE = "unreadable"  #: the file cannot be opened or decoded, or was cut off
+    NO_VIDEO_STREAM = "no video stream"  #: the file holds no video, perhaps only sound
+    BEYOND_LIMITS = "beyond the limits"  #: too many pixels, too long or too narrow, see `c2r.data.video`
     IMAGE = "image"  #: the file is an image, and no bucket has one frame
-    TOO_SHORT = "too short"  #: the file has fewer frames than the shortest bucket of its shape
-    TOO_FEW_RESAMPLED_FRAMES = "too few frames after resampling"  #: long enough at its own rate, but not at --fps
+    TOO_SHORT = "too short"  #: fewer frames than the shortest bucket of its aspect ratio
+    TOO_FEW_RESAMPLED_FRAMES = "too few frames after resampling"  #: enough frames at its own rate, too few at --fps
     NON_FINITE_LATENTS = "non-finite latents"  #: the VAE gives NaN or infinity for it; set by the encoding pass
 
     # A video and its control.
@@ -29,7 +29,7 @@ class DropReason(StrEnum):
 
 
 class DropRow(Exception):
-    """Raised while a row is examined: the manifest lists the row as dropped, with this reason and detail."""
+    """Raised for a row that gives no clips; the manifest lists it as dropped, with this reason and detail."""
 
     def __init__(self, reason: DropReason, detail: str = ""):
         super().__init__(reason, detail)

@@ -28,13 +28,14 @@ def note_failure(cache_dir: str | Path, failure: Failure) -> None:
 
 
 def noted_failures(
-    cache_dir: str | Path, current_encoders: Callable[[], dict[str, Any]]
+    cache_dir: str | Path, current_encoders: Callable[[], dict[str, Any]] | None
 ) -> dict[tuple[str, int, int], tuple[DropReason, str]]:
     """Read the notes that apply to the current encoders.
 
     Args:
         cache_dir: the dataset's.
-        current_encoders: gives what `Failure.settings` would be now; called only if a note names encoders.
+        current_encoders: gives what `Failure.settings` would be now; called only if a note names encoders. None:
+            notes that name encoders do not apply.
 
     Returns:
         {(name, size, mtime_ns) of a file: (reason, detail)}.
@@ -47,7 +48,7 @@ def noted_failures(
             reason = DropReason(note["reason"])
         except (OSError, ValueError, KeyError):  # a file without a legible note is tried again
             continue
-        if settings is not None:
+        if settings is not None and current_encoders is not None:
             current = current or current_encoders()
         if settings in (None, current):
             noted[tuple(file)] = reason, f"{detail} (noted in {path}; delete that to try again)"

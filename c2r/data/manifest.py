@@ -83,7 +83,7 @@ class Manifest:
 
     @property
     def name(self) -> str:
-        """The name in messages."""
+        """The dataset's name in messages."""
         return self.folder
 
     @property
@@ -127,7 +127,7 @@ class Manifest:
 
         Columns: file_name, window, bucket, use (train, held out, dropped, without coarse version), reason.
         """
-        # Datasets of one folder name may share a cache.
+        # Datasets in one cache may have folders of the same name: the address tells them apart.
         path = self.cache_dir / f"manifest-{self.domain}-{Path(self.folder).name}-{digest(self.folder)[:6]}.csv"
         content = io.StringIO()
         writer = csv.writer(content)
@@ -156,7 +156,7 @@ class Manifest:
             raise InputError(
                 f"{self.folder}: none of its {self.row_count} rows can be used "
                 f"({_count_reasons(self.dropped) or 'the metadata is empty'}); {_first_detail(self.dropped)}"
-                f"list in {self.write()}; see the README on datasets"
+                f"list in {self.write()}; see docs/data.md"
             )
         if max_dropped is not None and len(self.dropped) > max_dropped * self.row_count:
             raise InputError(
@@ -251,8 +251,7 @@ def read_manifest(
         domain: "real" or "cg". A real row may name its coarse version as control_name. If that version does not fit,
             the row is kept without it.
         settings: buckets, frame rate, cache and the allowed share of dropped rows.
-        current_encoders: gives the encoders' settings, see `noted_failures`; None: files that only some encoders
-            failed on are kept.
+        current_encoders: gives the encoders' settings, see `noted_failures`.
 
     Returns:
         The manifest. Held-out files are those in validation/ if there is one; otherwise about 5 %, chosen by a hash of
@@ -266,7 +265,7 @@ def read_manifest(
     table, dropped, without_coarse, row_count = _locate_rows(folder, domain, cache_dir)
     probes = Probes(cache_dir)
     probes.probe_missing(folder, (file for row in range(len(table)) for file in table.files(row)))
-    failures = noted_failures(cache_dir, current_encoders or dict)
+    failures = noted_failures(cache_dir, current_encoders)
     windows_of_infos: dict[tuple[int, ...], list[tuple[int, int]]] = {}
 
     def windows_of(files):

@@ -33,7 +33,7 @@ class Mixture:
 
     @property
     def name(self) -> str:
-        """The name in messages."""
+        """The mixture's name in messages."""
         return " ".join(dataset.folder for dataset in self.datasets)
 
     @property

@@ -60,7 +60,10 @@ class RemoteFolder:
         self.address, self.folder, self.max_bytes = str(address).rstrip("/"), Path(cache_dir) / "videos", max_bytes
 
     def _connect(self) -> tuple[AbstractFileSystem, str]:
-        """Return the filesystem and the folder's path on it. fsspec connects again after a fork."""
+        """Return the filesystem and the folder's path on it.
+
+        Called for each access: a connection does not survive a fork, and fsspec makes a new one in the child.
+        """
         filesystem, root = fsspec.core.url_to_fs(self.address)
         return filesystem, root.rstrip("/")
 
@@ -227,7 +230,7 @@ class RemoteFolder:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Lock the folder: no other process removes, reserves or renames a copy. Hold it briefly."""
+        """Lock the folder against processes that remove, reserve or rename copies. Never held during a download."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT)
         try:
@@ -278,8 +281,8 @@ class RemoteStream:
             self.error = error
             raise
 
-    def seek(self, offset: int, whence: int = 0, /) -> int:
-        return self._file.seek(offset, whence)
+    def seek(self, offset: int, origin: int = 0, /) -> int:
+        return self._file.seek(offset, origin)
 
     def tell(self) -> int:
         return self._file.tell()

@@ -8,7 +8,7 @@ from c2r.data.buckets import Bucket
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """How files are cut into clips and encoded, and where the result is kept."""
+    """Settings for cutting files into clips, encoding these and caching the result."""
 
     buckets: tuple[Bucket, ...]
     fps: float  #: frames per second that clips are resampled to

@@ -23,7 +23,7 @@ from torch.utils.data import get_worker_info
 from c2r import InputError
 from c2r.data.drop_reasons import DropReason
 
-# Playlists, streams and files in parts: they open other files or the network, outside the dataset's folder.
+# Playlists, streams and files in parts are refused: they open files outside the dataset's folder, or the network.
 REFERENCING_FORMATS = {"concat", "dash", "hls", "imf", "lavfi", "mlv", "rtp", "rtsp", "sap", "sdp", "vobsub"}
 REFERENCING_FORMATS |= {"webm_dash_manifest"}
 # swscale widens the bicubic kernel when it shrinks, so this does not alias; the flags keep chroma at full precision.
@@ -33,8 +33,8 @@ INTERPOLATION = (
 # These containers do not store a show time for every frame. FFmpeg's guess differs after a seek, so they are decoded
 # from the beginning.
 GUESSED_TIMES_FORMATS = {"avi", "mpeg"}
-# AVI stores decode times only. They equal show times if frames come in show order, and if no decoder thread delays
-# frames.
+# AVI stores decode times only. They serve as show times because decoders output frames in show order, as long as no
+# decoder threads hold frames back.
 DECODE_TIMES_FORMATS = {"avi"}
 # A file may declare any size. One frame of 8192x8192 pixels fills 200 MB; with 16 bits and alpha, 537 MB.
 MAX_PIXELS = 8192 * 8192
@@ -64,7 +64,7 @@ class SeekableFile(Protocol):
 
     def read(self, size: int = -1, /) -> bytes: ...
 
-    def seek(self, offset: int, whence: int = 0, /) -> int: ...
+    def seek(self, offset: int, origin: int = 0, /) -> int: ...
 
     def tell(self) -> int: ...
 
@@ -376,7 +376,7 @@ def read_window(path: str | Path, start: float, num_frames: int, fps: float, hei
         for count, frame in nearest_frames(timed_frames(container, stream, wanted[0]), wanted, reach):
             if frame.is_corrupt:
                 raise unusable_video(path, f"the frame {float(wanted[filled]):.2f} s after the first is damaged")
-            stored_aspect(path, frame, stream)  # frames may change within a file
+            stored_aspect(path, frame, stream)  # checked for every frame: sizes may change within a file
             rgb = to_rgb(frame, stream.sample_aspect_ratio or 1, height, width)
             window[filled : filled + count] = rearrange(rgb, "h w c -> c h w")
             filled += count

@@ -42,7 +42,7 @@ def write_metadata(folder, rows, name="metadata.csv"):
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory):
-    """Bytes of an mp4 of 20 frames: two windows of 9."""
+    """The content of an mp4 with 20 frames, which give two windows of 9."""
     path = tmp_path_factory.mktemp("video") / "a.mp4"
     write_video(path, counter_frames(20), 16)
     return path.read_bytes()
@@ -88,10 +88,8 @@ def test_every_layout_and_format(tmp_path, video, name, metadata, videos, prefix
         (f"{where}b.mp4", 1, 9 / 16, "a"),
     ]
     assert manifest.dropped == []
-    assert all(
-        os.path.samefile(c.target_file.path, tmp_path / c.name) and c.control_file == c.target_file
-        for c in manifest.clips
-    )
+    assert all(os.path.samefile(c.target_file.path, tmp_path / c.name) for c in manifest.clips)
+    assert all(c.control_file == c.target_file for c in manifest.clips)
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])

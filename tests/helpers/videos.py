@@ -7,7 +7,7 @@ import numpy as np
 
 
 def level(index):
-    """Return the brightness of frame `index`, in [20, 236). Steps of 8 survive lossy codecs; 27 frames are a period."""
+    """Return the brightness of a frame, in [20, 236): steps of 8 survive lossy codecs, and repeat after 27 frames."""
     return 20 + 8 * (index % 27)
 
 
