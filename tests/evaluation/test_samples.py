@@ -1,4 +1,7 @@
-"""Sample videos: what is written, and that training does not notice."""
+"""Sample videos: what is chosen and written, and that training does not depend on them."""
+
+import logging
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -6,11 +9,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from c2r.data.buckets import Bucket
 from c2r.data.video import read_window
+from c2r.evaluation.sample_plan import plan_samples
 from c2r.evaluation.samples import choose_samples
 from tests.helpers.clips import clip, clips_of
 from tests.helpers.commands import phase2, same, succeed, weights
 from tests.helpers.forks import fork
 from tests.helpers.sample_videos import difference, row_of
+
+TALL = Bucket(5, 48, 32)
 
 
 def test_scenes_come_from_many_files_and_captions_from_real_clips():
@@ -24,33 +30,73 @@ def test_scenes_come_from_many_files_and_captions_from_real_clips():
 
 
 def test_scenes_are_of_the_bucket_of_most_clips():
-    tall = Bucket(5, 48, 32)
-    scenes = clips_of(clip("a", 0, "cg"), clip("b", 0, "cg", bucket=tall), clip("c", 0, "cg", bucket=tall))
+    scenes = clips_of(clip("a", 0, "cg"), clip("b", 0, "cg", bucket=TALL), clip("c", 0, "cg", bucket=TALL))
     assert [s.scene.name for s in choose_samples(scenes, None, 3)] == ["b", "c"]
+
+
+def mixture(*names, domain="real", bucket=TALL):
+    """A mixture of one clip per name; the first one is held out."""
+    clips = clips_of(*(clip(name, domain=domain, bucket=bucket) for name in names))
+    return SimpleNamespace(clips=clips, held_out=clips[:1], train=clips[1:])
+
+
+def plan(real, cg=None, scenes=None, **options):
+    train_cg = real.train[:0] if cg is None else cg.train
+    return plan_samples(real, cg, scenes, real.train, train_cg, **{"count": 2} | options)
+
+
+def test_a_plan_takes_held_out_clips_and_compares_with_clips_to_train_on():
+    real, cg = mixture("r0", "r1", "r2", "r3"), mixture("c0", "c1", "c2", "c3", domain="cg")
+    planned = plan(real, cg)
+    assert [(s.scene.name, s.caption.name) for s in planned.samples] == [("c0", "r0")]
+    assert [c.name for c in planned.to_encode] == ["c0", "r0"]
+    assert planned.bucket == TALL
+    assert planned.monitored
+    assert {d: [c.name for c in clips] for d, clips in planned.reference_clips.items()} == {
+        "real": ["r1", "r2", "r3"],
+        "cg": ["c1", "c2", "c3"],
+    }
+    scenes = mixture("s0", "s1", domain="cg")
+    assert [s.scene.name for s in plan(real, cg, scenes).samples] == ["s0", "s1"]
+    assert [(s.scene.name, s.caption.name) for s in plan(real).samples] == [("r0", "r0")]
+
+
+def test_a_plan_without_enough_files_turns_the_monitor_off(caplog):
+    caplog.set_level(logging.INFO)
+    real, cg = mixture("r0", "r1", "r2", "r3"), mixture("c0", "c1", "c2", domain="cg")
+    assert not plan(real, cg, quiet=True).monitored
+    assert not plan(real, cg, count=0).monitored
+    assert plan(real, cg, count=0).bucket is None
+    assert not caplog.messages
+    assert not plan(real, cg).monitored
+    assert caplog.messages == [
+        "CG monitor: off, it needs clips of at least 3 real and 3 CG videos to train on, of the samples' bucket "
+        "5x48x32"
+    ]
 
 
 @pytest.fixture(scope="module")
 def sampled(first, tiny_models, small_datasets, tmp_path_factory):
-    """Phase 2 of four steps that samples at 2 and 4."""
+    """A phase 2 of four steps that samples at steps 2 and 4."""
     out = tmp_path_factory.mktemp("samples") / "run"
     options = ["--max_train_steps=4", "--sample_steps=2"]
     succeed(*phase2(tiny_models, small_datasets, first[0] / "final", out, *options), by=fork)
     return out
 
 
-def test_a_row_for_each_sample_at_each_sampling(sampled, small_datasets):
+def test_each_sampling_writes_a_row_per_sample(sampled, small_datasets):
     folders = sorted(path.name for path in (sampled / "samples").glob("step-*"))
     assert folders == ["step-2", "step-4"]
     assert {path.name for path in (sampled / "samples/step-4").iterdir()} == {"0.mp4", "1.mp4", "sheet.png"}
-    control, output, alone, truth = row_of(sampled / "samples/step-4/0.mp4")
+    control, output, without_control, truth = row_of(sampled / "samples/step-4/0.mp4")
     earlier = row_of(sampled / "samples/step-2/0.mp4")
-    # The backbone's own is made once; H.264 lets the columns' neighbours through.
-    assert difference(alone, earlier[2]) < difference(output, earlier[1])
-    assert difference(alone, earlier[2]) < difference(output, alone)
+    # The output without control is made once. It differs a little because H.264 mixes neighbouring columns.
+    assert difference(without_control, earlier[2]) < difference(output, earlier[1])
+    assert difference(without_control, earlier[2]) < difference(output, without_control)
     for name, column in (("c", control), ("f", truth)):
         videos = [read_window(small_datasets / f"cg/{name}{i}.mp4", 0.0, 5, 8, 32, 48) for i in range(3)]
         nearest, *others = sorted(difference(video, column) for video in videos)
-        assert nearest < 10 < min(others)  # the colours of sharp blocks suffer in H.264
+        assert nearest < 10 < min(others)  # H.264 changes the colours of sharp blocks
 
 
 def test_samples_are_in_tensorboard(sampled):
@@ -63,14 +109,14 @@ def test_samples_are_in_tensorboard(sampled):
     assert moving.encoded_image_string.startswith(b"GIF89a")
 
 
-def test_training_does_not_notice(sampled, first, tiny_models, small_datasets, tmp_path):
+def test_training_does_not_depend_on_sampling(sampled, first, tiny_models, small_datasets, tmp_path):
     options = ["--max_train_steps=4", "--num_samples=0"]
     succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, *options), by=fork)
     assert not (tmp_path / "samples").exists()
     assert same(weights(tmp_path / "final"), weights(sampled / "final"))
 
 
-def test_a_dataset_of_scenes(first, tiny_models, small_datasets, tmp_path):
+def test_scenes_can_come_from_a_sample_dataset(first, tiny_models, small_datasets, tmp_path):
     options = ["--max_train_steps=1", f"--sample_dataset={small_datasets / 'cg'}", "--num_samples=3"]
     succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, *options), by=fork)
     assert {path.stem for path in (tmp_path / "samples/step-1").glob("*.mp4")} == {"0", "1", "2"}
