@@ -49,6 +49,16 @@ def test_wheel_holds_the_package_and_the_weights_of_the_toy(distributions):
         assert f"Requires-Dist: {requirement}\n" in metadata
 
 
+def test_quickstart_of_an_installed_package_asks_for_a_clone(distributions, tmp_path):
+    with zipfile.ZipFile(distributions / f"c2r-{c2r.__version__}-py3-none-any.whl") as wheel:
+        wheel.extractall(tmp_path)
+    for command in ("c2r.quickstart", "c2r.study"):
+        done = subprocess.run([sys.executable, "-m", command], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"error: {tmp_path}/train_phase1.py: not found; ")
+        assert done.stderr.count("\n") == 1
+
+
 def test_source_distribution_holds_scripts_and_configs(distributions):
     with tarfile.open(distributions / f"c2r-{c2r.__version__}.tar.gz") as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}

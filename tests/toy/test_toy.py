@@ -1,3 +1,5 @@
+"""The toy: its renderings, its measures, the shipped weights, its folder and the quickstart."""
+
 import json
 
 import numpy as np
@@ -8,15 +10,17 @@ from diffusers import AutoencoderKLWan
 from PIL import Image
 from torch.nn import functional as F
 
+from c2r import cli
 from c2r.models.dinov3 import DINOv3FeatureExtractor
+from c2r.options import PHASE1, PHASE2
 from c2r.toy import city
-from c2r.toy.__main__ import write_toy
+from c2r.toy.folder import write_toy
 from c2r.toy.layout import WEIGHTS, PeopleFinder, correlation, correlations, edge_map
 from c2r.toy.pretrain import psnr, to_pixel_values
 from tests.helpers.commands import start
 
 
-def test_a_seed_is_a_scene():
+def test_a_seed_always_gives_the_same_scene():
     a, b = (city.render(city.make_scene(3), num_frames=2) for _ in range(2))
     for look in (*city.LOOKS, "kinds"):
         np.testing.assert_array_equal(a[look], b[look])
@@ -42,7 +46,7 @@ def test_people_move_and_frames_keep_their_time():
     assert not np.array_equal(slow[0], slow[1])
 
 
-def test_captions_tell_sky_material_and_count():
+def test_captions_name_sky_material_and_count():
     for seed in range(20):
         scene = city.make_scene(seed)
         text = city.caption(scene)
@@ -58,7 +62,7 @@ def test_render_takes_any_size():
     assert clips["real"].dtype == np.uint8
 
 
-def test_correlation():
+def test_correlation_is_one_for_equal_maps_up_to_scale_and_offset():
     truth = torch.zeros(2, 4, 4)
     truth[:, 1, 2] = 1
     assert correlation(0.3 * truth + 0.1, truth) == pytest.approx(1)
@@ -67,7 +71,7 @@ def test_correlation():
     assert abs(correlation(truth.roll(1, 2), truth)) < 0.2
 
 
-def test_edges_belong_to_their_scene():
+def test_edges_correlate_most_within_their_own_scene():
     def edges(seed, look):
         clip = city.render(city.make_scene(seed), (look,), num_frames=2)[look]
         return edge_map(torch.from_numpy(clip).permute(0, 3, 1, 2).float())
@@ -120,19 +124,24 @@ def test_shipped_dinov3_agrees_between_the_looks():
     assert torch.equal(distance.argmin(1), torch.arange(6))
 
 
-def test_write_toy_is_complete_and_leaves_a_finished_folder_alone(tmp_path):
+def test_toy_folder_is_complete_and_not_written_twice(tmp_path):
     write_toy(tmp_path, num_real=2, num_cg=1)
     toy = json.loads((tmp_path / "toy.json").read_text())
     assert toy["height"] == 96
     assert {path.name for path in tmp_path.iterdir()} >= {"model", "dinov3", "data", "test", "phase1.yaml"}
+    args = cli.parse(PHASE1, ["--config", str(tmp_path / "phase1.yaml"), "--output_dir", str(tmp_path / "out")])
+    assert args.real_dataset == [str(tmp_path / "data/real")]
+    backbone = ["--resume_backbone_from", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
+    args = cli.parse(PHASE2, ["--config", str(tmp_path / "phase2.yaml"), *backbone])
+    assert (args.cg_ratio, args.control_layers, args.guidance_scale) == (0.2, 4, 2.0)
     before = (tmp_path / "data/real/train/metadata.csv").stat().st_mtime_ns
     write_toy(tmp_path, num_real=2, num_cg=1)
     assert (tmp_path / "data/real/train/metadata.csv").stat().st_mtime_ns == before
 
 
 @pytest.mark.slow
-def test_quickstart_runs_every_step_and_goes_on_where_it_was(tmp_path):
-    """The whole quickstart, on little data and for two steps a phase: what it shows is shown by its own table."""
+def test_quickstart_runs_every_step_and_continues_where_it_was(tmp_path):
+    """The whole quickstart, on little data and for two steps a phase."""
     write_toy(tmp_path / "toy", num_real=4, num_cg=3)
     for name in ("phase1.yaml", "phase2.yaml"):
         options = yaml.safe_load((tmp_path / "toy" / name).read_text())
@@ -150,6 +159,6 @@ def test_quickstart_runs_every_step_and_goes_on_where_it_was(tmp_path):
     table = json.loads((tmp_path / "report.json").read_text())
     assert all(np.isfinite(value) for value in table.values())
     assert table["people correlation of the true clips (ceiling)"] > 0.7
-    assert table["CG share of the samples in phase 2"] == pytest.approx(3 / 16)  # 16 samples, a fifth rounded
+    assert table["CG share of the samples in phase 2"] == pytest.approx(3 / 16)  # a fifth of 16 samples, rounded
     with Image.open(tmp_path / "report.png") as report:
         assert report.width > 4 * 3 * 160

@@ -1,0 +1,207 @@
+"""The runs of the study: phase 2 on the toy city in many settings, and what each run is measured by."""
+
+import csv
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from c2r import InputError
+from c2r.data.video import read_window
+from c2r.evaluation.samples import COLUMNS
+from c2r.toy import city
+from c2r.toy.commands import LAUNCH, PHASE1, PHASE2, run_command
+from c2r.toy.layout import correlations, edge_map, people_correlations
+from c2r.toy.pixel_dinov3 import write_pixel_dinov3
+from c2r.toy.study_results import MEASURES, Result
+
+RATIOS = (0.0, 0.1, 0.2, 0.5, 1.0)
+#: Options of every run, over those of the toy's phase2.yaml.
+OPTIONS = {
+    "max_train_steps": 100,
+    "checkpointing_steps": 100,
+    "checkpoints_total_limit": 1,
+    "validation_steps": 100,
+    "num_validation_clips": 4,
+    "num_samples": 8,
+    "sample_steps": 100,
+    "num_inference_steps": 12,
+}
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """A setting of phase 2 that the study tries."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)  #: of phase 2, over `OPTIONS`
+    adapted: bool = True  #: starts from phase 1; else from the toy's base model
+    leaking: bool = False  #: control features are the pixels themselves
+
+
+def planned_runs() -> list[StudyRun]:
+    """Return all settings of the study."""
+    # Starts at 0.5, samples often and acts on the first warning.
+    controller = {
+        "cg_ratio": 0.5,
+        "cg_ratio_min": 0.05,
+        "monitor_bound": 0.15,
+        "monitor_patience": 1,
+        "sample_steps": 20,
+    }
+    augmented_leak = {"cg_ratio": 0.0, "control_augmentation": 0.5}
+    return [
+        *(StudyRun(f"cg {ratio:g}", {"cg_ratio": ratio}) for ratio in RATIOS),
+        StudyRun("cg 0.5, controller", controller),
+        StudyRun("cg 0.5, real weight 4", {"cg_ratio": 0.5, "real_weight": 4.0}),
+        StudyRun("cg 0.5, adversarial 0.1", {"cg_ratio": 0.5, "adversarial_weight": 0.1}),
+        StudyRun("cg 0.2, augmentation 0.5", {"cg_ratio": 0.2, "control_augmentation": 0.5}),
+        StudyRun("leak: pixel features", {"cg_ratio": 0.0}, leaking=True),
+        StudyRun("leak: pixel features, augmentation 0.5", augmented_leak, leaking=True),
+        *(StudyRun(f"cg {ratio:g}, no phase 1", {"cg_ratio": ratio}, adapted=False) for ratio in RATIOS),
+        StudyRun("cg 0.2, 1 control block", {"cg_ratio": 0.2, "control_layers": 1}),
+        StudyRun("cg 0.2, every second block", {"cg_ratio": 0.2, "control_stride": 2}),
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------- preparation
+
+
+def prepare(out: Path):
+    """Write the toy and the leaking features into the study's folder.
+
+    Raises:
+        InputError: the toy cannot be written.
+    """
+    _run(out / "logs/toy.log", ["python", "-m", "c2r.toy", "--output_dir", str(out / "toy")])
+    caption_cg_like_real(out / "toy/data/cg")
+    if not (out / "pixel_dinov3").exists():
+        write_pixel_dinov3(out / "pixel_dinov3")
+
+
+def caption_cg_like_real(dataset: Path):
+    """Replace the captions of CG pairs by captions in the style of the real clips.
+
+    The toy's CG captions say "cg render". A model could use these words to keep the two looks apart, and the study
+    would see no effect of the share of CG.
+
+    Args:
+        dataset: folder with train/ and validation/.
+    """
+    for path in sorted(dataset.glob("*/metadata.csv")):
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            seed = int(row["file_name"].partition("_")[0])
+            row["text"] = city.caption(city.make_scene(seed))
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def run_phase1(out: Path, seed: int):
+    """Train phase 1 with a seed, unless an earlier start of the study has done so.
+
+    Raises:
+        InputError: the training failed.
+    """
+    folder = out / f"phase1-{seed}"
+    if not _is_finished(folder):
+        options = ["--config", str(out / "toy/phase1.yaml"), "--seed", str(seed), "--output_dir", str(folder)]
+        _train(PHASE1, out / f"logs/phase1-{seed}.log", options)
+
+
+def run_phase2(out: Path, run: StudyRun, seed: int) -> Result:
+    """Train one setting of phase 2, unless an earlier start of the study has done so, and measure it.
+
+    Raises:
+        InputError: the training failed.
+    """
+    started = time.time()
+    folder = out / "runs" / f"{run.name.replace(':', '').replace(',', '').replace(' ', '-')}-{seed}"
+    if not _is_finished(folder):
+        config = out / "configs" / f"{folder.name}.yaml"
+        config.parent.mkdir(exist_ok=True)
+        config.write_text(yaml.safe_dump(_phase2_options(out, run, seed), sort_keys=False))
+        options = ["--config", str(config), "--seed", str(seed), "--output_dir", str(folder)]
+        _train(PHASE2, out / f"logs/{folder.name}.log", options)
+    measured = json.loads((folder / "final/c2r.json").read_text())["metrics"]
+    measured |= measure_layout(out / "toy", folder / f"samples/step-{OPTIONS['max_train_steps']}")
+    values = {measure: measured.get(measure) for measure in MEASURES}
+    return Result(run.name, seed, values, seconds=round(time.time() - started))
+
+
+def _phase2_options(out, run, seed):
+    options = yaml.safe_load((out / "toy/phase2.yaml").read_text()) | OPTIONS | run.options
+    options["resume_backbone_from"] = str(out / (f"phase1-{seed}/best" if run.adapted else "toy/model"))
+    if run.leaking:
+        options["dinov3"] = str(out / "pixel_dinov3")
+    return options
+
+
+def _is_finished(folder):
+    return (folder / "final/c2r.json").exists()
+
+
+def _train(script, log, options):
+    # Port 0 is any free one: several trainings run at a time.
+    _run(log, [*LAUNCH, "--main_process_port", "0", str(script), *options, "--resume_from_checkpoint", "latest"])
+
+
+def _run(log, command):
+    """Run one command on one core, its output in a file.
+
+    Raises:
+        InputError: it failed.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as output:
+        status = run_command(command, output, OMP_NUM_THREADS="1")
+    if status != 0:
+        raise InputError(f"{log}: its command ended with exit status {status}; fix what it names and restart")
+
+
+# -------------------------------------------------------------------------------------------------------- measurement
+
+
+def measure_layout(toy_dir: Path, samples: Path) -> dict[str, float]:
+    """Compare people and edges in sample videos with the scenes that they should show.
+
+    Args:
+        toy_dir: the toy's folder; its first test scenes are those of the samples.
+        samples: folder with one row of videos, `COLUMNS` side by side, for each scene.
+
+    Returns:
+        the first four of `MEASURES`.
+    """
+    toy = json.loads((toy_dir / "toy.json").read_text())
+    rows = [_read_row(samples / f"{number}.mp4", toy) for number in range(OPTIONS["num_samples"])]
+    generated, truth = ([row[name] for row in rows] for name in ("with control", "truth"))
+    scenes = [city.make_scene(scene["seed"]) for scene in toy["test"][: len(rows)]]
+    people_own, people_other = people_correlations(scenes, generated, toy["fps"])
+    edges_own, edges_other = correlations(_edge_maps(generated), _edge_maps(truth))
+    return {
+        "people_own": people_own,
+        "people_other": people_other,
+        "edges_own": edges_own,
+        "edges_other": edges_other,
+    }
+
+
+def _read_row(path: Path, toy: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return {column: (F, 3, H, W) float in [0, 255]} of a sample video."""
+    row = read_window(path, 0.0, toy["num_frames"], toy["fps"], toy["height"], len(COLUMNS) * toy["width"])
+    return dict(zip(COLUMNS, row.float().chunk(len(COLUMNS), dim=-1)))
+
+
+def _edge_maps(clips: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [edge_map(clip) for clip in clips]
