@@ -1,13 +1,13 @@
 import pytest
 import torch
 
+from c2r.flow_matching import SigmaDensity
 from c2r.training.augmentation import KINDS, augment_control_frames
-from c2r.training.step import augment_real_control
-from tests.helpers.options import options
+from c2r.training.step import NoiseSettings, augment_real_control
 
 
 def scene(num_frames=3, height=48, width=80):
-    """(F, 3, H, W): a bright square on a shaded, textured ground, and two walls that meet in a straight edge."""
+    """Return (F, 3, H, W): a bright square on shaded, textured ground, and two walls that meet in a straight edge."""
     y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
     texture = 0.02 * torch.rand(height, width, generator=torch.Generator().manual_seed(0))
     frame = torch.stack([0.2 + 0.1 * x, 0.25 + 0.1 * y, 0.2 + 0.05 * x]) + texture
@@ -22,14 +22,14 @@ def generator(seed=0):
 
 @pytest.fixture(params=list(KINDS))
 def kind(request, monkeypatch):
-    """Each kind alone."""
+    """Make one kind of alteration the only one."""
     for other in set(KINDS) - {request.param}:
         monkeypatch.delitem(KINDS, other)
     return request.param
 
 
-def steepest(frame, row):
-    """The column at whose left side the picture changes most, in one row."""
+def strongest_edge(frame, row):
+    """Return the column at whose left side a row of (3, H, W) changes most."""
     return (frame[:, row, 1:] - frame[:, row, :-1]).abs().sum(0).argmax().item() + 1
 
 
@@ -44,9 +44,9 @@ def test_each_kind_changes_the_look_and_moves_nothing(kind, seed):
     assert (changed - frames).abs().mean() > 1e-3
     frame = changed[0]
     # The square's left side, and the edge between the walls below it: at the same columns as before.
-    assert abs(steepest(frame[..., :18], 16) - 12) <= 1
-    assert abs(steepest(frame, 40) - 40) <= 1
-    # What stands out of the ground is still centred where the square is.
+    assert abs(strongest_edge(frame[..., :18], 16) - 12) <= 1
+    assert abs(strongest_edge(frame, 40) - 40) <= 1
+    # The brightest contrast is still centred where the square is.
     left = frame[..., :36]
     contrast = (left - left.flatten(1).median(1).values.view(3, 1, 1)).abs().sum(0)
     mass = torch.where(contrast > contrast.max() / 2, contrast, 0.0)
@@ -55,7 +55,7 @@ def test_each_kind_changes_the_look_and_moves_nothing(kind, seed):
     assert abs((mass * y).sum() / mass.sum() - 15.5) < 1.5
 
 
-def test_all_frames_have_the_same_draw(kind):
+def test_all_frames_are_altered_alike(kind):
     frames = scene(num_frames=40)  # more than one chunk
     changed = augment_control_frames(frames, generator(3), chance=1.0)
     assert all(torch.equal(frame, changed[0]) for frame in changed)
@@ -63,7 +63,7 @@ def test_all_frames_have_the_same_draw(kind):
     assert torch.equal(augment_control_frames(frames, generator(3), chance=1.0), changed)
 
 
-def test_each_kind_does_what_its_name_says(kind):
+def test_each_kind_has_the_effect_of_its_name(kind):
     frames = scene()
     changed = augment_control_frames(frames, generator(1), chance=1.0)
     ground = (slice(None), slice(None), slice(26, 46), slice(2, 38))
@@ -86,7 +86,7 @@ def test_each_kind_does_what_its_name_says(kind):
         assert len(changed.unique()) <= 12
 
 
-def test_chance_is_the_share_of_each_kind():
+def test_chance_is_the_probability_of_each_kind():
     frames = scene(num_frames=1, height=16, width=16)
     assert torch.equal(augment_control_frames(frames, generator(), chance=0.0), frames)
     drawn = [augment_control_frames(frames, generator(seed), chance=0.1) for seed in range(200)]
@@ -94,19 +94,18 @@ def test_chance_is_the_share_of_each_kind():
     assert abs(unchanged - 0.9**6) < 0.1
 
 
-def test_bad_frames_are_refused():
+def test_frames_of_another_shape_or_dtype_are_refused():
     for frames in (scene()[0], scene().mul(255).byte(), scene().movedim(1, -1)):
         with pytest.raises(ValueError, match="expected"):
             augment_control_frames(frames, generator())
 
 
-def augmented(share, clips, domains, **where):
-    args = options()
-    args.control_augmentation = share
-    return augment_real_control(clips, domains, args, **{"micro_step": 5, "process_index": 0} | where)
+def augmented(share, clips, domains, micro_step=5, process_index=0):
+    settings = NoiseSettings(seed=0, density=SigmaDensity(), process_index=process_index)
+    return augment_real_control(clips, domains, share, settings, micro_step)
 
 
-def test_cg_pairs_and_runs_without_augmentation_are_left_alone():
+def test_cg_pairs_and_runs_without_augmentation_stay_unchanged():
     clips, domains = torch.stack([scene(2)] * 4), torch.tensor([0, 1, 0, 1])
     assert augmented(0, clips, domains) is clips
     changed = augmented(1, clips, domains)
@@ -114,7 +113,7 @@ def test_cg_pairs_and_runs_without_augmentation_are_left_alone():
     assert not torch.equal(changed[0], changed[2])
 
 
-def test_augmentation_belongs_to_the_samples_place_alone():
+def test_augmentation_depends_on_step_and_place_alone():
     clips, domains = torch.rand(4, 2, 3, 16, 16), torch.zeros(4, dtype=torch.long)
     state = torch.get_rng_state()
     alone = augmented(0.5, clips, domains)
