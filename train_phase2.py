@@ -129,13 +129,14 @@ def train(run: Run) -> Plan:
             backbone, args.control_layers, args.control_stride, feature_dim=plan.feature_dim, empty=empty
         )
     # One module, because an engine such as DeepSpeed wraps one.
-    model: nn.Module = C2RTransformer(backbone, controlnet)
+    joined = C2RTransformer(backbone, controlnet)
+    model: nn.Module = joined
     classifier = None
     if args.adversarial_weight > 0:
         classifier = DomainClassifier(backbone.config.out_channels)
         if run.checkpoint is not None:
             load_domain_classifier(run.checkpoint, classifier)
-        model = WithAdversary(model, classifier)
+        model = WithAdversary(joined, classifier)
     state = build_train_state(run, model, backbone, trainable=controlnet, domain_classifier=classifier)
     frozen_before = local_fingerprint(backbone, state.model)
 

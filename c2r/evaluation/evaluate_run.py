@@ -48,6 +48,7 @@ def record_validation(
     if losses is None:
         return None
     metrics = validation_metrics(losses, domains, run.args.flow_shift) | numbers
+    metrics["loss_at_start"] = run.progress.metrics.get("loss_at_start", metrics["loss"])
     run.progress.add_validation(metrics)
     run.log("validation", metrics)
     with failing_together(run.accelerator, run.args.output_dir):

@@ -32,8 +32,8 @@ class TrainBatches:
 
     def of_one_step(self) -> Iterator[tuple[int, dict]]:
         """Return (micro_step, batch) for each micro-step of the next optimizer step."""
-        # Made here and not earlier: a resumed sampler must stand at its position when loading starts.
-        self._batches = self._batches or iter(self._loader)
+        if self._batches is None:  # not earlier: a resumed sampler must be at its position when loading starts
+            self._batches = iter(self._loader)
         step = self._run.progress.global_step + 1
         for micro_step in self._run.micro_steps:
             self._run.watchdog.beat(f"step {step}: data")

@@ -71,8 +71,8 @@ def make_noisy_batch(
     Args:
         batch: from the data loader: `latents_mean`, `latents_logvar` (B, C, T, h, w), `prompt_embeds` (B, L, D_text).
         settings: see `NoiseSettings`.
-        micro_step: micro-steps done since the start of training. The noise levels of one optimizer step's micro-batches,
-            on all processes, are stratified together.
+        micro_step: micro-steps done since the start of training. The noise levels of one optimizer step are stratified
+            over its micro-batches and all processes.
         empty_prompt_embeds: (L, D_text), replaces dropped prompts.
         device: device of the result.
     """
