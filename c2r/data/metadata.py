@@ -70,7 +70,7 @@ def rows_of(table: Dataset, address: str) -> Iterator[tuple[str, str, str]]:
         address: of its folder, for messages.
 
     Raises:
-        InputError: it holds text that is not UTF-8; not every reader checks this.
+        InputError: it holds text that is not UTF-8, which the readers of some formats accept.
     """
     for batch in table.with_format("arrow").iter(ROWS_AT_ONCE):
         try:

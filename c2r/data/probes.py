@@ -19,12 +19,12 @@ from c2r.data.folders import DatasetFolder
 from c2r.data.video import UnusableVideo, VideoInfo
 from c2r.files import write_atomic
 
-# Fewer files are probed before a progress bar could be read.
+# Smallest number of files for which a progress bar is shown.
 BAR_FROM = 200
 # Seconds between two writes of all probes, so that a killed command loses little.
 SAVE_EVERY = 60
 FILES_AT_ONCE = 1000
-# To be raised when `probe` measures differently: probes of an older version are not used.
+# Raise it when `probe` measures differently: cached probes of an older version are then ignored.
 VERSION = 3
 
 
