@@ -10,15 +10,26 @@ instead, for train_phase2.py --cache_control_features.
 Modules that take seconds to import are imported inside functions: --help and bad options are then answered at once.
 """
 
+from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from c2r import InputError, cli
+from c2r.data.settings import ClipSettings
 from c2r.options import ENCODE, clip_settings
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
-def main(argv=None):
+    from c2r.data.manifest import Manifest
+    from c2r.encoding.encoding_pass import EncodingJob
+    from c2r.training.watchdog import Watchdog
+
+
+def main(argv: list[str] | None = None) -> None:
     args = cli.parse(ENCODE, argv)
     check_options(args)
 
@@ -51,7 +62,7 @@ def main(argv=None):
     accelerator.end_training()
 
 
-def check_options(args):
+def check_options(args: Namespace) -> None:
     """Raise InputError for options that exclude each other and a --preview that is no folder."""
     if args.preview is None:
         return
@@ -63,8 +74,10 @@ def check_options(args):
         raise InputError(f"--preview {args.preview}: is a file; give a folder")
 
 
-def read_dataset(address, domain, settings, accelerator, watchdog):
-    """Read the dataset on every process and return its `Manifest`."""
+def read_dataset(
+    address: str, domain: str, settings: ClipSettings, accelerator: "Accelerator", watchdog: "Watchdog"
+) -> "Manifest":
+    """Read a dataset on every process."""
     from c2r.data.manifest import read_manifest
     from c2r.data.mixture import read_on_all
     from c2r.encoding.cache import current_encoders
@@ -76,7 +89,9 @@ def read_dataset(address, domain, settings, accelerator, watchdog):
     return manifest
 
 
-def print_projection(manifest, job, accelerator, watchdog):
+def print_projection(
+    manifest: "Manifest", job: "EncodingJob", accelerator: "Accelerator", watchdog: "Watchdog"
+) -> None:
     """Print what would be encoded and how long it would take."""
     from c2r.encoding.encoding_pass import project
 
@@ -87,7 +102,9 @@ def print_projection(manifest, job, accelerator, watchdog):
                 print(f"dry run: {line}", flush=True)
 
 
-def make_preview(read, job, folder, accelerator, watchdog):
+def make_preview(
+    read: Callable[[], "Manifest"], job: "EncodingJob", folder: str, accelerator: "Accelerator", watchdog: "Watchdog"
+) -> None:
     """Encode a few clips of each bucket and write contact sheets of them."""
     from c2r.encoding.encoding_pass import encode
     from c2r.encoding.preview import choose_clips, write_preview
@@ -101,8 +118,10 @@ def make_preview(read, job, folder, accelerator, watchdog):
                 print(line, flush=True)
 
 
-def fill_cache(read, job, accelerator, watchdog):
-    """Encode all clips that are not cached."""
+def fill_cache(
+    read: Callable[[], "Manifest"], job: "EncodingJob", accelerator: "Accelerator", watchdog: "Watchdog"
+) -> None:
+    """Encode the clips that are not cached and print how many are cached now."""
     from c2r.encoding.encoding_pass import encode
 
     manifest = read()

@@ -187,8 +187,6 @@ def fingerprint_sorted(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str
     return content.hexdigest()
 
 
-_digest = fingerprint_sorted
-
 # ---------------------------------------------------------------------------------------------------------------- disk
 
 #: Errors of writing a file that no second attempt would repair.

@@ -12,7 +12,7 @@ def size_text(num_bytes: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Return a duration in the largest unit that it has two of, like "2.5 h"."""
+    """Return a duration like "2.5 h", in the largest unit that gives at least 2."""
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

@@ -54,7 +54,7 @@ class Encoded:
     """The result of an encoding pass, the same on every process."""
 
     kind: str  #: see `Missing`
-    seconds_per_clip: float | None  #: time of the pass per clip of all processes; None: nothing was missing
+    seconds_per_clip: float | None  #: duration of the pass per clip that was missing; None: none was
     failures: list[str]  #: a line per clip that cannot be encoded; the next `read_manifest` drops their files
 
 
@@ -167,7 +167,7 @@ def encode(clips: Iterable[Clip], job: EncodingJob, accelerator: Accelerator, wa
 class _Share:
     """The work of one process in an encoding pass."""
 
-    missing_count: int  #: missing clips of all processes; smaller where a late look found files just written
+    missing_count: int  #: missing clips of all processes; fewer if this one looked after another had written
     failures: list[str] = field(default_factory=list)  #: a line per clip that could not be decoded, already noted
     not_finite: list[DatasetFile] = field(default_factory=list)  #: the file of each clip with a non-finite result
     seconds: float = 0.0  #: time for all clips
@@ -378,6 +378,7 @@ def project(missing: Missing, job: EncodingJob, accelerator: Accelerator) -> Ite
     yield f"{duration_text(total)} in all on {accelerator.num_processes} processes, without captions"
 
 
+@torch.no_grad()
 def _time_batch(batches, number, encoder, device):
     """Return the seconds that a batch takes to decode and encode."""
     started = time.perf_counter()

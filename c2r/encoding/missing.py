@@ -90,8 +90,8 @@ class Missing:
 def is_mine(path: Path, accelerator: Accelerator) -> bool:
     """Return True if this process makes this cache file.
 
-    Its name decides, not its position among the missing files: processes that look at different times, while others
-    already write, see different lists.
+    Its name decides, not its position among the missing files: processes that look at different times, while other
+    processes already write, see different lists.
     """
     return int(path.stem[:16], 16) % accelerator.num_processes == accelerator.process_index
 

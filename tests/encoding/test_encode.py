@@ -307,12 +307,12 @@ def test_two_killed_processes_continue_when_started_again(data, settings, proces
     processes = forked_twice(encode, tmp_path)
     try:
         while count() < 5:
-            assert all(process.is_alive() for process in processes), (tmp_path / "0/stderr").read_text()
+            assert all(child.is_alive() for child in processes), (tmp_path / "0/stderr").read_text()
             time.sleep(0.005)
     finally:
-        for process in processes:
-            process.kill()
-            process.join()
+        for child in processes:
+            child.kill()
+            child.join()
     killed = cached(data)
     clips = read(data, settings).clips
     assert 5 <= count() < len(clips) == 123
