@@ -289,7 +289,7 @@ def guided_velocity(
             (control_guidance_scale - guidance_scale, predict_with_control),
             (guidance_scale, predict_with_both),
         ]
-        return sum(weight * predict() for weight, predict in weighted if weight != 0)
+        return sum((weight * predict() for weight, predict in weighted if weight != 0), torch.zeros(()))
     with_control, with_both = predict_with_control(), predict_with_both()
     velocity = normalized_guidance(with_both, with_control, guidance_scale, momentum_buffer, eta=0.0)
     if control_guidance_scale != 1:

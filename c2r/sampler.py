@@ -102,11 +102,12 @@ class MixedCGRealSampler:
             raise ValueError(f"{len(self._buckets)} buckets for {self.num_real} real and {self.num_cg} CG samples")
 
         self._consumed = _Position(drawn=(0,) * len(self._parts), queues={})
-        self._in_flight = deque()  # positions after the batches that were drawn but not yet consumed, oldest first
+        # Positions after the batches that were drawn but not yet consumed, oldest first.
+        self._in_flight: deque[_Position] = deque()
         # {first batch: share of CG from it on}. A change while batches are in flight must keep its number: a resume
         # draws these batches again, and they had the old share.
         self._ratios = {0: self._checked_ratio(cg_ratio)}
-        self._epoch_orders = {}
+        self._epoch_orders: dict[str, tuple[int, list[int]]] = {}  # {part: (epoch, order)}
 
     def __iter__(self) -> Iterator[list[int]]:
         self._in_flight.clear()
@@ -304,11 +305,12 @@ class MixedCGRealSampler:
         return part.first + self._epoch_order(part, number // part.length)[number % part.length]
 
     def _epoch_order(self, part, epoch):
-        if self._epoch_orders.get(part.name, (None,))[0] != epoch:
+        known_epoch, order = self._epoch_orders.get(part.name, (-1, []))
+        if known_epoch != epoch:
             order = list(range(part.length))
             self._random(part.name, epoch).shuffle(order)
             self._epoch_orders[part.name] = (epoch, order)
-        return self._epoch_orders[part.name][1]
+        return order
 
     def _random(self, *stream):
         # Seeding with a string hashes it: nearby seeds and numbers give unrelated streams.

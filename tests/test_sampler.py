@@ -1,3 +1,5 @@
+"""MixedCGRealSampler: exact shares, epochs without repeats, buckets, and resumes that change nothing."""
+
 import hashlib
 import itertools
 import json
@@ -19,7 +21,7 @@ RATIOS = st.sampled_from([0.2, 0.25, 0.05, 0.5, 0.75, 0.0, 1.0, 0.001, 0.37]) | 
 
 
 def global_batches(count, *args, num_processes=1, **kwargs):
-    """The first batches over all processes: a list of lists of each process's indices."""
+    """Return the first batches of all processes: a list of lists of each process's indices."""
     samplers = [
         MixedCGRealSampler(*args, **kwargs, num_processes=num_processes, process_index=process)
         for process in range(num_processes)
@@ -33,7 +35,7 @@ def flat(batch):
 
 
 @given(RATIOS, st.integers(1, 64), st.integers(1, 8), st.integers(0, 2**31))
-def test_share_never_strays_more_than_one_sample(ratio, batch_size, num_processes, seed):
+def test_the_share_is_never_more_than_half_a_sample_off(ratio, batch_size, num_processes, seed):
     drawn = cg = 0
     batches = global_batches(12, 50, 7, cg_ratio=ratio, batch_size=batch_size, seed=seed, num_processes=num_processes)
     for batch in batches:
@@ -57,7 +59,7 @@ def test_a_decimal_ratio_is_taken_as_written():
 
 
 @given(RATIOS, st.lists(st.tuples(RATIOS, st.integers(1, 5)), max_size=8), st.integers(1, 5))
-def test_share_holds_since_each_change_and_over_all_changes(first, changes, batch_size):
+def test_the_share_is_exact_after_each_change_and_over_all_changes(first, changes, batch_size):
     sampler = MixedCGRealSampler(20, 20, cg_ratio=first, batch_size=batch_size)
     due, cg_total = Fraction(0), 0
     for ratio, count in [(first, 3), *changes]:
@@ -72,7 +74,7 @@ def test_share_holds_since_each_change_and_over_all_changes(first, changes, batc
         assert abs(cg_total - due) <= Fraction(1, 2)
 
 
-def test_setting_the_ratio_after_every_batch_does_not_starve_cg():
+def test_setting_the_ratio_after_every_batch_keeps_the_share():
     sampler = MixedCGRealSampler(10, 10, cg_ratio=0.2)
     cg = 0
     for _ in range(100):
@@ -135,8 +137,8 @@ def test_seeds_give_different_orders_and_one_seed_the_same():
     ],
 )
 @pytest.mark.parametrize("one_bucket", [False, True])
-def test_orders_with_one_bucket_and_source_stay_what_they_were(arguments, changes, digest, one_bucket):
-    # Recorded before there were buckets: the README's figures and every resume depend on these orders.
+def test_orders_with_one_bucket_and_part_agree_with_recorded_ones(arguments, changes, digest, one_bucket):
+    # The README's figures and every resume depend on these orders.
     if one_bucket:
         arguments = arguments | {"buckets": [4] * (arguments["real_dataset"] + arguments["cg_dataset"])}
     sampler = MixedCGRealSampler(**arguments)
@@ -156,7 +158,7 @@ def test_processes_share_the_batch_of_one_process(batch_size, num_processes, see
 
 
 @pytest.mark.parametrize(("ratio", "batch_size", "num_processes"), [(0.25, 1, 4), (0.5, 1, 2), (0.125, 2, 4)])
-def test_cg_reaches_every_process_and_place_of_the_batch_alike(ratio, batch_size, num_processes):
+def test_cg_reaches_every_process_and_place_of_the_batch_equally(ratio, batch_size, num_processes):
     batches = global_batches(800, 90, 9, cg_ratio=ratio, batch_size=batch_size, num_processes=num_processes)
     places = Counter(place for batch in batches for place, index in enumerate(flat(batch)) if index >= 90)
     expected = 800 * ratio
@@ -170,7 +172,7 @@ def test_one_domain_alone():
 
 
 class Run:
-    """A training loop that draws ahead by `prefetch` batches as a DataLoader does, changes the share and saves."""
+    """A training loop that draws batches ahead as a DataLoader does."""
 
     def __init__(self, state=None, **options):
         self.sampler = MixedCGRealSampler(17, 5, **options)
@@ -203,7 +205,7 @@ def test_resume_at_any_step_gives_the_uninterrupted_batches(batch_size, prefetch
         if step in changes:
             run.sampler.set_cg_ratio(changes[step])
     state = states[saved_at]
-    # Whatever the resumed run prefetches, and whatever changes were in flight when it was saved.
+    # For another number of prefetched batches, and with changes in flight when the state was saved.
     for resumed_prefetch in {0, prefetch}:
         run = Run(state, **options)
         again = []
@@ -218,7 +220,7 @@ def test_resume_at_any_step_gives_the_uninterrupted_batches(batch_size, prefetch
             assert run.sampler.state_dict()["position"]["batches"] == 16
 
 
-def test_a_change_in_flight_is_part_of_the_state():
+def test_the_state_includes_a_change_that_is_not_reached_yet():
     run = Run(batch_size=2, cg_ratio=0.0)
     for _ in range(3):
         run.step(prefetch=4)
@@ -230,7 +232,7 @@ def test_a_change_in_flight_is_part_of_the_state():
     assert batches == [run.step(prefetch=4) for _ in range(8)]
 
 
-def test_a_change_ahead_does_not_depend_on_what_is_in_flight():
+def test_a_change_ahead_does_not_depend_on_the_batches_in_flight():
     batches = []
     for prefetch in range(5):
         run = Run(batch_size=2, cg_ratio=0.0)
@@ -264,7 +266,7 @@ def test_a_new_iterator_starts_behind_the_last_consumed_batch():
     assert first != rest[:2]
 
 
-def test_resume_with_another_batch_size_goes_on_with_the_epoch():
+def test_resume_with_another_batch_size_continues_the_epoch():
     sampler = MixedCGRealSampler(12, 0, cg_ratio=0)
     seen = flat(sampler.sample_batch(2) for _ in range(3))
     resumed = MixedCGRealSampler(12, 0, cg_ratio=0, batch_size=3, num_processes=2)
@@ -275,7 +277,7 @@ def test_resume_with_another_batch_size_goes_on_with_the_epoch():
 
 
 def loaded_batches(sampler, num_batches, change_at=None, states=None):
-    """Batches through a real DataLoader with two workers, the share raised after batch `change_at`."""
+    """Yield batches of a DataLoader with two workers; the share is raised after batch `change_at`."""
     dataset = TensorDataset(torch.arange(sampler.num_real + sampler.num_cg))
     iterator = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=2))
     for step in range(num_batches):
@@ -325,7 +327,7 @@ def test_bad_options_are_named_in_one_line(arguments, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_share_the_datasets_cannot_give_is_refused_also_later():
+def test_a_ratio_that_needs_an_empty_domain_is_refused_also_later():
     sampler = MixedCGRealSampler(5, 0, cg_ratio=0)
     with pytest.raises(InputError, match="--cg_dataset"):
         sampler.set_cg_ratio(0.1)
@@ -342,7 +344,7 @@ def test_a_state_of_other_data_is_refused(changed, message):
         MixedCGRealSampler(**arguments | changed).load_state_dict(MixedCGRealSampler(**arguments).state_dict())
 
 
-def test_misuse_is_an_error():
+def test_mark_consumed_sample_batch_and_process_index_are_checked():
     sampler = MixedCGRealSampler(5, 3)
     with pytest.raises(RuntimeError, match="more often"):
         sampler.mark_consumed()
@@ -355,12 +357,12 @@ def test_misuse_is_an_error():
         MixedCGRealSampler(5, 3).sample_batch(0)
 
 
-# ------------------------------------------------------------------------------------------------ buckets and sources
+# -------------------------------------------------------------------------------------------------- buckets and parts
 
 
 @st.composite
 def mixes(draw):
-    """Arguments of a sampler with several buckets and sources."""
+    """Draw arguments of a sampler with several buckets and parts."""
     real, cg = (draw(st.lists(st.integers(1, 12), min_size=1, max_size=3)) for _ in range(2))
     weights = st.sampled_from(["1", "2", "0.5", "1/3"])
     count = sum(real) + sum(cg)
@@ -376,8 +378,8 @@ def mixes(draw):
     }
 
 
-def source_ranges(mix):
-    """(first index, length, weight as a share of its domain, whether CG) of each source."""
+def part_ranges(mix):
+    """Return (first index, length, share of its domain, is CG) of each part."""
     first, ranges = 0, []
     for name in ("real_parts", "cg_parts"):
         total = sum(Fraction(weight) for _, weight in mix[name])
@@ -389,7 +391,7 @@ def source_ranges(mix):
 
 @settings(deadline=None)
 @given(mixes(), st.integers(1, 4))
-def test_all_processes_have_one_and_the_same_bucket_at_a_step(mix, num_processes):
+def test_all_processes_have_the_same_bucket_at_a_step(mix, num_processes):
     seen = set()
     for batch in global_batches(60, num_processes=num_processes, **mix):
         assert [len(part) for part in batch] == [mix["batch_size"]] * num_processes
@@ -400,7 +402,7 @@ def test_all_processes_have_one_and_the_same_bucket_at_a_step(mix, num_processes
 
 @settings(deadline=None)
 @given(mixes(), st.integers(1, 4), st.integers(1, 60))
-def test_shares_and_epochs_are_exact_but_for_what_waits_in_a_bucket(mix, num_processes, count):
+def test_shares_and_epochs_are_exact_except_for_waiting_samples(mix, num_processes, count):
     sampler = MixedCGRealSampler(num_processes=num_processes, **mix)
     drawn = [sampler.sample_batch(mix["batch_size"]) for _ in range(count)]
     assert len(drawn) == count
@@ -415,9 +417,9 @@ def test_shares_and_epochs_are_exact_but_for_what_waits_in_a_bucket(mix, num_pro
     assert abs(cg_drawn - Fraction(str(mix["cg_ratio"])) * total) <= Fraction(1, 2)
     cg_emitted = sum(index >= mix["real_dataset"] for index in emitted)
     assert sampler.realised_cg_share == pytest.approx(cg_emitted / len(emitted))
-    for first, length, share, is_cg in source_ranges(mix):
+    for first, length, share, is_cg in part_ranges(mix):
         counts = [stream[index] for index in range(first, first + length)]
-        assert max(counts) - min(counts) <= 1  # epochs without repeats, whatever the buckets
+        assert max(counts) - min(counts) <= 1  # epochs have no repeats
         due = share * (cg_drawn if is_cg else total - cg_drawn)
         assert abs(sum(counts) - due) <= len(mix["cg_parts" if is_cg else "real_parts"])
 
@@ -440,7 +442,7 @@ def test_processes_share_the_batch_of_one_process_in_every_bucket(mix, num_proce
 
 @settings(deadline=None)
 @given(mixes(), st.integers(0, 30), st.integers(0, 6), RATIOS)
-def test_a_resume_with_batches_in_flight_goes_on_exactly(mix, consumed, in_flight, ratio):
+def test_a_resume_with_batches_in_flight_continues_exactly(mix, consumed, in_flight, ratio):
     sampler = MixedCGRealSampler(**mix)
     iterator = iter(sampler)
     batches = [next(iterator) for _ in range(consumed + in_flight)]
@@ -456,7 +458,7 @@ def test_a_resume_with_batches_in_flight_goes_on_exactly(mix, consumed, in_fligh
 
 @settings(deadline=None)
 @given(mixes(), st.integers(1, 30), st.integers(1, 4), st.integers(1, 3))
-def test_a_resume_with_other_batches_and_processes_repeats_and_loses_nothing(mix, consumed, batch_size, num_processes):
+def test_a_resume_with_other_batches_and_processes_loses_no_sample(mix, consumed, batch_size, num_processes):
     before = MixedCGRealSampler(**mix)
     drawn = [before.sample_batch(mix["batch_size"]) for _ in range(consumed)]
     samplers = []
@@ -470,7 +472,7 @@ def test_a_resume_with_other_batches_and_processes_repeats_and_loses_nothing(mix
         assert len({mix["buckets"][index] for index in flat(parts)}) == 1
         drawn += parts
     stream = Counter(flat(drawn)) + Counter(flat(queue for _, queue in samplers[0].state_dict()["position"]["queues"]))
-    for first, length, _, _ in source_ranges(mix):
+    for first, length, _, _ in part_ranges(mix):
         counts = [stream[index] for index in range(first, first + length)]
         assert max(counts) - min(counts) <= 1
     cg_drawn = sum(count for index, count in stream.items() if index >= mix["real_dataset"])
@@ -491,7 +493,7 @@ def test_queues_that_are_full_for_smaller_batches_come_before_new_draws():
         assert after.state_dict()["position"]["drawn"] == state["drawn"]
 
 
-def test_weights_are_shares_whatever_the_lengths():
+def test_weights_are_shares_independent_of_the_lengths():
     sampler = MixedCGRealSampler(103, 0, cg_ratio=0, real_parts=[(3, 2), (100, 1)])
     first = sum(sampler.sample_batch(1)[0] < 3 for _ in range(3000))
     assert first == 2000
@@ -530,14 +532,14 @@ def test_a_million_samples_in_buckets_are_drawn_in_milliseconds():
         ({"real_parts": [(1, 2), (3, 1)]}, "--real_dataset: real_parts is "),
     ],
 )
-def test_a_resume_with_other_buckets_or_sources_is_refused(change, option):
+def test_a_resume_with_other_buckets_or_parts_is_refused(change, option):
     mix = {"real_dataset": 4, "cg_dataset": 2, "buckets": [0, 1, 0, 1, 1, 0], "real_parts": [(2, 2), (2, 1)]}
     state = MixedCGRealSampler(**mix).state_dict()
     with pytest.raises(InputError, match=option):
         MixedCGRealSampler(**mix | change).load_state_dict(state)
 
 
-def test_a_bucket_smaller_than_a_global_batch_is_told():
+def test_buckets_smaller_than_a_global_batch_are_found():
     buckets = [0, 0, 0, 0, 1, 1, 0]
     sampler = MixedCGRealSampler(6, 1, batch_size=2, num_processes=2, buckets=buckets)
     assert sampler.small_buckets() == {1: 2}
@@ -545,8 +547,8 @@ def test_a_bucket_smaller_than_a_global_batch_is_told():
 
 
 @pytest.mark.parametrize(
-    "sources", [[(3, 0)], [(3, -1)], [(3, "much")], [(3, "nan")], [(3, "1/0")], [(3, float("inf"))], [(3, 1), (0, 1)]]
+    "parts", [[(3, 0)], [(3, -1)], [(3, "much")], [(3, "nan")], [(3, "1/0")], [(3, float("inf"))], [(3, 1), (0, 1)]]
 )
-def test_bad_sources_are_named(sources):
+def test_bad_weights_are_named(parts):
     with pytest.raises(InputError, match="--real_dataset: "):
-        MixedCGRealSampler(3, 1, real_parts=sources)
+        MixedCGRealSampler(3, 1, real_parts=parts)

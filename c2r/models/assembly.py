@@ -1,124 +1,75 @@
-"""Load, freeze, join and save the parts of a phase, and the contract that ties the phases together.
+"""Load, check and join the backbone and the control branch.
 
-Weights are only ever read from safetensors, never from a pickle. Whatever a user can get wrong (a path, a model of
-another architecture, a ControlNet of another backbone) raises one `InputError` line, before weights are read where
-the config or the safetensors header already tells.
+Weights are only read from safetensors, never from a pickle. User errors (a wrong path, a model of another
+architecture, a ControlNet of another backbone) raise one `InputError` line, before weights are read where the config
+or the safetensors header is enough to tell.
 """
 
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import WanTransformer3DModel
+from diffusers import ModelMixin, WanTransformer3DModel
 
 from c2r import InputError
 from c2r.files import complete_folder, read_json
-from c2r.models.contract import read_contract
+from c2r.models.contract import PhaseContract, read_contract
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.hub import WeightIndex, fingerprint_files, require_class, require_complete, resolve_model_folder
 from c2r.models.parts import freeze
 from c2r.models.transformer import C2RTransformer
 
 
-def check_transformer(source, base=None):
-    """Check a Wan backbone by its config and its files' headers, before any weight is read.
+def load_for_generation(
+    folder: str | Path, backbone: str | Path | None = None, torch_dtype: torch.dtype | None = None
+) -> tuple[WanTransformer3DModel | C2RTransformer, PhaseContract]:
+    """Load the trained model of a phase's best/ or final/, frozen, and its contract.
 
     Args:
-        source: a Diffusers pipeline folder, a transformer folder, best/ or final/ of phase 1, a hub name, or a single
-            .safetensors file with Diffusers' or Wan's original names.
-        base: pipeline or transformer folder or hub name whose config a single file has; where it has a VAE and a text
-            encoder, the backbone must fit them.
-
-    Returns:
-        path of the folder or file that holds the weights, its config (dict).
+        folder: of phase 1, which gives a `WanTransformer3DModel`, or phase 2, which gives a `C2RTransformer`.
+        backbone: the backbone of a phase 2 folder, if it was moved since the contract was written.
+        torch_dtype: dtype of the weights; None is fp32.
 
     Raises:
-        InputError: nothing there, another architecture, or weights that do not fit the config.
+        InputError: a part is missing, or the backbone is not the one that the ControlNet was trained on.
     """
-    path = Path(source)
-    if path.suffix == ".safetensors" or path.is_file():
-        if path.suffix != ".safetensors" or not path.is_file():
-            raise InputError(f"{source}: no such .safetensors file; give one, or a model folder")
-        if base is None:
-            raise InputError(f"{source}: a single file has no config; name the model that it is a version of as base")
-        config = read_transformer_config(base)
-    else:
-        path = complete_folder(path)
-        path = path if path.is_dir() else resolve_model_folder(source, ["transformer"])
-        path = path / "transformer" if (path / "transformer").is_dir() else path
-        config = _check_transformer_config(path)
-    _require_fitting(path, WanTransformer3DModel, config)
-    if base is not None:
-        _require_fitting_base(source, config, base)
-    return path, config
-
-
-def _require_fitting_base(source, config, base):
-    for key, part, part_key in (("in_channels", "vae", "z_dim"), ("text_dim", "text_encoder", "d_model")):
-        path = _base_folder(base) / part / "config.json"
-        needed = read_json(path).get(part_key) if path.is_file() else None
-        if needed is not None and config.get(key) != needed:
-            raise InputError(
-                f"{source}: its {key} is {config.get(key)}, but the {part} of {base} has {part_key} {needed}; "
-                "give the --pretrained_model_name_or_path that it was made for"
-            )
-
-
-def _base_folder(base):
-    return Path(base) if Path(base).is_dir() else resolve_model_folder(base, [])
-
-
-def read_transformer_config(source, base=None):
-    """The config of a backbone, see `check_transformer`; of a hub model no weights are downloaded.
-
-    Raises:
-        InputError: nothing there, or another architecture.
-    """
-    folder = complete_folder(source)
-    if not folder.is_dir():
-        folder = _base_folder(base if str(source).endswith(".safetensors") else source)
-    return _check_transformer_config(folder / "transformer" if (folder / "transformer").is_dir() else folder)
-
-
-def _check_transformer_config(folder):
-    if not (folder / "config.json").is_file():
+    contract = read_contract(folder)
+    if contract.phase == 1:
+        return freeze(load_transformer(folder, torch_dtype=torch_dtype)), contract
+    backbone = backbone or contract.backbone
+    found = fingerprint_transformer(backbone, contract.base_model)
+    if found != contract.backbone_sha256:
         raise InputError(
-            f"{folder}: no transformer here; give a Wan 2.1 pipeline folder, or best/ or final/ of phase 1"
+            f"{backbone}: not the backbone of {folder}: its fingerprint is {found}, the ControlNet was trained on "
+            f"{contract.backbone_sha256}; give that one as backbone"
         )
-    config = require_class(folder, "WanTransformer3DModel")
-    if config.get("image_dim") or config.get("added_kv_proj_dim"):
-        raise InputError(f"{folder}: this is an image-to-video model; give a text-to-video one (Wan 2.1 T2V)")
-    return config
+    transformer = load_transformer(backbone, contract.base_model, torch_dtype)
+    return freeze(C2RTransformer(transformer, load_controlnet(folder, torch_dtype))), contract
 
 
-def _require_fitting(path, model_class, config):
-    """Compare the names and shapes in the files' headers with those of a model of this config."""
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in model_class.from_config(config).state_dict().items()}
-    found = WeightIndex(path).shapes()
-    unfit = [f"{name} {shape}" for name, shape in found.items() if expected.get(name, shape) != shape]
-    unknown = [name for name in found if name not in expected]
-    require_complete(path, [name for name in expected if name not in found], unfit + unknown)
-
-
-def load_transformer(source, base=None, torch_dtype=None, empty=False):
-    """The Wan backbone, in eval mode, its parameters trainable.
+def load_transformer(
+    name_or_path: str | Path,
+    base: str | Path | None = None,
+    torch_dtype: torch.dtype | None = None,
+    empty: bool = False,
+) -> WanTransformer3DModel:
+    """Load the Wan backbone, in eval mode, its parameters trainable.
 
     Args:
-        source, base: see `check_transformer`.
+        name_or_path, base: see `check_transformer`.
         torch_dtype: dtype of the weights; None is fp32. With torch.bfloat16 the time embedder, the norms and the
-            modulation tables stay in fp32, as WanTransformer3DModel declares, from a folder and from a single file.
-        empty: read no weights: the parameters have undefined values, in memory that is not touched, so that it takes
-            none. For processes that are sent theirs by the main one.
+            modulation tables stay in fp32, as WanTransformer3DModel declares.
+        empty: read no weights and leave the parameters' values undefined, for processes that receive them from the
+            main process. Their memory is not touched, so that it takes no room.
 
     Raises:
-        InputError: see `check_transformer`; raised before weights are read.
+        InputError: see `check_transformer`.
     """
-    path, config = check_transformer(source, base)
+    path, config = check_transformer(name_or_path, base)
     torch_dtype = torch_dtype or torch.float32
     if path.is_dir() and not empty:
         return WanTransformer3DModel.from_pretrained(path, torch_dtype=torch_dtype, use_safetensors=True)
-    # Not from_single_file: in bf16 it would not keep those in fp32, and in fp32 a 14B file needs 57 GB.
+    # Not by from_single_file: in bf16 it would keep no module in fp32, and in fp32 a 14B file would need 57 GB.
     with init_empty_weights():
         transformer = WanTransformer3DModel.from_config(config)
     keep = set(transformer._keep_in_fp32_modules)
@@ -134,42 +85,105 @@ def load_transformer(source, base=None, torch_dtype=None, empty=False):
     return transformer.requires_grad_(True).eval()
 
 
-def load_controlnet(folder, torch_dtype=None):
-    """The control branch of a phase 2 folder, in eval mode, its parameters trainable; None is fp32."""
+def load_controlnet(folder: str | Path, torch_dtype: torch.dtype | None = None) -> C2RControlNet:
+    """Load the control branch of a phase 2 folder, in eval mode, its parameters trainable; dtype None is fp32.
+
+    Raises:
+        InputError: the folder has no control branch, or its weights do not fit its config.
+    """
     folder = complete_folder(folder)
-    config = require_class(folder, "C2RControlNet")
-    _require_fitting(folder, C2RControlNet, config)
+    _require_fitting_weights(folder, C2RControlNet, require_class(folder, "C2RControlNet"))
     return C2RControlNet.from_pretrained(folder, torch_dtype=torch_dtype or torch.float32, use_safetensors=True)
 
 
-def fingerprint_transformer(source, base=None):
-    """`fingerprint_files` of a backbone, wherever `load_transformer` finds it: what a phase 2 contract records."""
-    return fingerprint_files(check_transformer(source, base)[0])
+def fingerprint_transformer(name_or_path: str | Path, base: str | Path | None = None) -> str:
+    """Return the fingerprint of a backbone's weights, as phase 2 contracts record it; see `check_transformer`."""
+    return fingerprint_files(check_transformer(name_or_path, base)[0])
 
 
-def load_for_generation(folder, backbone=None, torch_dtype=None):
-    """The trained model of a phase's best/ or final/, frozen.
+def check_transformer(name_or_path: str | Path, base: str | Path | None = None) -> tuple[Path, dict]:
+    """Check a Wan backbone by its config and its files' headers, before any weight is read.
 
     Args:
-        folder: of phase 1 or 2.
-        backbone: phase 2: where its backbone is, if not where the contract says; see `load_transformer`.
-        torch_dtype: dtype of the weights; None is fp32.
+        name_or_path: a Diffusers pipeline folder, a transformer folder, best/ or final/ of phase 1, a hub name, or a
+            single .safetensors file with Diffusers' or Wan's original names.
+        base: Wan pipeline, a folder or hub name. A single file takes its config from there. If `base` has a VAE and a
+            text encoder, the backbone must fit them.
 
     Returns:
-        model (`WanTransformer3DModel` of phase 1, `C2RTransformer` of phase 2), contract.
+        folder or file that holds the weights, config.
 
     Raises:
-        InputError: a part is missing, or the backbone is not the one that the ControlNet was trained on.
+        InputError: nothing there, another architecture, or weights that do not fit the config.
     """
-    contract = read_contract(folder)
-    if contract.phase == 1:
-        return freeze(load_transformer(folder, torch_dtype=torch_dtype)), contract
-    source = backbone or contract.backbone
-    found = fingerprint_transformer(source, contract.base_model)
-    if found != contract.backbone_sha256:
+    path = Path(name_or_path)
+    if path.suffix == ".safetensors" or path.is_file():
+        if path.suffix != ".safetensors" or not path.is_file():
+            raise InputError(f"{name_or_path}: no such .safetensors file; give one, or a model folder")
+        if base is None:
+            raise InputError(f"{name_or_path}: a single file has no config; give the Wan pipeline that it belongs to")
+        config = read_transformer_config(base)
+    else:
+        path = complete_folder(path)
+        path = path if path.is_dir() else resolve_model_folder(name_or_path, ["transformer"])
+        path = _transformer_folder(path)
+        config = _read_text_to_video_config(path)
+    _require_fitting_weights(path, WanTransformer3DModel, config)
+    if base is not None:
+        _require_fitting_base(name_or_path, config, base)
+    return path, config
+
+
+def read_transformer_config(name_or_path: str | Path, base: str | Path | None = None) -> dict:
+    """Return the config of a backbone, see `check_transformer`; no weights are downloaded from the hub.
+
+    Raises:
+        InputError: nothing there, or another architecture.
+    """
+    folder = complete_folder(name_or_path)
+    if not folder.is_dir():
+        folder = _model_folder(base if str(name_or_path).endswith(".safetensors") else name_or_path)
+    return _read_text_to_video_config(_transformer_folder(folder))
+
+
+def _model_folder(name_or_path):
+    """Return a folder unchanged, or a hub model's folder with its .json files."""
+    return Path(name_or_path) if Path(name_or_path).is_dir() else resolve_model_folder(name_or_path, [])
+
+
+def _transformer_folder(folder):
+    """Return the transformer's folder of a pipeline folder; a transformer folder unchanged."""
+    return folder / "transformer" if (folder / "transformer").is_dir() else folder
+
+
+def _read_text_to_video_config(folder):
+    if not (folder / "config.json").is_file():
         raise InputError(
-            f"{source}: not the backbone of {folder}: its fingerprint is {found}, the ControlNet was trained on "
-            f"{contract.backbone_sha256}; give the right one as backbone"
+            f"{folder}: no transformer here; give a Wan 2.1 pipeline folder, or best/ or final/ of phase 1"
         )
-    transformer = load_transformer(source, contract.base_model, torch_dtype)
-    return freeze(C2RTransformer(transformer, load_controlnet(folder, torch_dtype))), contract
+    config = require_class(folder, "WanTransformer3DModel")
+    if config.get("image_dim") or config.get("added_kv_proj_dim"):
+        raise InputError(f"{folder}: this is an image-to-video model; give a text-to-video one (Wan 2.1 T2V)")
+    return config
+
+
+def _require_fitting_weights(path: Path, model_class: type[ModelMixin], config: dict):
+    """Compare names and shapes in the files' headers with those of a model of this config."""
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in model_class.from_config(config).state_dict().items()}
+    found = WeightIndex(path).shapes()
+    unfit = [f"{name} {shape}" for name, shape in found.items() if expected.get(name, shape) != shape]
+    unknown = [name for name in found if name not in expected]
+    require_complete(path, [name for name in expected if name not in found], unfit + unknown)
+
+
+def _require_fitting_base(name_or_path, config, base):
+    """Compare a backbone's channels and text width with VAE and text encoder of the Wan pipeline."""
+    for key, part, part_key in (("in_channels", "vae", "z_dim"), ("text_dim", "text_encoder", "d_model")):
+        path = _model_folder(base) / part / "config.json"
+        needed = read_json(path).get(part_key) if path.is_file() else None
+        if needed is not None and config.get(key) != needed:
+            raise InputError(
+                f"{name_or_path}: its {key} is {config.get(key)}, but the {part} of {base} has {part_key} {needed}; "
+                "give the --pretrained_model_name_or_path that it was made for"
+            )

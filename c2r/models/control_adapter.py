@@ -1,17 +1,18 @@
-"""The control adapter: DINOv3's patch features to control tokens on the backbone's token grid."""
+"""The control adapter: DINOv3 patch features to control tokens on the backbone's token grid."""
 
 import logging
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.normalization import FP32LayerNorm
+from einops import rearrange
 from torch import nn
 
 logger = logging.getLogger(__name__)
 
 
 class _Conv3d(nn.Conv3d):
-    """On the CPU in fp32: oneDNN's bf16 gradient of a depthwise kernel contains memory that nobody has written."""
+    """Convolution in fp32 on the CPU: oneDNN's bf16 gradient of a depthwise kernel has uninitialised values."""
 
     def forward(self, frames):
         if frames.device.type != "cpu":
@@ -21,12 +22,12 @@ class _Conv3d(nn.Conv3d):
 
 
 class TemporalDownsample(nn.Module):
-    """Depthwise convolution over time: F = stride·k + 1 frames to T = k + 1 latent frames, starting as a mean.
+    """Depthwise convolution over time from F = stride·k + 1 frames to T = k + 1 latent frames, initialised to a mean.
 
-    A kernel of 2·stride + 1 centred on every stride-th frame, so neighbouring latent frames overlap.
+    The kernel of 2·stride + 1 frames is centred on every stride-th frame, so neighbouring latent frames overlap.
     """
 
-    def __init__(self, feature_dim, stride):
+    def __init__(self, feature_dim: int, stride: int):
         super().__init__()
         self.conv = _Conv3d(
             feature_dim,
@@ -40,17 +41,19 @@ class TemporalDownsample(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
+        """Make the output the mean over the kernel."""
         nn.init.constant_(self.conv.weight, 1 / self.conv.kernel_size[0])
 
-    def forward(self, control_features):
-        """(B, F, h, w, Dd) -> (B, T, h, w, Dd)."""
+    def forward(self, control_features: torch.Tensor) -> torch.Tensor:
+        """Downsample (B, F, h, w, Dd) to (B, T, h, w, Dd)."""
         if not torch.is_autocast_enabled(control_features.device.type):
-            control_features = control_features.to(self.conv.weight.dtype)  # the extractor's dtype may be another
-        return self.conv(control_features.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+            control_features = control_features.to(self.conv.weight.dtype)  # DINOv3 may have another dtype
+        features = self.conv(rearrange(control_features, "b f h w d -> b d f h w"))
+        return rearrange(features, "b d t h w -> b t h w d")
 
 
 class ControlAdapter(nn.Module):
-    """Brings control features from pixel frames to latent frames and from DINOv3's width to the backbone's.
+    """Maps control features from pixel frames to latent frames and from DINOv3's width to the backbone's.
 
     Temporal convolution, resampling in space where the two grids differ, LayerNorm, Linear. The shape and the initial
     values are those of the released C2R adapter.
@@ -61,21 +64,22 @@ class ControlAdapter(nn.Module):
         temporal_stride: pixel frames per latent frame of the VAE.
     """
 
-    def __init__(self, feature_dim, dim, temporal_stride=4):
+    def __init__(self, feature_dim: int, dim: int, temporal_stride: int = 4):
         super().__init__()
         self.temporal_stride = temporal_stride
         self.temporal_downsample = TemporalDownsample(feature_dim, temporal_stride)
-        # In fp32 whatever the weights are; all-zero features (a blank control) become its bias.
+        # Computes in fp32 with weights of any dtype; maps all-zero features (a blank control) to its bias.
         self.norm = FP32LayerNorm(feature_dim)
         self.proj = nn.Linear(feature_dim, dim)
         self._resampling_reported = False
 
     def reset_parameters(self):
+        """Draw new initial weights."""
         for module in (self.temporal_downsample, self.norm, self.proj):
             module.reset_parameters()
 
-    def forward(self, control_features, token_grid):
-        """Control tokens in the order of the backbone's tokens.
+    def forward(self, control_features: torch.Tensor, token_grid: tuple[int, int, int]) -> torch.Tensor:
+        """Return control tokens in the order of the backbone's tokens.
 
         Args:
             control_features: (B, F, h', w', Dd).
@@ -85,7 +89,7 @@ class ControlAdapter(nn.Module):
             (B, T·h·w, D).
 
         Raises:
-            ValueError: if F frames are not T latent frames.
+            ValueError: if F frames do not give T latent frames.
         """
         num_frames, latent_frames = control_features.shape[1], token_grid[0]
         expected = self.temporal_stride * (latent_frames - 1) + 1
@@ -97,15 +101,16 @@ class ControlAdapter(nn.Module):
         features = self.temporal_downsample(control_features)  # (B, T, h', w', Dd)
         if features.shape[2:4] != tuple(token_grid[1:]):
             features = self._resample(features, token_grid[1:])
-        return self.proj(self.norm(features.flatten(1, 3)))  # (B, N, D)
+        return self.proj(self.norm(rearrange(features, "b t h w d -> b (t h w) d")))
 
     def _resample(self, features, grid):
-        """(B, T, h', w', Dd) -> (B, T, h, w, Dd), bilinear."""
+        """Resample (B, T, h', w', Dd) to (B, T, h, w, Dd), bilinearly."""
         if not self._resampling_reported:
             self._resampling_reported = True
             logger.warning(
-                "Control features on a %dx%d grid are resampled to the %dx%d token grid", *features.shape[2:4], *grid
+                "control features on a %dx%d grid are resampled to the %dx%d token grid", *features.shape[2:4], *grid
             )
-        frames = features.flatten(0, 1).permute(0, 3, 1, 2)  # (B·T, Dd, h', w')
+        frames = rearrange(features, "b t h w d -> (b t) h w d")
+        frames = rearrange(frames, "n h w d -> n d h w")  # a second step: channels stay last in memory, one copy less
         frames = F.interpolate(frames, size=tuple(grid), mode="bilinear", align_corners=False)
-        return frames.permute(0, 2, 3, 1).unflatten(0, features.shape[:2])
+        return rearrange(frames, "(b t) d h w -> b t h w d", b=len(features))

@@ -1,7 +1,7 @@
 """The trainable control branch: adapter, cloned transformer blocks, projectors that start at zero."""
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, ModelMixin, WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import nn
@@ -9,7 +9,7 @@ from torch import nn
 from c2r import InputError
 from c2r.models.control_adapter import ControlAdapter
 
-#: What the control blocks have in common with the backbone's blocks, by WanTransformer3DModel's config.
+#: Entries of WanTransformer3DModel's config that control blocks share with the backbone's blocks.
 SHARED_CONFIG = (
     "num_attention_heads",
     "attention_head_dim",
@@ -21,28 +21,26 @@ SHARED_CONFIG = (
 )
 
 
-def injection_layers(control_layers, control_stride, num_layers):
-    """The backbone blocks after which a control residual is added: 0, stride, 2·stride, …
+def injection_layers(control_layers: int, control_stride: int, num_layers: int) -> list[int]:
+    """Return the indices of the backbone blocks after which a control residual is added: 0, stride, 2·stride, …
 
     Args:
         control_layers: number of control blocks, at least 1.
-        control_stride: backbone blocks per control block, at least 1. 1 is the first `control_layers` blocks.
+        control_stride: backbone blocks per control block, at least 1. With 1 the residuals follow the first
+            `control_layers` blocks.
         num_layers: number of the backbone's blocks.
 
-    Returns:
-        list of `control_layers` ascending indices below `num_layers`.
-
     Raises:
-        InputError: if they do not fit.
+        InputError: if the backbone has too few blocks.
     """
     options = f"--control_layers {control_layers} --control_stride {control_stride}"
     if control_layers < 1 or control_stride < 1:
-        raise InputError(f"{options}: both must be at least 1")
+        raise InputError(f"{options}: both must be at least 1; raise the lower one")
     last = (control_layers - 1) * control_stride
     if last >= num_layers:
         raise InputError(
             f"{options}: the last residual would follow block {last}, but the backbone has blocks 0 to "
-            f"{num_layers - 1}; lower one of the two"
+            f"{num_layers - 1}; lower one of the two options"
         )
     return list(range(0, last + 1, control_stride))
 
@@ -50,24 +48,31 @@ def injection_layers(control_layers, control_stride, num_layers):
 class C2RControlBlock(nn.Module):
     """One block of the control branch and its projector: the unit that is checkpointed, compiled and sharded."""
 
-    def __init__(self, dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps):
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, qk_norm: str, cross_attn_norm: bool, eps: float):
         super().__init__()
         self.block = WanTransformerBlock(dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
         self.projector = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
         self.reset_projector()
 
     def reset_projector(self):
-        """Make the residual zero: training starts from the backbone as it is."""
+        """Make the residual zero, so that training starts from the backbone's own output."""
         self.projector[0].reset_parameters()
         nn.init.zeros_(self.projector[2].weight)
         nn.init.zeros_(self.projector[2].bias)
 
-    def forward(self, control_hidden_states, prompt_hidden_states, modulation, rotary_emb):
-        """
+    def forward(
+        self,
+        control_hidden_states: torch.Tensor,
+        prompt_hidden_states: torch.Tensor,
+        modulation: torch.Tensor,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the block, and compute the residual that it adds to the backbone.
+
         Args:
             control_hidden_states: (B, N, D), the adapter's or the previous control block's output.
-            prompt_hidden_states, modulation, rotary_emb: (B, L, D), (B, 6, D) and a pair of (1, N, 1, head_dim): the
-                backbone's own, shared.
+            prompt_hidden_states, modulation, rotary_emb: (B, L, D), (B, 6, D) and two (1, N, 1, head_dim), shared with
+                the backbone's blocks.
 
         Returns:
             control_hidden_states (B, N, D) for the next control block, control_residual (B, N, D).
@@ -77,11 +82,10 @@ class C2RControlBlock(nn.Module):
 
 
 class C2RControlNet(ModelMixin, ConfigMixin):
-    """The control branch. It has no forward of its own: `C2RTransformer` runs its blocks between the backbone's.
+    """The control branch. It has no forward: `C2RTransformer` runs its blocks between the backbone's.
 
     Args:
-        injection_layers: ascending indices of the backbone blocks after which a residual is added, one per control
-            block; from `injection_layers()`.
+        injection_layers: result of `injection_layers()`, one entry per control block.
         num_attention_heads, attention_head_dim, ffn_dim, num_layers, cross_attn_norm, qk_norm, eps: the backbone's.
         feature_dim: Dd, DINOv3's width.
         temporal_stride: pixel frames per latent frame of the VAE.
@@ -90,7 +94,7 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         ValueError: if `injection_layers` are not ascending indices of backbone blocks.
     """
 
-    # As in the backbone: what `from_pretrained(torch_dtype=torch.bfloat16)` leaves in fp32.
+    # `from_pretrained(torch_dtype=torch.bfloat16)` leaves these in fp32, as in the backbone.
     _keep_in_fp32_modules = ["scale_shift_table", "norm", "norm1", "norm2", "norm3"]  # noqa: RUF012
     _no_split_modules = ["C2RControlBlock", "ControlAdapter"]  # noqa: RUF012
     _repeated_blocks = ["C2RControlBlock"]  # noqa: RUF012
@@ -120,29 +124,35 @@ class C2RControlNet(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_transformer(
-        cls, transformer, control_layers=15, control_stride=1, feature_dim=768, temporal_stride=4, empty=False
-    ):
-        """A fresh control branch for this backbone: its first blocks cloned with their weights, zero residuals.
+        cls,
+        transformer: WanTransformer3DModel,
+        control_layers: int = 15,
+        control_stride: int = 1,
+        feature_dim: int = 768,
+        temporal_stride: int = 4,
+        empty: bool = False,
+    ) -> "C2RControlNet":
+        """Create a control branch with zero residuals from clones of the backbone's first blocks.
 
         Args:
-            transformer: `WanTransformer3DModel` (text to video), any dtype.
+            transformer: text-to-video backbone of any dtype.
             control_layers, control_stride: see `injection_layers`.
             feature_dim: Dd, DINOv3's width.
             temporal_stride: pixel frames per latent frame of the VAE.
             empty: leave all values undefined; see `load_transformer`.
 
         Returns:
-            C2RControlNet in fp32, to be trained, on the backbone's device. The adapter and the projectors' first
-            layers are drawn from torch's global generator.
+            trainable branch in fp32 on the backbone's device. The adapter and the projectors' first layers are drawn
+            from torch's global generator.
 
         Raises:
             InputError: if control_layers and control_stride do not fit the backbone.
         """
         layers = injection_layers(control_layers, control_stride, transformer.config.num_layers)
         shared = {name: transformer.config[name] for name in SHARED_CONFIG}
-        # By keyword: diffusers takes what is given by position for a default, and drops it in `from_config`.
+        # By keyword: Diffusers treats positional arguments as defaults, and drops them in `from_config`.
         options = {"injection_layers": layers, "feature_dim": feature_dim, "temporal_stride": temporal_stride}
-        with torch.device("meta"):  # the clones need no random weights first: at 14B they are 5 billion
+        with torch.device("meta"):  # skips the random weights of the clones, 5 billion at 14B
             controlnet = cls(**options, **shared)
         controlnet.to_empty(device=transformer.device)
         if empty:

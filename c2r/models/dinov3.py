@@ -1,8 +1,11 @@
 """Frozen DINOv3: control frames to patch features."""
 
 import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import nn
 from transformers import DINOv3ViTModel
 
@@ -12,15 +15,15 @@ from c2r.models.hub import WeightIndex, require_complete, resolve_model_folder
 from c2r.models.parts import freeze, load_transformers_model
 
 
-def check_dinov3(name_or_path, sizes):
+def check_dinov3(name_or_path: str | Path, sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
     """Check a DINOv3 by its configs and its files' headers; the weights are not read.
 
     Args:
         name_or_path: see `DINOv3FeatureExtractor.from_pretrained`.
-        sizes: (height, width) of the control frames, in pixels; one or several.
+        sizes: (height, width) of the control frames, in pixels.
 
     Returns:
-        Dd, the width of a patch feature; the number of its parameters.
+        the width Dd of a patch feature, the number of parameters.
 
     Raises:
         InputError: not found, no access, not a DINOv3 ViT, incomplete, or its patches do not fit the frames.
@@ -41,27 +44,29 @@ def _read_configs(folder):
     if config.get("model_type") != "dinov3_vit":
         raise InputError(f"{folder}: model type is {config.get('model_type')}, not dinov3_vit; give a DINOv3 ViT")
     if not {"image_mean", "image_std"} <= preprocessor.keys():
-        raise InputError(f"{folder}/preprocessor_config.json: has no image_mean and image_std; download it anew")
+        raise InputError(f"{folder}/preprocessor_config.json: has no image_mean and image_std; download it again")
     return config, preprocessor
 
 
 class DINOv3FeatureExtractor(nn.Module):
-    """Patch features of a DINOv3 ViT that no training ever changes.
+    """A frozen DINOv3 ViT that turns control frames into patch features.
 
     It stays in eval mode after `train()` and runs without autograd and outside autocast, in its weights' dtype, so the
     features of a frame do not depend on the code around it.
 
     Args:
-        model: `DINOv3ViTModel`. It is frozen.
+        model: the ViT. It is frozen here.
         image_mean, image_std: three numbers each, of RGB in [0, 1].
-        chunk_size: frames that go through the model at once; bounds the memory, not the result.
+        chunk_size: frames per forward pass of the model; bounds the memory and does not change the result.
 
     Attributes:
         feature_dim: Dd, the width of a patch feature.
         patch_size: pixels along one side of a patch.
     """
 
-    def __init__(self, model, image_mean, image_std, chunk_size=16):
+    def __init__(
+        self, model: DINOv3ViTModel, image_mean: Sequence[float], image_std: Sequence[float], chunk_size: int = 16
+    ):
         super().__init__()
         if chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1")
@@ -78,13 +83,16 @@ class DINOv3FeatureExtractor(nn.Module):
         self.num_prefix_tokens = 1 + model.config.num_register_tokens
 
     @classmethod
-    def from_pretrained(cls, name_or_path, torch_dtype=None, chunk_size=16):
-        """Load from a folder or hub name that holds config.json, preprocessor_config.json and safetensors weights.
+    def from_pretrained(
+        cls, name_or_path: str | Path, torch_dtype: torch.dtype | None = None, chunk_size: int = 16
+    ) -> "DINOv3FeatureExtractor":
+        """Load from a folder or hub name with config.json, preprocessor_config.json and safetensors weights.
 
         Args:
             name_or_path: for instance `facebook/dinov3-vitb16-pretrain-lvd1689m`, whose access is restricted.
             torch_dtype: dtype of the weights and the features; None is fp32. Give it here: `.to(dtype)` later would
                 round the frequencies of the position embedding too.
+            chunk_size: see the class.
 
         Raises:
             InputError: not found, no access, not a DINOv3 ViT, or incomplete.
@@ -96,20 +104,22 @@ class DINOv3FeatureExtractor(nn.Module):
         return cls(model, preprocessor["image_mean"], preprocessor["image_std"], chunk_size)
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights and the features."""
         return self.model.dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
+        """The model's device."""
         return self.model.device
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True):
         """Stay in eval mode: in training mode DINOv3 jitters its position embedding."""
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, control_frames):
-        """Patch features of every frame.
+    def forward(self, control_frames: torch.Tensor) -> torch.Tensor:
+        """Compute the patch features of every frame.
 
         Args:
             control_frames: (B, F, 3, H, W) floats in [0, 1], RGB; H and W multiples of `patch_size`.
@@ -118,27 +128,27 @@ class DINOv3FeatureExtractor(nn.Module):
             (B, F, h, w, Dd) in the weights' dtype, h = H / patch_size, w = W / patch_size.
 
         Raises:
-            ValueError: if the shape or the dtype is another.
+            ValueError: if shape or dtype are wrong.
         """
         if control_frames.ndim != 5 or control_frames.shape[2] != 3 or not control_frames.is_floating_point():
             raise ValueError(
                 f"control frames are {tuple(control_frames.shape)} {control_frames.dtype}: "
                 "expected (B, F, 3, H, W) floats in [0, 1]"
             )
-        batch_size, num_frames, _, height, width = control_frames.shape
+        batch_size, *_, height, width = control_frames.shape
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
                 f"control frames are {height}x{width}: height and width must be multiples of "
                 f"DINOv3's patch size {self.patch_size}"
             )
-        chunks = control_frames.flatten(0, 1).split(self.chunk_size)  # (B·F, 3, H, W)
+        chunks = rearrange(control_frames, "b f c h w -> (b f) c h w").split(self.chunk_size)
         with torch.autocast(control_frames.device.type, enabled=False):
             control_features = torch.cat([self._patches(chunk) for chunk in chunks])  # (B·F, h·w, Dd)
-        grid = (height // self.patch_size, width // self.patch_size)
-        return control_features.unflatten(1, grid).unflatten(0, (batch_size, num_frames))
+        return rearrange(control_features, "(b f) (h w) d -> b f h w d", b=batch_size, h=height // self.patch_size)
 
     def _patches(self, frames):
-        """(n, 3, H, W) in [0, 1] -> (n, h·w, Dd). transformers' own image processor would need torchvision."""
+        """Return the patch features (n, h·w, Dd) of frames (n, 3, H, W) in [0, 1]."""
+        # Normalised here, because the image processor of transformers would need torchvision.
         channels = zip(frames.float().unbind(1), self.image_mean, self.image_std)
         pixel_values = torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
         tokens = self.model(pixel_values.to(self.dtype)).last_hidden_state  # (n, 1 + registers + h·w, Dd)

@@ -1,4 +1,4 @@
-"""Loading, saving and the phase contract: what goes out comes back, and whatever is wrong is one line."""
+"""Loading, saving and the phase contract: saved models come back unchanged, and errors are one line."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import transformers
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
+import c2r
 from c2r import InputError
 from c2r.files import atomic_folder, complete_folder, fingerprint
 from c2r.models import hub, parts
@@ -40,7 +41,7 @@ def pipeline(tmp_path_factory):
 
 @pytest.fixture
 def phases(pipeline, tmp_path):
-    """A finished phase 1 and phase 2 beside their base model: tmp_path/{model, phase1/best, phase2/best}."""
+    """A folder with a finished phase 1 and phase 2 and their base model: model, phase1/best, phase2/best."""
     shutil.copytree(pipeline, tmp_path / "model")
     transformer = tiny_transformer(seed=3)
     save_phase(tmp_path / "phase1/best", transformer, PhaseContract(1, str(tmp_path / "model"), 100, 0.25))
@@ -64,7 +65,7 @@ def phases(pipeline, tmp_path):
 
 
 def refusal(function, *args, **kwargs):
-    """The one line of the InputError that the call raises."""
+    """Return the message of the InputError that the call raises, which must be one line."""
     with pytest.raises(InputError) as error:
         function(*args, **kwargs)
     assert "\n" not in str(error.value)
@@ -79,7 +80,7 @@ def equal_weights(one, other):
 # ------------------------------------------------------------------------------------------------- folders and parts
 
 
-def test_a_local_folder_is_itself(pipeline):
+def test_a_local_folder_resolves_to_itself(pipeline):
     assert resolve_model_folder(pipeline) == resolve_model_folder(str(pipeline), ["vae", "transformer"]) == pipeline
 
 
@@ -93,7 +94,7 @@ def test_wrong_paths_are_refused_without_the_network(pipeline, tmp_path, monkeyp
     assert "this is a file" in refusal(resolve_model_folder, pipeline / "model_index.json")
 
 
-def test_a_hub_name_downloads_only_the_parts_asked_for_and_no_pickle(pipeline, monkeypatch):
+def test_only_the_needed_parts_of_a_hub_model_are_downloaded_and_no_pickle(pipeline, monkeypatch):
     calls = []
     monkeypatch.setattr(hub, "snapshot_download", lambda *args, **options: calls.append((args, options)) or pipeline)
     assert resolve_model_folder("Wan-AI/Wan2.1", ["vae"]) == pipeline
@@ -108,10 +109,10 @@ def test_a_hub_name_downloads_only_the_parts_asked_for_and_no_pickle(pipeline, m
     [
         (hub_errors.GatedRepoError, "access to these weights is restricted; ask for it at https://huggingface.co/a/b"),
         (hub_errors.RepositoryNotFoundError, "no local folder and no Hugging Face model has this name"),
-        (hub_errors.LocalEntryNotFoundError, "cannot be had from the Hugging Face hub (first line)"),
+        (hub_errors.LocalEntryNotFoundError, "cannot be fetched from the Hugging Face hub (first line)"),
     ],
 )
-def test_what_the_hub_refuses_is_one_line(monkeypatch, error, message):
+def test_errors_of_the_hub_become_one_line(monkeypatch, error, message):
     class Refused(error):
         def __init__(self):
             Exception.__init__(self, "first line\nsecond line")
@@ -124,7 +125,7 @@ def test_what_the_hub_refuses_is_one_line(monkeypatch, error, message):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_pipeline_parts_are_frozen_and_equal_those_of_the_pipeline(pipeline, dtype):
+def test_pipeline_parts_are_frozen_and_agree_with_a_stock_pipeline(pipeline, dtype):
     stock = WanPipeline.from_pretrained(pipeline, torch_dtype=dtype or torch.float32)
     for part in ("vae", "text_encoder"):
         model = load_pipeline_part(pipeline, part, torch_dtype=dtype)
@@ -152,7 +153,7 @@ def _with_folder(folder, name):
     return folder
 
 
-def test_models_load_whole_although_zero3_is_on():
+def test_models_load_unsharded_while_zero3_is_on():
     class ZeRO3:
         def is_zero3(self):
             return True
@@ -169,7 +170,7 @@ def test_models_load_whole_although_zero3_is_on():
         assert not integration.is_deepspeed_zero3_enabled()
 
 
-def test_freeze():
+def test_freeze_switches_off_gradients_and_training_mode():
     model = tiny_transformer().train()
     assert freeze(model) is model
     assert not any(module.training for module in model.modules())
@@ -179,7 +180,7 @@ def test_freeze():
 # ------------------------------------------------------------------------------------------------------ fingerprints
 
 
-def test_fingerprint_sees_names_dtypes_shapes_and_every_byte():
+def test_the_fingerprint_depends_on_names_dtypes_shapes_and_every_byte():
     tensors = {"a": torch.arange(6.0), "b": torch.tensor(1.0), "c": torch.ones(2, dtype=torch.bfloat16)}
     first = fingerprint(tensors)
     assert len(first) == 64
@@ -201,7 +202,7 @@ def test_fingerprint_sees_names_dtypes_shapes_and_every_byte():
 
 
 @pytest.mark.parametrize("max_shard_size", ["10GB", "20KB"])
-def test_fingerprint_of_files_is_that_of_the_model(tmp_path, max_shard_size):
+def test_files_and_model_have_the_same_fingerprint(tmp_path, max_shard_size):
     model = tiny_transformer()
     model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (max_shard_size == "20KB")
@@ -213,7 +214,7 @@ def test_fingerprint_of_files_is_that_of_the_model(tmp_path, max_shard_size):
 
 
 def original_names(state_dict):
-    """Wan's own names for a Diffusers state dict (of the names that a text-to-video model has)."""
+    """Return a text-to-video model's Diffusers state dict under Wan's original names."""
     renames = [
         ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
         ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
@@ -242,7 +243,7 @@ def original_names(state_dict):
 
 @pytest.mark.parametrize("form", ["pipeline", "folder", "diffusers file", "original file", "prefixed original file"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_a_transformer_loads_from_every_form(pipeline, tmp_path, form, dtype):
+def test_a_transformer_loads_from_folders_and_single_files(pipeline, tmp_path, form, dtype):
     expected = WanTransformer3DModel.from_pretrained(pipeline / "transformer", torch_dtype=dtype or torch.float32)
     weights, file = load_file(pipeline / "transformer" / WEIGHTS), tmp_path / "dit.safetensors"
     if form == "diffusers file":
@@ -251,16 +252,16 @@ def test_a_transformer_loads_from_every_form(pipeline, tmp_path, form, dtype):
         save_file(original_names(weights), file)
     elif form == "prefixed original file":
         save_file({f"model.diffusion_model.{k}": v for k, v in original_names(weights).items()}, file)
-    source = {"pipeline": pipeline, "folder": pipeline / "transformer"}.get(form, file)
+    path = {"pipeline": pipeline, "folder": pipeline / "transformer"}.get(form, file)
 
-    transformer = load_transformer(source, base=pipeline, torch_dtype=dtype)
+    transformer = load_transformer(path, base=pipeline, torch_dtype=dtype)
 
     assert equal_weights(transformer, expected)
     assert [p.dtype for p in transformer.parameters()] == [p.dtype for p in expected.parameters()]
     assert all(p.requires_grad and not p.is_meta for p in transformer.parameters())
     assert not transformer.training
     assert all(torch.equal(a, b) for a, b in zip(transformer.buffers(), expected.buffers(), strict=True))
-    assert fingerprint_transformer(source, pipeline) == fingerprint(weights)  # the same, whatever the form
+    assert fingerprint_transformer(path, pipeline) == fingerprint(weights)  # the same in every form
     if dtype is None:
         assert fingerprint(transformer.state_dict()) == fingerprint(weights)
 
@@ -286,8 +287,8 @@ def test_an_unfit_transformer_is_refused_before_its_weights_are_read(pipeline, p
     monkeypatch.setattr(WanTransformer3DModel, "from_pretrained", None)
     monkeypatch.setattr("c2r.models.hub.WeightIndex.tensors", None)
     assert "no such model folder" in refusal(load_transformer, "/no/such/folder")
-    assert "this is a AutoencoderKLWan" in refusal(load_transformer, pipeline / "vae")
-    assert "this is a C2RControlNet" in refusal(load_transformer, phases / "phase2/best")
+    assert "model class is AutoencoderKLWan" in refusal(load_transformer, pipeline / "vae")
+    assert "model class is C2RControlNet" in refusal(load_transformer, phases / "phase2/best")
     assert "no transformer here" in refusal(load_transformer, tmp_path)
     assert "image-to-video" in refusal(load_transformer, folder("i2v", image_dim=1280))
     assert "weights are missing: blocks.4.attn1" in refusal(load_transformer, folder("deep", num_layers=5))
@@ -330,7 +331,7 @@ def test_a_damaged_controlnet_is_refused(phases):
 # ----------------------------------------------------------------------------------------------------- phase contract
 
 
-def test_phase_1_loads_in_stock_diffusers_and_in_ours(phases):
+def test_phase_1_loads_with_diffusers_and_for_generation(phases):
     folder = phases / "phase1/best"
     expected = tiny_transformer(seed=3)
     assert equal_weights(WanTransformer3DModel.from_pretrained(folder), expected)
@@ -340,11 +341,12 @@ def test_phase_1_loads_in_stock_diffusers_and_in_ours(phases):
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert contract.weights_sha256 == fingerprint(expected.state_dict()) == fingerprint_files(folder)
     assert (contract.phase, contract.step, contract.validation_loss) == (1, 100, 0.25)
+    assert contract.version == c2r.__version__
     assert contract.versions["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_phase_2_comes_back_with_its_backbone(phases, dtype):
+def test_phase_2_loads_with_its_backbone(phases, dtype):
     model, contract = load_for_generation(phases / "phase2/best", torch_dtype=dtype)
     assert isinstance(model, C2RTransformer)
     assert equal_weights(model.transformer, load_transformer(phases / "phase1/best", torch_dtype=dtype))
@@ -371,7 +373,7 @@ def test_both_phases_can_be_moved_together(phases):
     assert contract.base_model == os.path.realpath(moved / "model")
 
 
-def test_paths_from_the_current_directory_are_understood(phases, monkeypatch):
+def test_a_contract_may_name_paths_relative_to_the_current_directory(phases, monkeypatch):
     monkeypatch.chdir(phases)
     contract = replace(read_contract("phase2/best"), backbone="phase1/best", base_model="model")
     save_phase("phase2/final", load_controlnet("phase2/best"), contract)
@@ -387,7 +389,7 @@ def test_another_backbone_is_refused_with_both_fingerprints(phases):
     load_for_generation(phases / "phase2/best", backbone=same)
 
 
-def test_a_backbone_that_is_one_byte_off_is_refused(phases):
+def test_a_backbone_with_one_changed_byte_is_refused(phases):
     path = phases / "phase1/best" / WEIGHTS
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -395,7 +397,7 @@ def test_a_backbone_that_is_one_byte_off_is_refused(phases):
     assert "not the backbone of" in refusal(load_for_generation, phases / "phase2/best")
 
 
-def test_an_unfit_contract_is_one_line(phases):
+def test_a_contract_that_cannot_be_read_is_refused_in_one_line(phases):
     path = phases / "phase2/best/c2r.json"
     stored = json.loads(path.read_text())
 
@@ -405,6 +407,10 @@ def test_an_unfit_contract_is_one_line(phases):
 
     assert "not valid JSON" in refused("{")
     assert "unknown entries colour" in refused(stored | {"colour": 1})
+    older = refused(stored | {"colour": 1, "version": "0.0.9"})
+    assert f"written by version 0.0.9, this is {c2r.__version__}" in older
+    without_version = {key: value for key, value in stored.items() if key != "version"}
+    assert "written by version unknown" in refused(without_version | {"phase": 3})
     assert "phase is 3" in refused(stored | {"phase": 3})
     assert "needs backbone_sha256" in refused(stored | {"backbone_sha256": None})
     assert "step" in refused({key: value for key, value in stored.items() if key != "step"})
@@ -413,12 +419,12 @@ def test_an_unfit_contract_is_one_line(phases):
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_non_finite_loss_is_never_written(loss):
+def test_a_contract_with_a_non_finite_loss_is_refused(loss):
     with pytest.raises(ValueError, match="must not be saved"):
         PhaseContract(1, "model", 1, loss)
 
 
-def test_save_phase_takes_gathered_weights_and_only_the_phases_model(phases):
+def test_save_phase_takes_gathered_weights_and_only_a_model_of_the_phase(phases):
     gathered = {name: tensor + 1 for name, tensor in tiny_transformer().state_dict().items()}
     contract = PhaseContract(1, "model", 1)
     saved = save_phase(phases / "phase1/final", tiny_transformer(), contract, state_dict=gathered)
@@ -439,7 +445,7 @@ def test_save_phase_takes_gathered_weights_and_only_the_phases_model(phases):
 # ------------------------------------------------------------------------------------------------------ atomic folder
 
 
-def test_a_folder_is_replaced_whole(tmp_path):
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
     folder = tmp_path / "runs" / "best"
     for content in ("one", "two"):
         with atomic_folder(folder) as temporary:
@@ -497,7 +503,7 @@ def test_a_kill_at_any_rename_leaves_a_complete_folder(tmp_path, monkeypatch, re
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
-def test_readers_find_a_best_that_is_being_replaced_and_move_nothing(phases):
+def test_a_best_folder_that_is_being_replaced_can_be_read(phases):
     for name in ("phase1", "phase2"):
         (phases / name / "best").rename(phases / name / ".best.old")
     model, contract = load_for_generation(phases / "phase2/best")

@@ -9,7 +9,7 @@ from c2r.models.control_adapter import ControlAdapter
 
 
 @pytest.mark.parametrize("num_frames", [1, 5, 9, 81])
-def test_any_4k_plus_1_frames(num_frames):
+def test_frames_of_4k_plus_1_become_k_plus_1_latent_frames(num_frames):
     adapter = ControlAdapter(feature_dim=6, dim=8)
     latent_frames = (num_frames - 1) // 4 + 1
     tokens = adapter(torch.randn(2, num_frames, 2, 3, 6), (latent_frames, 2, 3))
@@ -23,7 +23,7 @@ def test_other_frame_counts_are_refused(num_frames, latent_frames):
         adapter(torch.randn(1, num_frames, 2, 3, 6), (latent_frames, 2, 3))
 
 
-def test_starts_as_the_mean_of_nine_frames_around_every_fourth():
+def test_initially_a_latent_frame_is_the_mean_of_nine_frames():
     adapter = ControlAdapter(feature_dim=3, dim=8)
     features = torch.randn(1, 17, 2, 2, 3)
     downsampled = adapter.temporal_downsample(features)
@@ -32,7 +32,7 @@ def test_starts_as_the_mean_of_nine_frames_around_every_fourth():
     torch.testing.assert_close(downsampled[:, 0], features[:, :5].sum(1) / 9)  # zeros beyond the ends
 
 
-def test_channels_and_places_stay_apart_until_the_projection():
+def test_downsampling_mixes_neither_channels_nor_places():
     adapter = ControlAdapter(feature_dim=3, dim=8)
     features = torch.zeros(1, 5, 2, 2, 3)
     features[:, :, 1, 0, 2] = 1
@@ -41,7 +41,7 @@ def test_channels_and_places_stay_apart_until_the_projection():
 
 
 def test_tokens_are_in_the_backbones_order():
-    """Frame by frame, row by row: the order of patch_embedding(...).flatten(2)."""
+    """Frame by frame, row by row."""
     adapter = ControlAdapter(feature_dim=4, dim=8)
     features = torch.randn(1, 9, 2, 3, 4)
     tokens = adapter(features, (3, 2, 3)).unflatten(1, (3, 2, 3))
@@ -53,9 +53,9 @@ def test_tokens_are_in_the_backbones_order():
     assert difference.max() == 0
 
 
-def test_another_grid_is_resampled_and_reported_once(caplog):
+def test_features_on_another_grid_are_resampled_with_one_warning(caplog):
     adapter = ControlAdapter(feature_dim=4, dim=8)
-    # linear in the rows' positions, so bilinear resampling keeps the mean of every place
+    # Linear in the rows' positions, so bilinear resampling gives the mean of neighbouring rows.
     rows = torch.arange(4.0).view(1, 1, 4, 1, 1).expand(2, 5, 4, 6, 4)
     with caplog.at_level(logging.INFO, logger="c2r.models.control_adapter"):
         halved = adapter._resample(rows, (2, 3))
@@ -64,7 +64,7 @@ def test_another_grid_is_resampled_and_reported_once(caplog):
     assert halved[..., 0].unique().tolist() == [0.5, 2.5]
     assert tokens.shape == (2, 12, 8)
     assert [record.getMessage() for record in caplog.records] == [
-        "Control features on a 4x6 grid are resampled to the 2x3 token grid"
+        "control features on a 4x6 grid are resampled to the 2x3 token grid"
     ]
 
 
@@ -75,7 +75,7 @@ def test_the_same_grid_is_not_resampled(caplog):
     assert not caplog.records
 
 
-def test_zero_features_are_finite_in_value_and_gradient():
+def test_zero_features_give_finite_tokens_and_gradients():
     adapter = ControlAdapter(feature_dim=4, dim=8)
     tokens = adapter(torch.zeros(1, 5, 2, 3, 4), (2, 2, 3))
     tokens.square().sum().backward()
@@ -85,13 +85,13 @@ def test_zero_features_are_finite_in_value_and_gradient():
 
 @pytest.mark.parametrize("feature_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-def test_features_of_another_dtype_are_taken(feature_dtype, weight_dtype):
+def test_features_may_have_another_dtype_than_the_weights(feature_dtype, weight_dtype):
     adapter = ControlAdapter(feature_dim=4, dim=8).to(weight_dtype)
     assert adapter(torch.randn(1, 5, 2, 3, 4).to(feature_dtype), (2, 2, 3)).dtype == weight_dtype
 
 
 def test_the_gradient_under_bf16_autocast_is_that_of_fp32():
-    """oneDNN gave about one gradient in three a number of 1e30 in one place."""
+    """oneDNN's own gradient has values of 1e30 in about one of three runs."""
     torch.manual_seed(0)
     downsample = ControlAdapter(feature_dim=32, dim=8).temporal_downsample
     for _ in range(20):

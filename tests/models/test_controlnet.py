@@ -25,7 +25,7 @@ WAN = {
     ("control_layers", "control_stride", "expected"),
     [(15, 1, list(range(15))), (8, 3, [0, 3, 6, 9, 12, 15, 18, 21]), (1, 7, [0]), (10, 3, list(range(0, 30, 3)))],
 )
-def test_injection_layers(control_layers, control_stride, expected):
+def test_injection_layers_follow_stride_and_number(control_layers, control_stride, expected):
     assert injection_layers(control_layers, control_stride, 30) == expected
 
 
@@ -43,7 +43,7 @@ def test_injection_layers_are_ascending_and_fit_or_are_refused(control_layers, c
 
 
 @pytest.mark.parametrize(("control_layers", "control_stride"), [(0, 1), (1, 0), (-1, 1)])
-def test_less_than_one_is_refused(control_layers, control_stride):
+def test_a_number_or_stride_of_blocks_below_one_is_refused(control_layers, control_stride):
     with pytest.raises(InputError, match="at least 1"):
         injection_layers(control_layers, control_stride, 30)
 
@@ -57,15 +57,15 @@ def test_from_transformer_clones_the_first_blocks_in_fp32(dtype):
         assert clone.keys() == original.keys()
         assert all(torch.equal(clone[name], original[name].float()) for name in clone)
     assert all(p.dtype == torch.float32 and p.requires_grad for p in controlnet.parameters())
-    # nothing is left of the memory that the clones were built in
+    # No value is left uninitialised.
     assert all(p.isfinite().all() for p in controlnet.parameters())
-    # and they are copies
+    # The clones share no memory with the backbone.
     before = controlnet.control_blocks[0].block.ffn.net[2].weight.clone()
     torch.nn.init.zeros_(transformer.blocks[0].ffn.net[2].weight)
     assert torch.equal(controlnet.control_blocks[0].block.ffn.net[2].weight, before)
 
 
-def test_a_fresh_projector_gives_zero_and_its_first_layer_does_not():
+def test_a_fresh_projector_gives_zero_from_a_nonzero_first_layer():
     controlnet = C2RControlNet.from_transformer(tiny_transformer(), 2, 1, FEATURE_DIM)
     for block in controlnet.control_blocks:
         states = torch.randn(2, 3, 24)
@@ -73,7 +73,7 @@ def test_a_fresh_projector_gives_zero_and_its_first_layer_does_not():
         assert block.projector[0](states).count_nonzero() == states.numel()
 
 
-def test_the_seed_decides_the_fresh_weights():
+def test_the_seed_determines_the_fresh_weights():
     def fresh(seed):
         torch.manual_seed(seed)
         return C2RControlNet.from_transformer(tiny_transformer_once, 1, 1, FEATURE_DIM).state_dict()
@@ -84,7 +84,7 @@ def test_the_seed_decides_the_fresh_weights():
     assert not torch.equal(first["control_adapter.proj.weight"], other["control_adapter.proj.weight"])
 
 
-def test_a_saved_folder_loads_without_the_command_that_made_it(tmp_path):
+def test_a_saved_folder_loads_with_no_more_than_its_config(tmp_path):
     transformer = tiny_transformer(num_layers=6)
     controlnet = C2RControlNet.from_transformer(transformer, 2, 4, FEATURE_DIM, temporal_stride=2)
     controlnet.save_pretrained(tmp_path)
@@ -95,7 +95,7 @@ def test_a_saved_folder_loads_without_the_command_that_made_it(tmp_path):
     C2RTransformer(transformer, loaded)
 
 
-def test_bf16_loading_keeps_in_fp32_what_the_backbone_keeps(tmp_path):
+def test_bf16_loading_keeps_norms_and_modulation_in_fp32(tmp_path):
     controlnet = C2RControlNet.from_transformer(tiny_transformer(), 1, 1, FEATURE_DIM)
     controlnet.save_pretrained(tmp_path)
     loaded = C2RControlNet.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
@@ -109,14 +109,14 @@ def test_bf16_loading_keeps_in_fp32_what_the_backbone_keeps(tmp_path):
 
 
 @pytest.mark.parametrize("layers", [[1, 0], [0, 0], [4], [-1]])
-def test_a_config_edited_by_hand_is_checked(layers):
+def test_a_config_with_bad_injection_layers_is_refused(layers):
     config = dict(C2RControlNet.from_transformer(tiny_transformer(), 2, 1, FEATURE_DIM).config)
     with pytest.raises(ValueError, match="injection_layers"):
         C2RControlNet.from_config(config | {"injection_layers": layers})
 
 
 def parameter_table(size, **controlnet_options):
-    """{part: (trainable, frozen) parameters} of phase 2 with DINOv3 ViT-B, built without memory."""
+    """Return {part: (trainable, frozen) parameters} of phase 2 with DINOv3 ViT-B, built on the meta device."""
     with torch.device("meta"):
         transformer = WanTransformer3DModel(**WAN[size])
         dinov3 = DINOv3ViTModel(
@@ -173,7 +173,7 @@ def parameter_table(size, **controlnet_options):
         ),
     ],
 )
-def test_parameter_counts(size, expected):
+def test_parameter_counts_are_those_of_the_readme(size, expected):
     table = parameter_table(size)
     for part, (trainable, frozen) in table.items():
         print(f"{size:5} {part:16} {trainable:>14,} trainable {frozen:>15,} frozen")
@@ -184,5 +184,5 @@ def test_parameter_counts(size, expected):
     assert table["projectors"][0] == 15 * 2 * (dim * dim + dim)
 
 
-def test_dilated_placement_of_14b_fits():
+def test_six_blocks_with_stride_four_fit_14b():
     assert parameter_table("14B", control_layers=6, control_stride=4)["control blocks"] == (6 * 351_394_304, 0)

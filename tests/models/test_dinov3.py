@@ -1,4 +1,4 @@
-"""DINOv3FeatureExtractor against the model itself: patches only, normalised, frozen for ever."""
+"""DINOv3FeatureExtractor against the model itself: normalised input, patch tokens only, always frozen."""
 
 import json
 
@@ -35,7 +35,7 @@ def test_features_are_the_models_patch_tokens_of_normalised_frames():
 
 def test_rows_of_the_grid_are_rows_of_the_picture():
     model = tiny_dinov3()
-    model.model.layer = torch.nn.ModuleList()  # no attention: each patch is its own
+    model.model.layer = torch.nn.ModuleList()  # without attention no patch depends on others
     extractor = DINOv3FeatureExtractor(model, MEAN, STD)
     control_frames = frames(1, 1)
     before = extractor(control_frames)
@@ -44,7 +44,7 @@ def test_rows_of_the_grid_are_rows_of_the_picture():
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 100])
-def test_chunks_bound_the_memory_not_the_result(chunk_size):
+def test_the_chunk_size_does_not_change_the_features(chunk_size):
     model, batches = tiny_dinov3(), []
     model.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
     features = DINOv3FeatureExtractor(model, MEAN, STD, chunk_size)(frames())
@@ -55,7 +55,7 @@ def test_chunks_bound_the_memory_not_the_result(chunk_size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_dtype_no_graph_and_nothing_of_the_autocast_around(dtype):
+def test_features_have_the_weights_dtype_and_no_graph_under_autocast(dtype):
     extractor = DINOv3FeatureExtractor(tiny_dinov3(), MEAN, STD).to(dtype)
     features = extractor(frames())
     with torch.autocast("cpu", torch.bfloat16):
@@ -88,7 +88,7 @@ def test_wrong_frames_are_named(control_frames, message):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_from_pretrained(folder, dtype):
+def test_from_pretrained_reads_weights_and_normalisation(folder, dtype):
     extractor = DINOv3FeatureExtractor.from_pretrained(folder, torch_dtype=dtype)
     assert extractor.dtype == (dtype or torch.float32)
     assert (extractor.feature_dim, extractor.patch_size) == (FEATURE_DIM, 16)
@@ -99,7 +99,7 @@ def test_from_pretrained(folder, dtype):
     assert torch.equal(extractor(frames()), DINOv3FeatureExtractor(expected, MEAN, STD)(frames()))
 
 
-def test_an_unfit_folder_is_one_clear_line(folder, tmp_path):
+def test_a_folder_that_does_not_fit_is_refused_in_one_line(folder, tmp_path):
     def refused(name, **changes):
         copy = tmp_path / name
         save_tiny_dinov3(copy)

@@ -1,4 +1,4 @@
-"""C2RTransformer: the backbone's output bit for bit, residuals in their places, gradients where they belong."""
+"""C2RTransformer: bit-identical backbone output, residuals after the right blocks, gradients of the control only."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_fresh_control_keeps_the_backbones_output_bit_for_bit(dtype, checkpointi
     assert torch.equal(without_control, expected)
 
 
-def test_no_features_means_no_control_even_when_it_is_trained():
+def test_without_features_a_trained_control_has_no_effect():
     model = tiny_c2r_transformer(trained=True)
     noisy_latents, timesteps, prompt_embeds, control_features = tiny_inputs()
     expected = backbone_output(model, noisy_latents, timesteps, prompt_embeds)
@@ -67,8 +67,8 @@ def test_fp32_control_and_bf16_backbone_run_together_under_autocast(tmp_path, ch
 
 
 @pytest.mark.parametrize(("control_layers", "control_stride"), [(4, 1), (2, 1), (2, 3), (1, 1)])
-def test_residuals_land_after_their_blocks(control_layers, control_stride):
-    """Against the backbone's own forward with hooks, and the control branch run beforehand instead of interleaved."""
+def test_residuals_are_added_after_their_blocks(control_layers, control_stride):
+    """Compare with hooks on the backbone's own forward, and with a control branch that runs before the backbone."""
     model = tiny_c2r_transformer(control_layers, control_stride, trained=True)
     noisy_latents, timesteps, prompt_embeds, control_features = tiny_inputs()
     scale = 0.6
@@ -95,7 +95,7 @@ def test_residuals_land_after_their_blocks(control_layers, control_stride):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sample_with_scale_zero_is_the_backbones(dtype):
+def test_a_sample_with_scale_zero_gets_the_backbones_output(dtype):
     model = tiny_c2r_transformer(trained=True).to(dtype)
     noisy_latents, timesteps, prompt_embeds, control_features = tiny_inputs(batch_size=3, dtype=dtype)
     scales = torch.tensor([1.0, 0.0, 0.7])
@@ -123,8 +123,8 @@ def test_any_video_size_batch_and_prompt_length(latent_frames, height, width, ba
     torch.testing.assert_close(velocity_pred[-1:], last, atol=1e-5, rtol=1e-4)
 
 
-def test_a_blank_control_goes_through_the_branch():
-    """Control dropout replaces features by zeros: finite, with gradients, and not the same as no control."""
+def test_a_blank_control_runs_through_the_branch():
+    """Zero features, as of control dropout, give finite outputs and gradients, other than those without control."""
     model = tiny_c2r_transformer(trained=True)
     noisy_latents, timesteps, prompt_embeds, control_features = tiny_inputs()
     velocity_pred = model(noisy_latents, timesteps, prompt_embeds, torch.zeros_like(control_features)).sample
@@ -134,7 +134,7 @@ def test_a_blank_control_goes_through_the_branch():
     assert not torch.equal(velocity_pred, model(noisy_latents, timesteps, prompt_embeds).sample)
 
 
-def test_first_steps_of_phase_2_train_every_control_parameter_and_nothing_else():
+def test_first_steps_train_every_control_parameter_and_no_other():
     model = tiny_c2r_transformer(control_layers=3)
     model.enable_gradient_checkpointing()
     model.train()
@@ -144,7 +144,7 @@ def test_first_steps_of_phase_2_train_every_control_parameter_and_nothing_else()
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-3)
 
     def step():
-        """Names of the parameters that got a gradient other than zero."""
+        """Take a step and return the names of the parameters with a gradient other than zero."""
         optimizer.zero_grad()
         (model(*inputs).sample - target).square().mean().backward()
         optimizer.step()
@@ -155,8 +155,8 @@ def test_first_steps_of_phase_2_train_every_control_parameter_and_nothing_else()
     # r = W2·gelu(W1·c) + b2 with W2 = 0: dL/dW2 and dL/db2 are not zero, but dL/dc = W1'·gelu'·W2'·dL/dr is, and so is
     # everything behind it (W1, the cloned block, the adapter) until the first update has moved W2.
     assert step() == last
-    # From then on every control parameter learns: no bias of a cloned block is without effect, not even the keys'
-    # (softmax would cancel it, but an RMS norm stands between).
+    # From then on every control parameter learns, even the bias of the keys: softmax would cancel it, but an RMS norm
+    # stands between.
     assert step() == control
 
     after = model.state_dict()
@@ -187,7 +187,7 @@ def test_checkpointing_changes_no_gradient(control_stride):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_no_graph_before_the_first_residual_and_recomputation_only_behind_it(monkeypatch, checkpointing):
+def test_no_graph_before_the_first_residual_and_recomputation_only_after_it(monkeypatch, checkpointing):
     model = tiny_c2r_transformer(control_layers=2, control_stride=2, trained=True)  # residuals after blocks 0 and 2
     if checkpointing:
         model.enable_gradient_checkpointing()
@@ -201,7 +201,7 @@ def test_no_graph_before_the_first_residual_and_recomputation_only_behind_it(mon
     monkeypatch.setattr(transformer_module, "checkpoint", counted)
     for name, module in model.named_modules():
         if (name.startswith("transformer.blocks.") and name.count(".") == 2) or isinstance(module, C2RControlBlock):
-            # before, not after: a recomputation stops as soon as it has what the backward pass needs
+            # Counted in a pre-hook, because a recomputation stops as soon as the backward pass has its inputs.
             def count(module, args, name=name):
                 runs[name] = runs.get(name, 0) + 1
 
@@ -234,7 +234,7 @@ def test_without_autograd_nothing_is_checkpointed():
 
 
 def test_gradients_agree_with_finite_differences():
-    """The whole path in float64: loss along a random direction of the control parameters."""
+    """In float64, along a random direction of the control parameters."""
     model = tiny_c2r_transformer(control_layers=1, trained=True, num_layers=2)
     model.double()
     inputs = tiny_inputs(1, 1, 16, 16, 2, dtype=torch.float64)
@@ -274,7 +274,7 @@ def test_wrong_shapes_are_named():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_blocks_trace_into_one_graph_each(checkpointing):
-    """Dynamo and AOTAutograd without a backend's kernels: a graph break fails here."""
+    """Compile by Dynamo and AOTAutograd without kernels; fullgraph raises at a graph break."""
     inputs = tiny_inputs()
     results = []
     for compiled in (False, True):
@@ -291,7 +291,7 @@ def test_compiled_blocks_trace_into_one_graph_each(checkpointing):
 
 
 @pytest.mark.slow
-def test_compiled_by_inductor():
+def test_blocks_compile_with_inductor():
     inputs = tiny_inputs()
     model = tiny_c2r_transformer(trained=True, num_layers=2)
     expected = model(*inputs).sample
@@ -304,7 +304,7 @@ def test_compiled_by_inductor():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("backbone_dtype", [torch.float32, torch.bfloat16])
-def test_sharded_by_fsdp2(tmp_path, backbone_dtype, checkpointing):
+def test_fsdp2_shards_the_model(tmp_path, backbone_dtype, checkpointing):
     """One rank shards as many do: a parameter read outside a hooked forward would be a DTensor and raise."""
     inputs = tiny_inputs()
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=backbone_dtype == torch.bfloat16)
