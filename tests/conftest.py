@@ -6,11 +6,13 @@ import signal
 import pytest
 import torch
 
+from c2r.cli import log_to_stdout
 from tests.helpers.commands import SIZE, phase1, phase2, succeed
 from tests.helpers.datasets import noise_video, write_dataset
 from tests.helpers.tiny import save_tiny_dinov3, save_tiny_pipeline
 from tests.helpers.videos import encode_video
 
+log_to_stdout()
 torch.set_num_threads(1)  # as the commands have: more of them would spin on the cores that the tests share
 
 

@@ -15,7 +15,7 @@ from c2r.models.assembly import load_transformer
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.transformer import C2RTransformer
 from c2r.training.engine import build_accelerator, local_shard, prepare, reads_weights, stepped_parameters
-from c2r.training.optimizer import build_optimizer
+from c2r.training.optimizer import OptimizerSettings, build_optimizer
 from tests.helpers.options import options
 
 
@@ -34,7 +34,7 @@ def main():
     empty = not reads_weights(accelerator)
     backbone = load_transformer(backbone_folder, torch_dtype=torch.float32, empty=empty)
     controlnet = C2RControlNet.from_transformer(backbone, 1, 1, feature_dim=8, empty=empty)
-    optimizer = build_optimizer(controlnet, args, accelerator.device)
+    optimizer = build_optimizer(controlnet, OptimizerSettings.of(args), accelerator.device)
     model = C2RTransformer(backbone, controlnet)
     model, optimizer = prepare(accelerator, model, optimizer)
     gc.collect()

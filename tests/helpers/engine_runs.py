@@ -10,17 +10,19 @@ import shutil
 import sys
 from pathlib import Path
 
-from c2r.cli import run
-from c2r.options import parse_options
-from c2r.training.dry_run import RunRecord
+from c2r import cli
+from c2r.options import PHASE1, PHASE2
 from c2r.training.engine import build_accelerator
+from c2r.training.setup import start_run
+
+COMMANDS = {"train_phase1": PHASE1, "train_phase2": PHASE2}
 
 
 def main():
     accelerator = None
     for number, (copied, script, *options) in enumerate(map(json.loads, sys.argv[1:])):
         module = importlib.import_module(script)
-        args = parse_options(module.build_parser(), options)
+        args = cli.parse(COMMANDS[script], options)
         accelerator = accelerator or build_accelerator(args)
         accelerator.project_configuration.logging_dir = f"{args.output_dir}/logs"
         Path(args.output_dir).mkdir(exist_ok=True)
@@ -28,7 +30,7 @@ def main():
             shutil.copytree(copied[0], Path(copied[1]) / Path(copied[0]).name)
         accelerator.wait_for_everyone()
         accelerator.print(f"== run {number}", flush=True)
-        module.train(args, accelerator, RunRecord())
+        module.train(start_run(args, accelerator))
         for tracker in accelerator.trackers:
             tracker.finish()
         accelerator.trackers = []
@@ -37,4 +39,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

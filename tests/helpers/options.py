@@ -1,19 +1,19 @@
 """Options as a training script gets them."""
 
-import argparse
+from argparse import Namespace
 
-from c2r.options import add_common_options, parse_options
+from c2r import cli
+from c2r.options import PHASE1
 
 REQUIRED = ["--real_dataset", "data", "--output_dir", "out"]
 
 
-def options(argv=(), **defaults):
-    parser = argparse.ArgumentParser()
-    phase = {
+def options(argv=()) -> Namespace:
+    """Return phase 1's options of a small run; `argv` overrides them."""
+    small = {
         "train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "max_train_steps": 10,
         "learning_rate": 1e-3,
     }
-    add_common_options(parser, **phase | defaults)
-    return parse_options(parser, [*REQUIRED, *argv])
+    return cli.parse(PHASE1, [*REQUIRED, *(f"--{name}={value}" for name, value in small.items()), *argv])

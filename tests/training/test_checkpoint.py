@@ -9,13 +9,12 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-from c2r import InputError
-from c2r.training.checkpoint import (
+from c2r import InputError, __version__
+from c2r.training.checkpoint import _optimizer_states, checkpoint_bytes
+from c2r.training.resume import (
     STATE,
-    _states,
-    checkpoint_bytes,
-    damage,
     find_checkpoint,
+    find_damage,
     list_checkpoints,
     lock_output_dir,
     require_resumable,
@@ -45,8 +44,8 @@ def test_a_resumed_run_writes_the_same_checkpoint_byte_by_byte(extra, adversaria
     whole = build_run(tmp_path / "whole", *extra, adversarial_weight=adversarial_weight)
     for _ in range(2):
         train_one_step(whole)
-    whole.loop.best = {"loss": 0.25}
-    whole.loop.add_validation({"loss": 0.5})
+    whole.run.progress.best = {"loss": 0.25}
+    whole.run.progress.add_validation({"loss": 0.5})
     save(whole)
     for _ in range(2):
         train_one_step(whole)
@@ -54,10 +53,10 @@ def test_a_resumed_run_writes_the_same_checkpoint_byte_by_byte(extra, adversaria
 
     checkpoint = tmp_path / "whole/checkpoint-2"
     resumed = build_run(tmp_path / "resumed", *extra, checkpoint=checkpoint, adversarial_weight=adversarial_weight)
-    load(resumed, checkpoint)
-    assert resumed.loop.global_step == 2
-    assert resumed.loop.best == {"loss": 0.25}
-    assert resumed.loop.history == [{"step": 2, "loss": 0.5}]
+    load(resumed)
+    assert resumed.run.progress.global_step == 2
+    assert resumed.run.progress.best == {"loss": 0.25}
+    assert resumed.run.progress.history == [{"step": 2, "loss": 0.5}]
     for _ in range(2):
         train_one_step(resumed)
     save(resumed)
@@ -71,7 +70,10 @@ def test_a_checkpoint_holds_no_frozen_weights_and_has_the_computed_size(tmp_path
     train_one_step(run)
     save(run)
     folder = tmp_path / "checkpoint-1"
-    assert load_file(folder / "model/diffusion_pytorch_model.safetensors").keys() == run.controlnet.state_dict().keys()
+    assert (
+        load_file(folder / "model/diffusion_pytorch_model.safetensors").keys()
+        == run.state.trainable.state_dict().keys()
+    )
     assert sorted(path.name for path in folder.iterdir()) == [
         "ema-00000-of-00001.safetensors",
         "model",
@@ -80,8 +82,8 @@ def test_a_checkpoint_holds_no_frozen_weights_and_has_the_computed_size(tmp_path
     ]
     tensors = [load_file(path) for path in folder.rglob("*.safetensors")]
     stored = sum(t.numel() * t.element_size() for tensors in tensors for t in tensors.values() if t.ndim)
-    trainable = sum(parameter.numel() for parameter in run.controlnet.parameters())
-    assert stored == checkpoint_bytes(trainable, run.args)
+    trainable = sum(parameter.numel() for parameter in run.state.trainable.parameters())
+    assert stored == checkpoint_bytes(trainable, run.run.args)
 
 
 def test_states_of_8_bit_adamw_that_share_their_tables_are_saved(tmp_path):
@@ -90,7 +92,7 @@ def test_states_of_8_bit_adamw_that_share_their_tables_are_saved(tmp_path):
     optimizer = optim.AdamW8bit(module.parameters())
     module(torch.ones(1, 64)).sum().backward()
     optimizer.step()
-    _, tensors, _ = next(_states(SimpleNamespace(optimizer=optimizer), None))
+    _, tensors, _ = next(_optimizer_states(SimpleNamespace(optimizer=optimizer), None))
     save_file(tensors, tmp_path / "optimizer.safetensors")
     assert torch.uint8 in {tensor.dtype for tensor in load_file(tmp_path / "optimizer.safetensors").values()}
 
@@ -100,8 +102,7 @@ def test_old_checkpoints_are_pruned_after_the_new_one(tmp_path):
     (tmp_path / ".checkpoint-9.tmp").mkdir()  # left by killed runs
     (tmp_path / ".checkpoint-1.removed").mkdir()
     for step in (2, 9, 10):
-        run.loop.global_step = step
-        save(run)
+        save(run, step)
     assert [step for step, _ in list_checkpoints(tmp_path)] == [9, 10]
     assert not list(tmp_path.glob(".checkpoint*"))
 
@@ -109,15 +110,13 @@ def test_old_checkpoints_are_pruned_after_the_new_one(tmp_path):
 def test_the_checkpoint_just_written_stays_though_later_ones_are_damaged(tmp_path):
     run = build_run(tmp_path, "--checkpoints_total_limit=1")
     for step in (10, 20):
-        run.loop.global_step = step
-        save(run)
+        save(run, step)
     _truncate(tmp_path / "checkpoint-20")
     (tmp_path / ".checkpoint-20.old").mkdir()  # a run was killed while it replaced it
     for step, left in ((11, [11, 20]), (20, [20]), (21, [21])):
-        run.loop.global_step = step
-        save(run)
+        save(run, step)
         assert [number for number, _ in list_checkpoints(tmp_path)] == left
-        assert damage(tmp_path / f"checkpoint-{step}") is None
+        assert find_damage(tmp_path / f"checkpoint-{step}") is None
     assert not list(tmp_path.glob(".checkpoint*"))
 
 
@@ -125,8 +124,7 @@ def test_the_checkpoint_just_written_stays_though_later_ones_are_damaged(tmp_pat
 def two_checkpoints(tmp_path):
     run = build_run(tmp_path)
     for step in (5, 20):
-        run.loop.global_step = step
-        save(run)
+        save(run, step)
     return tmp_path
 
 
@@ -161,11 +159,11 @@ def _truncate(path):
         (lambda path: (path / "model/config.json").unlink(), "config.json is missing"),
         (lambda path: (path / STATE).unlink(), "no such file"),
         (lambda path: (path / STATE).write_text("{"), "not valid JSON"),
-        (lambda path: (path / STATE).write_text("{}"), "another version"),
+        (lambda path: (path / STATE).write_text("{}"), "lists no files"),
     ],
 )
 def test_latest_passes_over_a_damaged_checkpoint_and_says_so(harm, reason, two_checkpoints):
-    assert damage(two_checkpoints / "checkpoint-20") is None
+    assert find_damage(two_checkpoints / "checkpoint-20") is None
     harm(two_checkpoints / "checkpoint-20")
     path, skipped = find_checkpoint(two_checkpoints, "latest")
     assert path == two_checkpoints / "checkpoint-5"
@@ -208,8 +206,8 @@ def test_a_second_run_may_not_write_into_the_same_folder(tmp_path):
 
 def resumable(run, checkpoint, inputs=None, config=None, **changed):
     config = {"injection_layers": [0, 1]} if config is None else config
-    args = Namespace(**vars(run.args) | changed)
-    require_resumable(checkpoint, run.accelerator, args, config, {"backbone": "a"} if inputs is None else inputs)
+    args = Namespace(**vars(run.run.args) | changed)
+    require_resumable(checkpoint, run.run.accelerator, args, config, {"backbone": "a"} if inputs is None else inputs)
 
 
 @pytest.mark.parametrize(
@@ -233,8 +231,7 @@ def test_another_run_than_the_checkpoints_is_refused(changed, part, two_checkpoi
 
 def test_an_average_is_not_dropped_silently(tmp_path):
     run = build_run(tmp_path, "--ema_decay=0.9")
-    run.loop.global_step = 1
-    save(run)
+    save(run, 1)
     resumable(run, tmp_path / "checkpoint-1")
     with pytest.raises(InputError, match="holds an average, which would be lost"):
         resumable(run, tmp_path / "checkpoint-1", ema_decay=None)
@@ -242,8 +239,7 @@ def test_an_average_is_not_dropped_silently(tmp_path):
 
 def test_a_domain_classifier_is_not_dropped_silently(tmp_path):
     run = build_run(tmp_path, adversarial_weight=0.1)
-    run.loop.global_step = 1
-    save(run)
+    save(run, 1)
     resumable(run, tmp_path / "checkpoint-1", adversarial_weight=0.3)
     with pytest.raises(InputError, match="has a domain classifier") as error:
         resumable(run, tmp_path / "checkpoint-1", adversarial_weight=0)
@@ -252,9 +248,10 @@ def test_a_domain_classifier_is_not_dropped_silently(tmp_path):
 
 def test_a_checkpoint_of_another_version_is_refused_before_a_model_is_loaded(two_checkpoints):
     state = json.loads((two_checkpoints / "checkpoint-20" / STATE).read_text())
-    del state["loop"]["log_losses"]
+    del state["progress"]["log_losses"]
+    state["version"] = "0.0.1"
     (two_checkpoints / "checkpoint-20" / STATE).write_text(json.dumps(state))
-    with pytest.raises(InputError, match="written by another version"):
+    with pytest.raises(InputError, match=rf"written by version 0.0.1, this is {__version__}"):
         resumable(build_run(two_checkpoints), two_checkpoints / "checkpoint-20")
 
 
@@ -262,29 +259,25 @@ def test_another_split_of_the_optimizer_is_refused(two_checkpoints):
     state = json.loads((two_checkpoints / "checkpoint-20" / STATE).read_text())
     state |= {"sharding": "zero3", "num_processes": 8}
     (two_checkpoints / "checkpoint-20" / STATE).write_text(json.dumps(state))
-    with pytest.raises(InputError, match="split for zero3 on 8 processes, this run has one process or DDP"):
+    with pytest.raises(InputError, match="split for zero3 on 8 processes, but this run has one process or DDP"):
         resumable(build_run(two_checkpoints), two_checkpoints / "checkpoint-20")
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     run = build_run(tmp_path)
-    run.loop.global_step = 1
-    save(run)
+    save(run, 1)
     with torch.no_grad():
-        next(run.controlnet.parameters()).view(-1)[0] = torch.nan
-    run.loop.global_step = 2
+        next(run.state.trainable.parameters()).view(-1)[0] = torch.nan
     with pytest.raises(InputError, match="not finite"):
-        save(run)
+        save(run, 2)
     assert [step for step, _ in list_checkpoints(tmp_path)] == [1]
 
 
 def test_a_save_without_room_says_so_and_leaves_the_last_one(tmp_path, monkeypatch):
     run = build_run(tmp_path)
-    run.loop.global_step = 1
-    save(run)
+    save(run, 1)
     monkeypatch.setattr("c2r.training.checkpoint.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    run.loop.global_step = 2
     with pytest.raises(InputError, match="GB free"):
-        save(run)
+        save(run, 2)
     assert find_checkpoint(tmp_path, "latest") == (tmp_path / "checkpoint-1", [])
     assert not list(tmp_path.glob(".checkpoint*"))

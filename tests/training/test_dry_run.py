@@ -1,12 +1,13 @@
 import re
-from types import SimpleNamespace
 
 from c2r.data.buckets import Bucket
-from c2r.training.dry_run import RunRecord, few, projection
+from c2r.training.dry_run import limit_to_dry_run, projection
+from c2r.training.timings import Timings
 from tests.helpers.clips import BUCKET, clip, clips_of
 from tests.helpers.commands import ENGINES, phase1, phase2, succeed
 from tests.helpers.forks import fork
 from tests.helpers.options import options
+from tests.helpers.runs import run_of
 
 
 def files(folder):
@@ -45,21 +46,19 @@ def test_a_dry_run_that_fails_leaves_nothing_and_an_earlier_run_alone(first, tin
 
 
 def test_it_trains_on_no_more_clips_than_its_steps_take():
-    accelerator = SimpleNamespace(num_processes=2)
     tall = Bucket(9, 48, 32)
     clips = clips_of(*(clip(str(i), bucket=tall if i % 2 else BUCKET) for i in range(1000)))
-    args = options()  # batch 2 x accumulation 2
-    assert few(clips, args, accelerator) is clips
-    chosen = few(clips, options(["--dry_run"]), accelerator)
+    assert limit_to_dry_run(clips, run_of(options())) is clips  # batch 2 x accumulation 2
+    chosen = limit_to_dry_run(clips, run_of(options(["--dry_run"])))
     # The largest bucket is what a run may fail on.
-    assert [(c.name, c.bucket) for c in chosen] == [(str(2 * i + 1), tall) for i in range(3 * 2 * 2 * 2)]
+    assert [(c.name, c.bucket) for c in chosen] == [(str(2 * i + 1), tall) for i in range(3 * 2 * 2)]
 
 
 def test_projection():
     args = options(["--max_train_steps=1000", "--checkpointing_steps=300", "--validation_steps=250"])
-    first = RunRecord(to_encode={"latents": 600}, seconds_per_clip={"latents": 12.0})
-    last = RunRecord(seconds={"validation": 10.0, "checkpoint": 5.0}, samples_per_second=2.0, trainable=10**9)
-    lines = "\n".join(projection(args, first, last, samples=8))
+    first = Timings(to_encode={"latents": 600}, seconds_per_clip={"latents": 12.0})
+    last = Timings(last={"validation": 10.0, "checkpoint": 5.0}, samples_per_second=2.0)
+    lines = "\n".join(projection(args, first, last, samples=8, num_trainable=10**9))
     assert "4.00 s a step, 10.00 s a validation, 5.00 s a checkpoint" in lines
     assert (
         "1,000 steps 66.7 min, 5 validations 50.0 s, 4 checkpoints 20.0 s, encoding the latents of 600 clips 2.0 h"

@@ -7,16 +7,16 @@ from accelerate import Accelerator
 
 from c2r import InputError
 from c2r.training.guard import MIN_STEPS, StepGuard, spike_bound
-from c2r.training.run import LoopState
+from c2r.training.progress import Progress
 
 
 @pytest.fixture
 def guard():
-    return StepGuard(Accelerator(cpu=True), LoopState(inputs={}), max_skipped_steps=2)
+    return StepGuard(Accelerator(cpu=True), Progress(), max_skipped_steps=2)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_its_clips_named(guard, capsys):
-    guard.loop.global_step = 7
+    guard.progress.global_step = 7
     guard.add(torch.tensor([0.5, float("nan")]), ["a.mp4:0", "b.mp4:3"])
     assert not guard.may_step(math.nan)
     out = capsys.readouterr().out
@@ -42,18 +42,18 @@ def test_so_many_in_a_row_end_the_run(guard):
 def test_a_good_step_between_starts_the_count_again(guard):
     for grad_norm in (math.nan, math.nan, 1.0, math.nan, math.nan):
         assert guard.may_step(grad_norm) == math.isfinite(grad_norm)
-    assert guard.loop.skipped_in_a_row == 2
+    assert guard.progress.skipped_in_a_row == 2
 
 
 def test_a_spike_is_named_and_does_not_move_the_bound(guard, capsys):
     generator = torch.Generator().manual_seed(0)
     for _ in range(MIN_STEPS):
         assert not guard.finish(float(torch.rand((), generator=generator)) * 0.2 + 0.4)
-    before = spike_bound(guard.loop.log_losses)
+    before = spike_bound(guard.progress.log_losses)
     guard.add(torch.tensor([0.5, 9.5]), ["a.mp4:0", "b.mp4:3"])
     assert guard.finish(5.0)
     assert "b.mp4:3 (9.5000), a.mp4:0" in capsys.readouterr().out
-    assert spike_bound(guard.loop.log_losses) == pytest.approx(before, abs=0.1)
+    assert spike_bound(guard.progress.log_losses) == pytest.approx(before, abs=0.1)
     assert not guard.finish(0.5)
 
 
@@ -65,5 +65,5 @@ def test_the_bound_is_six_standard_deviations_of_a_normal_distribution():
 def test_there_is_no_bound_before_enough_steps_and_the_memory_is_json(guard):
     for _ in range(MIN_STEPS - 1):
         guard.finish(0.5)
-    assert spike_bound(guard.loop.log_losses) == math.inf
-    assert json.loads(json.dumps(guard.loop.log_losses)) == guard.loop.log_losses
+    assert spike_bound(guard.progress.log_losses) == math.inf
+    assert json.loads(json.dumps(guard.progress.log_losses)) == guard.progress.log_losses

@@ -6,6 +6,7 @@ import torch
 from c2r.models.adversary import DomainClassifier
 from c2r.training.optimizer import (
     CLASSIFIER_LEARNING_RATE,
+    OptimizerSettings,
     build_lr_scheduler,
     build_optimizer,
     exact_state_dict,
@@ -18,8 +19,8 @@ from tests.helpers.tiny import tiny_transformer
 CPU = torch.device("cpu")
 
 
-def args_of(*argv):
-    return options([*argv, "--lr_scheduler=constant", "--adam_weight_decay=0.01"])
+def settings_of(*argv):
+    return OptimizerSettings.of(options(argv))
 
 
 def test_splitting_loses_nothing():
@@ -40,8 +41,8 @@ def train(weight_storage, dtype=torch.float32, steps=20, lr=1e-4):
     """20 steps with gradients that bf16 can hold; returns module and optimizer."""
     module = torch.nn.Linear(64, 80, bias=False).to(dtype)
     torch.nn.init.ones_(module.weight)
-    args = args_of(f"--weight_storage={weight_storage}", f"--learning_rate={lr}")
-    optimizer = build_optimizer(module, args, CPU)
+    settings = settings_of(f"--weight_storage={weight_storage}", f"--learning_rate={lr}")
+    optimizer = build_optimizer(module, settings, CPU)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         grad = torch.rand(module.weight.shape, generator=generator).to(torch.bfloat16)
@@ -69,7 +70,7 @@ def test_low_bits_are_where_the_module_will_be():
     """The optimizer is built before Accelerate moves the module, and nothing moves the optimizer's own tensors."""
     device = torch.device("meta")
     module = torch.nn.Linear(4, 4)
-    optimizer = build_optimizer(module, args_of("--weight_storage=bf16"), device)
+    optimizer = build_optimizer(module, settings_of("--weight_storage=bf16"), device)
     assert [low.device for low in optimizer.low_bits.values()] == [device] * 2
 
 
@@ -78,7 +79,7 @@ def test_the_domain_classifier_keeps_its_own_rate_under_the_schedule_and_fp32(we
     module, classifier = torch.nn.Linear(4, 4), DomainClassifier(4, width=8)
     argv = [f"--weight_storage={weight_storage}", "--lr_warmup_steps=4", "--learning_rate=1e-5"]
     args = options(argv)
-    optimizer = build_optimizer(module, args, CPU, classifier)
+    optimizer = build_optimizer(module, OptimizerSettings.of(args), CPU, classifier)
     lr_scheduler = build_lr_scheduler(optimizer, args)
     rates = []
     for _ in range(5):
@@ -98,8 +99,8 @@ def test_adamw8bit_steps_with_8_bit_states(weight_storage):
     pytest.importorskip("bitsandbytes")
     module = torch.nn.Linear(128, 64)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    args = args_of("--optimizer=adamw8bit", f"--weight_storage={weight_storage}", "--learning_rate=1e-2")
-    optimizer = build_optimizer(module, args, CPU)
+    settings = settings_of("--optimizer=adamw8bit", f"--weight_storage={weight_storage}", "--learning_rate=1e-2")
+    optimizer = build_optimizer(module, settings, CPU)
     for _ in range(3):
         for parameter in module.parameters():
             parameter.grad = torch.ones_like(parameter)
@@ -113,7 +114,7 @@ def test_adamw8bit_steps_with_8_bit_states(weight_storage):
 
 def test_bf16_storage_trains_a_transformer_and_keeps_its_fp32_parts():
     transformer = tiny_transformer().train()
-    optimizer = build_optimizer(transformer, args_of("--weight_storage=bf16", "--learning_rate=3e-3"), CPU)
+    optimizer = build_optimizer(transformer, settings_of("--weight_storage=bf16", "--learning_rate=3e-3"), CPU)
     assert transformer.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
     assert transformer.blocks[0].scale_shift_table.dtype == torch.float32
     generator = torch.Generator().manual_seed(0)
@@ -148,7 +149,7 @@ def test_optimizer_options_reach_the_optimizer(option, read):
     for argv in ([option], []):
         module = torch.nn.Linear(1, 1)
         args = options(argv)
-        optimizer = build_optimizer(module, args, CPU)
+        optimizer = build_optimizer(module, OptimizerSettings.of(args), CPU)
         lr_scheduler = build_lr_scheduler(optimizer, args)
         for _ in range(2):
             optimizer.step()

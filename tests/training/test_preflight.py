@@ -21,20 +21,21 @@ from c2r.training.preflight import (
 )
 from c2r.units import size_text
 from tests.helpers.options import options
+from tests.helpers.runs import run_of
 from tests.helpers.tiny import FEATURE_DIM, tiny_transformer
 
 CONFIG = dict(tiny_transformer().config)
 
 
-def manifest(domain, count):
+def mixture(domain, count):
     return SimpleNamespace(domain=domain, train=[None] * count)
 
 
 def check(out, *argv, cg_ratio=0.0, trainable=1000, planned=None):
     args = options([f"--output_dir={out}", "--height=32", "--width=48", *argv])
-    args.cg_ratio, args.planned = cg_ratio, planned
-    manifests = [manifest("real", 30), manifest("cg", 5)]
-    preflight(Accelerator(cpu=True), args, manifests=manifests, config=CONFIG, trainable=trainable, frozen=500)
+    args.cg_ratio = cg_ratio
+    run = run_of(args, planned=planned or args)
+    preflight(run, [mixture("real", 30), mixture("cg", 5)], config=CONFIG, trainable=trainable, frozen=500)
 
 
 @pytest.mark.parametrize("warmup", [20, 100])
@@ -99,12 +100,13 @@ def test_a_model_is_held_against_the_device(gib, message, tmp_path, monkeypatch,
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr(type(accelerator), "device", torch.device("cuda"))
     args = options([f"--output_dir={tmp_path}", "--max_train_steps=10", "--checkpointing_steps=10"])
-    run = {"manifests": [manifest("real", 30)], "config": CONFIG, "trainable": 2**27, "frozen": 0}  # 2 GiB
+    run = run_of(args, accelerator)
+    values = {"config": CONFIG, "trainable": 2**27, "frozen": 0}  # 2 GiB
     if message == "refused":
         with pytest.raises(InputError, match=r"the device has 1.0 GiB: shard it .* --train_batch_size"):
-            preflight(accelerator, args, **run)
+            preflight(run, [mixture("real", 30)], **values)
         return
-    preflight(accelerator, args, **run)
+    preflight(run, [mixture("real", 30)], **values)
     assert ("may not fit" in capsys.readouterr().out) == (message is not None)
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -5,8 +7,9 @@ from accelerate import Accelerator
 from c2r import flow_matching
 from c2r.training.logs import StepLog
 from c2r.training.seeds import seeded_generator
-from c2r.training.step import domain_weights, make_noisy_batch
+from c2r.training.step import NoiseSettings, domain_weights, make_noisy_batch
 from tests.helpers.options import options
+from tests.helpers.runs import run_of
 
 
 def test_seeded_generators_depend_on_every_part():
@@ -27,11 +30,10 @@ def batch(size, seed=0):
     }
 
 
-def draw(args, size=2, **changed):
-    where = {"micro_step": 6, "process_index": 0, "num_processes": 2}
-    return make_noisy_batch(
-        batch(size), args, empty_prompt_embeds=torch.zeros(5, 3), device=torch.device("cpu"), **where | changed
-    )
+def draw(args, size=2, micro_step=6, process_index=0, num_processes=2, clips=None):
+    settings = replace(NoiseSettings.of(run_of(args)), process_index=process_index, num_processes=num_processes)
+    clips = batch(size) if clips is None else clips
+    return make_noisy_batch(clips, settings, micro_step, torch.zeros(5, 3), torch.device("cpu"))
 
 
 def test_noisy_batch_is_consistent_and_repeatable():
@@ -57,15 +59,13 @@ def test_noise_differs_between_processes_and_steps(changed):
 def test_the_number_of_processes_does_not_change_the_draw():
     """One process with a batch of 4 draws what two with a batch of 2 draw."""
     args, whole = options(), batch(4)
-    where = {"empty_prompt_embeds": torch.zeros(5, 3), "device": torch.device("cpu"), "micro_step": 7}
-    alone = make_noisy_batch(whole, args, process_index=0, num_processes=1, **where)
+    alone = draw(args, clips=whole, micro_step=7, num_processes=1)
     halves = [
-        make_noisy_batch(
-            {name: tensor[2 * p : 2 * p + 2] for name, tensor in whole.items()},
+        draw(
             args,
+            clips={name: tensor[2 * p : 2 * p + 2] for name, tensor in whole.items()},
+            micro_step=7,
             process_index=p,
-            num_processes=2,
-            **where,
         )
         for p in range(2)
     ]
