@@ -1,9 +1,9 @@
-"""How long a run takes to start on a manifest of a million rows that is fully cached, and how much memory.
+"""Time and memory to start a run on a fully cached dataset of a million rows.
 
-    python -m benchmarks.million_rows [--rows 1000000] [--folder /somewhere/with/room/for/two/files/a/row]
+    python -m benchmarks.million_rows [--rows 1000000] [--folder /folder/with/room/for/two/files/a/row]
 
-Writes empty video files, a Parquet manifest, what `probe` would know of them and sparse cache entries, then starts
-`train_phase1.py` on tiny models for one step: on ten rows, for what libraries and models take, and on all of them.
+Writes empty video files, a Parquet manifest, their probes and sparse cache entries. Then starts `train_phase1.py` on
+tiny models for one step: on ten rows, to measure libraries and models alone, and on all rows.
 """
 
 import argparse
@@ -16,16 +16,19 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 
+import torch
 from datasets import Dataset
 from tqdm import tqdm
 
-from c2r.data.clips import Source
+from c2r.data.buckets import Bucket
+from c2r.data.clips import DatasetFile
+from c2r.data.folders import LocalFolder
 from c2r.data.manifest import read_manifest
 from c2r.data.probes import Probes
+from c2r.data.settings import ClipSettings
 from c2r.data.video import VideoInfo
-from c2r.encoding.cache import CacheSettings, clip_path, prompt_path
+from c2r.encoding.cache import CacheSettings, clip_path, current_encoders, prompt_path
 from c2r.files import save_tensors
 from tests.helpers.tiny import LATENT_CHANNELS, PROMPT_LENGTH, TEXT_DIM, save_tiny_pipeline
 
@@ -33,33 +36,32 @@ SIZE = {"height": 32, "width": 48, "num_frames": 5, "fps": 8}
 FILES_PER_FOLDER = 1000
 
 
-class KnownFolder:
-    """Says of every file what `probe` would say of a video of five frames."""
+class FolderOfEqualVideos(LocalFolder):
+    """A dataset folder that takes every file for a video of five frames, without opening it."""
 
-    def probe(self, source):
-        return VideoInfo(Fraction(4, 8), Fraction(1, 8), 1.5, False, 480)
+    def probe(self, file: DatasetFile) -> VideoInfo:
+        return VideoInfo(last=Fraction(4, 8), interval=Fraction(1, 8), aspect=1.5, is_image=False, height=480)
 
 
-def write_dataset(folder, rows, options):
-    """A dataset of empty videos with everything cached."""
-    import torch
-
+def write_dataset(folder: Path, rows: int, settings: ClipSettings):
+    """Write a dataset of empty videos, with probes and cache entries as after `c2r.encode`."""
     names = [f"{i // FILES_PER_FOLDER:04d}/{i:07d}.mp4" for i in range(rows)]
-    sources = []
+    files = []
     for i, name in enumerate(tqdm(names, desc="videos")):
         path = folder / name
         if i % FILES_PER_FOLDER == 0:
             path.parent.mkdir(parents=True)
         path.touch()
         status = path.stat()
-        sources.append(Source(str(folder), name, 0, status.st_mtime_ns))
+        files.append(DatasetFile(str(folder), name, 0, status.st_mtime_ns))
     texts = [f"a street, number {i}, with red brick houses and three people in the rain" for i in range(rows)]
     Dataset.from_dict({"file_name": names, "text": texts}).to_parquet(folder / "metadata.parquet")
-    cache_dir = folder / ".c2r_cache"
-    Probes(cache_dir).look_into(KnownFolder(), sources)
-    del sources, texts, names
+    cache_dir = settings.cache_folder(folder)
+    Probes(cache_dir).probe_missing(FolderOfEqualVideos(folder), files)
+    del files, texts, names
 
-    settings, example = CacheSettings.from_options(options), folder / "example.safetensors"
+    # All cache entries have the header of one example, and zeros that take no room on the disk.
+    cache_settings, example = CacheSettings.of(settings), folder / "example.safetensors"
     tensors = {
         "latents_mean": torch.zeros(LATENT_CHANNELS, 2, 4, 6),
         "latents_logvar": torch.zeros(LATENT_CHANNELS, 2, 4, 6, dtype=torch.half),
@@ -69,8 +71,8 @@ def write_dataset(folder, rows, options):
     content = example.read_bytes()
     header = content[: 8 + int.from_bytes(content[:8], "little")]
     made = set()
-    for clip in tqdm(read_manifest(folder, "real", options).clips, desc="cache"):
-        path = clip_path(cache_dir, clip, settings)
+    for clip in tqdm(read_manifest(folder, "real", settings, current_encoders(settings)).clips, desc="cache"):
+        path = clip_path(cache_dir, clip, cache_settings)
         if path.parent not in made:
             path.parent.mkdir(parents=True)
             made.add(path.parent)
@@ -78,11 +80,11 @@ def write_dataset(folder, rows, options):
             file.write(header)
             file.truncate(len(content))
     empty = {"prompt_embeds": torch.zeros(1, TEXT_DIM)}
-    save_tensors(prompt_path(cache_dir, "", settings), empty, {"max_sequence_length": PROMPT_LENGTH})
+    save_tensors(prompt_path(cache_dir, "", cache_settings), empty, {"max_sequence_length": PROMPT_LENGTH})
 
 
-def start_training(folder, model, out):
-    """Seconds and peak bytes of a run of one step."""
+def start_training(folder: Path, model: Path, out: Path) -> tuple[float, int]:
+    """Run phase 1 for one step; return its seconds and peak bytes."""
     arguments = [f"--{name}={value}" for name, value in SIZE.items()]
     arguments += [f"--real_dataset={folder}", f"--pretrained_model_name_or_path={model}", f"--output_dir={out}"]
     arguments += ["--max_train_steps=1", "--train_batch_size=1", "--gradient_accumulation_steps=1"]
@@ -91,26 +93,27 @@ def start_training(folder, model, out):
     process = subprocess.Popen([sys.executable, "train_phase1.py", *arguments])
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        sys.exit("the run has failed")
+        sys.exit(f"train_phase1.py: ended with wait status {status}; its message is above")
     return time.perf_counter() - started, usage.ru_maxrss * 1024
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1_000_000, help="of the manifest")
-    parser.add_argument("--folder", help="where to write, default: the system's temporary folder")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the large dataset")
+    parser.add_argument("--folder", help="folder for everything that is written; default: the system's temporary one")
     args = parser.parse_args()
     os.environ["ACCELERATE_USE_CPU"] = "true"
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         scratch = Path(scratch)
         model = save_tiny_pipeline(scratch / "model")
-        options = SimpleNamespace(**SIZE, pretrained_model_name_or_path=str(model), cache_dir=None)
+        bucket = Bucket(SIZE["num_frames"], SIZE["height"], SIZE["width"])
+        settings = ClipSettings(buckets=(bucket,), fps=SIZE["fps"], base_model=str(model))
         for rows in (10, args.rows):
-            # In a process of its own: a run's peak begins with that of this process, which starts it.
+            # In another process, because the peak memory of a run starts at that of the process that starts it.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                pool.submit(write_dataset, scratch / str(rows), rows, options).result()
-            # The first start opens each cached file's header, as the end of `c2r.encode` does; later ones know them by
-            # size and time.
+                pool.submit(write_dataset, scratch / str(rows), rows, settings).result()
+            # The first start reads the header of each cache entry, as `c2r.encode` does at its end; later starts
+            # recognise the entries by size and time.
             for start in ("first start", "again"):
                 seconds, memory = start_training(scratch / str(rows), model, scratch / f"{rows} {start}")
                 print(
