@@ -4,13 +4,14 @@ Fake tensors have a device, a dtype and a shape but no memory. So the 1.3B model
 bf16 autocast, checkpointed backward, clipping, AdamW) at 480x832x81 within seconds, and a tensor that was left on the
 CPU raises as it would on a GPU.
 
-A CPU-only torch refuses CUDA devices in autograd and autocast. A small library with a device guard that does nothing
-makes it accept them; it must be loaded before torch is imported, so this module is run as a process of its own:
+A CPU-only torch refuses CUDA devices in autograd and autocast. A small library with an empty device guard makes it
+accept them. The library must be loaded before torch is imported, so this module runs in a separate process:
 
     python -m tests.helpers.fake_cuda phase1 phase2 phase2:timesteps
 
-Each argument is a case, for which it prints one line of JSON: what the step did, or the error that it raised. After a
-colon stands what to leave on the CPU by mistake: "dinov3", a submodule of the model, or a field of `NoisyBatch`.
+Each argument is a case, for which one line of JSON is printed: properties of the step's results, or the error that the
+step raised. After the colon stands the part to leave on the CPU by mistake: "dinov3", a submodule of the model, or a
+field of `NoisyBatch`.
 """
 
 import argparse
@@ -21,7 +22,6 @@ import subprocess
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 SHIM = r"""
 #include <ATen/detail/CUDAHooksInterface.h>
@@ -80,14 +80,15 @@ FRAMES, HEIGHT, WIDTH, BATCH_SIZE = 81, 480, 832, 2
 
 
 def torch_folder():
-    return Path(importlib.util.find_spec("torch").origin).parent  # without importing it
+    """Return torch's folder without importing torch."""
+    return Path(importlib.util.find_spec("torch").origin).parent
 
 
 def build_shim(folder):
-    """Compile the shim with g++ (some seconds) into `folder`; returns its path. Does not import torch."""
-    source, shim, torch_root = Path(folder) / "fake_cuda.cpp", Path(folder) / "libfake_cuda.so", torch_folder()
-    source.write_text(SHIM)
-    command = ["g++", "-O0", "-std=c++20", "-shared", "-fPIC", f"-I{torch_root}/include", str(source)]
+    """Compile the shim with g++ (some seconds) into `folder` and return its path, without importing torch."""
+    code, shim, torch_root = Path(folder) / "fake_cuda.cpp", Path(folder) / "libfake_cuda.so", torch_folder()
+    code.write_text(SHIM)
+    command = ["g++", "-O0", "-std=c++20", "-shared", "-fPIC", f"-I{torch_root}/include", str(code)]
     subprocess.run([*command, "-o", str(shim), f"-L{torch_root}/lib", "-lc10", "-ltorch_cpu"], check=True)
     return shim
 
@@ -99,7 +100,7 @@ def load_shim(shim):
 
 
 def replace_tensors(module, fn, recurse=True):
-    """`Module._apply` by new parameters: the stock one swaps tensors in place, which fake ones do not allow."""
+    """Replace `Module._apply`, which swaps tensors in place, where fake tensors need new parameters."""
     import torch
 
     for child in module.children() if recurse else ():
@@ -115,13 +116,13 @@ def replace_tensors(module, fn, recurse=True):
 
 @contextmanager
 def fake_cuda():
-    """Within it every new tensor is fake, and CUDA autocast and flash attention are as on a GPU."""
+    """Make every new tensor fake inside the context, with CUDA autocast and flash attention as on a GPU."""
     import torch
     import torch.nn.functional as F
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     def flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
-        # A CPU build would take the kernel that writes out all N x N scores, and promote dtypes otherwise than CUDA's.
+        # A CPU build would choose the kernel that stores all N x N scores, and promote dtypes unlike CUDA.
         assert attn_mask is None
         if torch.is_autocast_enabled("cuda"):
             query, key, value = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (query, key, value))
@@ -139,7 +140,7 @@ def fake_cuda():
 
 
 def to_bf16(model):
-    """The dtypes of `from_pretrained(torch_dtype=torch.bfloat16)`: parameters alone, without those kept in fp32."""
+    """Cast parameters as `from_pretrained(torch_dtype=torch.bfloat16)` does: buffers and some modules stay in fp32."""
     import torch
 
     keep = set(getattr(model, "_keep_in_fp32_modules", None) or [])
@@ -151,7 +152,7 @@ def to_bf16(model):
 
 
 def phase1_model(num_layers):
-    """The bare backbone, fp32, checkpointed; on the CPU as it is loaded."""
+    """Return the bare backbone: fp32, checkpointed, on the CPU."""
     from diffusers import WanTransformer3DModel
 
     transformer = WanTransformer3DModel(**WAN_1_3B | {"num_layers": num_layers}).train()
@@ -160,7 +161,7 @@ def phase1_model(num_layers):
 
 
 def phase2_models(num_layers):
-    """The joined model with adversary (backbone bf16, all else fp32) and DINOv3 ViT-B in bf16, both on the CPU."""
+    """Return the joined model with adversary (bf16 backbone, the rest fp32) and DINOv3 ViT-B in bf16, on the CPU."""
     from diffusers import WanTransformer3DModel
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
     from transformers.initialization import no_init_weights
@@ -174,7 +175,7 @@ def phase2_models(num_layers):
     controlnet = C2RControlNet.from_transformer(transformer, min(15, num_layers))
     model = WithAdversary(C2RTransformer(transformer, controlnet), DomainClassifier()).train()
     model.enable_gradient_checkpointing()
-    with no_init_weights():  # a truncated normal looks at its numbers, and there are none
+    with no_init_weights():  # drawing from a truncated normal reads values, which fake tensors do not have
         dinov3 = DINOv3ViTModel(DINOv3ViTConfig(**DINOV3_VITB))
     return model, DINOv3FeatureExtractor(
         to_bf16(dinov3), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), chunk_size=FRAMES
@@ -182,7 +183,7 @@ def phase2_models(num_layers):
 
 
 def data_batch():
-    """What the data loader gives, on the CPU."""
+    """Return a batch as of the data loader, on the CPU."""
     import torch
 
     latents = (BATCH_SIZE, 16, (FRAMES - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8)
@@ -196,30 +197,21 @@ def data_batch():
 
 
 def training_step(model, dinov3, optimizer, batch, device, misplaced=None):
-    """One micro-batch and one optimizer step, as the scripts' loops do them; returns the loss.
+    """Train on one micro-batch with one optimizer step, as the scripts' loops do; return the loss.
 
     Args:
-        model: the bare backbone (`dinov3` None: phase 1), or `C2RTransformer`.
+        model: `WithAdversary`, or with `dinov3` None the bare backbone of phase 1.
         batch: see `data_batch`.
         misplaced: the field of `NoisyBatch` to leave on the CPU, if any.
     """
     import torch
 
-    from c2r.flow_matching import velocity_loss
+    from c2r.flow_matching import SigmaDensity, velocity_loss
     from c2r.models.adversary import domain_loss
-    from c2r.training.step import domain_weights, make_noisy_batch
+    from c2r.training.step import NoiseSettings, domain_weights, make_noisy_batch
 
-    options = {"seed": 0, "flow_shift": 3.0, "weighting_scheme": "none", "logit_mean": 0.0, "logit_std": 1.0}
-    options |= {"mode_scale": 1.29, "gradient_accumulation_steps": 1, "prompt_dropout": 0.1, "control_dropout": 0.1}
-    noisy = make_noisy_batch(
-        batch,
-        SimpleNamespace(**options),
-        empty_prompt_embeds=torch.zeros(512, 4096),
-        micro_step=0,
-        process_index=0,
-        num_processes=1,
-        device=device,
-    )
+    settings = NoiseSettings(seed=0, density=SigmaDensity(), prompt_dropout=0.1, control_dropout=0.1)
+    noisy = make_noisy_batch(batch, settings, 0, torch.zeros(512, 4096), device)
     if hasattr(noisy, misplaced or ""):
         setattr(noisy, misplaced, getattr(noisy, misplaced).cpu())
     inputs = [noisy.noisy_latents, noisy.timesteps, noisy.prompt_embeds]
@@ -229,12 +221,11 @@ def training_step(model, dinov3, optimizer, batch, device, misplaced=None):
         inputs.append(control_features)
     domains = batch["domain"].to(device)
     with torch.autocast(device.type, torch.bfloat16):
-        options = {"return_dict": False} if dinov3 is None else {"reversal_strength": 0.1 * domains}
-        velocity_pred, *domain_logits = model(*inputs, **options)
-    losses = noisy.weights * velocity_loss(velocity_pred, noisy.velocity_target)
+        output = model(*inputs) if dinov3 is None else model(*inputs, reversal_strength=0.1 * domains)
+    losses = noisy.weights * velocity_loss(output.sample, noisy.velocity_target)
     loss = (domain_weights(domains, 2.0, cg_ratio=0.2) * losses).mean()
-    for logits in domain_logits:
-        loss = loss + domain_loss(logits, domains, ~noisy.dropped_control, cg_ratio=0.2).mean()
+    if dinov3 is not None:
+        loss = loss + domain_loss(output.domain_logits, domains, ~noisy.dropped_control, cg_ratio=0.2).mean()
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     optimizer.step()
@@ -242,10 +233,10 @@ def training_step(model, dinov3, optimizer, batch, device, misplaced=None):
 
 
 def run(num_layers, phase, misplaced=None):
-    """One step of a phase; returns what the test asserts on."""
+    """Run one step of a phase; return devices, dtypes and sizes of its results."""
     import torch
 
-    from c2r.training.precision import in_full_precision
+    from c2r.training.precision import disable_autocast
 
     device = torch.device("cuda")
     model, dinov3 = (phase1_model(num_layers), None) if phase == "phase1" else phase2_models(num_layers)
@@ -255,7 +246,7 @@ def run(num_layers, phase, misplaced=None):
     if misplaced in dict(model.named_modules()):
         model.get_submodule(misplaced).to("cpu")
     backbone = model if dinov3 is None else model.transformer
-    in_full_precision(backbone.condition_embedder.time_embedder, device)
+    disable_autocast(backbone.condition_embedder.time_embedder, device)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
     loss = training_step(model, dinov3, optimizer, data_batch(), device, misplaced)
@@ -279,7 +270,7 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         load_shim(build_shim(folder))
-    with fake_cuda():  # once: DINOv3 caches a tensor, which no other fake mode may use
+    with fake_cuda():  # once: DINOv3 caches a tensor, which another fake mode could not use
         for case in args.cases:
             try:
                 outcome = run(args.num_layers, *case.split(":"))

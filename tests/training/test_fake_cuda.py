@@ -1,4 +1,4 @@
-"""The training step of both phases at the real size, on fake CUDA tensors: nothing may be left on the CPU."""
+"""The training step of both phases at the real size, on fake CUDA tensors: no tensor may stay on the CPU."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ MISTAKES = (
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
-    # A CUDA build has a device guard of its own, which looks for a real GPU.
+    # A CUDA build has its own device guard, which needs a real GPU.
     pytest.mark.skipif(torch.version.cuda is not None, reason="needs a CPU-only torch"),
 ]
 
@@ -30,7 +30,7 @@ CLASSIFIER = 182_049
 
 
 def run(*cases, num_layers=30):
-    """{case: what its step did}, from one process for all cases: half of its time is imports."""
+    """Return {case: outcome} from one process for all cases, since half of its time is imports."""
     command = [sys.executable, "-m", "tests.helpers.fake_cuda", *cases, "--num_layers", str(num_layers)]
     process = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
@@ -39,7 +39,7 @@ def run(*cases, num_layers=30):
 
 @pytest.fixture(scope="module")
 def outcomes():
-    """The real width and resolution, two blocks deep; the mistakes are all within."""
+    """Outcomes at the real width and resolution with two blocks, where all of the mistakes show."""
     return run("phase1", "phase2", *MISTAKES, num_layers=2)
 
 
@@ -48,21 +48,21 @@ def expected(parameters, trainable):
         "loss": ["cuda:0", "torch.float32", []],
         "parameters": parameters,
         "trainable": trainable,
-        "with_gradient": trainable,  # so in phase 2 the bf16 backbone got none
+        "with_gradient": trainable,  # in phase 2 without the bf16 backbone
         "gradients": ["cuda:0 torch.float32"],
         "optimizer": ["cuda:0 torch.float32"],
         "model": ["cuda:0"],
     }
 
 
-def test_a_step_of_two_blocks(outcomes):
+def test_a_step_of_two_blocks_stays_on_the_gpu(outcomes):
     backbone, control = BACKBONE - 28 * BLOCK, ADAPTER + 2 * CONTROL_BLOCK
     assert outcomes["phase1"] == expected(backbone, backbone)
     assert outcomes["phase2"] == expected(backbone + control + CLASSIFIER, control + CLASSIFIER)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_tensor_left_on_the_cpu_fails(outcomes, mistake):
+def test_a_tensor_left_on_the_cpu_raises(outcomes, mistake):
     message = outcomes[mistake]["error"]
     assert "device" in message, message
     assert "cpu" in message
@@ -70,7 +70,7 @@ def test_a_tensor_left_on_the_cpu_fails(outcomes, mistake):
 
 
 @pytest.mark.slow
-def test_a_step_of_the_whole_model():
+def test_a_step_of_the_whole_model_stays_on_the_gpu():
     outcomes = run("phase1", "phase2")
     control = ADAPTER + 15 * CONTROL_BLOCK
     assert outcomes["phase1"] == expected(BACKBONE, BACKBONE)
