@@ -65,7 +65,8 @@ def save_checkpoint(run: Run, state: TrainState, sampler: MixedCGRealSampler):
         with failing_together(accelerator, args.output_dir):
             if accelerator.is_main_process and args.checkpoints_total_limit is not None:
                 _prune(args.output_dir, step, args.checkpoints_total_limit)
-    run.interruption.saved()
+    if run.interruption is not None:
+        run.interruption.saved()
 
 
 def _write_parts(folder, run, state):

@@ -143,6 +143,8 @@ class Run:
             sys.exit(cli.EXIT_STOPPED)
 
     def close(self):
-        """Print where the result is, and stop the watchdog."""
+        """Print where the result is, stop the watchdog, and unlock the output folder."""
         logger.info("final/ and best/ (%s) are in %s", self.progress.best_text, self.args.output_dir)
         self.watchdog.close()
+        if self.lock is not None:
+            self.lock.close()

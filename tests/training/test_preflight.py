@@ -121,7 +121,7 @@ def test_a_model_that_cannot_be_had_is_named(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no such model folder"):
         require_access(tmp_path / "missing")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="nobody/nothing: not a local folder, and it cannot be had"):
+    with pytest.raises(InputError, match="nobody/nothing: not a local folder, and it cannot be fetched"):
         require_access("nobody/nothing")
 
 
