@@ -23,7 +23,10 @@ from c2r.training.run import Run, TrainState
 
 @contextmanager
 def evaluating(run: Run, state: TrainState, what: str) -> Iterator[None]:
-    """Put the model in eval mode, with averaged weights if the run keeps an average, and time the body as `what`."""
+    """Run the body with the model in eval mode and with averaged weights, if the run keeps an average.
+
+    Its time is recorded under the name `what`.
+    """
     with run.timings.measure(what):
         state.model.eval()
         with averaged_weights(state.ema, state.trainable, state.model):
@@ -37,13 +40,13 @@ def record_validation(
     """Log, plot and print the validation of this step. Call it on every process.
 
     Args:
-        run: of the script.
-        losses: see `validation_metrics`; None if the validation was cut off, to be repeated by the resumed run.
-        domains: of the validation clips.
+        run: the run of the script.
+        losses: see `validation_metrics`; None if the validation was ended early: the resumed run repeats it.
+        domains: the domain of each validation clip.
         numbers: further numbers to record.
 
     Returns:
-        The numbers; None without losses.
+        all numbers; None if there are no losses.
     """
     if losses is None:
         return None
@@ -70,13 +73,14 @@ def sample_and_judge(
     """Make the sample videos of this step and judge them by the CG monitor. Call it on every process.
 
     Args:
-        run, state, plan: of the script; the model is in eval mode.
-        sample_plan: the samples, encoded.
-        sampling: see `Sampling`.
-        dinov3: of the run.
+        run, state, plan: those of the script; the model must be in eval mode.
+        sample_plan: its clips must be in the cache.
+        sampling: how videos are sampled.
+        dinov3: encodes the control.
 
     Returns:
-        The rows of `make_samples`, None if sampling was cut off; and the judgement, None if the run is not monitored.
+        the rows of `make_samples`, None if sampling was ended early; and the judgement, None if there are no rows or
+        the run is not monitored.
     """
     args, accelerator, samples = run.args, run.accelerator, sample_plan.samples
     transformer = accelerator.unwrap_model(state.model)
@@ -108,13 +112,14 @@ def sample_and_judge(
         return rows, judge_samples(rows, samples, CGMonitor(reference), dinov3, accelerator)
 
 
-def record_cg_look(run: Run, cg_look: CGLook, controller: RatioController, sampler: MixedCGRealSampler):
-    """Log and print the CG monitor's judgement, and lower the CG share where the controller asks for it."""
+def record_cg_look(run: Run, cg_look: CGLook, controller: RatioController, sampler: MixedCGRealSampler) -> None:
+    """Log and print the CG monitor's judgement, and let the controller lower the CG share."""
     progress = run.progress
     run.info(str(cg_look))
     cg_ratio = controller.step(cg_look.look, progress.cg_ratio)
     if cg_ratio < progress.cg_ratio:
-        # So many batches ahead that the order of samples does not depend on how many are loaded by now.
+        # The data loader may have drawn this number of batches already. With the change behind them, the order of
+        # samples does not depend on how many it has drawn.
         sampler.set_cg_ratio(cg_ratio, ahead=2 * run.settings.num_workers)
         run.info(f"cg_ratio lowered from {progress.cg_ratio:g} to {cg_ratio:g}")
         progress.cg_ratio = cg_ratio

@@ -1,4 +1,4 @@
-"""What the CG monitor compares samples with: clips of the run's own datasets as the VAE decodes them."""
+"""The reference of the CG monitor: clips of the run's own datasets, decoded from their cached latents."""
 
 import logging
 from collections.abc import Callable
@@ -26,6 +26,7 @@ from c2r.training.engine import failing_together
 
 logger = logging.getLogger(__name__)
 
+#: Most clips of a domain in a reference.
 CLIPS_PER_DOMAIN = 32
 
 #: Part of the name of a kept reference: increase it whenever the measures change.

@@ -15,11 +15,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """What is sampled during a run, and whether the CG monitor judges it."""
+    """The samples of a run and the reference clips of its CG monitor."""
 
     samples: list[Sample]
     reference_clips: dict[str, list[Clip]]  #: {"real", "cg"}, see `choose_reference_clips`
-    monitored: bool
+    monitored: bool  #: the CG monitor judges the samples
 
     @property
     def bucket(self) -> Bucket | None:
@@ -44,9 +44,9 @@ def plan_samples(
     """Choose the samples of a run and the reference of its CG monitor.
 
     Args:
-        real, cg: the run's mixtures. The controls are those of held-out CG clips, the prompts are captions of held-out
-            real clips, so that a CG scene is to look real. Without `cg` both are taken from held-out real clips.
-        scenes: the mixture of `--sample_dataset`; its clips give controls and prompts instead.
+        real, cg: the run's mixtures. Held-out CG clips give the controls and held-out real clips the prompts, which
+            therefore describe real video. Without `cg`, held-out real clips give both.
+        scenes: the mixture of `--sample_dataset`: if given, its clips give controls and prompts instead.
         train_real, train_cg: the clips to train on, from which the reference is chosen.
         count: number of samples; 0 for none.
         quiet: do not log that the CG monitor is off.
