@@ -1,4 +1,4 @@
-"""Generation: a WanPipeline that follows a coarse video."""
+"""A WanPipeline that follows a coarse video, and functions that load it for generation."""
 
 import gc
 from collections.abc import Callable
@@ -315,12 +315,12 @@ def encode_prompts(
     text_encoder = load_pipeline_part(base_model, "text_encoder", dtype).to(device)
     pipeline = C2RPipeline(tokenizer, text_encoder, vae=None, scheduler=None)
     length = max_sequence_length(tokenizer)
-    embeds = [
-        pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=length, device=device)[
-            0
-        ].cpu()
-        for prompt in prompts
-    ]
+    embeds = []
+    for prompt in prompts:
+        prompt_embeds, _ = pipeline.encode_prompt(
+            prompt, do_classifier_free_guidance=False, max_sequence_length=length, device=device
+        )
+        embeds.append(prompt_embeds.cpu())
     del pipeline, text_encoder
     gc.collect()
     empty_device_cache()
@@ -345,10 +345,10 @@ def load_pipeline(
         model: best/ or final/ of a phase.
         base_model: Wan pipeline with VAE and scheduler, a folder or hub name.
         backbone: see `load_for_generation`.
-        dinov3: folder or hub name; None: the pipeline takes no control.
+        dinov3: folder or hub name; None gives a pipeline without control.
         flow_shift: shift of the noise levels.
         device: device of the models.
-        dtype: dtype of the weights; the VAE stays in fp32, as in Wan's own examples: it costs little.
+        dtype: dtype of the weights; the VAE is in fp32, as in Wan's own examples, because it costs little.
         cpu_offload: keep only the model in use on the device.
         vae_tiling: decode in tiles: less memory, more time.
 

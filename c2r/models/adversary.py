@@ -113,9 +113,9 @@ class DomainClassifier(ModelMixin, ConfigMixin):
 
 @dataclass
 class AdversaryOutput(Transformer2DModelOutput):
-    """Output of `WithAdversary`: `sample`, the predicted velocity, and the classifier's logits.
+    """Output of `WithAdversary`: `sample`, the predicted velocity, and `domain_logits`.
 
-    `domain_logits` is (B,), above 0 for CG, or None if the classifier was not asked.
+    The logits are (B,), above 0 for CG, or None if the classifier was left out.
     """
 
     domain_logits: torch.Tensor | None = None
@@ -125,7 +125,7 @@ class WithAdversary(nn.Module):
     """The joined model together with the domain classifier of its output, as one module for training engines.
 
     Args:
-        model: backbone and control branch; it is called as a module, and so is the classifier.
+        model: backbone and control branch.
         domain_classifier: classifier for the backbone's output channels.
     """
 

@@ -36,23 +36,23 @@ class PhaseContract:
     """Contents of the `c2r.json` in best/ and final/.
 
     Models are named by hub name or path. In the file a local path is relative to the folder, so that the folders of
-    both phases can be moved together; in memory it is absolute.
+    both phases can be moved together; `read_contract` makes it absolute.
     """
 
     phase: int  #: 1 or 2
-    base_model: str  #: the Wan pipeline of VAE, text encoder and scheduler
+    base_model: str  #: the Wan pipeline with VAE, text encoder and scheduler
     step: int  #: optimizer updates
     validation_loss: float | None = None
-    metrics: dict = field(default_factory=dict)  #: the other numbers of the last validation
+    metrics: dict = field(default_factory=dict)  #: other numbers of the last validation
     dataset_fingerprints: dict = field(default_factory=dict)  #: {dataset: fingerprint}
-    version: str = __version__  #: the C2R that wrote the contract
+    version: str = __version__  #: version of C2R that wrote the contract
     versions: dict = field(default_factory=library_versions)  #: {library: version}
     height: int | None = None  #: pixels in training
     width: int | None = None
     num_frames: int | None = None
     fps: float | None = None
     flow_shift: float | None = None
-    conditioning_scale: float | None = None  #: phase 2
+    conditioning_scale: float | None = None  #: phase 2 only
     weights_sha256: str | None = None  #: of this folder's weights; `save_phase` fills it in
     # Phase 2 only:
     backbone: str | None = None  #: the backbone that the ControlNet was trained on
@@ -125,7 +125,7 @@ def _relative(name, folder):
 
 
 def read_contract(folder: str | Path) -> PhaseContract:
-    """Read the contract of a phase's best/ or final/, its local paths ready for use.
+    """Read the contract of a phase's best/ or final/; its local paths become absolute.
 
     Raises:
         InputError: no folder, no contract in it, or one that this version cannot read.

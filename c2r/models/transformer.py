@@ -114,7 +114,7 @@ class C2RTransformer(nn.Module):
             timesteps, prompt_embeds, None
         )  # (B, D), (B, 6·D), (B, L, D)
         modulation = rearrange(modulation, "b (six d) -> b six d", six=6)
-        shared = (prompt_hidden_states, modulation, rotary_emb)
+        shared = (prompt_hidden_states, modulation, rotary_emb)  # inputs of all blocks of both branches
 
         control_blocks = {}
         if control_features is not None:
