@@ -326,7 +326,7 @@ def _training_groups(before_data, after_data, **defaults):
                 Choice(("bf16", "no")),
                 "bf16",
             ),
-            Option("report_to", "where logs go", Choice(("tensorboard", "none")), "tensorboard"),
+            Option("report_to", "tracker that gets the logs", Choice(("tensorboard", "none")), "tensorboard"),
             TIMEOUT,
         ],
         "model and data": [
@@ -456,7 +456,7 @@ def _check_phase2(args):
         )
     if args.cache_control_features and args.control_augmentation > 0:
         raise InputError(
-            f"--control_augmentation {args.control_augmentation:g}: alters the control anew in each step, which "
+            f"--control_augmentation {args.control_augmentation:g}: alters the control in each step, which "
             "--cache_control_features cannot keep; leave one of them out"
         )
     if args.adversarial_weight > 0 and not 0 < args.cg_ratio < 1:

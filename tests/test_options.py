@@ -1,20 +1,39 @@
-import argparse
 import errno
+import re
+import subprocess
+import sys
 
 import pytest
+from diffusers.optimization import SchedulerType
 from tqdm import tqdm
 
-from c2r import InputError
-from c2r.cli import run
-from c2r.options import add_common_options, parse_options
+from c2r import InputError, cli, flow_matching, pipeline
+from c2r.options import (
+    COMMANDS,
+    GENERATE,
+    GUIDANCE_SCALES,
+    LR_SCHEDULERS,
+    PHASE1,
+    PHASE2,
+    WEIGHTING_SCHEMES,
+    Choice,
+    Number,
+    markdown,
+)
+from tests.helpers.commands import ENVIRONMENT, ROOT
 from tests.helpers.options import options
+
+PHASE2_REQUIRED = ["--real_dataset=r", "--cg_dataset=c", "--output_dir=o", "--resume_backbone_from=b"]
 
 
 def test_command_line_wins_over_config_over_defaults(tmp_path):
     config = tmp_path / "c.yaml"
-    config.write_text("learning_rate: 1e-5\nheight: 64\nreal_dataset: other\ngradient_checkpointing: false\n")
+    config.write_text("lr_warmup_steps: 1e1\nadam_epsilon: 1e-5\nheight: 64\ngradient_checkpointing: false\n")
+    with pytest.raises(InputError, match="--lr_warmup_steps 1e1: not a whole number"):
+        options(["--config", str(config)])
+    config.write_text("adam_epsilon: 1e-5\nheight: 64\nreal_dataset: other\ngradient_checkpointing: false\n")
     args = options(["--config", str(config), "--height", "32"])
-    assert args.learning_rate == 1e-5  # YAML reads 1e-5 as a string
+    assert args.adam_epsilon == 1e-5  # YAML reads 1e-5 as text
     assert args.height == 32
     assert args.width == 832
     assert args.gradient_checkpointing is False
@@ -24,32 +43,29 @@ def test_command_line_wins_over_config_over_defaults(tmp_path):
 def test_config_can_give_required_options(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("real_dataset: a\noutput_dir: b\n")
-    parser = argparse.ArgumentParser()
-    add_common_options(
-        parser, **dict.fromkeys(("train_batch_size", "gradient_accumulation_steps", "max_train_steps"), 1)
-    )
-    parser.set_defaults(learning_rate=1.0)
-    args = parse_options(parser, ["--config", str(config)])
+    args = cli.parse(PHASE1, ["--config", str(config)])
     assert (args.real_dataset, args.output_dir) == (["a"], "b")
 
 
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("hieght: 64", "'hieght'"),
-        ("height: tall", "height"),
-        ("gradient_checkpointing: 3", "gradient_checkpointing"),
-        ("lr_scheduler: cosin", "lr_scheduler"),
+        ("hieght: 64", "--hieght: no such option; did you mean --height?"),
+        ("cg_dataset: a", "--cg_dataset: is an option of train_phase2.py"),
+        ("height: tall", "--height tall"),
+        ("gradient_checkpointing: 3", "--gradient_checkpointing 3: not true or false"),
+        ("lr_scheduler: cosin", "--lr_scheduler cosin: not one of the choices; give linear, cosine"),
         ("- a list", "option: value"),
-        ("checkpointing_steps: 2.5", "checkpointing_steps"),
-        ("height: null", "height"),
+        ("checkpointing_steps: 2.5", "--checkpointing_steps 2.5: not a whole number"),
+        ("height: null", "--height null: has no value"),
+        ("real_dataset: []", "--real_dataset []: has no value"),
         ("a: [", "cannot be read"),
     ],
 )
 def test_bad_config_is_one_line(tmp_path, text, part):
     config = tmp_path / "c.yaml"
     config.write_text(text)
-    with pytest.raises(InputError, match=part) as error:
+    with pytest.raises(InputError, match=re.escape(part)) as error:
         options(["--config", str(config)])
     assert "\n" not in str(error.value)
     assert str(config) in str(error.value)
@@ -58,35 +74,148 @@ def test_bad_config_is_one_line(tmp_path, text, part):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("height", 100),
-        ("width", 0),
-        ("num_frames", 16),
-        ("train_batch_size", 0),
-        ("max_train_steps", -1),
-        ("fps", 0),
+        ("height", "100"),
+        ("width", "0"),
+        ("num_frames", "16"),
+        ("buckets", "81x480"),
+        ("train_batch_size", "0"),
+        ("max_train_steps", "-1"),
+        ("fps", "0"),
+        ("fps", "inf"),
         ("flow_shift", "nan"),
-        ("prompt_dropout", 1.5),
-        ("learning_rate", -1),
-        ("checkpoints_total_limit", 0),
-        ("save_every_minutes", 0),
+        ("prompt_dropout", "1.5"),
+        ("learning_rate", "-1"),
+        ("checkpoints_total_limit", "0"),
+        ("save_every_minutes", "0"),
         ("save_before_timeout", "soon"),
-        ("ema_decay", 1),
-        ("max_skipped_steps", -1),
-        ("distributed_timeout_minutes", 0),
+        ("save_before_timeout", "5"),
+        ("ema_decay", "1"),
+        ("max_skipped_steps", "-1"),
+        ("max_dropped", "2"),
+        ("distributed_timeout_minutes", "0"),
+        ("optimizer", "sgd"),
     ],
 )
-def test_bad_values_name_their_option(name, value):
-    with pytest.raises(InputError, match=f"--{name} {value}"):
+def test_a_bad_value_is_answered_with_option_value_reason_and_remedy(name, value):
+    with pytest.raises(InputError, match=rf"^--{name} {re.escape(value)}: .+; .+"):
         options([f"--{name}={value}"])
 
 
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("5m", 300), ("1.5h", 5400)])
+def test_durations_are_read_in_seconds(text, seconds, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1000000")
+    assert options([f"--save_before_timeout={text}"]).save_before_timeout == seconds
+
+
+def test_a_slot_of_unknown_end_is_refused(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    with pytest.raises(InputError, match="SLURM_JOB_END_TIME"):
+        options(["--save_before_timeout=5m"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "answer"),
+    [
+        ("--real_datasets=x", "--real_datasets: no such option; did you mean --real_dataset?"),
+        ("--cg_dataset=x", "--cg_dataset: is an option of train_phase2.py; leave it out here, see --help-all"),
+        ("--xyzzy", "--xyzzy: no such option; see --help-all"),
+        ("--seed", "--seed: has no value; give a whole number"),
+        ("--dry_run=3", "--dry_run: ignored explicit argument '3'; see --help"),
+    ],
+)
+def test_an_unknown_or_misplaced_option_is_answered_with_the_nearest(argument, answer):
+    with pytest.raises(InputError, match=f"^{re.escape(answer)}$"):
+        options([argument])
+
+
+def test_a_missing_option_and_a_stray_word_are_named():
+    with pytest.raises(InputError, match=r"^--output_dir: missing; give a folder$"):
+        cli.parse(PHASE1, ["--real_dataset=x"])
+    with pytest.raises(InputError, match=r"^word: not an option"):
+        cli.parse(PHASE1, ["word", "--real_dataset=x", "--output_dir=o"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--cg_ratio_min=0.3"], "--cg_ratio_min 0.3: above --cg_ratio 0.2"),
+        (["--adversarial_weight=0.1", "--cg_ratio=0"], "--adversarial_weight 0.1: needs samples of both domains"),
+        (["--cache_control_features", "--control_augmentation=0.5"], "--control_augmentation 0.5: alters the control"),
+        (["--buckets", "5x32x48", "5x32x48"], "--buckets 5x32x48: named twice; name it once"),
+    ],
+)
+def test_options_that_do_not_fit_each_other_are_refused(argv, part):
+    cli.parse(PHASE2, PHASE2_REQUIRED)
+    with pytest.raises(InputError, match=f"^{re.escape(part)}"):
+        cli.parse(PHASE2, [*PHASE2_REQUIRED, *argv])
+
+
+def test_a_share_of_cg_needs_cg_pairs():
+    with pytest.raises(InputError, match=r"--cg_ratio 0\.2: needs CG pairs"):
+        cli.parse(PHASE2, [argument for argument in PHASE2_REQUIRED if "cg" not in argument])
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.prog)
+def test_defaults_pass_their_own_checks(command):
+    for option in command.options.values():
+        if isinstance(option.type, Number | Choice) and option.default is not None:
+            assert option.type(str(option.default)) == option.default
+        assert not (option.required and option.default is not None)
+
+
+def test_choices_are_those_of_the_libraries_that_take_seconds_to_import():
+    assert set(LR_SCHEDULERS) == {s.value for s in SchedulerType if s is not SchedulerType.PIECEWISE_CONSTANT}
+    assert WEIGHTING_SCHEMES == flow_matching.WEIGHTING_SCHEMES
+    assert GUIDANCE_SCALES == pipeline.DEFAULT_GUIDANCE_SCALE
+
+
+def test_help_shows_common_options_and_help_all_the_rest(capsys):
+    def shown(argument):
+        with pytest.raises(SystemExit) as ended:
+            cli.parse(PHASE2, [argument])
+        assert ended.value.code == 0
+        return set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.MULTILINE)) - {"help"}
+
+    common, everything = shown("--help"), shown("--help-all")
+    assert everything == set(PHASE2.options)
+    assert common == {option.name for option in PHASE2.options.values() if option.common}
+    assert len(common) <= 30
+    assert {"real_dataset", "cg_ratio"} <= common
+    assert not common & {"adam_beta1", "logit_std", "distributed_timeout_minutes"}
+
+
+@pytest.mark.parametrize("argument", ["--help", "--real_datasets=x", "--seed=x"])
+@pytest.mark.parametrize("script", ["train_phase1.py", "train_phase2.py"])
+def test_scripts_answer_before_they_import_torch(script, argument):
+    trace = "import sys, runpy; sys.argv = sys.argv[1:]\n"
+    trace += "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    trace += "finally: print('torch' in sys.modules, file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", trace, script, argument], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == (0 if argument == "--help" else 1)
+    assert "False" in done.stderr
+    if argument != "--help":
+        assert done.stderr.splitlines()[-1].startswith(f"error: {argument.partition('=')[0]}")
+
+
+def test_docs_list_all_options():
+    assert (ROOT / "docs/options.md").read_text() == markdown(), "run python -m c2r.options > docs/options.md"
+
+
+def test_repeatable_options_are_lists():
+    args = cli.parse(GENERATE, ["--model=m", "--output=o.mp4", "--prompt=a", "--prompt=b"])
+    assert args.prompt == ["a", "b"]
+    assert args.control_video is None
+
+
 @pytest.mark.parametrize("error", [InputError("a.mp4: unreadable"), OSError(errno.ENOSPC, "No space left", "a.mp4")])
-def test_an_errors_line_stands_alone(error, capsys, signal_handlers):
+def test_an_error_line_stands_alone(error, capsys, signal_handlers):
     def main():
         bar = tqdm(total=2)
         bar.update()
         raise error
 
     with pytest.raises(SystemExit, match=r"^error: a\.mp4: "):
-        run(main)
+        cli.run(main)
     assert capsys.readouterr().err.endswith("\n")  # the bar is closed, though the error still holds its frame

@@ -1,40 +1,42 @@
-"""The moving average of the trainable weights (`--ema_decay`), by diffusers' EMAModel, on whole or split weights."""
+"""Moving average of the trainable weights (`--ema_decay`) by diffusers' EMAModel, on whole or split weights."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from diffusers.training_utils import EMAModel
 from transformers.integrations import unset_hf_deepspeed_config
 
 from c2r.training.engine import drop_gathered, local_shard
 
 
-def build_ema(module, decay):
-    """An average that starts at the module's weights, each process's part of them; None without a decay.
+def build_ema(module: torch.nn.Module, decay: float | None) -> EMAModel | None:
+    """Build an average that starts at this process's part of the module's weights; None without a decay.
 
     Args:
-        module: what trains, prepared and unwrapped.
-        decay: in (0, 1): the average's share that each step keeps. In the first steps it is (1 + n) / (10 + n).
+        module: trains; prepared and unwrapped.
+        decay: in (0, 1), the share of the average that each step keeps; (1 + n) / (10 + n) at the first steps n.
     """
     if decay is None:
         return None
-    # EMAModel would ask ZeRO-3 to gather what it is given, but these are plain tensors, and it averages in parts.
+    # EMAModel would ask ZeRO-3 to gather its tensors, but these are plain ones, averaged part by part.
     unset_hf_deepspeed_config()
     return EMAModel(_shards(module), decay=decay)
 
 
-def step_ema(ema, module):
-    """Take one optimizer step into the average."""
+def step_ema(ema: EMAModel | None, module: torch.nn.Module):
+    """Update the average after an optimizer step."""
     if ema is not None:
         ema.step(_shards(module))
 
 
 @contextmanager
-def averaged_weights(ema, module, model):
-    """The averaged weights in place of the trained ones: for validation and for what is saved from it.
+def averaged_weights(ema: EMAModel | None, module: torch.nn.Module, model: torch.nn.Module) -> Iterator[None]:
+    """Replace the trained weights by the averaged ones within the body, to validate and save them.
 
     Args:
-        ema: of `build_ema`; None changes nothing.
-        module: what trains, unwrapped.
+        ema: from `build_ema`; None changes nothing.
+        module: trains; unwrapped.
         model: the prepared model that holds it.
     """
     if ema is None:
@@ -43,7 +45,7 @@ def averaged_weights(ema, module, model):
     shards = _shards(module)
     ema.store(shards)
     ema.copy_to(shards)
-    drop_gathered(model)  # or it would be the other set's
+    drop_gathered(model)  # otherwise the forward would use stale gathered weights
     try:
         yield
     finally:
@@ -52,5 +54,5 @@ def averaged_weights(ema, module, model):
 
 
 def _shards(module):
-    # EMAModel averages what requires a gradient, and copies the rest.
+    # EMAModel averages tensors that require a gradient, and copies the others.
     return [local_shard(parameter).requires_grad_() for parameter in module.parameters()]

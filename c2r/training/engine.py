@@ -1,15 +1,17 @@
-"""What differs between the training engines: one process, DDP, DeepSpeed ZeRO-2 and ZeRO-3, FSDP2.
+"""Training engines behind one set of functions: one process, DDP, DeepSpeed ZeRO-2 and ZeRO-3, FSDP2.
 
-The launcher's configuration chooses (see accelerate_configs/); the scripts call the same functions whichever it is.
-Precision is ours in all of them: weights keep the dtype that they were loaded in and the forward runs under autocast,
-so that no engine casts trainable weights to bf16.
+The launcher's configuration chooses the engine (see accelerate_configs/). Under all engines weights keep the dtype
+that they were loaded in and the forward runs under our own autocast: no engine casts trainable weights to bf16.
 """
 
 import os
+from argparse import Namespace
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -32,12 +34,15 @@ from c2r.files import fingerprint
 from c2r.training.optimizer import adamw_8bit, exact_state_dict
 
 
-def build_accelerator(args):
-    """The Accelerator of a run, its logs in `output_dir`/logs, on the engine that the launcher has chosen.
+def build_accelerator(args: Namespace) -> Accelerator:
+    """Build the Accelerator of a run on the engine that the launcher has chosen, with logs in `output_dir`/logs.
+
+    Args:
+        args: options of a training script.
 
     Raises:
-        InputError: `output_dir` cannot be made, DeepSpeed is missing, the launched processes do not join, or an option
-            does not work on the engine.
+        InputError: `output_dir` cannot be created, DeepSpeed is missing, the launched processes do not join, or an
+            option does not work on the engine.
     """
     output_dir = Path(args.output_dir)
     try:
@@ -46,8 +51,8 @@ def build_accelerator(args):
         raise InputError(f"--output_dir {output_dir}: cannot be created ({error.strerror})") from error
     deepspeed = _launched_with("DEEPSPEED")
     on_cpu = not torch.accelerator.is_available()
-    # Well above the watchdog's, which says more, also where a process hangs that was late already.
-    group = {"timeout": timedelta(minutes=2 * args.distributed_timeout_minutes + 1)}
+    # Well above the watchdog's time-out, whose message names the process, even if that process was late already.
+    group: dict[str, Any] = {"timeout": timedelta(minutes=2 * args.distributed_timeout_minutes + 1)}
     if deepspeed and on_cpu:
         os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
         group["backend"] = "gloo"
@@ -60,15 +65,14 @@ def build_accelerator(args):
         deepspeed_plugin=_deepspeed_plugin(args) if deepspeed else None,
         kwargs_handlers=[
             InitProcessGroupKwargs(**group),
-            # Without it DDP keeps every gradient twice.
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # otherwise DDP keeps every gradient twice
         ],
         cpu=on_cpu and not deepspeed,
         # The schedulers here count optimizer steps; Accelerate would advance a prepared one once per process.
         step_scheduler_with_optimizer=False,
     )
     if _launched_with("FSDP") and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # Accelerate shards on accelerators only; FSDP2 itself runs on gloo as well.
+        # Accelerate shards on accelerators only, but FSDP2 itself runs on gloo too.
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     require_joined(accelerator)
@@ -76,14 +80,14 @@ def build_accelerator(args):
     return accelerator
 
 
-def require_joined(accelerator):
-    """Raise InputError if the launched processes do not know of each other."""
+def require_joined(accelerator: Accelerator):
+    """Raise InputError if the launched processes have not joined into one group."""
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
-        # Each would train by itself, and all would write into the same folder.
+        # Each would train alone, and all would write into the same folder.
         raise InputError(
             f"{launched} processes were launched, but Accelerate joins {accelerator.num_processes}; "
-            "check the configuration that `accelerate launch` was given"
+            "check the configuration given to `accelerate launch`"
         )
 
 
@@ -104,8 +108,8 @@ def _deepspeed_plugin(args):
     for precision in ("fp16", "bf16"):
         if config.get(precision, {}).get("enabled") not in (None, False, "auto"):
             raise InputError(
-                f"the DeepSpeed config enables {precision}: take it out and give --mixed_precision instead, which "
-                "keeps trainable weights in fp32"
+                f"the DeepSpeed config enables {precision}: remove it and give --mixed_precision instead, which keeps "
+                "trainable weights in fp32"
             )
         config.pop(precision, None)
     config |= {
@@ -115,7 +119,7 @@ def _deepspeed_plugin(args):
         "train_batch_size": args.train_batch_size
         * args.gradient_accumulation_steps
         * int(os.environ.get("WORLD_SIZE", 1)),
-        # Ours steps on offloaded states too (torch's fused AdamW), with the same result as on the GPU.
+        # torch's fused AdamW also steps on offloaded states, with the same result as on the GPU.
         "zero_force_ds_cpu_optimizer": False,
     }
     return plugin
@@ -124,11 +128,11 @@ def _deepspeed_plugin(args):
 _NAMES = {"zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3", "fsdp2": "FSDP2"}
 
 
-def sharding(accelerator):
-    """How the run's weights and optimizer states are split over the processes: None, "zero2", "zero3" or "fsdp2".
+def sharding(accelerator: Accelerator) -> str | None:
+    """Return the engine that splits weights or optimizer states: None, "zero2", "zero3" or "fsdp2".
 
     Raises:
-        InputError: for an engine or a stage that this code has not been tried with.
+        InputError: an engine or a stage that this code has not been tried with.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
         if not accelerator.is_fsdp2:
@@ -137,88 +141,90 @@ def sharding(accelerator):
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         stage = accelerator.state.deepspeed_plugin.zero_stage
         if stage not in (2, 3):
-            raise InputError(f"the accelerate config asks for ZeRO stage {stage}; take deepspeed_zero2 or _zero3.yaml")
+            raise InputError(
+                f"the accelerate config asks for ZeRO stage {stage}; give deepspeed_zero2.yaml or deepspeed_zero3.yaml"
+            )
         return f"zero{stage}"
     return None
 
 
-def require_supported(accelerator, args):
-    """Raise InputError for an option that cannot work on the run's engine, with another one, or as installed."""
+def require_supported(accelerator: Accelerator, args: Namespace):
+    """Raise InputError if an option does not work on the engine, with another option, or without a missing package."""
     engine = sharding(accelerator)
     if args.optimizer == "adamw8bit":
         adamw_8bit()
     if args.weight_storage == "bf16" and args.mixed_precision != "bf16":
         raise InputError(
-            f"--weight_storage bf16: needs --mixed_precision bf16, not {args.mixed_precision}; or take "
-            "--weight_storage fp32"
+            f"--weight_storage bf16: does not work with --mixed_precision {args.mixed_precision}; give "
+            "--mixed_precision bf16, or --weight_storage fp32"
         )
     if args.weight_storage == "bf16" and args.ema_decay is not None:
         raise InputError(
-            "--ema_decay: would average the bf16 part of the weights alone, which small steps do not move; take "
-            "--weight_storage fp32, or no average"
+            f"--ema_decay {args.ema_decay:g}: would average only the bf16 part of the weights, which small steps do "
+            "not move; give --weight_storage fp32, or no average"
         )
     if args.weight_storage == "bf16" and engine is not None:
         # ZeRO steps on flat partitions and FSDP2 on DTensors of its own: the low bits beside them would be lost.
         raise InputError(
-            f"--weight_storage bf16: needs whole weights on every device, {_NAMES[engine]} splits "
-            "what is trained; take --weight_storage fp32, or single_gpu.yaml or multi_gpu.yaml"
+            f"--weight_storage bf16: needs whole weights on every device, but {_NAMES[engine]} splits them; give "
+            "--weight_storage fp32, or single_gpu.yaml or multi_gpu.yaml"
         )
     if args.optimizer == "adamw8bit" and engine == "fsdp2":
         raise InputError(
-            "--optimizer adamw8bit: bitsandbytes cannot step on weights that FSDP2 has split; take --optimizer adamw, "
+            "--optimizer adamw8bit: bitsandbytes cannot step on weights that FSDP2 has split; give --optimizer adamw, "
             "or deepspeed_zero2.yaml or deepspeed_zero3.yaml"
         )
 
 
-def reads_weights(accelerator):
-    """Whether this process reads the models that train.
+def reads_weights(accelerator: Accelerator) -> bool:
+    """Return True if this process reads the weights of the models that train.
 
-    Every sharding engine spreads the main process's weights: the others build the same model on memory that is never
-    touched, and a 14B start does not need one copy per process. Without sharding each needs its whole copy anyway.
+    Every sharding engine spreads the main process's weights. The other processes build the same model on memory that
+    is never touched, so that a start at 14B does not need one copy per process.
     """
     return sharding(accelerator) is None or accelerator.is_main_process
 
 
-def prepare(accelerator, model, optimizer):
-    """`accelerator.prepare(model, optimizer)`, with what ZeRO-3 and FSDP2 need before it."""
+def prepare(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    """Return `accelerator.prepare(model, optimizer)`, after the preparations of ZeRO-3 and FSDP2."""
     if sharding(accelerator) == "zero3":
         import deepspeed
 
-        # The engine by itself would put the whole model on every device before it splits it.
+        # Without this the engine would put the whole model on every device before it splits it.
         deepspeed.zero.Init(module=model, config_dict_or_path=accelerator.state.deepspeed_plugin.deepspeed_config)
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(accelerator.device))
     if sharding(accelerator) == "fsdp2":
-        # Accelerate looks parameters up by this method of transformers' models; what it does for others fails on a
-        # parameter of the outermost module, as Wan has.
-        model.get_parameter_or_buffer = lambda name: attrgetter(name)(model)
+        # Accelerate finds parameters by this method of transformers' models; its fallback fails on a parameter of the
+        # outermost module, which Wan has.
+        model.get_parameter_or_buffer = lambda name: attrgetter(name)(model)  # type: ignore[assignment]
     return accelerator.prepare(model, optimizer)
 
 
-def local_shard(parameter):
-    """The part of a parameter that this process holds: a tensor that shares its memory; all of it without sharding."""
+def local_shard(parameter: torch.Tensor) -> torch.Tensor:
+    """Return the part of a parameter that this process holds, sharing its memory; all of it without sharding."""
     if isinstance(parameter, DTensor):
         return parameter.to_local()
     return getattr(parameter, "ds_tensor", parameter).detach()
 
 
-def drop_gathered(model):
-    """Have a prepared model hold no more than this process's part of its weights, as between two training steps.
+def drop_gathered(model: torch.nn.Module):
+    """Free the gathered weights of a prepared model, so that each process holds its own part alone.
 
-    After a forward without backward FSDP2 keeps the root's weights gathered, and ZeRO-3 all that are small; others it
-    is still fetching, for the modules that a training step would run next.
+    After a forward without backward FSDP2 keeps the root's weights gathered. ZeRO-3 keeps all small weights, and still
+    fetches those of the modules that a training step would run next.
     """
     zero3 = getattr(model, "optimizer", None)
-    if hasattr(zero3, "empty_partition_cache"):  # the engine's own method also collects garbage: up to a second a call
+    if hasattr(zero3, "empty_partition_cache"):  # the engine's own method also collects garbage, up to a second a call
         zero3.empty_partition_cache()
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def local_fingerprint(module, model):
-    """SHA-256 of this process's part of a module's parameters: whether they have changed since the last call.
+def local_fingerprint(module: torch.nn.Module, model: torch.nn.Module) -> str:
+    """Return the SHA-256 of this process's part of a module's parameters.
 
     Args:
         module: a part of the prepared model.
@@ -229,13 +235,15 @@ def local_fingerprint(module, model):
 
 
 @torch.no_grad()
-def gathered_state_dict(accelerator, module, optimizer=None):
-    """The whole weights of a prepared module, as `save_pretrained` writes them. Call it on every process.
+def gathered_state_dict(
+    accelerator: Accelerator, module: torch.nn.Module, optimizer: Any = None
+) -> dict[str, torch.Tensor]:
+    """Return the whole weights of a prepared module, as `save_pretrained` writes them. Call it on every process.
 
     Args:
         accelerator: the run's.
         module: the prepared model or a part of it, unwrapped.
-        optimizer: holds what `--weight_storage bf16` keeps beside the module.
+        optimizer: holds the low bits that `--weight_storage bf16` keeps beside the module.
 
     Returns:
         {name: tensor} on the main process, {} on the others. Sharded weights are gathered one by one, to the CPU.
@@ -244,7 +252,7 @@ def gathered_state_dict(accelerator, module, optimizer=None):
     if engine in (None, "zero2"):
         return exact_state_dict(module, optimizer) if accelerator.is_main_process else {}
     if engine == "zero3":
-        drop_gathered(accelerator.deepspeed_engine_wrapped.engine)  # what is being fetched cannot be gathered
+        drop_gathered(accelerator.deepspeed_engine_wrapped.engine)  # weights being fetched cannot be gathered
     state_dict = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         with _gathered(tensor) as whole:
@@ -266,13 +274,11 @@ def _gathered(tensor):
         yield tensor
 
 
-def stepped_parameters(optimizer):
-    """The torch optimizer below Accelerate's and DeepSpeed's wrappers, and the tensors that it steps on here.
+def stepped_parameters(optimizer: Any) -> tuple[torch.optim.Optimizer, list[torch.Tensor]]:
+    """Return the torch optimizer below Accelerate's and DeepSpeed's wrappers, and the tensors that it steps on.
 
-    Returns:
-        optimizer, list of tensors: the module's parameters, their local part as DTensor (FSDP2), or flat partitions
-        of this process (ZeRO). Their order is the same in every run of the same model, configuration and number of
-        processes.
+    The tensors are the module's parameters, their local part as DTensor (FSDP2), or flat partitions of this process
+    (ZeRO). Their order is the same in every run of the same model, configuration and number of processes.
     """
     base = optimizer.optimizer  # of AcceleratedOptimizer or DeepSpeedOptimizerWrapper
     for partitions in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):  # ZeRO-3, ZeRO-2
@@ -282,12 +288,12 @@ def stepped_parameters(optimizer):
 
 
 @contextmanager
-def failing_together(accelerator, what):
-    """Turn a write that fails on one process into one `InputError` on all, where the others would wait for ever.
+def failing_together(accelerator: Accelerator, path: str | Path) -> Iterator[None]:
+    """Raise one `InputError` on all processes if a write fails on one: the others would wait for it without end.
 
     Args:
-        accelerator: the run's; enter and leave on every process.
-        what: the file or folder that is written, for the message.
+        accelerator: the run's; enter and leave the context on every process.
+        path: file or folder that is written, for the message.
     """
     failure = None
     try:
@@ -296,8 +302,8 @@ def failing_together(accelerator, what):
         failure = str(error)
     except (OSError, SafetensorError) as error:
         failure = (
-            f"{what}: cannot be written ({getattr(error, 'strerror', None) or error}); what was finished before is "
-            "still there: mend it, then start again with --resume_from_checkpoint latest"
+            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); earlier checkpoints are kept; "
+            "fix it and restart with --resume_from_checkpoint latest"
         )
     failures = [failure for failure in gather_object([failure]) if failure is not None]
     if failures:

@@ -1,4 +1,4 @@
-"""What a run is to train on and from, found and checked before any weight is read."""
+"""The datasets and models of a run, found and checked before any weight is read."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Which parts of a model run in bf16, and which stay in fp32."""
+"""Precision: the parts of a model that run in bf16, and those that stay in fp32."""
 
 import torch
 

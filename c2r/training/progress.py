@@ -1,4 +1,4 @@
-"""How far a training run has come."""
+"""Progress of a training run."""
 
 import math
 from dataclasses import asdict, dataclass, field, fields
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass
 class Progress:
-    """How far a run has come; saved with every checkpoint."""
+    """Progress of a run, saved with every checkpoint."""
 
     global_step: int = 0  #: optimizer steps done
     validated_step: int | None = None  #: step of the last validation

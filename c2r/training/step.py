@@ -16,7 +16,7 @@ from c2r.training.seeds import seeded_generator
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    """What the randomness of a step depends on besides the micro-step."""
+    """Settings of the randomness of a step."""
 
     seed: int
     density: SigmaDensity

@@ -1,7 +1,7 @@
-"""Names the process that hangs or is gone, where the others would wait for it in silence.
+"""Detect a hung or dead process and name it in the error, instead of waiting for it in silence.
 
-Every process tells the others where it is, through a store beside the process group: so it is heard even while the
-group itself is stuck in a collective.
+Every process publishes its position through a store beside the process group, so that it is read even while the group
+itself is stuck in a collective.
 """
 
 import atexit
@@ -11,9 +11,12 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch.distributed import DistError, TCPStore
 
@@ -21,30 +24,29 @@ EXIT_HUNG = 74  # EX_IOERR of sysexits.h
 
 INTERVAL = 1.0  # seconds between two messages of a process
 
-GONE_AFTER = 30.0  # seconds without a message, at most: well above what a busy machine delays it by
+GONE_AFTER = 30.0  # most seconds without a message before a process counts as dead; a busy machine delays messages
 
-DEFAULT_TIMEOUT_MINUTES = 10.0
 
-_current = None  # the run's `Watchdog`
+_current: "Watchdog | None" = None  # of this process
 
 
 class Watchdog:
-    """Ends the run with one line that names the process behind, when nothing moves for `timeout_seconds`.
+    """Ends the run with one line that names the slowest process, when nothing moves for `timeout_seconds`.
 
-    With one process all methods do nothing. Make it on every process, when the process group stands.
+    With one process all methods do nothing. Create it on every process, after the process group.
 
     Args:
-        accelerator: an `Accelerator`.
-        timeout_seconds: above the slowest thing between two calls of `beat`: loading a model, a micro-step, a save.
+        accelerator: the run's.
+        timeout_seconds: above the longest time between two calls of `beat`: loading a model, a micro-step, a save.
     """
 
-    def __init__(self, accelerator, timeout_seconds):
+    def __init__(self, accelerator: Accelerator, timeout_seconds: float):
         self.accelerator = accelerator
         self.timeout_seconds = timeout_seconds
         self.gone_after = min(GONE_AFTER, timeout_seconds)
         self.alone = accelerator.num_processes == 1
-        # Not judged before the first beat: downloads and the first look into all files may take any time.
-        self._state = {"count": 0, "what": "start", "waiting": True}
+        # Not judged before the first beat: downloads and the first probe of all files may take any time.
+        self._state: dict[str, Any] = {"count": 0, "what": "start", "waiting": True}
         self._beat_at = time.monotonic()
         self._closed = threading.Event()
         self._barriers = 0
@@ -58,7 +60,7 @@ class Watchdog:
             self._server = TCPStore(host, 0, is_master=True, wait_for_workers=False)
             port = self._server.port
         port = broadcast_object_list([port])[0]
-        # One connection each for the two threads: a call of one must not wait for the other's.
+        # One connection for each of the two threads: a call of one must not wait for a call of the other.
         self._store, self._thread_store = (
             TCPStore(host, port, is_master=False, timeout=timedelta(seconds=self.gone_after)) for _ in range(2)
         )
@@ -66,16 +68,16 @@ class Watchdog:
         accelerator.wait_for_everyone()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
-        # A thread that is in the store while Python ends aborts the process.
+        # A thread that uses the store while Python exits aborts the process.
         atexit.register(self._stop)
 
-    def beat(self, what):
-        """Say where this process is, such as "step 812: data"; costs no communication."""
+    def beat(self, what: str):
+        """Record the position of this process, such as "step 812: data"; costs no communication."""
         self._state = {"count": self._state["count"] + 1, "what": what, "waiting": False}
         self._beat_at = time.monotonic()
 
     def wait_for_everyone(self):
-        """A barrier that waits for any time, as long as those who are not there yet go on beating."""
+        """Wait at a barrier for any time, as long as the processes that have not arrived keep beating."""
         if not self.alone:
             unjudged = self._state["waiting"]
             self._state = self._state | {"waiting": True}
@@ -85,22 +87,22 @@ class Watchdog:
             while arrived < self.accelerator.num_processes:
                 time.sleep(0.05)
                 arrived = self._store.add(key, 0)
-            # From here on the counts tell again who is behind: shares of different size have set them apart.
+            # Shares of different size have set the counts apart; from here on the lowest is behind again.
             self._state["count"] = self._barriers * 10**9
             self.beat(self._state["what"])
             self._state["waiting"] = unjudged
         self.accelerator.wait_for_everyone()
 
     @contextmanager
-    def unjudged(self):
-        """The body may take any time without a beat, such as a look into all files."""
+    def unjudged(self) -> Iterator[None]:
+        """Let the body take any time without a beat, such as a probe of all files."""
         judged, self._state = self._state, self._state | {"waiting": True}
         yield
         self._state, self._beat_at = self._state | {"waiting": judged["waiting"]}, time.monotonic()
 
     @contextmanager
-    def main_process_first(self):
-        """The others wait, for any time, until the main process has run the body."""
+    def main_process_first(self) -> Iterator[None]:
+        """Run the body on the main process first; the others wait for it, for any time."""
         if not self.accelerator.is_main_process:
             self.wait_for_everyone()
         with self.unjudged():
@@ -109,11 +111,11 @@ class Watchdog:
             self.wait_for_everyone()
 
     def close(self):
-        """Stop watching; at the end of a run."""
+        """Stop watching, at the end of a run."""
         if not self.alone:
             self._stop()
             atexit.unregister(self._stop)
-        self.accelerator.wait_for_everyone()  # the main process's store stays until no one is in it
+        self.accelerator.wait_for_everyone()  # the main process keeps the store until no other process uses it
 
     def _stop(self):
         self._closed.set()
@@ -129,14 +131,14 @@ class Watchdog:
 
     def _watch(self):
         ranks = range(self.accelerator.num_processes)
-        heard = {rank: (None, time.monotonic()) for rank in ranks}  # the last message's number, and when it was new
+        heard = {rank: (None, time.monotonic()) for rank in ranks}  # number of the last message, and its time
         number = 0
         while not self._closed.wait(INTERVAL):
             number += 1
             try:
                 self._publish(number)
                 messages = [json.loads(text) for text in self._thread_store.multi_get([f"rank{r}" for r in ranks])]
-            except (DistError, RuntimeError):  # the store is the main process's
+            except (DistError, RuntimeError):  # the main process holds the store
                 if not self._closed.wait(INTERVAL):
                     self._end("process 0 no longer answers", loud=self.accelerator.process_index == 1)
                 return
@@ -155,35 +157,35 @@ class Watchdog:
     def _end(self, line, loud):
         if loud:
             print(
-                f"\nerror: {line}; start again, a training with --resume_from_checkpoint latest",
+                f"\nerror: {line}; restart, a training run with --resume_from_checkpoint latest",
                 file=sys.stderr,
                 flush=True,
             )
         else:
-            time.sleep(2 * INTERVAL)  # or the launcher ends the others before one has spoken
+            time.sleep(2 * INTERVAL)  # otherwise the launcher ends the process that prints the line
         os._exit(EXIT_HUNG)
 
 
 def name_the_lost():
-    """End this process with the name of the one that is gone, if one is. Call it when something has failed.
+    """Let the watchdog name a dead process, if there is one. Call it when something has failed.
 
-    Where a process dies, the others' collectives fail at once or hang, depending on the backend; their own errors do
-    not tell whom they were waiting for.
+    When a process dies, the collectives of the others fail at once or hang, depending on the backend; their own errors
+    do not name the process that they were waiting for.
     """
     if _current is not None and not _current._closed.is_set():
         _current.gone_after = 3 * INTERVAL
         time.sleep(6 * INTERVAL)
 
 
-def hang_report(messages, timeout_seconds):
-    """One line about the processes that keep the others waiting; None as long as all move.
+def hang_report(messages: list[dict[str, Any]], timeout_seconds: float) -> str | None:
+    """Return one line about the processes that keep the others waiting; None as long as all move.
 
     Args:
         messages: one per process: {"count", "what", "waiting", "idle", "host"}; idle in seconds. A process that waits
-            for the others keeps nobody waiting.
-        timeout_seconds: the idle time that is a hang.
+            for others is not judged.
+        timeout_seconds: idle time that counts as a hang.
     """
-    # Who is further on may be idle for longer: it waits for these.
+    # Processes with a higher count may be idle for longer: they wait for those with the lowest.
     busy = [rank for rank, message in enumerate(messages) if not message["waiting"]]
     lowest = min((messages[rank]["count"] for rank in busy), default=0)
     behind = [rank for rank in busy if messages[rank]["count"] == lowest]
