@@ -49,6 +49,3 @@ def image_bytes(image: Image.Image, format: str = "PNG", **options) -> bytes:
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
-
-
-encoded = image_bytes

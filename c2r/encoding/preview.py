@@ -8,7 +8,7 @@ from einops import rearrange
 
 from c2r.data.buckets import Bucket
 from c2r.data.clips import Clips
-from c2r.data.contact_sheet import draw_contact_sheet, encoded
+from c2r.data.contact_sheet import draw_contact_sheet, image_bytes
 from c2r.data.settings import ClipSettings
 from c2r.encoding.dataset import ClipDataset
 from c2r.files import write_atomic
@@ -59,7 +59,7 @@ def write_preview(
     for bucket, clips in chosen.items():
         columns, captions = _contact_sheet(clips, settings, vae)
         path = Path(folder) / f"preview-{clips[0].domain}-{bucket}.png"
-        write_atomic(path, encoded(draw_contact_sheet(columns, captions)))
+        write_atomic(path, image_bytes(draw_contact_sheet(columns, captions)))
         lines += [f"preview: {line}" for line in (*captions, path)]
     return lines
 
