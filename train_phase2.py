@@ -221,7 +221,14 @@ def train(run: Run) -> Plan:
     return plan
 
 
-def validate(run: Run, state: TrainState, conditions: ControlConditions, dinov3, plan: Plan, cg_share: float):
+def validate(
+    run: Run,
+    state: TrainState,
+    conditions: ControlConditions,
+    dinov3: DINOv3FeatureExtractor,
+    plan: Plan,
+    cg_share: float,
+):
     """Measure the loss on held-out clips with the right control and wrong ones, and save the best model."""
     with evaluating(run, state, "validation"):
         losses = conditions.losses(state.model, dinov3, run.accelerator, lambda: run.go_on("validation"))
@@ -234,7 +241,15 @@ def validate(run: Run, state: TrainState, conditions: ControlConditions, dinov3,
             save(run, state, plan, "best")
 
 
-def sample(run: Run, state: TrainState, sample_plan: SamplePlan, dinov3, plan: Plan, controller, sampler):
+def sample(
+    run: Run,
+    state: TrainState,
+    sample_plan: SamplePlan,
+    dinov3: DINOv3FeatureExtractor,
+    plan: Plan,
+    controller: RatioController,
+    sampler: MixedCGRealSampler,
+):
     """Make this step's sample videos, judge them by the CG monitor, and lower the CG share if they look like CG."""
     args = run.args
     sampling = Sampling(

@@ -22,6 +22,8 @@ from c2r.options import COMMANDS, Command, Flag, Option, Switch
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+#: Functions called before an unexpected error is raised; the watchdog's names a dead process.
+failure_hooks: list[Callable[[], None]] = []
 #: Seconds that other processes leave to the main process to report bad input and be ended by the launcher.
 HEAD_START = 5.0
 
@@ -206,7 +208,6 @@ def run(main: Callable[[], Any]):
         _exit(error, re.sub(r"^c2r[.\w]*: ", "", str(error).strip().splitlines()[-1]))
     except (OSError, EOFError, RuntimeError) as error:
         from c2r.files import UNWRITABLE
-        from c2r.training.watchdog import name_the_lost
 
         if _is_lost_worker(error):
             first_line = str(error).partition("\n")[0]
@@ -218,7 +219,8 @@ def run(main: Callable[[], Any]):
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             verb = "opened" if error.errno == errno.EACCES else "written"
             _exit(error, f"{error.filename or 'output'}: cannot be {verb} ({error.strerror}); fix it and restart")
-        name_the_lost()
+        for hook in failure_hooks:
+            hook()
         raise
 
 

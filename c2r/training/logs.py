@@ -55,7 +55,7 @@ class StepLog:
         self._names += ["real_loss_share", "domain_loss", *ACCURACIES]
         self._reset()
 
-    def _reset(self):
+    def _reset(self) -> None:
         self._sums = torch.zeros(2, len(self._names), dtype=torch.float64)  # sums of losses (or hits); their numbers
         self._started: float | None = None
 

@@ -135,12 +135,12 @@ class SplitWeights:
     `param_groups` and `state` refer to the module's parameters, and the moments equal those of the fp32 optimizer.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.low_bits: dict[torch.nn.Parameter, torch.Tensor] = {}  # int16, of the parameter's shape
 
     @torch.no_grad()
-    def split(self, name, parameter, device):
+    def split(self, name: str, parameter: torch.nn.Parameter, device: torch.device) -> None:
         """Store a parameter of this optimizer as bf16, its low bits on the device that the module will be moved to.
 
         Raises:

@@ -20,6 +20,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch.distributed import DistError, TCPStore
 
+from c2r import cli
+
 EXIT_HUNG = 74  # EX_IOERR of sysexits.h
 
 INTERVAL = 1.0  # seconds between two messages of a process
@@ -200,3 +202,6 @@ def hang_report(messages: list[dict[str, Any]], timeout_seconds: float) -> str |
 
 def _named(ranks, messages):
     return ", ".join(f"process {rank} on {messages[rank]['host']}" for rank in ranks)
+
+
+cli.failure_hooks.append(name_the_lost)
