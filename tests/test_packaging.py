@@ -71,6 +71,8 @@ def test_messages_and_documents_name_the_pinned_versions():
     pins = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().split())
     for extra in project["optional-dependencies"].values():
         pins |= dict(requirement.split("==") for requirement in extra if "==" in requirement)
-    for path in (*(ROOT / "c2r").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *ROOT.glob("*.md")):
+    folders = ("c2r", "benchmarks", "docs")
+    documents = (path for folder in folders for path in (ROOT / folder).rglob("*.*") if path.suffix in (".py", ".md"))
+    for path in (*documents, *ROOT.glob("*.md")):
         for name, version in re.findall(r"pip install ([\w-]+)==([\w.]+)", path.read_text()):
             assert pins[name] == version.rstrip("."), f"{path.relative_to(ROOT)}: {name}=={version}"
