@@ -1,4 +1,8 @@
-"""Folders that several tests share: tiny models and small video datasets."""
+"""Shared fixtures: tiny models, small video datasets, and one finished run of each phase.
+
+Tests marked slow take long: real launches, training engines, crashes. `-m "not slow"` leaves them out and keeps the
+unit tests and the two runs below.
+"""
 
 import csv
 import signal
@@ -13,19 +17,19 @@ from tests.helpers.tiny import save_tiny_dinov3, save_tiny_pipeline
 from tests.helpers.videos import encode_video
 
 log_to_stdout()
-torch.set_num_threads(1)  # as the commands have: more of them would spin on the cores that the tests share
+torch.set_num_threads(1)  # as in the commands: more threads would compete for the cores
 
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
-    """A folder with pipeline/ and dinov3/ of tiny random models."""
+    """Write tiny random models; return their folder, with pipeline/ and dinov3/ in it."""
     folder = tmp_path_factory.mktemp("models")
     save_tiny_pipeline(folder / "pipeline")
     save_tiny_dinov3(folder / "dinov3")
     return folder
 
 
-#: What users bring: containers, codecs, sizes and rates of many kinds; each gives two clips, the last one none.
+#: Containers, codecs, sizes and frame rates as users have them. Each file gives two clips, short.mp4 none.
 REAL_VIDEOS = {
     "r0.mp4": {},
     "r1.webm": {"codec": "libvpx-vp9", "times": [n / 8 + 0.02 * (n % 2) for n in range(10)], "sound_seconds": 1.2},
@@ -38,7 +42,7 @@ REAL_VIDEOS = {
 
 @pytest.fixture(scope="session")
 def small_datasets(tmp_path_factory):
-    """A folder with real/ (five videos of two clips each, one too short) and cg/ (three pairs)."""
+    """Write real/ (five videos of two clips each, and one too short) and cg/ (three pairs); return their folder."""
     folder = tmp_path_factory.mktemp("data")
     texts = ["a street", "the city at night", "red brick", "rain", "two people on a street", "a street"]
     write_dataset(folder / "real", [], [])
@@ -57,7 +61,7 @@ def small_datasets(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def first(tiny_models, small_datasets, tmp_path_factory):
-    """A finished phase 1 of four steps."""
+    """Train phase 1 for four steps, launched as a user does; return its folder and the finished process."""
     out = tmp_path_factory.mktemp("run") / "phase1"
     done = succeed(*phase1(tiny_models, small_datasets, out, "--max_train_steps=4"))
     return out, done
@@ -65,7 +69,7 @@ def first(tiny_models, small_datasets, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def second(first, tiny_models, small_datasets, tmp_path_factory):
-    """A finished phase 2 of four steps."""
+    """Train phase 2 for four steps on the result of `first`; return its folder and the finished process."""
     out = tmp_path_factory.mktemp("run") / "phase2"
     done = succeed(*phase2(tiny_models, small_datasets, first[0] / "final", out, "--max_train_steps=4"))
     return out, done
@@ -73,7 +77,7 @@ def second(first, tiny_models, small_datasets, tmp_path_factory):
 
 @pytest.fixture
 def signal_handlers():
-    """Puts back the signal handlers that a test replaces."""
+    """Restore the signal handlers after the test."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in before.items():

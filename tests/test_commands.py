@@ -1,4 +1,4 @@
-"""The commands as a user types them, in processes of their own, on tiny models and real video files."""
+"""Whole commands on tiny models and real video files."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def test_phase1_trains_and_exports(first, tiny_models):
     assert contract["num_frames"] == SIZE["num_frames"]
 
 
-def test_phase1_logs(first):
+def test_phase1_logs_its_numbers(first):
     logged = scalars(first[0])
     assert (first[0] / "validation.png").is_file()
     assert len(logged["validation/prompt_gain"]) == len(logged["validation/loss_sigma_0.30"]) == 3
@@ -70,12 +70,12 @@ def test_phase2_trains_and_exports(second, first):
     assert same(after, weights(out / "final"))
     logged = scalars(out)
     assert {"train/loss_cg", "train/loss_real", "train/cg_share", "validation/control_gain"} <= logged.keys()
-    # Silent before the first step: whose control it is makes no difference, and it is the backbone's own loss.
+    # The new control blocks add zeros: before the first step, any control gives the backbone's own loss.
     assert logged["validation/control_gain"][0] == 0
     assert logged["validation/loss_no_control"][0] == logged["validation/loss"][0]
     assert logged["validation/loss_no_control"][-1] != logged["validation/loss"][-1]
     assert {"validation/prompt_gain", "validation/control_gain_sigma_0.30"} <= logged.keys()
-    # So is its look, but only real clips are asked for it.
+    # The same holds for an altered look of the control, which is measured on real clips alone.
     assert logged["validation/leak_augmented"][0] == 0
     assert logged["validation/leak_augmented"][-1] != 0
     assert "validation/leak_coarse" not in logged
@@ -92,7 +92,7 @@ def test_phase2_trains_on_cached_control_features(second, first, tiny_models, sm
 
     train("out")
     live, cached = weights(second[0] / "final"), weights(tmp_path / "out/final")
-    # The batch of frames that DINOv3 takes is another one, which changes last bits.
+    # DINOv3 runs on batches of another size, which changes the last bits.
     assert scalars(tmp_path / "out")["train/loss"] == pytest.approx(scalars(second[0])["train/loss"], rel=1e-5)
     assert max((live[name] - cached[name]).abs().max() for name in live) < 1e-4
     for path in (cache / "control").rglob("*.safetensors"):
@@ -102,20 +102,21 @@ def test_phase2_trains_on_cached_control_features(second, first, tiny_models, sm
     assert max((live[name] - other[name]).abs().max() for name in live) > 1e-3
 
 
-def test_resumed_in_the_middle_is_bit_identical(first, second, tiny_models, small_datasets, tmp_path):
-    # What a run that was killed between steps 2 and 4 has left.
+def test_a_resumed_phase2_is_bit_identical(first, second, tiny_models, small_datasets, tmp_path):
+    # As if a run had been killed between steps 2 and 4.
     shutil.copytree(second[0] / "checkpoint-2", tmp_path / "checkpoint-2")
     options = ["--max_train_steps=4", "--resume_from_checkpoint=latest"]
     done = succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, *options))
     assert "resumed from" in done.stdout
     assert same(weights(tmp_path / "final"), weights(second[0] / "final"))
     assert scalars(tmp_path)["train/loss"] == scalars(second[0])["train/loss"][2:]
-    # The validations before the kill are in the picture too.
+    # The plot also shows the validations before the kill.
     assert (tmp_path / "validation.png").read_bytes() == (second[0] / "validation.png").read_bytes()
 
 
-def test_augmented_control_trains_and_resumes_exactly(first, second, tiny_models, small_datasets, tmp_path):
-    """With --best_by control_gain: best/ is the validation of the highest one."""
+def test_augmented_control_resumes_exactly_and_best_has_the_highest_gain(
+    first, second, tiny_models, small_datasets, tmp_path
+):
     options = ["--control_augmentation=0.7", "--best_by=control_gain", "--resume_from_checkpoint=latest"]
     command = phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, *options)
     done = succeed(*command, "--max_train_steps=4", by=fork)
@@ -131,8 +132,9 @@ def test_augmented_control_trains_and_resumes_exactly(first, second, tiny_models
     assert same(weights(tmp_path / "final"), trained)
 
 
-def test_the_result_does_not_depend_on_what_was_cached(first, second, tiny_models, small_datasets, tmp_path):
-    # Nor on remedies that are said to be off.
+def test_cached_files_and_remedies_switched_off_do_not_change_the_result(
+    first, second, tiny_models, small_datasets, tmp_path
+):
     options = ["--max_train_steps=2", f"--cache_dir={tmp_path}/cache", "--real_weight=1", "--adversarial_weight=0"]
     succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path / "out", *options), by=fork)
     assert same(weights(tmp_path / "out/final"), weights(second[0] / "checkpoint-2/model"))
@@ -183,7 +185,9 @@ def test_an_adversary_needs_both_domains(tiny_models, small_datasets, tmp_path, 
     options = ["--adversarial_weight=0.1", "--cg_ratio=0"]
     command = phase2(tiny_models, small_datasets, "backbone", tmp_path, *options, launcher=())
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
-    with pytest.raises(InputError, match=r"--adversarial_weight 0\.1: tells CG from real, but --cg_ratio 0\.0"):
+    with pytest.raises(
+        InputError, match=r"--adversarial_weight 0\.1: needs samples of both domains, but --cg_ratio 0"
+    ):
         train_phase2.main()
 
 
@@ -198,9 +202,9 @@ def test_an_adversary_needs_both_domains(tiny_models, small_datasets, tmp_path, 
         ("--resume_from_checkpoint=checkpoint-77", "checkpoint-77"),
         ("--cg_ratio=1.5", "--cg_ratio 1.5"),
         ("--control_augmentation=-1", "--control_augmentation -1"),
-        ("--real_weight=0", "--real_weight 0.0"),
+        ("--real_weight=0", "--real_weight 0:"),
         ("--real_weight=inf", "--real_weight inf"),
-        ("--adversarial_weight=-1", "--adversarial_weight -1.0"),
+        ("--adversarial_weight=-1", "--adversarial_weight -1:"),
         ("--adversarial_weight=nan", "--adversarial_weight nan"),
     ],
 )
@@ -217,7 +221,7 @@ def test_bad_input_is_one_line(
 
 
 def test_phase2_on_buckets_and_several_datasets(first, tiny_models, small_datasets, tmp_path):
-    """Clips of three shapes, from two folders of which the second weighs three times the first."""
+    """Train on clips of three shapes from two datasets; the second has three times the weight of the first."""
     more = write_dataset(tmp_path / "more", [f"m{i}.mp4" for i in range(4)], ["rain"] * 4)
     for i in range(3):
         Image.fromarray(noise_video(i, 1)[0]).save(more / f"still{i}.png")
@@ -233,5 +237,5 @@ def test_phase2_on_buckets_and_several_datasets(first, tiny_models, small_datase
     logged = scalars(tmp_path / "out")
     assert len(logged["train/loss"]) == 6
     state = json.loads((tmp_path / "out/checkpoint-6/state.json").read_text())
-    assert state["sampler"]["real_sources"][1][1] == "3/4"
+    assert state["sampler"]["real_parts"][1][1] == "3/4"
     assert json.loads((tmp_path / "out/final/c2r.json").read_text())["num_frames"] == 5  # of the largest bucket

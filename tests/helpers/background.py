@@ -1,39 +1,43 @@
-"""Commands that are watched while they run, and interrupted."""
+"""Run a command in the background, watch its output, and interrupt it."""
 
-import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
 from tests.helpers.commands import ENVIRONMENT, ROOT
-
-#: Each step's count must be seen, or the moment to interrupt would be missed.
-WATCHED = {"TQDM_MININTERVAL": "0", "TQDM_MINITERS": "1"}
+from tests.helpers.forks import forked
 
 
 class Background:
-    """A Python command in a session of its own; `with` it, and none of its processes outlives the body.
+    """A Python command in its own session; at the end of a `with` block all its processes are killed.
 
     Args:
         command: list of arguments for Python.
-        environment: variables besides the usual ones.
+        fork: start it by `tests.helpers.forks`, without its imports and without a launcher.
     """
 
-    def __init__(self, command, **environment):
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115
-        self.process = psutil.Popen(
-            [sys.executable, *map(str, command)],
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            env=ENVIRONMENT | WATCHED | environment,
-            cwd=ROOT,
-            start_new_session=True,
-        )
+    def __init__(self, command, fork=False):
+        self._folder = tempfile.TemporaryDirectory()
+        self._outputs = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        self._forked = forked(command, self._folder.name) if fork else None
+        if fork:
+            self.process = psutil.Process(self._forked.pid)
+        else:
+            with self._outputs[0].open("wb") as output:
+                self.process = psutil.Popen(
+                    [sys.executable, *map(str, command)],
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=ENVIRONMENT,
+                    cwd=ROOT,
+                    start_new_session=True,
+                )
         self._seen = set()
 
     def __enter__(self):
@@ -41,46 +45,48 @@ class Background:
 
     def __exit__(self, *error):
         self.kill()
-        self._output.close()
+        self._folder.cleanup()
 
     @property
     def text(self):
-        """All that it has printed, errors too."""
-        file = self._output.fileno()
-        # Not by seek: the processes write at the same position.
-        return os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace")
+        """Its output and errors so far."""
+        return "\n".join(path.read_text(errors="replace") for path in self._outputs if path.exists())
 
     @property
     def errors(self):
-        """Its lines for the user."""
+        """Its lines that begin with "error: "."""
         return [line for line in self.text.splitlines() if line.startswith("error: ")]
 
     @property
     def steps(self):
-        """All step counts that its progress bar has shown, from where it started."""
+        """All step counts that its progress bar has shown, the first one included."""
         return [int(count) for count in re.findall(r"phase \d: +\d+%\|[^|]*\| (\d+)/", self.text)]
 
     def trained(self, count=1):
-        """Whether it has taken so many steps since it started."""
+        """Return True if it has taken at least `count` steps since it started."""
         steps = self.steps
         return bool(steps) and steps[-1] >= steps[0] + count
 
+    def is_running(self):
+        """Return True unless it has ended."""
+        return self._forked.is_alive() if self._forked else self.process.poll() is None
+
     def wait_until(self, condition, seconds=200):
-        """Wait for the moment at which `condition()` is true; it must come before the end."""
+        """Wait until `condition()` is true; fail if the command ends before."""
         until = time.monotonic() + seconds
         while not condition():
-            assert self.process.poll() is None, f"ended before its moment: {self.text[-3000:]}"
-            assert time.monotonic() < until, f"its moment never came: {self.text[-3000:]}"
+            assert self.is_running(), f"ended too early: {self.text[-3000:]}"
+            assert time.monotonic() < until, f"still not true after {seconds} s: {self.text[-3000:]}"
             time.sleep(0.0005)
 
     def family(self):
-        """Its processes: the launcher, what it has launched, their data workers; as far as they were seen."""
+        """Return its processes seen so far: the launcher, the launched processes, and their data workers."""
         if self.process.is_running():
             self._seen |= {self.process, *self.process.children(recursive=True)}
         return list(self._seen)
 
     def rank(self, number):
-        """The training process of this rank, under torchrun."""
+        """Return the training process of this rank, under torchrun."""
         for child in self.process.children():
             with suppress(psutil.NoSuchProcess):  # it has ended
                 if child.environ().get("RANK") == str(number):
@@ -88,19 +94,22 @@ class Background:
         raise LookupError(f"no process of rank {number}")
 
     def end(self, seconds=200):
-        """Wait for its end, and for that of all its processes, which may outlive a launcher that was killed.
+        """Wait for all its processes to end: they may outlive a launcher that was killed.
 
         Returns:
-            its exit status; minus the signal that killed it.
+            its exit status; minus the number of the signal if it was killed.
         """
         _, alive = psutil.wait_procs(self.family(), timeout=seconds)
         assert not alive, self.text[-3000:]
+        if self._forked:
+            self._forked.join(seconds)
+            return self._forked.exitcode
         return self.process.wait()
 
     def kill(self):
-        """SIGKILL all its processes, and wait for their ends: none may write on.
+        """Send SIGKILL to all its processes and wait for them to end.
 
-        Not by process group: torchrun gives each of its processes one of its own.
+        A signal to the process group would miss some: torchrun gives each of its processes a group of its own.
         """
         family = self.family()
         for member in family:

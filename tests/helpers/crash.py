@@ -1,9 +1,9 @@
-"""Kill a training run again and again, start it again each time, and compare its end with a run left in peace.
+"""Kill a training run many times, restart it each time, and compare its result with that of an uninterrupted run.
 
     python -m tests.helpers.crash --phase 1 --kills 30 --output crash.csv
 
-A run has two legs, the second with more steps and another --cg_ratio. What each kill waits for, and for how long it
-then waits, is drawn from a seed. What it struck is read from what it left behind.
+A run has two legs, the second with more steps and another --cg_ratio. Each kill waits for a moment, such as "saving",
+and then for a random time. The files and the output that the run leaves show what the kill interrupted.
 """
 
 import argparse
@@ -32,7 +32,7 @@ OPTIONS = {
     "dataloader_num_workers": 2,
     "prompt_dropout": 0.3,
     "lr_warmup_steps": 20,
-    # So slow that the best validation is nearly always the last one.
+    # So low that nearly every validation is the best so far, and best/ is saved often.
     "learning_rate": 1e-4,
     "ema_decay": 0.9,
     "checkpointing_steps": CHECKPOINTING_STEPS,
@@ -40,7 +40,7 @@ OPTIONS = {
     "validation_steps": VALIDATION_STEPS,
     "resume_from_checkpoint": "latest",
 }
-#: The bound is below any CG look: the controller lowers the share at every sampling, down to its least.
+#: Every sample exceeds this bound: the controller lowers the CG share at each sampling, down to cg_ratio_min.
 PHASE2_OPTIONS = {
     "control_dropout": 0.3,
     "control_augmentation": 0.5,
@@ -52,7 +52,7 @@ PHASE2_OPTIONS = {
     "cg_ratio_min": 0.125,
 }
 CG_RATIOS = (0.25, 0.5)  # of the two legs
-#: What a kill waits for, and up to how many seconds it then waits.
+#: Moments that a kill waits for: {moment: largest number of seconds that it then waits}.
 MOMENTS = {
     "starting": 10.0,
     "encoding": 0.3,
@@ -64,28 +64,28 @@ MOMENTS = {
     "saving best": 0.02,
     "saving final": 0.02,
 }
-#: How often each comes in a deck of kills; the last kill of each leg strikes while final/ is saved.
+#: Number of kills at each moment in one deck; the last kill of each leg waits for "saving final".
 DECK = {"starting": 1, "encoding": 1, "training": 2, "validating": 2, "saving": 3, "pruning": 2, "saving best": 2}
 DECKS = {1: DECK, 2: DECK | {"sampling": 2}}
-#: A moment that has not come after so many steps, as a best validation may not, is waited for no longer.
+#: Steps after which a kill no longer waits for its moment: there may be no further best validation.
 PATIENCE = 16
 
 
 class Scene(Background):
-    """A run as it looks from outside: its output and the files that it writes.
+    """A run observed from outside, by its output and the files that it writes.
 
     Args:
-        command: list of arguments for Python.
+        command, fork: see `Background`.
         out: the run's output folder.
     """
 
-    def __init__(self, command, out):
+    def __init__(self, command, out, fork):
         self.out = out
         self.started = time.time()
-        super().__init__(command)
+        super().__init__(command, fork)
 
     def writes(self, pattern):
-        """Whether this run, not one before it, is seen to write or to remove such a file."""
+        """Return True if such a file exists and has changed since this run started."""
         for path in self.out.glob(pattern):
             with suppress(FileNotFoundError):
                 if path.stat().st_ctime > self.started:
@@ -93,6 +93,7 @@ class Scene(Background):
         return False
 
     def has_come(self, moment):
+        """Return True if the moment has come, or is waited for no longer."""
         if moment == "starting":
             return True
         if moment == "encoding":
@@ -114,7 +115,7 @@ class Scene(Background):
 
     @property
     def sampling(self):
-        """Whether this run has validated a step of phase 2 at which it also samples, and has not written these yet."""
+        """True after the validation of a step that also samples, until its sample videos are written."""
         steps = self.steps
         if not steps or steps[-1] == steps[0] or steps[-1] % SAMPLE_STEPS:
             return False
@@ -122,7 +123,7 @@ class Scene(Background):
         return validated and not self.writes(f"samples/step-{steps[-1]}/sheet.png")
 
     def struck(self):
-        """What a kill has interrupted."""
+        """Return a name for the work that a kill has interrupted."""
         for name, suffix in (("checkpoint-*", "tmp"), ("best", "tmp"), ("final", "tmp"), ("checkpoint-*", "removed")):
             if self.writes(f".{name}.{suffix}"):
                 return "pruning" if suffix == "removed" else f"saving {name.removesuffix('-*')}"
@@ -139,33 +140,34 @@ class Scene(Background):
         return "training"
 
 
-def run_with_kills(command, out, moments, draw):
-    """Start `command` until it ends by itself; the first times it is killed, with all its processes.
+def run_with_kills(command, out, moments, draw, fork):
+    """Start `command` and kill all its processes, once for each moment; then start it and let it end.
 
     Args:
         command: list of strings for Python; resumes from the latest checkpoint.
         out: its output folder.
-        moments: what each kill waits for, keys of MOMENTS.
-        draw: `random.Random`, for how long it then waits.
+        moments: keys of MOMENTS, one per kill.
+        draw: `random.Random` for the waiting times.
+        fork: see `Background`.
 
     Returns:
         list of dicts, one per kill.
 
     Raises:
-        AssertionError: a start that was not killed failed, or the run ended before all kills were used.
+        AssertionError: the run failed, or ended before a kill.
     """
     log = []
     for moment in moments:
         delay = draw.uniform(0, MOMENTS[moment])
         if moment == "encoding":
             shutil.rmtree(out / ".c2r_cache", ignore_errors=True)
-        with Scene(command, out) as scene:
+        with Scene(command, out, fork) as scene:
             scene.wait_until(lambda scene=scene, moment=moment: scene.has_come(moment))
             time.sleep(delay)
-            assert scene.process.poll() is None, f"{moment}: ended {delay:.4f} s later: {scene.text[-3000:]}"
+            assert scene.is_running(), f"{moment}: ended {delay:.4f} s later: {scene.text[-3000:]}"
             scene.kill()
             log.append({"kill": len(log) + 1, "waited for": moment, "then s": f"{delay:.4f}", **_found(scene)})
-    with Scene(command, out) as scene:
+    with Scene(command, out, fork) as scene:
         assert scene.end() == 0, scene.text[-3000:]
     return log
 
@@ -184,7 +186,7 @@ def _found(scene):
 
 
 def differences(out, reference):
-    """What differs between two finished runs, as a list of names; empty if all is equal, bit for bit."""
+    """Return the names of files and curves that differ between two finished runs; [] if all are equal bit for bit."""
     found = []
     names = [sorted(path.name for path in run.iterdir() if path.name != "logs") for run in (out, reference)]
     if names[0] != names[1]:
@@ -204,12 +206,12 @@ def _content(path):
     if path.suffix != ".json":
         return path.read_bytes()
     content = json.loads(path.read_text())
-    content.get("loop", {}).get("logs", {}).pop("train/samples_per_second", None)
+    content.get("progress", {}).get("logs", {}).pop("train/samples_per_second", None)
     return content
 
 
 def curves(out):
-    """{tag: [(step, value)]} as TensorBoard shows them, but for what depends on the clock."""
+    """Return {tag: [(step, value)]} as TensorBoard shows them, without the speed, which depends on the clock."""
     events = EventAccumulator(str(out / "logs"), size_guidance={"scalars": 0}).Reload()
     return {
         tag: [(event.step, event.value) for event in events.Scalars(tag)]
@@ -218,40 +220,41 @@ def curves(out):
     }
 
 
-def crash_legs(folder, phase, processes, kills, seed):
-    """Both runs, both legs.
+def crash_legs(folder, phase, processes, kills, seed, fork=False):
+    """Train a killed and an uninterrupted run side by side, leg by leg.
 
     Args:
-        folder: an empty one, to work in.
+        folder: an empty folder to work in.
         phase: 1 or 2.
         processes: 1 or 2.
         kills: a list of moments for each leg.
-        seed: of the delays.
+        seed: of the waiting times.
+        fork: see `Background`; for one process only.
 
     Returns:
-        folder of the killed run, folder of the other, list of dicts: one per kill.
+        folder of the killed run, folder of the uninterrupted run, a list of dicts, one per kill.
     """
     save_tiny_pipeline(folder / "models/pipeline")
     save_tiny_dinov3(folder / "models/dinov3")
     words = ["a street", "the city at night", "red brick", "", "two people on a street", "a street"]
     write_dataset(folder / "data/real", [f"r{i}.mp4" for i in range(6)], words)
     fine, coarse = ([f"{kind}{i}.mp4" for i in range(5)] for kind in "fc")
-    # Of another look than the real ones: the CG monitor has something to say, and the controller to do.
+    # CG videos look unlike the real ones, so that the CG monitor can tell them apart.
     write_dataset(folder / "data/cg", fine, words[:5], coarse, video=flat_video)
     out, reference = folder / "killed", folder / "reference"
     draw, log, steps = random.Random(seed), [], 0
     for cg_ratio, moments in zip(CG_RATIOS, kills):
         steps += steps_of(moments)
         options = [f"--max_train_steps={steps}"] + ([f"--cg_ratio={cg_ratio}"] if phase == 2 else [])
-        with Scene(command_of(folder, phase, processes, reference, *options), reference) as undisturbed:
-            leg = run_with_kills(command_of(folder, phase, processes, out, *options), out, moments, draw)
+        with Scene(command_of(folder, phase, processes, reference, *options), reference, fork) as undisturbed:
+            leg = run_with_kills(command_of(folder, phase, processes, out, *options), out, moments, draw, fork)
             assert undisturbed.end() == 0, undisturbed.text[-3000:]
         log += [kill | {"kill": len(log) + i, "leg ends at": steps} for i, kill in enumerate(leg, start=1)]
     return out, reference, log
 
 
 def command_of(folder, phase, processes, run, *extra):
-    """The command of one run in the working folder of `crash_legs`."""
+    """Return the command of one run in the working folder of `crash_legs`."""
     arguments = [folder / "models", folder / "data"]
     options = [*(f"--{name}={value}" for name, value in OPTIONS.items()), f"--cache_dir={run / '.c2r_cache'}", *extra]
     launcher = TORCHRUN if processes == 2 else []
@@ -263,12 +266,12 @@ def command_of(folder, phase, processes, run, *extra):
 
 
 def steps_of(moments):
-    """More than the kills of a leg use up, or it would end before them. On neither interval, but by chance."""
+    """Return a number of steps in which all kills of a leg find their moment."""
     return 2 * CHECKPOINTING_STEPS * len(moments) + PATIENCE + 1
 
 
 def deal(phase, kills, seed):
-    """The moments of so many kills in two legs, shuffled."""
+    """Return the moments of `kills` kills, shuffled, as a list for each of two legs."""
     deck = [moment for moment, count in DECKS[phase].items() for _ in range(count)]
     draw, legs = random.Random(seed), []
     for count in (kills - kills // 2, kills // 2):

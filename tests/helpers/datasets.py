@@ -1,4 +1,4 @@
-"""Small video datasets."""
+"""Write small video datasets."""
 
 import csv
 
@@ -9,14 +9,14 @@ from tests.helpers.commands import SIZE
 
 
 def noise_video(seed, num_frames=10):
-    """(F, H, W, 3) uint8: coloured blocks that move."""
+    """Return (F, H, W, 3) uint8 frames: coloured blocks that move."""
     rng = np.random.default_rng(seed)
     frame = rng.integers(0, 256, (4, 6, 3)).repeat(8, 0).repeat(8, 1)
     return np.stack([np.roll(frame, 2 * i, axis=1) for i in range(num_frames)]).astype(np.uint8)
 
 
 def flat_video(seed, num_frames=10):
-    """(F, H, W, 3) uint8: one bright colour, with an edge that moves; nobody takes it for `noise_video`."""
+    """Return (F, H, W, 3) uint8 frames: two bright colours and their moving edge, easy to tell from `noise_video`."""
     colours = np.random.default_rng(seed).integers(200, 256, (2, 3))
     frames = np.broadcast_to(colours[0], (num_frames, 32, 48, 3)).copy()
     for i, frame in enumerate(frames):
@@ -25,7 +25,7 @@ def flat_video(seed, num_frames=10):
 
 
 def write_dataset(folder, names, texts, controls=None, video=noise_video):
-    """Write random videos and their metadata.csv; returns the folder."""
+    """Write random videos and their metadata.csv; return the folder."""
     folder.mkdir(parents=True)
     columns = ["file_name", "text"] + (["control_name"] if controls else [])
     rows = zip(names, texts, *([controls] if controls else []))

@@ -1,7 +1,7 @@
-"""Several runs of the training scripts, one after another in the processes of one launch: most of a short run's time
-is imports. Run by test_engines.py.
+"""Run several training scripts one after another in the processes of one launch: imports take most of a short run.
 
-Each argument is a JSON list: a folder to copy first and its new parent, or an empty list; a script's name; options.
+The first argument is a JSON list of the arguments of `engine_probe.measure`, or an empty list. Each further argument
+is a JSON list: a folder to copy first and its new parent, or an empty list; a script's name; its options.
 """
 
 import importlib
@@ -10,20 +10,28 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
+
 from c2r import cli
 from c2r.options import PHASE1, PHASE2
 from c2r.training.engine import build_accelerator
 from c2r.training.setup import start_run
+from tests.helpers import engine_probe
 
 COMMANDS = {"train_phase1": PHASE1, "train_phase2": PHASE2}
 
 
 def main():
+    probed, *runs = map(json.loads, sys.argv[1:])
     accelerator = None
-    for number, (copied, script, *options) in enumerate(map(json.loads, sys.argv[1:])):
+    for number, (copied, script, *options) in enumerate(runs):
         module = importlib.import_module(script)
         args = cli.parse(COMMANDS[script], options)
-        accelerator = accelerator or build_accelerator(args)
+        if accelerator is None:
+            accelerator = build_accelerator(args)
+            if probed:  # first, while these processes hold little memory
+                torch.distributed.all_reduce(torch.ones(1))  # opens the connections
+                engine_probe.measure(accelerator, *probed)
         accelerator.project_configuration.logging_dir = f"{args.output_dir}/logs"
         Path(args.output_dir).mkdir(exist_ok=True)
         if copied and accelerator.is_main_process:

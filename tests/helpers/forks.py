@@ -1,6 +1,6 @@
-"""Commands in processes forked from one that has imported what they need: most of a short run's time is imports.
+"""Run commands in forks of a process that has imported their modules: imports take most of a short run's time.
 
-Where a command is to be what a user types, `tests.helpers.commands.start` it.
+`tests.helpers.commands.start` runs a command as a user does, its launcher included.
 """
 
 import multiprocessing
@@ -17,11 +17,13 @@ from unittest import mock
 from tests.helpers.commands import ENVIRONMENT, LAUNCH, ROOT
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["tests.helpers.forks", "train_phase1", "train_phase2", "c2r.encode", "c2r.generate"])
+#: The commands import the latter two inside functions.
+_PRELOADED = ["tests.helpers.forks", "train_phase1", "train_phase2", "c2r.encoding.encoding_pass", "c2r.pipeline"]
+_server.set_forkserver_preload(_PRELOADED)
 
 
 def forked(command, folder, cwd=ROOT, **environment):
-    """Start a command, without its launcher; what it prints goes to `folder`, into stdout and stderr.
+    """Start a command without its launcher; its output goes into the files stdout and stderr in `folder`.
 
     Returns:
         `multiprocessing.Process`.
@@ -35,7 +37,7 @@ def forked(command, folder, cwd=ROOT, **environment):
 
 
 def fork(*command, **environment):
-    """Run one command to its end; returns its exit status, output and errors."""
+    """Run one command to its end; return its exit status, output and errors."""
     with tempfile.TemporaryDirectory() as folder:
         (status,) = statuses([forked([*command], folder, **environment)])
         texts = [Path(folder, name).read_text(errors="replace") for name in ("stdout", "stderr")]
@@ -43,10 +45,10 @@ def fork(*command, **environment):
 
 
 def forked_twice(command, folder, cwds=(ROOT, ROOT)):
-    """Start a command as a launcher does on two devices: twice, told of each other by the environment.
+    """Start a command on two processes, with the environment variables that a launcher sets.
 
     Returns:
-        two of `multiprocessing.Process`; what they print goes to the folders 0 and 1 in `folder`.
+        two `multiprocessing.Process`; their output goes into the folders 0 and 1 in `folder`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -61,10 +63,10 @@ def forked_twice(command, folder, cwds=(ROOT, ROOT)):
 
 
 def statuses(processes, seconds=300):
-    """Wait for the ends of processes; those that are late are killed, or they would keep the tests from ending.
+    """Wait for processes to end, and kill those that still run after `seconds`.
 
     Returns:
-        list of exit statuses; minus the signal that killed it.
+        list of exit statuses; minus the number of the signal for a process that was killed.
     """
     until = time.monotonic() + seconds
     for process in processes:
@@ -76,9 +78,12 @@ def statuses(processes, seconds=300):
 
 
 def _run(command, folder, cwd, environment):
+    os.setsid()  # a test may signal the command's process group
     for descriptor, name in enumerate(("stdout", "stderr"), start=1):
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    multiprocessing.set_start_method("fork", force=True)  # for data workers: the server's would import all anew
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # for data workers: a forkserver would import again
     os.environ.update(environment)
     os.chdir(cwd)
     script = command[0] if command[0] != "-m" else f"{command[1].replace('.', '/')}.py"
@@ -88,6 +93,6 @@ def _run(command, folder, cwd, environment):
         runpy.run_path(ROOT / script, run_name="__main__")
     except SystemExit as ended:
         status = ended.code
-    # Here, as at the end of any script, nothing holds its frames: its data workers have been told to end. Within the
-    # exception multiprocessing would wait for one that has missed its SIGTERM.
+    # Outside the except block nothing holds the script's frames, so its data loaders have ended their workers. Within
+    # it, multiprocessing would wait for a worker that has missed its SIGTERM.
     sys.exit(status)

@@ -7,7 +7,7 @@ from tests.helpers.commands import SIZE
 
 
 def row_of(file, columns=4):
-    """The columns of a sample's mp4, each (F, 3, H, W) uint8."""
+    """Return the columns of a sample's mp4, each (F, 3, H, W) uint8."""
     frames = read_window(file, 0.0, SIZE["num_frames"], SIZE["fps"], SIZE["height"], columns * SIZE["width"])
     return (
         np.asarray(frames)
@@ -17,4 +17,5 @@ def row_of(file, columns=4):
 
 
 def difference(a, b):
+    """Return the mean absolute difference of two videos in uint8."""
     return np.abs(np.asarray(a).astype(int) - np.asarray(b)).mean()
