@@ -22,9 +22,9 @@ from c2r.options import COMMANDS, Command, Flag, Option, Switch
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-#: Functions called before an unexpected error is raised; the watchdog's names a dead process.
+#: Functions called before an unexpected error is raised; the watchdog adds one that names a dead process.
 failure_hooks: list[Callable[[], None]] = []
-#: Seconds that other processes leave to the main process to report bad input and be ended by the launcher.
+#: Seconds that the other processes wait with an error, so that the main process reports bad input first.
 HEAD_START = 5.0
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -86,7 +86,7 @@ def _build_parser(command, show_all=False):
     parser.add_argument("-h", "--help", action="store_true", help="show the common options")
     parser.add_argument("--help-all", action="store_true", dest="help_all", help="show all options")
     for title, options in command.groups.items():
-        group = parser.add_argument_group(title)
+        group = parser.add_argument_group(title) if len(command.groups) > 1 else parser
         for option in options:
             shown = option.common or show_all
             group.add_argument(
@@ -197,7 +197,7 @@ def _typed_yaml(option, value):
 
 
 def run(main: Callable[[], Any]):
-    """Run a command's main function; bad input, a full disk and signals end it with one line, not a traceback."""
+    """Run a command's main function. Bad input, a full disk and signals end it with one line, not a traceback."""
     stop_on_signals()
     log_to_stdout()
     try:

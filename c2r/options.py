@@ -51,9 +51,9 @@ class Number:
             return f"{kind} from {self.least:g} to {self.most:g}"
         if math.isfinite(self.above) and math.isfinite(self.below):
             return f"{kind} between {self.above:g} and {self.below:g}"
-        if math.isfinite(self.above):
-            return f"{kind} above {self.above:g}"
-        return f"{kind} of at least {self.least:g}" if math.isfinite(self.least) else kind
+        bounds = (("above", self.above), ("of at least", self.least), ("of at most", self.most), ("below", self.below))
+        limits = [f"{words} {bound:g}" for words, bound in bounds if math.isfinite(bound)]
+        return " and ".join([f"{kind} {limits[0]}", *limits[1:]]) if limits else kind
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Text:
-    """Any text."""
+    """Any text; `description` is shown in messages and in docs/options.md."""
 
-    what: str = "text"
+    description: str = "text"
 
     def __call__(self, text: str) -> str:
         return text
 
     def __str__(self):
-        return self.what
+        return self.description
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,13 @@ class Checked:
     """A value that `read` reads from text or refuses by ValueError."""
 
     read: Callable[[str], Any]
-    what: str
+    description: str
 
     def __call__(self, text: str) -> Any:
         return self.read(text)
 
     def __str__(self):
-        return self.what
+        return self.description
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,9 @@ class Command:
 
 # ----------------------------------------------------------------------------------------------- clips and their cache
 
-CONFIG = Option("config", "YAML file that sets any option by its name; the command line wins", FILE, common=True)
+CONFIG = Option(
+    "config", "YAML file that sets any option by its name; the command line wins", FILE, metavar="FILE", common=True
+)
 BASE_MODEL = Option(
     "pretrained_model_name_or_path",
     "Wan 2.1 text-to-video pipeline in Diffusers' layout",
@@ -195,6 +197,7 @@ DINOV3 = Option(
     "DINOv3 ViT that turns control frames into features",
     MODEL,
     "facebook/dinov3-vitb16-pretrain-lvd1689m",
+    metavar="PATH",
     common=True,
 )
 TIMEOUT = Option(
@@ -224,7 +227,12 @@ CLIP_OPTIONS = [
         common=True,
     ),
     Option("fps", "frames per second that clips are resampled to", POSITIVE, 16.0, common=True),
-    Option("max_dropped", "stop if more than this share of a dataset's rows is dropped, such as 0.1", SHARE),
+    Option(
+        "max_dropped",
+        "stop if more than this share of a dataset's rows is dropped, such as 0.1",
+        SHARE,
+        metavar="SHARE",
+    ),
     Option("video_cache_gb", "GB of disk for videos fetched from remote datasets", POSITIVE, 50.0),
     Option("dataloader_num_workers", "data loader workers per process; 0 loads in the main process", COUNT_OR_ZERO, 4),
 ]
@@ -234,7 +242,7 @@ def clip_settings(args: Namespace) -> ClipSettings:
     """Return the settings of the data stage that a command's options give.
 
     Raises:
-        InputError: a bucket is named twice.
+        InputError: --buckets names a bucket twice.
     """
     buckets = tuple(args.buckets or [Bucket(args.num_frames, args.height, args.width)])
     for bucket in buckets:
@@ -334,8 +342,8 @@ def _training_groups(before_data, after_data, **defaults):
             *before_data,
             Option(
                 "real_dataset",
-                "one or several folders (or remote addresses) with real videos and a metadata.csv; the weight is the "
-                "dataset's share of real samples",
+                "one or several folders (or remote addresses) with real videos and a metadata.csv; real samples are "
+                "drawn in proportion to the weights, which are 1 where none is given",
                 Text("folders or addresses"),
                 metavar=DATASET_METAVAR,
                 several=True,
@@ -452,7 +460,8 @@ def _check_phase2(args):
         raise InputError(f"--cg_ratio {args.cg_ratio:g}: needs CG pairs; give --cg_dataset, or --cg_ratio 0")
     if args.cg_ratio_min is not None and args.cg_ratio_min > args.cg_ratio:
         raise InputError(
-            f"--cg_ratio_min {args.cg_ratio_min:g}: above --cg_ratio {args.cg_ratio:g}; give a share from 0 to that"
+            f"--cg_ratio_min {args.cg_ratio_min:g}: above --cg_ratio {args.cg_ratio:g}; give a share from 0 to "
+            f"{args.cg_ratio:g}"
         )
     if args.cache_control_features and args.control_augmentation > 0:
         raise InputError(
@@ -462,7 +471,7 @@ def _check_phase2(args):
     if args.adversarial_weight > 0 and not 0 < args.cg_ratio < 1:
         raise InputError(
             f"--adversarial_weight {args.adversarial_weight:g}: needs samples of both domains, but --cg_ratio "
-            f"{args.cg_ratio:g} draws one alone; give a ratio between 0 and 1"
+            f"{args.cg_ratio:g} draws only one; give a --cg_ratio between 0 and 1"
         )
 
 
@@ -496,6 +505,7 @@ PHASE2 = Command(
                 "resume_backbone_from",
                 "frozen backbone: best/ or final/ of phase 1, a Diffusers transformer folder or a .safetensors file",
                 Text("a folder or file"),
+                metavar="PATH",
                 required=True,
                 common=True,
             ),
@@ -505,7 +515,8 @@ PHASE2 = Command(
             Option(
                 "cg_dataset",
                 "one or several folders (or remote addresses) with CG pairs: a metadata.csv with file_name, "
-                "control_name and text",
+                "control_name and text; CG samples are drawn in proportion to the weights, which are 1 where none is "
+                "given",
                 Text("folders or addresses"),
                 metavar=DATASET_METAVAR,
                 several=True,
@@ -549,8 +560,8 @@ PHASE2 = Command(
             Option("real_weight", "loss weight of a real sample relative to a CG sample, such as 2", POSITIVE, 1.0),
             Option(
                 "adversarial_weight",
-                "weight of the gradient against a classifier that tells CG samples' predicted latents from real ones, "
-                "such as 0.1; 0: no classifier",
+                "weight of the gradient that makes the predicted latents of CG samples look real to a domain "
+                "classifier, such as 0.1; 0: no classifier",
                 NOT_NEGATIVE,
                 0.0,
             ),
@@ -611,7 +622,12 @@ ENCODE = Command(
     {
         "options": _all_common(
             Option("dataset", "folder or remote address with videos and a metadata.csv", FOLDER, required=True),
-            Option("domain", "cg: pairs with a control_name", Choice(("real", "cg")), "real"),
+            Option(
+                "domain",
+                "real: videos with captions; cg: pairs, whose rows also name a control_name",
+                Choice(("real", "cg")),
+                "real",
+            ),
             BASE_MODEL,
             Option(
                 "dry_run", "print what would be encoded and how long it would take; write no latents", Flag(), False
@@ -625,8 +641,8 @@ ENCODE = Command(
             ),
             Option(
                 "control_only",
-                "make no latents but the DINOv3 features of the training clips' controls, in bf16 as phase 2 takes "
-                "them by default",
+                "make the DINOv3 features of the training clips' controls instead of latents, in bf16 as phase 2 "
+                "takes them by default",
                 Flag(),
                 False,
             ),
@@ -679,7 +695,7 @@ GENERATE = Command(
 )
 
 
-def _simple(prog, description, *options):
+def _command_of_one_group(prog, description, *options):
     return Command(prog, description, {"options": _all_common(*options)})
 
 
@@ -687,19 +703,19 @@ def _output_dir(default):
     return Option("output_dir", "folder for everything that is written", FOLDER, default)
 
 
-QUICKSTART = _simple(
+QUICKSTART = _command_of_one_group(
     "python -m c2r.quickstart",
-    "See the main job work on a CPU, without downloads: both phases on a toy city, then coarse video to real.",
+    "Run both phases on a toy city, on a CPU and without downloads, then turn coarse videos into realistic ones.",
     _output_dir("quickstart"),
 )
-STUDY = _simple(
+STUDY = _command_of_one_group(
     "python -m c2r.study",
-    "Compare phase 2 settings on the toy city: which bring control, and which bring a CG look.",
+    "Compare settings of phase 2 on the toy city by how well the control works and how strong the CG look is.",
     _output_dir("study"),
     Option("seeds", "runs of each setting", COUNT, 3),
     Option("workers", "runs at a time, one core each", COUNT, 2),
 )
-TOY = _simple(
+TOY = _command_of_one_group(
     "python -m c2r.toy",
     "Write the toy: small base models, real clips, CG pairs, test scenes and a config for each phase.",
     _output_dir("toy"),
@@ -714,7 +730,7 @@ COMMANDS = (PHASE1, PHASE2, ENCODE, GENERATE, QUICKSTART, STUDY, TOY)
 # ----------------------------------------------------------------------------------------------------------- docs page
 
 
-def _shown(option):
+def _default_text(option):
     if option.required:
         return "required"
     if option.default is None or isinstance(option.type, Flag):
@@ -738,7 +754,7 @@ def markdown() -> str:
             lines += ["|---|---|---|---|"]
             for option in options:
                 name = f"**`--{option.name}`**" if option.common else f"`--{option.name}`"
-                lines.append(f"| {name} | {option.type} | {_shown(option)} | {option.help} |")
+                lines.append(f"| {name} | {option.type} | {_default_text(option)} | {option.help} |")
     return "\n".join(line for line, after in zip(lines, [*lines[1:], None]) if line or after) + "\n"
 
 

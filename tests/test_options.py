@@ -101,6 +101,21 @@ def test_a_bad_value_is_answered_with_option_value_reason_and_remedy(name, value
         options([f"--{name}={value}"])
 
 
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (Number(), "a number"),
+        (Number(least=1, whole=True), "a whole number of at least 1"),
+        (Number(least=0, most=1), "a number from 0 to 1"),
+        (Number(least=0, below=1), "a number of at least 0 and below 1"),
+        (Number(above=0), "a number above 0"),
+        (Number(above=0, below=1), "a number between 0 and 1"),
+    ],
+)
+def test_a_number_states_both_of_its_bounds(number, text):
+    assert str(number) == text
+
+
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("5m", 300), ("1.5h", 5400)])
 def test_durations_are_read_in_seconds(text, seconds, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1000000")
