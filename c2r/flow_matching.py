@@ -75,7 +75,7 @@ class BatchPlace:
         return self.batch_size * self.num_processes * self.num_micro_batches
 
     @property
-    def first(self) -> int:
+    def first_index(self) -> int:
         """Index of the micro-batch's first sample in the global batch."""
         return (self.micro_batch_index * self.num_processes + self.process_index) * self.batch_size
 
@@ -214,12 +214,14 @@ def stratified_uniform(place: BatchPlace, generator: torch.Generator) -> torch.T
     # Shuffled: otherwise a process would see the same noise levels in every step.
     strata = torch.randperm(place.global_batch_size, generator=generator)
     offsets = torch.rand(place.global_batch_size, generator=generator, dtype=torch.float64)
-    return ((strata + offsets) / place.global_batch_size)[place.first : place.first + place.batch_size]
+    return ((strata + offsets) / place.global_batch_size)[place.first_index : place.first_index + place.batch_size]
 
 
 # logit_normal: σ = sigmoid(m + s·Φ⁻¹(u)), mode: σ = 1 − u − s·(cos²(πu/2) − 1 + u). Source: SD3, eq. 19 and 20
 def density_from_uniform(uniform: torch.Tensor, density: SigmaDensity) -> torch.Tensor:
-    """Turn uniform numbers into sigmas of the density, before its shift; the map is monotonic, so strata stay strata.
+    """Turn uniform numbers into sigmas of the density, before its shift.
+
+    The map is monotonic, so strata stay strata (for `mode`, see `mode_scale` of `SigmaDensity`).
 
     It is `diffusers.training_utils.compute_density_for_timestep_sampling` as a function of u: Diffusers' function
     draws its own numbers and therefore cannot be stratified. As in the paper the result is σ, so `logit_mean` > 0

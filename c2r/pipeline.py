@@ -53,7 +53,8 @@ class C2RPipeline(WanPipeline):
         tokenizer, text_encoder, vae, scheduler: as in WanPipeline; None where a call does not need them.
         transformer: `C2RTransformer`, alone or in `WithAdversary`, or the bare `WanTransformer3DModel` of phase 1,
             which takes no control.
-        transformer_2, boundary_ratio, expand_timesteps: parts of a Wan 2.2 folder; they must have no effect.
+        transformer_2, boundary_ratio, expand_timesteps: entries of Wan 2.2 pipeline folders; refused unless they have
+            their defaults.
         dinov3: `DINOv3FeatureExtractor`, needed for control.
 
     Raises:
@@ -76,7 +77,10 @@ class C2RPipeline(WanPipeline):
         dinov3=None,
     ):
         if transformer_2 is not None or boundary_ratio is not None or expand_timesteps:
-            raise ValueError("these are parts of a Wan 2.2 pipeline: C2RPipeline is for Wan 2.1 text to video")
+            raise ValueError(
+                "transformer_2, boundary_ratio or expand_timesteps is set, as in a Wan 2.2 pipeline; load a folder of "
+                "Wan 2.1 text to video"
+            )
         super().__init__(tokenizer, text_encoder, vae, scheduler, transformer)
         self.register_modules(dinov3=dinov3)
 
@@ -129,7 +133,7 @@ class C2RPipeline(WanPipeline):
             ValueError: for arguments that do not fit each other or the models.
         """
         # 1. Check the arguments.
-        control_frames = _stacked(control_video)
+        control_frames = _stack_control_videos(control_video)
         default_size = (
             (81, 480, 832) if control_frames is None else (control_frames.shape[1], *control_frames.shape[3:])
         )
@@ -197,7 +201,7 @@ class C2RPipeline(WanPipeline):
         self._num_timesteps = len(timesteps)
         momentum_buffer = MomentumBuffer(APG_MOMENTUM) if guidance == "apg" else None
         for step, timestep in enumerate(self.progress_bar(timesteps)):
-            control_on = control_frames is not None and _is_on(
+            control_on = control_frames is not None and _is_control_on(
                 step, len(timesteps), control_guidance_start, control_guidance_end
             )
             control, blank = (control_features, blank_features) if control_on else (None, None)
@@ -265,7 +269,7 @@ def guided_velocity(
     control_guidance_scale: float = 1.0,
     momentum_buffer: MomentumBuffer | None = None,
 ) -> torch.Tensor:
-    """Guide by control and by text; a prediction whose weight is zero is not computed.
+    """Combine predictions into the guided velocity; one whose weight is zero is not computed.
 
     With a momentum buffer the text term goes through adaptive projected guidance with η = 0: only the part of the
     difference that is orthogonal to v(c,t) is kept, which allows a high scale without oversaturation.
@@ -353,7 +357,7 @@ def load_pipeline(
         vae_tiling: decode in tiles: less memory, more time.
 
     Raises:
-        InputError: see `load_for_generation`.
+        InputError: see `load_for_generation` and `with_flow_shift`.
     """
     transformer, _ = load_for_generation(model, backbone, dtype)
     pipeline = C2RPipeline(
@@ -391,7 +395,7 @@ def with_flow_shift(scheduler: SchedulerMixin, flow_shift: float) -> SchedulerMi
     )
 
 
-def _stacked(control_video):
+def _stack_control_videos(control_video):
     """Stack None, (F, 3, H, W), (B, F, 3, H, W) or a list of (F, 3, H, W) to None or (B or 1, F, 3, H, W)."""
     if control_video is None:
         return None
@@ -404,6 +408,6 @@ def _stacked(control_video):
     return control_video
 
 
-def _is_on(step, num_steps, start, end):
+def _is_control_on(step, num_steps, start, end):
     # As in Diffusers' ControlNet pipelines: control is on in steps that lie between the two fractions as a whole.
     return step / num_steps >= start and (step + 1) / num_steps <= end

@@ -34,10 +34,10 @@ class _Part:
     """A dataset of a domain, walked in epochs of its own."""
 
     name: str  # seeds its random stream
-    first: int  # index of its first sample in the concatenation
+    first_index: int  # of its samples in the concatenation
     length: int
-    weight: int  # it gives weight / weights of its domain's samples
-    weights: int  # sum over the domain
+    weight: int  # it gives weight / total_weight of its domain's samples
+    total_weight: int  # sum over the domain
     is_cg: bool
 
 
@@ -55,7 +55,7 @@ class MixedCGRealSampler:
     ever waits, and the CG share is exact at every batch; with several, it is exact over the stream, and batches differ
     from it by the samples that wait. Places in a batch are shuffled; otherwise one process would see all the CG.
 
-    Iteration never ends, and starts behind the last consumed batch. A DataLoader draws batches ahead of the loop that
+    Iteration never ends, and starts after the last consumed batch. A DataLoader draws batches ahead of the loop that
     trains on them. To keep batches that no step has seen out of the saved state, the loop calls `mark_consumed()` once
     per batch that it takes. Use it as `DataLoader(dataset, batch_sampler=sampler)`, and do not pass that DataLoader to
     `accelerator.prepare`, which would split the batches once more.
@@ -74,6 +74,7 @@ class MixedCGRealSampler:
     Raises:
         InputError: if a domain that the ratio asks for is empty, or the ratio, a weight or the batch size is out of
             range.
+        ValueError: if process_index is out of range, or buckets or parts do not fit the lengths of the datasets.
     """
 
     def __init__(
@@ -204,7 +205,11 @@ class MixedCGRealSampler:
         if self._buckets is not None and len(np.unique(self._buckets)) > 1:
             buckets = hashlib.sha256(self._buckets.astype(np.int64).tobytes()).hexdigest()
         real_parts, cg_parts = (
-            [[part.length, str(Fraction(part.weight, part.weights))] for part in self._parts if part.is_cg == is_cg]
+            [
+                [part.length, str(Fraction(part.weight, part.total_weight))]
+                for part in self._parts
+                if part.is_cg == is_cg
+            ]
             for is_cg in (False, True)
         )
         return {
@@ -295,14 +300,14 @@ class MixedCGRealSampler:
         if len(candidates) > 1:
             total = 1 + sum(drawn[i] for i in candidates)
 
-            def behind(i):
-                """Samples due less samples drawn, times the sum of the weights: a whole number."""
-                return self._parts[i].weight * total - self._parts[i].weights * drawn[i]
+            def deficit(i):
+                """Return samples due minus samples drawn, times the sum of the weights: a whole number."""
+                return self._parts[i].weight * total - self._parts[i].total_weight * drawn[i]
 
-            chosen = max(candidates, key=behind)
+            chosen = max(candidates, key=deficit)
         part, number = self._parts[chosen], drawn[chosen]
         drawn[chosen] += 1
-        return part.first + self._epoch_order(part, number // part.length)[number % part.length]
+        return part.first_index + self._epoch_order(part, number // part.length)[number % part.length]
 
     def _epoch_order(self, part, epoch):
         known_epoch, order = self._epoch_orders.get(part.name, (-1, []))
