@@ -138,7 +138,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the tensors and metadata of a file in the cache.
+    """Return the tensors and metadata of a cached file, as `save_tensors` wrote it.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -148,8 +148,8 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             metadata = json.loads((file.metadata() or {}).get("c2r", "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118, it is no dict
     except (SafetensorError, OSError) as error:
-        state = "damaged" if path.exists() else "missing"
-        raise InputError(f"{path}: this file of the cache is {state}; run python -m c2r.encode again") from error
+        problem = "damaged; delete it" if path.exists() else "missing; run python -m c2r.encode"
+        raise InputError(f"{path}: this cached file is {problem} and start again") from error
 
 
 def is_complete(path: str | Path, names: Iterable[str]) -> bool:

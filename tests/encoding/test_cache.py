@@ -85,7 +85,7 @@ def test_a_cut_or_extended_file_is_found_damaged(tmp_path_factory, whole, data):
     path = tmp_path_factory.mktemp("cut") / "x.safetensors"
     path.write_bytes((whole + bytes(8))[:length])
     assert not is_complete(path, ["a", "b"])
-    with pytest.raises(InputError, match=r"x\.safetensors.*is damaged; run python -m c2r\.encode"):
+    with pytest.raises(InputError, match=r"x\.safetensors.*is damaged; delete it and start again"):
         load_tensors(path)
 
 
