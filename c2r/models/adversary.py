@@ -16,9 +16,9 @@ from c2r.models.transformer import C2RTransformer
 
 SIGMA_EMBEDDING_DIM = 32
 
-# Factor of the gradients of the classifier's own weights. AdamW does not depend on it, but clipping does, which is by
-# the norm of all gradients together: the classifier's, some ten times those of the control branch, would slow the
-# control branch down.
+# Factor of the gradients of the classifier's own weights. It makes no difference to AdamW, but it does to clipping by
+# the norm of all gradients: the classifier's, about ten times those of the control branch, would dominate that norm
+# and slow the control branch down.
 OWN_GRADIENT_SCALE = 0.01
 
 
@@ -182,7 +182,7 @@ class WithAdversary(nn.Module):
         conditioning_scale: float | torch.Tensor = 1.0,
         reversal_strength: torch.Tensor | None = None,
     ) -> AdversaryOutput:
-        """Predict the velocity and classify the clean latents that it leads to.
+        """Predict the velocity, and classify the clean latents that the velocity leads to.
 
         Args:
             noisy_latents, timesteps, prompt_embeds, control_features, conditioning_scale: see `C2RTransformer`.

@@ -41,7 +41,7 @@ def load_for_generation(
     if found != contract.backbone_sha256:
         raise InputError(
             f"{backbone}: not the backbone of {folder}: its fingerprint is {found}, the ControlNet was trained on "
-            f"{contract.backbone_sha256}; give that one as backbone"
+            f"{contract.backbone_sha256}; name that one with --backbone"
         )
     transformer = load_transformer(backbone, contract.base_model, torch_dtype)
     return freeze(C2RTransformer(transformer, load_controlnet(folder, torch_dtype))), contract

@@ -22,7 +22,7 @@ from c2r.models.hub import fingerprint_files
 CONTRACT = "c2r.json"
 
 #: Entries that name a model, by hub name or path.
-PATHS = ("base_model", "backbone", "dinov3")
+MODEL_ENTRIES = ("base_model", "backbone", "dinov3")
 
 
 def library_versions() -> dict[str, str]:
@@ -44,7 +44,7 @@ class PhaseContract:
     step: int  #: optimizer updates
     validation_loss: float | None = None
     metrics: dict = field(default_factory=dict)  #: other numbers of the last validation
-    dataset_fingerprints: dict = field(default_factory=dict)  #: {dataset: fingerprint}
+    dataset_fingerprints: dict = field(default_factory=dict)  #: {domain: fingerprint of its mixture}
     version: str = __version__  #: version of C2R that wrote the contract
     versions: dict = field(default_factory=library_versions)  #: {library: version}
     height: int | None = None  #: pixels in training
@@ -111,7 +111,7 @@ def save_phase(
         else:
             save_weights(temporary, model, state_dict)
         contract = replace(contract, weights_sha256=fingerprint_files(temporary))
-        stored = asdict(contract) | {name: _relative(getattr(contract, name), folder) for name in PATHS}
+        stored = asdict(contract) | {name: _relative(getattr(contract, name), folder) for name in MODEL_ENTRIES}
         (temporary / CONTRACT).write_text(json.dumps(stored, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return contract
 
@@ -140,7 +140,7 @@ def read_contract(folder: str | Path) -> PhaseContract:
     unknown = sorted(stored.keys() - {entry.name for entry in fields(PhaseContract)})
     if unknown:
         raise InputError(f"{path}: unknown entries {', '.join(unknown)} ({versions}); use the version that wrote it")
-    for name in PATHS:
+    for name in MODEL_ENTRIES:
         if (stored.get(name) or "").startswith("."):
             stored[name] = os.path.realpath(folder / stored[name])
     try:

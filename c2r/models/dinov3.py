@@ -34,7 +34,8 @@ def check_dinov3(name_or_path: str | Path, sizes: Iterable[tuple[int, int]]) -> 
         for option, pixels in (("height", height), ("width", width)):
             if pixels % config["patch_size"]:
                 raise InputError(
-                    f"--{option} {pixels}: must be divisible by the patch size {config['patch_size']} of {folder}"
+                    f"--{option} {pixels}: must be divisible by the patch size {config['patch_size']} of {folder}; "
+                    "give a multiple of it"
                 )
     return config["hidden_size"], sum(math.prod(shape) for shape in WeightIndex(folder).shapes().values())
 

@@ -17,6 +17,7 @@ from c2r.files import fingerprint_sorted, read_json
 #: File names of a model's weights, without suffix: Diffusers' and transformers'.
 STEMS = ("diffusion_pytorch_model", "model")
 
+#: Weights in formats other than safetensors, which are never downloaded: a pickle can run code when it is loaded.
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5"]
 
 
@@ -25,7 +26,7 @@ def resolve_model_folder(name_or_path: str | Path, subfolders: list[str] | None 
 
     Args:
         name_or_path: a local folder, or a hub name like `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`.
-        subfolders: required parts; only these and all .json files are downloaded. None: everything.
+        subfolders: required parts; only these and all .json files are downloaded. None: everything but PICKLES.
 
     Raises:
         InputError: no such folder or hub model, no access to a gated one, hub out of reach, a part missing.

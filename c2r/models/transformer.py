@@ -123,9 +123,11 @@ class C2RTransformer(nn.Module):
 
         # Each control block runs right after the block it steers, so at most one residual is alive.
         for index, block in enumerate(backbone.blocks):
-            hidden_states = self._run(block, hidden_states, *shared)
+            hidden_states = self._run_block(block, hidden_states, *shared)
             if index in control_blocks:
-                control_hidden_states, residual = self._run(control_blocks[index], control_hidden_states, *shared)
+                control_hidden_states, residual = self._run_block(
+                    control_blocks[index], control_hidden_states, *shared
+                )
                 hidden_states = add_residual(hidden_states, residual, conditioning_scale)
 
         # The one parameter that is used outside its own module's forward. ZeRO-3 gathers it on access (and never
@@ -136,7 +138,7 @@ class C2RTransformer(nn.Module):
         velocity_pred = self._unpatchify(backbone.proj_out(hidden_states), token_grid)
         return Transformer2DModelOutput(sample=velocity_pred)
 
-    def _run(self, block, hidden_states, *shared):
+    def _run_block(self, block, hidden_states, *shared):
         """Return `block(hidden_states, *shared)`, checkpointed if it is part of the autograd graph.
 
         Before the first residual there is no graph: the backbone is frozen, so its hidden states need no gradient yet.

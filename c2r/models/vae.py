@@ -19,12 +19,9 @@ def encode_frames(vae: AutoencoderKLWan, frames: torch.Tensor) -> tuple[torch.Te
     pixel_values = frames.to(vae.dtype).div(127.5).sub(1)  # in [-1, 1]
     pixel_values = rearrange(pixel_values, "b f c h w -> b c f h w")
     distribution = vae.encode(pixel_values).latent_dist
-    shift, scale = (
-        torch.tensor(statistic, device=frames.device, dtype=torch.float32).view(-1, 1, 1, 1)
-        for statistic in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    mean = (distribution.mean.float() - shift) / scale
-    logvar = distribution.logvar.float() - 2 * scale.log()  # Var[z'] = Var[z] / latents_std²
+    latents_mean, latents_std = _latent_statistics(vae, frames.device, torch.float32)
+    mean = (distribution.mean.float() - latents_mean) / latents_std
+    logvar = distribution.logvar.float() - 2 * latents_std.log()  # Var[z'] = Var[z] / latents_std²
     return mean, logvar
 
 
@@ -32,11 +29,8 @@ def encode_frames(vae: AutoencoderKLWan, frames: torch.Tensor) -> tuple[torch.Te
 def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     """Decode normalised latents (B, C, T, h, w) to pixel values (B, 3, F, H, W), nominally in [−1, 1]."""
     latents = latents.to(vae.device, vae.dtype)
-    mean, std = (
-        torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    return vae.decode(latents * std + mean, return_dict=False)[0]
+    latents_mean, latents_std = _latent_statistics(vae, latents.device, latents.dtype)
+    return vae.decode(latents * latents_std + latents_mean, return_dict=False)[0]
 
 
 def decode_frames(vae: AutoencoderKLWan, latents: torch.Tensor) -> np.ndarray:
@@ -44,3 +38,11 @@ def decode_frames(vae: AutoencoderKLWan, latents: torch.Tensor) -> np.ndarray:
     pixel_values = decode_latents(vae, latents[None])[0]  # (3, F, H, W)
     frames = (pixel_values * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     return rearrange(frames, "c f h w -> f h w c").cpu().numpy()
+
+
+def _latent_statistics(vae, device, dtype):
+    """Return latents_mean and latents_std of each channel, (C, 1, 1, 1) each."""
+    return [
+        torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    ]
