@@ -23,6 +23,7 @@ ENTRY = np.dtype(
     ]
 )
 
+#: Entries that iteration turns into clips at a time.
 CLIPS_AT_ONCE = 10_000
 
 
@@ -107,7 +108,7 @@ class FileTable:
         return to_fraction(self.fps).as_integer_ratio()
 
     def clips(self, entries: np.ndarray) -> Iterator[Clip]:
-        """Yield the clips of some entries of this table; much faster for many at once."""
+        """Yield the clips of some entries of this table: much faster than one call for each entry."""
         frames, seconds = self.rate
         rows = entries["row"]
         strings = [

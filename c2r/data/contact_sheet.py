@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 from PIL import Image, ImageDraw
 
-#: In pixels.
+#: Space between columns and height of a line of text, in pixels.
 GAP, TITLE_HEIGHT, CAPTION_HEIGHT = 10, 18, 16
 
 

@@ -51,5 +51,5 @@ def noted_failures(
         if settings is not None and current_encoders is not None:
             current = current or current_encoders()
         if settings in (None, current):
-            noted[tuple(file)] = reason, f"{detail} (noted in {path}; delete that to try again)"
+            noted[tuple(file)] = reason, f"{detail} (noted in {path}; delete this note to try again)"
     return noted

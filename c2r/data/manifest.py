@@ -39,7 +39,7 @@ ASPECT_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
-class Dropped:
+class DroppedRow:
     """A metadata row that is not used, or is used without its coarse version."""
 
     file: str
@@ -76,10 +76,10 @@ class Manifest:
     folder: str  # path or address
     domain: str
     clips: Clips
-    dropped: list[Dropped]
+    dropped: list[DroppedRow]
     cache_dir: Path
     row_count: int  # of the metadata
-    without_coarse: list[Dropped] = field(default_factory=list)  # real rows that are used without the coarse version
+    without_coarse: list[DroppedRow] = field(default_factory=list)  # real rows that are used without it
 
     @property
     def name(self) -> str:
@@ -150,7 +150,7 @@ class Manifest:
     def require_kept(self, max_dropped: float | None = None) -> None:
         """Raise InputError if there is no clip, or if more than this share of the rows is dropped.
 
-        The list is written before, so that the message can name it.
+        The list of rows is written first, because the message names its file.
         """
         if not len(self.clips):
             raise InputError(
@@ -166,12 +166,12 @@ class Manifest:
             )
 
 
-def _count_reasons(dropped: list[Dropped]) -> str:
+def _count_reasons(dropped: list[DroppedRow]) -> str:
     """Return the reasons and their numbers, the most frequent first: "3 too short, 1 missing file"."""
     return ", ".join(f"{n} {reason}" for reason, n in Counter(row.reason for row in dropped).most_common())
 
 
-def _first_detail(dropped: list[Dropped]) -> str:
+def _first_detail(dropped: list[DroppedRow]) -> str:
     detail = next((f"{row.file}: {row.detail}" for row in dropped if row.detail), "")
     return f"the first: {detail}; " if detail else ""
 
@@ -288,10 +288,10 @@ def read_manifest(
                     raise
                 windows = windows_of(files[:1])
                 table.control_names[row] = None
-                without_coarse.append(Dropped(files[0].name, drop.reason, drop.detail))
+                without_coarse.append(DroppedRow(files[0].name, drop.reason, drop.detail))
             table.add_windows(row, windows)
         except DropRow as drop:
-            dropped.append(Dropped(files[0].name, drop.reason, drop.detail))
+            dropped.append(DroppedRow(files[0].name, drop.reason, drop.detail))
     clips = table.clips(domain, settings.fps, settings.buckets)
     manifest = Manifest(folder.address, domain, clips, dropped, cache_dir, row_count, without_coarse)
     manifest.require_kept(settings.max_dropped)
@@ -301,7 +301,7 @@ def read_manifest(
 
 def _locate_rows(
     folder: DatasetFolder, domain: str, cache_dir: Path
-) -> tuple[_TableBuilder, list[Dropped], list[Dropped], int]:
+) -> tuple[_TableBuilder, list[DroppedRow], list[DroppedRow], int]:
     """Find the files of each metadata row.
 
     Returns:
@@ -324,13 +324,13 @@ def _locate_rows(
                     except DropRow as drop:
                         if domain == "cg":
                             raise
-                        without_coarse.append(Dropped(files[0].name, drop.reason, drop.detail))
+                        without_coarse.append(DroppedRow(files[0].name, drop.reason, drop.detail))
                 if (key := hash((text, *files))) in seen:
                     raise DropRow(DropReason.DUPLICATE_ROW)
                 seen.add(key)
                 table.add(text, *files)
             except DropRow as drop:
-                dropped.append(Dropped(name, drop.reason, drop.detail))
+                dropped.append(DroppedRow(name, drop.reason, drop.detail))
     return table, dropped, without_coarse, row_count
 
 
@@ -365,7 +365,7 @@ def _cut(infos: Sequence[VideoInfo | UnusableVideo], settings: ClipSettings) -> 
     if target.is_image:
         raise DropRow(DropReason.IMAGE, "no bucket has one frame")
     least = min(bucket.num_frames for bucket in nearest_buckets(target, buckets))
-    detail = f"{frames} frames at {fps:g} fps, {float(target.duration):.2f} s; a clip takes {least}"
+    detail = f"{frames} frames at {fps:g} fps, {target.duration:.2f} s; a clip takes {least}"
     if min(info.native_frames for info in usable) < least:
         raise DropRow(DropReason.TOO_SHORT, detail)
     raise DropRow(DropReason.TOO_FEW_RESAMPLED_FRAMES, detail)
@@ -380,7 +380,7 @@ def _require_pair(fine: VideoInfo, coarse: VideoInfo) -> None:
         if abs(fine.rate / coarse.rate - 1) > RATE_TOLERANCE:
             raise DropRow(DropReason.PAIR_RATE, f"{fine.rate:g} fps, its control {coarse.rate:g} fps")
         if abs(fine.duration - coarse.duration) > max(fine.interval, coarse.interval) * Fraction(3, 2):
-            lengths = f"{float(fine.duration):.2f} s, its control {float(coarse.duration):.2f} s"
+            lengths = f"{fine.duration:.2f} s, its control {coarse.duration:.2f} s"
             raise DropRow(DropReason.PAIR_LENGTH, lengths)
     if abs(fine.aspect / coarse.aspect - 1) > ASPECT_TOLERANCE:
         raise DropRow(DropReason.PAIR_ASPECT, f"{fine.aspect:.3f}, its control {coarse.aspect:.3f}")

@@ -83,7 +83,7 @@ def rows_of(table: Dataset, address: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _as_text(value: object) -> str:
-    return "" if value is None else value if isinstance(value, str) else str(value)
+    return "" if value is None else str(value)
 
 
 def _find(folder: DatasetFolder, subfolder: str) -> str | None:
@@ -98,25 +98,25 @@ def _find(folder: DatasetFolder, subfolder: str) -> str | None:
 def _read(folder: DatasetFolder, name: str, cache_dir: str | Path) -> Dataset:
     file = folder.locate(name)
     # Each state of the file has its own folder: `datasets` could mistake an old copy for the edited file.
-    kept = Path(cache_dir) / "metadata" / digest([folder.address, name])[:16] / digest([*file])[:16]
-    for old in kept.parent.glob("*"):
-        if old != kept:
+    arrow_dir = Path(cache_dir) / "metadata" / digest([folder.address, name])[:16] / digest([*file])[:16]
+    for old in arrow_dir.parent.glob("*"):
+        if old != arrow_dir:
             shutil.rmtree(old, ignore_errors=True)
     bars_were_disabled, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the exception carries the same text
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        arrow_dir.parent.mkdir(parents=True, exist_ok=True)
         with folder.local_copy(file) as path:
             if name.endswith(".csv"):
                 _require_quoted(path, f"{folder.address}/{name}")
-            return READERS[PurePosixPath(name).name](str(path), cache_dir=str(kept), keep_in_memory=False)
+            return READERS[PurePosixPath(name).name](str(path), cache_dir=str(arrow_dir), keep_in_memory=False)
     except InputError:
         raise
     except Exception as error:  # pandas, pyarrow and datasets raise many types
-        shutil.rmtree(kept, ignore_errors=True)
+        shutil.rmtree(arrow_dir, ignore_errors=True)
         cause = error.__cause__ or error
-        if isinstance(cause, OSError) and (cause.errno in UNWRITABLE or not kept.parent.is_dir()):
+        if isinstance(cause, OSError) and (cause.errno in UNWRITABLE or not arrow_dir.parent.is_dir()):
             raise InputError(
                 f"{cache_dir}: cannot be written ({cause.strerror}); make room, or give a writable --cache_dir"
             ) from error

@@ -97,7 +97,7 @@ def read_mixture(
     Raises:
         InputError: see `read_manifest`; or a weight is not above 0, or a dataset is named twice.
     """
-    parsed = [_parse(str(address)) for address in addresses]
+    parsed = [_split_weight(str(address)) for address in addresses]
     folders = [folder for folder, _ in parsed]
     distinct = {folder.rstrip("/") if "://" in folder else os.path.realpath(folder) for folder in folders}
     if len(distinct) < len(folders):
@@ -141,7 +141,7 @@ def read_on_all(read: Callable[[], DatasetSequence], accelerator: Accelerator, w
     return result
 
 
-def _parse(address: str) -> tuple[str, str]:
+def _split_weight(address: str) -> tuple[str, str]:
     """Split an address into folder and weight."""
     folder, colon, weight = address.rpartition(":")
     if "/" not in folder.partition("://")[2] and "://" in folder:

@@ -20,7 +20,7 @@ from c2r.data.video import UnusableVideo, VideoInfo
 from c2r.files import write_atomic
 
 # Smallest number of files for which a progress bar is shown.
-BAR_FROM = 200
+MIN_FILES_FOR_BAR = 200
 # Seconds between two writes of all probes, so that a killed command loses little.
 SAVE_EVERY = 60
 FILES_AT_ONCE = 1000
@@ -62,7 +62,7 @@ class Probes:
                 return item[0], error
 
         items = list(missing.items())
-        quiet = len(items) < BAR_FROM or os.environ.get("RANK", "0") != "0"
+        quiet = len(items) < MIN_FILES_FOR_BAR or os.environ.get("RANK", "0") != "0"
         with (
             ThreadPoolExecutor(max(2, min(16, os.cpu_count() or 1))) as pool,
             tqdm(total=len(items), desc="probing files", unit="file", disable=quiet) as bar,

@@ -230,7 +230,7 @@ def is_image(container: av.container.InputContainer) -> bool:
 
 
 def frame_interval(stream: av.VideoStream) -> Fraction:
-    """Return the mean seconds between frames, from the header."""
+    """Return the mean seconds between frames, from the header; 1/25 if it names no rate, as for some images."""
     rate = stream.average_rate or stream.guessed_rate
     return 1 / Fraction(rate) if rate else Fraction(1, 25)
 
@@ -366,10 +366,8 @@ def read_window(path: str | Path, start: float, num_frames: int, fps: float, hei
     wanted = [to_fraction(start) + n / to_fraction(fps) for n in range(num_frames)]
     window = np.empty((num_frames, 3, height, width), dtype=np.uint8)
     with open_video(path) as (container, stream):
-        if is_image(container):
-            if num_frames != 1:
-                raise InputError(f"{path}: an image is one frame, but num_frames is {num_frames}; give a video")
-            wanted = wanted[:1]
+        if is_image(container) and num_frames != 1:
+            raise InputError(f"{path}: an image is one frame, but num_frames is {num_frames}; give a video")
         # The reach is one interval longer than in `VideoInfo.frames_at`: some decoders never output the last frame.
         reach = frame_interval(stream) * 3 / 2
         filled = 0
@@ -500,6 +498,7 @@ def write_video(path: str | Path, frames: torch.Tensor | np.ndarray, fps: float)
     with av.open(str(partial), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=to_fraction(fps), options={"crf": "16"})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        # 1 is BT.709 in all three: AVCOL_SPC_BT709, AVCOL_PRI_BT709, AVCOL_TRC_BT709.
         stream.codec_context.colorspace = stream.codec_context.color_primaries = stream.codec_context.color_trc = 1
         stream.codec_context.color_range = ColorRange.MPEG
         for rgb in frames:

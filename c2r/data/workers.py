@@ -1,4 +1,4 @@
-"""Signals of data loader workers, and signs of life between processes."""
+"""Signal handling of data loader workers, and the part of the watchdog that data and encoding use."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 class Heartbeat(Protocol):
-    """Signs of life of a process and barriers without a time limit: the part of the run's watchdog used here."""
+    """Signs of life of a process and barriers without a time limit, as the run's `Watchdog` gives them."""
 
     def beat(self, what: str) -> None:
         """Record that this process makes progress, and at what."""
