@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     read = partial(read_dataset, args.dataset, args.domain, settings, accelerator, watchdog)
 
     if args.dry_run:
-        print_projection(read(), job, accelerator, watchdog)
+        print_estimate(read(), job, accelerator, watchdog)
     elif args.preview is not None:
         make_preview(read, job, args.preview, accelerator, watchdog)
     else:
@@ -89,16 +89,14 @@ def read_dataset(
     return manifest
 
 
-def print_projection(
-    manifest: "Manifest", job: "EncodingJob", accelerator: "Accelerator", watchdog: "Watchdog"
-) -> None:
+def print_estimate(manifest: "Manifest", job: "EncodingJob", accelerator: "Accelerator", watchdog: "Watchdog") -> None:
     """Print what would be encoded and how long it would take."""
-    from c2r.encoding.encoding_pass import project
+    from c2r.encoding.encoding_pass import estimate_encoding
 
     with watchdog.main_process_first():
         if accelerator.is_main_process:
             missing = job.find_missing(job.clips_of(manifest))
-            for line in project(missing, job, accelerator):
+            for line in estimate_encoding(missing, job, accelerator):
                 print(f"dry run: {line}", flush=True)
 
 

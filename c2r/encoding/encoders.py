@@ -45,7 +45,7 @@ class Encoder(Protocol):
         """
 
     def file_content(self, clip: Clip, encoded: Tensors) -> tuple[Tensors, dict[str, Any]]:
-        """Return all tensors of a clip's cache file, and the source of its frames and text."""
+        """Return all tensors of a clip's cache file, and metadata that names the file and text they come from."""
 
 
 class LatentEncoder:
@@ -75,9 +75,9 @@ class LatentEncoder:
 
     @staticmethod
     def clips_at_once(bucket: Bucket) -> int:
-        """Return a batch size that needs no more memory than one clip of 480×832, up to 8.
+        """Return a batch size, up to 8, that needs no more memory than one clip of 480×832; larger clips get 1.
 
-        The VAE encodes four frames at a time; larger clips gain nothing from a batch.
+        The VAE encodes four frames at a time.
         """
         return max(1, min(8, 4 * 480 * 832 // (min(4, bucket.num_frames) * bucket.height * bucket.width)))
 
@@ -99,7 +99,7 @@ class LatentEncoder:
         ]
 
     def file_content(self, clip: Clip, encoded: Tensors) -> tuple[Tensors, dict[str, Any]]:
-        """Add the prompt embeddings to a clip's latents."""
+        """Return the clip's latents and prompt embeddings, and the file and caption that they come from."""
         cache_dir = self.settings.cache_folder(clip.folder)
         prompt, _ = load_tensors(prompt_path(cache_dir, clip.text, self.cache_settings))
         return encoded | prompt, _file_identity(clip.target_file) | {"text": clip.text}

@@ -32,8 +32,8 @@ from c2r.encoding.cache import CacheSettings, current_encoders
 from c2r.encoding.encoders import ControlEncoder, Encoder, LatentEncoder, Tensors
 from c2r.encoding.missing import (
     CONTROL_FEATURES,
-    Missing,
     MissingClip,
+    MissingFiles,
     find_missing,
     find_missing_control,
     is_mine,
@@ -45,16 +45,16 @@ from c2r.units import duration_text, size_text
 
 logger = logging.getLogger(__name__)
 
-#: Batches of each bucket that `project` times, after a first one that warms up.
+#: Batches of each bucket that `estimate_encoding` times, after a first one that warms up.
 MEASURED_BATCHES = 3
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodingResult:
     """The result of an encoding pass, the same on every process."""
 
-    kind: str  #: see `Missing`
-    seconds_per_clip: float | None  #: duration of the pass per clip that was missing; None: none was
+    kind: str  #: see `MissingFiles`
+    seconds_per_clip: float | None  #: duration of the pass per missing clip; None if no clip was missing
     failures: list[str]  #: a line per clip that cannot be encoded; the next `read_manifest` drops their files
 
 
@@ -65,7 +65,7 @@ class EncodingJob:
     settings: ClipSettings
     model_name: str  #: the encoder's folder or hub name
     clips_of: Callable[[Manifest], Clips]  #: the clips of a dataset that need the result
-    find_missing: Callable[..., Missing]  #: called with clips, and perhaps accelerator=
+    find_missing: Callable[..., MissingFiles]  #: called with clips, and perhaps accelerator=
     load_encoder: Callable[[torch.device], Encoder]
 
 
@@ -85,7 +85,7 @@ def control_job(settings: ClipSettings, dinov3: str, dtype: torch.dtype) -> Enco
 
 def encode_missing(
     clips: Iterable[Clip], settings: ClipSettings, accelerator: Accelerator, watchdog: Heartbeat
-) -> Encoded:
+) -> EncodingResult:
     """Encode the latents and prompts that are not cached; call it on every process.
 
     The text encoder is loaded only if a prompt is missing, the VAE only if latents are, and each is freed before the
@@ -110,7 +110,7 @@ def encode_control(
     dtype: torch.dtype,
     accelerator: Accelerator,
     watchdog: Heartbeat,
-) -> Encoded:
+) -> EncodingResult:
     """Encode the control features that are not cached; otherwise as `encode_missing`.
 
     Args:
@@ -124,7 +124,7 @@ def encode_control(
     return encode(clips, control_job(settings, dinov3, dtype), accelerator, watchdog)
 
 
-def encode(clips: Iterable[Clip], job: EncodingJob, accelerator: Accelerator, watchdog: Heartbeat) -> Encoded:
+def encode(clips: Iterable[Clip], job: EncodingJob, accelerator: Accelerator, watchdog: Heartbeat) -> EncodingResult:
     """Do one encoding job, see `encode_missing` and `encode_control`."""
     with watchdog.unjudged():
         missing = job.find_missing(clips, accelerator=accelerator)
@@ -160,14 +160,14 @@ def encode(clips: Iterable[Clip], job: EncodingJob, accelerator: Accelerator, wa
     watchdog.wait_for_everyone()  # all processes will read the notes
     if failures:
         logger.info("%d clips could not be encoded, the first: %s", len(failures), failures[0])
-    return Encoded(missing.kind, seconds / count if count else None, failures)
+    return EncodingResult(missing.kind, seconds / count if count else None, failures)
 
 
 @dataclass
 class _Share:
     """The work of one process in an encoding pass."""
 
-    missing_count: int  #: missing clips of all processes; fewer if this one looked after another had written
+    missing_count: int  #: missing clips of all processes; fewer if another process had already written some
     failures: list[str] = field(default_factory=list)  #: a line per clip that could not be decoded, already noted
     not_finite: list[DatasetFile] = field(default_factory=list)  #: the file of each clip with a non-finite result
     seconds: float = 0.0  #: time for all clips
@@ -336,7 +336,7 @@ def _seconds_since(started):
 # ------------------------------------------------------------------------------------------------------------- dry run
 
 
-def project(missing: Missing, job: EncodingJob, accelerator: Accelerator) -> Iterator[str]:
+def estimate_encoding(missing: MissingFiles, job: EncodingJob, accelerator: Accelerator) -> Iterator[str]:
     """Estimate an encoding pass: encode a few clips of each bucket, and write nothing.
 
     Args:

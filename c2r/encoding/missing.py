@@ -44,7 +44,7 @@ class MissingClip(NamedTuple):
 
 
 @dataclass
-class Missing:
+class MissingFiles:
     """The cache files that a set of clips needs and that do not exist yet, counted over all processes."""
 
     kind: str  #: LATENTS or CONTROL_FEATURES
@@ -96,13 +96,15 @@ def is_mine(path: Path, accelerator: Accelerator) -> bool:
     return int(path.stem[:16], 16) % accelerator.num_processes == accelerator.process_index
 
 
-def find_missing(clips: Iterable[Clip], settings: ClipSettings, accelerator: Accelerator | None = None) -> Missing:
+def find_missing(
+    clips: Iterable[Clip], settings: ClipSettings, accelerator: Accelerator | None = None
+) -> MissingFiles:
     """Find the latents and prompt embeddings that are not cached; the size of the embeddings is an estimate.
 
     Args:
         clips: the same on every process.
         settings: the encoders and the cache.
-        accelerator: gives the share of this process in `Missing.clips`; None: all clips.
+        accelerator: gives the share of this process in `MissingFiles.clips`; None: all clips.
 
     Raises:
         InputError: there is no such base model.
@@ -112,7 +114,7 @@ def find_missing(clips: Iterable[Clip], settings: ClipSettings, accelerator: Acc
     channels = read_json(folder / "vae/config.json")["z_dim"]
     text_dim = read_json(folder / "text_encoder/config.json")["d_model"]
 
-    missing = Missing(LATENTS)
+    missing = MissingFiles(LATENTS)
     checked_clips: dict[str, CheckedClips] = {}  # by the dataset's folder
     prompts: dict[Path, str] = {}
     seen: set[int] = set()
@@ -153,7 +155,7 @@ def find_missing_control(
     dinov3: str,
     dtype: torch.dtype,
     accelerator: Accelerator | None = None,
-) -> Missing:
+) -> MissingFiles:
     """Find the control features that are not cached.
 
     Args:
@@ -166,7 +168,7 @@ def find_missing_control(
     """
     control_settings = ControlSettings.of(settings, dinov3, dtype)
     config = read_json(resolve_model_folder(dinov3) / "config.json")
-    missing = Missing(CONTROL_FEATURES)
+    missing = MissingFiles(CONTROL_FEATURES)
     seen: set[Path] = set()
     for clip in clips:
         cache_dir = settings.cache_folder(clip.folder)

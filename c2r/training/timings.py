@@ -5,8 +5,8 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from c2r.encoding.encoding_pass import Encoded
-from c2r.encoding.missing import Missing
+from c2r.encoding.encoding_pass import EncodingResult
+from c2r.encoding.missing import MissingFiles
 
 
 @dataclass
@@ -14,8 +14,8 @@ class Timings:
     """Measured times of a run, for its last line and for the projection of a dry run."""
 
     started: float = field(default_factory=time.perf_counter)  #: start of the first validation or step
-    last: dict[str, float] = field(default_factory=dict)  #: seconds of the last "validation", "checkpoint", ...
-    spent: dict[str, float] = field(default_factory=dict)  #: seconds of all of them
+    last: dict[str, float] = field(default_factory=dict)  #: {name: seconds of its last measurement}
+    spent: dict[str, float] = field(default_factory=dict)  #: {name: seconds of all measurements since `start`}
     samples_per_second: float = math.nan  #: of the last step
     to_encode: dict[str, int] = field(default_factory=dict)  #: {kind: clips missing for the whole run}
     seconds_per_clip: dict[str, float] = field(default_factory=dict)  #: {kind: encoding time, all processes together}
@@ -26,13 +26,13 @@ class Timings:
 
     @contextmanager
     def measure(self, name: str):
-        """Measure the body."""
+        """Measure the time of the body and record it under this name."""
         started = time.perf_counter()
         yield
         self.last[name] = time.perf_counter() - started
         self.spent[name] = self.spent.get(name, 0.0) + self.last[name]
 
-    def plan_encoding(self, missing: Missing):
+    def plan_encoding(self, missing: MissingFiles):
         """Record the clips that the whole run would encode.
 
         Raises:
@@ -41,7 +41,7 @@ class Timings:
         missing.require_room()
         self.to_encode[missing.kind] = missing.count
 
-    def add_encoding(self, encoded: Encoded):
+    def add_encoding(self, encoded: EncodingResult):
         """Record the time of an encoding pass; the first one of each kind counts."""
         if encoded.seconds_per_clip is not None:
             self.seconds_per_clip.setdefault(encoded.kind, encoded.seconds_per_clip)
