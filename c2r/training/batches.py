@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from c2r.data.workers import shield_worker
 from c2r.sampler import MixedCGRealSampler
@@ -13,9 +13,10 @@ class TrainBatches:
     """Loads the batches that the sampler chooses, and counts those that a step has taken.
 
     Args:
-        run: of the script.
-        dataset: dataset that the sampler's indices refer to.
-        sampler: gives each process its share already, so Accelerate must not prepare the loader.
+        run: the script's run.
+        dataset: the dataset that the sampler's indices refer to.
+        sampler: chooses the batches. It gives each process its share already, so Accelerate must not prepare the
+            loader.
     """
 
     def __init__(self, run: Run, dataset: Dataset, sampler: MixedCGRealSampler):
@@ -25,13 +26,12 @@ class TrainBatches:
             batch_sampler=sampler,
             num_workers=run.settings.num_workers,
             worker_init_fn=shield_worker,
-            collate_fn=default_collate,
             pin_memory=run.device.type == "cuda",
         )
         self._batches: Iterator[dict] | None = None
 
     def of_one_step(self) -> Iterator[tuple[int, dict]]:
-        """Return (micro_step, batch) for each micro-step of the next optimizer step."""
+        """Yield (micro_step, batch) for each micro-step of the next optimizer step."""
         if self._batches is None:  # not earlier: a resumed sampler must be at its position when loading starts
             self._batches = iter(self._loader)
         step = self._run.progress.global_step + 1

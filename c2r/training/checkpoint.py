@@ -5,11 +5,11 @@
         domain_classifier/                    with --adversarial_weight, likewise
         optimizer-00000-of-00001.safetensors  moments; one file per process where the engine shards them
         ema-00000-of-00001.safetensors        with --ema_decay, likewise
-        state.json                            step, schedule, sampler, scores; and the size of every other file
+        state.json                            step, schedule, sampler, scores, and the size of every other file
 
-Frozen weights (backbone, VAE, UMT5, DINOv3) are not in it, and no state of a random generator: seed, step and place
-alone decide what is drawn for a sample. A checkpoint is complete or absent: it is written aside, flushed and renamed,
-and `latest` passes over one that was damaged afterwards.
+A checkpoint holds no frozen weights (backbone, VAE, UMT5, DINOv3) and no state of a random generator: seed, step and
+place alone decide what is drawn for a sample. It is complete or absent: it is written aside, flushed and renamed, and
+`--resume_from_checkpoint latest` passes over one that was damaged afterwards.
 """
 
 import json
@@ -39,10 +39,10 @@ from c2r.training.run import Run, TrainState
 
 
 def save_checkpoint(run: Run, state: TrainState, sampler: MixedCGRealSampler):
-    """Save checkpoint-N of the present step, then delete the oldest ones. Call it on every process.
+    """Save checkpoint-N at step N, then delete the oldest checkpoints. Call it on every process.
 
     Raises:
-        InputError: no room or no permission to write on any process, or a weight is not finite. The last checkpoint
+        InputError: a process has no room or no permission to write, or a weight is not finite. The last checkpoint
             still exists.
     """
     accelerator, args, step = run.accelerator, run.args, run.progress.global_step
@@ -70,7 +70,7 @@ def save_checkpoint(run: Run, state: TrainState, sampler: MixedCGRealSampler):
 
 
 def _write_parts(folder, run, state):
-    """Write the weights from the main process, and optimizer and average from every process that holds a part."""
+    """Write the weights on the main process, and optimizer and average on every process that holds a part of them."""
     accelerator, engine = run.accelerator, sharding(run.accelerator)
     models = {"model": state.trainable}
     if state.domain_classifier is not None:
@@ -167,7 +167,7 @@ def _flush_logs(accelerator):
 def _prune(output_dir, newest, limit):
     """Delete all but the last `limit` complete checkpoints up to step `newest`, the one just written.
 
-    Later ones are damaged, or the run would have resumed from them; they are replaced when it gets there.
+    Later ones are damaged, or the run would have resumed from them; the run replaces them at their steps.
     """
     found = [path for step, path in list_checkpoints(output_dir) if step <= newest]
     kept = [path for path in found if find_damage(path) is None][-limit:]
@@ -177,7 +177,7 @@ def _prune(output_dir, newest, limit):
 
 
 def _remove(folder):
-    # Renamed first: a process killed within leaves nothing that looks like a checkpoint.
+    # Renamed first: a process that is killed meanwhile leaves nothing that looks like a checkpoint.
     aside = folder.with_name(f".{folder.name}.removed")
     folder.rename(aside)
     shutil.rmtree(aside)
@@ -223,7 +223,7 @@ def load_checkpoint(run: Run, state: TrainState, sampler: MixedCGRealSampler):
 
 
 def load_domain_classifier(path: Path, domain_classifier: DomainClassifier):
-    """Load the checkpoint's weights into a new classifier, before it is prepared.
+    """Load a checkpoint's weights into a new domain classifier, before the classifier is prepared.
 
     The weights are copied: tensors read in place lie at unaligned addresses, for which convolutions on a CPU round
     differently, and the resumed run would not be the same bit for bit.

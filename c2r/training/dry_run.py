@@ -1,4 +1,4 @@
-"""`--dry_run`: do everything that a run does once, on a few of its clips, before it is left alone for days.
+"""`--dry_run`: rehearse everything that a run does, on a few of its clips, before the run is left alone for days.
 
 The script's own loop trains one step, validates, saves a checkpoint, best/ and final/, is rebuilt from the checkpoint
 and continues. The measured times are projected to the whole run.
@@ -31,16 +31,16 @@ from c2r.units import GIB, duration_text, size_text
 
 logger = logging.getLogger(__name__)
 
-#: Last steps of the two legs; the third step is warm, and it alone is timed.
+#: Last step of each leg. Only the third step is timed, because the first step of a leg is slower.
 STEPS = (1, 3)
 
 
 def launch(train: Callable[[Run], Plan], args: Namespace):
-    """Run a script's training loop, or rehearse it with --dry_run.
+    """Run a script's `train`, or with --dry_run rehearse it.
 
     Args:
-        train: the script's loop.
-        args: its options.
+        train: trains from the first check to final/.
+        args: options of the script.
     """
     if args.dry_run:
         dry_run(train, args)
@@ -62,10 +62,10 @@ def limit_to_dry_run(clips: Clips, run: Run) -> Clips:
 def dry_run(train: Callable[[Run], Plan], args: Namespace):
     """Run a script's `train` in two legs, the second resumed from the first, and print what the whole run would take.
 
-    It writes beside `--output_dir` and always removes that folder again. Encoded clips stay in the cache.
+    The two legs write into a folder beside `--output_dir`, which is always removed. Encoded clips stay in the cache.
 
     Args:
-        train: the script's loop; it returns its `Plan`.
+        train: see `launch`; returns the run's `Plan`.
         args: options of the planned run.
 
     Raises:
@@ -106,7 +106,7 @@ def dry_run(train: Callable[[Run], Plan], args: Namespace):
 
 
 def projection(args: Namespace, first: Timings, last: Timings, samples: int, num_trainable: int) -> Iterator[str]:
-    """Return lines on what the whole run takes, projected from a few steps.
+    """Yield lines on the time and disk space of the whole run, projected from a few steps.
 
     Args:
         args: options of the planned run.

@@ -14,8 +14,9 @@ def build_ema(module: torch.nn.Module, decay: float | None) -> EMAModel | None:
     """Build an average that starts at this process's part of the module's weights; None without a decay.
 
     Args:
-        module: trains; prepared and unwrapped.
-        decay: in (0, 1), the share of the average that each step keeps; (1 + n) / (10 + n) at the first steps n.
+        module: the part of the model that trains, prepared and unwrapped.
+        decay: in (0, 1), the share of the average that each step keeps. Early steps keep less: the first one nothing,
+            step n > 1 at most n / (n + 9).
     """
     if decay is None:
         return None
@@ -36,7 +37,7 @@ def averaged_weights(ema: EMAModel | None, module: torch.nn.Module, model: torch
 
     Args:
         ema: from `build_ema`; None changes nothing.
-        module: trains; unwrapped.
+        module: the part of the model that trains, unwrapped.
         model: the prepared model that holds it.
     """
     if ema is None:

@@ -48,7 +48,9 @@ def build_accelerator(args: Namespace) -> Accelerator:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--output_dir {output_dir}: cannot be created ({error.strerror})") from error
+        raise InputError(
+            f"--output_dir {output_dir}: cannot be created ({error.strerror}); choose another folder"
+        ) from error
     deepspeed = _launched_with("DEEPSPEED")
     on_cpu = not torch.accelerator.is_available()
     # Well above the watchdog's time-out, whose message names the process, even if that process was late already.
@@ -84,7 +86,7 @@ def require_joined(accelerator: Accelerator):
     """Raise InputError if the launched processes have not joined into one group."""
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
-        # Each would train alone, and all would write into the same folder.
+        # Every process would train alone, and all would write into the same folder.
         raise InputError(
             f"{launched} processes were launched, but Accelerate joins {accelerator.num_processes}; "
             "check the configuration given to `accelerate launch`"
@@ -103,13 +105,15 @@ def _deepspeed_plugin(args):
             zero3_init_flag=False,  # `prepare` shards what has been loaded
         )
     except ImportError as error:
-        raise InputError("the accelerate config asks for DeepSpeed: pip install deepspeed==0.19.8") from error
+        raise InputError(
+            "the accelerate config asks for DeepSpeed, which is not installed; pip install deepspeed==0.19.8"
+        ) from error
     config = plugin.deepspeed_config
     for precision in ("fp16", "bf16"):
         if config.get(precision, {}).get("enabled") not in (None, False, "auto"):
             raise InputError(
-                f"the DeepSpeed config enables {precision}: remove it and give --mixed_precision instead, which keeps "
-                "trainable weights in fp32"
+                f"the DeepSpeed config enables {precision}; remove that entry and give --mixed_precision instead, "
+                "which keeps trainable weights in fp32"
             )
         config.pop(precision, None)
     config |= {
@@ -125,14 +129,14 @@ def _deepspeed_plugin(args):
     return plugin
 
 
-_NAMES = {"zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3", "fsdp2": "FSDP2"}
+_ENGINE_NAMES = {"zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3", "fsdp2": "FSDP2"}
 
 
 def sharding(accelerator: Accelerator) -> str | None:
     """Return the engine that splits weights or optimizer states: None, "zero2", "zero3" or "fsdp2".
 
     Raises:
-        InputError: an engine or a stage that this code has not been tried with.
+        InputError: the launcher has chosen FSDP 1 or another ZeRO stage than 2 and 3, which are not tested.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
         if not accelerator.is_fsdp2:
@@ -166,8 +170,8 @@ def require_supported(accelerator: Accelerator, args: Namespace):
     if args.weight_storage == "bf16" and engine is not None:
         # ZeRO steps on flat partitions and FSDP2 on DTensors of its own: the low bits beside them would be lost.
         raise InputError(
-            f"--weight_storage bf16: needs whole weights on every device, but {_NAMES[engine]} splits them; give "
-            "--weight_storage fp32, or single_gpu.yaml or multi_gpu.yaml"
+            f"--weight_storage bf16: needs whole weights on every device, but {_ENGINE_NAMES[engine]} splits them; "
+            "give --weight_storage fp32, or single_gpu.yaml or multi_gpu.yaml"
         )
     if args.optimizer == "adamw8bit" and engine == "fsdp2":
         raise InputError(
@@ -179,8 +183,8 @@ def require_supported(accelerator: Accelerator, args: Namespace):
 def reads_weights(accelerator: Accelerator) -> bool:
     """Return True if this process reads the weights of the models that train.
 
-    Every sharding engine spreads the main process's weights. The other processes build the same model on memory that
-    is never touched, so that a start at 14B does not need one copy per process.
+    Every sharding engine distributes the weights of the main process. The other processes build the same model on
+    memory that is never touched, so that a start at 14B does not need one copy per process.
     """
     return sharding(accelerator) is None or accelerator.is_main_process
 
@@ -289,7 +293,7 @@ def stepped_parameters(optimizer: Any) -> tuple[torch.optim.Optimizer, list[torc
 
 @contextmanager
 def failing_together(accelerator: Accelerator, path: str | Path) -> Iterator[None]:
-    """Raise one `InputError` on all processes if a write fails on one: the others would wait for it without end.
+    """Raise one `InputError` on all processes if a write fails on one; otherwise the others would wait without end.
 
     Args:
         accelerator: the run's; enter and leave the context on every process.

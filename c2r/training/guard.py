@@ -14,8 +14,8 @@ from c2r.training.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-# A loss counts as a spike beyond median + SPREADS * 1.4826 * MAD of the log losses of the last WINDOW steps: six
-# standard deviations of a normal distribution, and a few earlier spikes do not move the bound.
+# A loss is a spike if its logarithm exceeds median + SPREADS * 1.4826 * MAD of the log losses of the last WINDOW
+# steps. For a normal distribution these are six standard deviations. A few earlier spikes do not move this bound.
 WINDOW, MIN_STEPS, SPREADS = 200, 50, 6
 MIN_SPREAD = 0.01  # of the log loss; a constant loss has no spread at all
 
@@ -25,7 +25,8 @@ class StepGuard:
 
     Args:
         accelerator: the run's.
-        progress: keeps the guard's memory, so that a resumed run decides as an uninterrupted one.
+        progress: holds the last losses and the count of skipped steps, so that a resumed run decides as an
+            uninterrupted one.
         max_skipped_steps: maximum consecutive skipped steps; one more ends the run.
     """
 
@@ -56,20 +57,20 @@ class StepGuard:
         culprits = [name for name, loss in clips if not math.isfinite(loss)]
         step = self.progress.global_step + 1
         if culprits:
-            what = f"step {step} skipped: the loss is not finite for {', '.join(culprits)}"
+            report = f"step {step} skipped: the loss is not finite for {', '.join(culprits)}"
         else:
-            what = f"step {step} skipped: the gradient is not finite; its clips: {', '.join(n for n, _ in clips)}"
+            report = f"step {step} skipped: the gradient is not finite; its clips: {', '.join(n for n, _ in clips)}"
         if self.progress.skipped_in_a_row > self.max_skipped_steps:
             raise InputError(
-                f"{what}; it is number {self.progress.skipped_in_a_row} in a row (--max_skipped_steps "
+                f"{report}; it is number {self.progress.skipped_in_a_row} in a row (--max_skipped_steps "
                 f"{self.max_skipped_steps}): look at these clips and delete their cached files, or lower "
                 "--learning_rate, and resume"
             )
-        logger.info(what)
+        logger.info(report)
         return False
 
     def finish(self, loss: float) -> bool:
-        """End a step with its mean loss over all processes; return True, and name the clips, if it is a spike."""
+        """End a step with its mean loss over all processes. If the loss is a spike, name the clips and return True."""
         clips, self._clips = self._clips, []
         if not (math.isfinite(loss) and loss > 0):
             return False

@@ -1,4 +1,4 @@
-"""Saving and stopping at unplanned times: on signals, before a slot ends, by the clock.
+"""Save and stop at unplanned times: on signals, before a Slurm slot ends, by the clock.
 
 A stopped run saves first and ends with the exit status EXIT_STOPPED: restart it with the same command and
 `--resume_from_checkpoint latest`. (`accelerate launch` itself ends with 1, or by the signal that it was sent.)
@@ -25,7 +25,7 @@ class Interruption:
 
     Attributes:
         stop: reason to stop, as a phrase; None to continue.
-        save: True if a checkpoint is to be saved now.
+        save: True if a checkpoint is to be saved after this step.
     """
 
     def __init__(self, save_every_minutes: float | None = None, save_before_timeout: float | None = None):
@@ -69,9 +69,9 @@ class Interruption:
 
 
 def slot_deadline(save_before_timeout: float | None) -> float | None:
-    """Return the time at which the run is to stop, in seconds since 1970.
+    """Return the time at which the run is to stop, in seconds since 1970; None: never.
 
-    SLURM_JOB_END_TIME is there: the options are refused without it.
+    SLURM_JOB_END_TIME is set, because --save_before_timeout is refused without it.
 
     Args:
         save_before_timeout: seconds before the end of the slot.

@@ -10,21 +10,22 @@ from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 
 from c2r.training.progress import Progress
+from c2r.units import GIB
 
 
-def start_logs(accelerator: Accelerator, args: Namespace, progress: Progress, again: bool):
+def start_logs(accelerator: Accelerator, args: Namespace, progress: Progress, repeat_step: bool):
     """Open the logs, and remove what a killed run has logged after the step that this run resumes from.
 
     Args:
         accelerator: the run's.
         args: logged as the run's configuration.
         progress: from the checkpoint.
-        again: the present step's validation is still to come: remove and log this step again too.
+        repeat_step: also remove the numbers of that step and log them again, because its validation is still to come.
     """
     config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in vars(args).items()}
-    purge_step = progress.global_step if again else progress.global_step + 1
+    purge_step = progress.global_step if repeat_step else progress.global_step + 1
     accelerator.init_trackers("", config=config, init_kwargs={"tensorboard": {"purge_step": purge_step}})
-    if again and progress.logs:
+    if repeat_step and progress.logs:
         accelerator.log(progress.logs, progress.global_step)
 
 
@@ -44,12 +45,12 @@ class StepLog:
 
     Args:
         accelerator: the run's.
-        before: numbers logged at the step before the first one of this run; running averages continue from them.
+        previous: numbers logged at the last step before this run; running averages continue from them.
     """
 
-    def __init__(self, accelerator: Accelerator, before: dict[str, float] | None = None):
+    def __init__(self, accelerator: Accelerator, previous: dict[str, float] | None = None):
         self.accelerator = accelerator
-        self._accuracies = {name: (before or {}).get(f"train/{name}") for name in ACCURACIES}
+        self._accuracies = {name: (previous or {}).get(f"train/{name}") for name in ACCURACIES}
         self._names = ["loss", "loss_real", "loss_cg"]
         self._names += [f"loss_sigma_{low}-{high}" for low, high in pairwise(SIGMA_BINS)]
         self._names += ["real_loss_share", "domain_loss", *ACCURACIES]
@@ -60,7 +61,7 @@ class StepLog:
         self._started: float | None = None
 
     def start(self):
-        """Start the step's clock, unless it runs already: validation and saving between two steps do not count."""
+        """Start the step's clock, unless it is running. Validation and saving between two steps are not timed."""
         self._started = self._started or time.perf_counter()
 
     def add(self, losses: torch.Tensor, sigmas: torch.Tensor, domains: torch.Tensor):
@@ -79,7 +80,7 @@ class StepLog:
             self._sums[1].index_add_(0, columns, torch.ones_like(losses))
 
     def add_weighted(self, losses: torch.Tensor, domains: torch.Tensor):
-        """Add the losses that one micro-batch is trained on, for the share of the real ones.
+        """Add the losses that one micro-batch is trained on, to log the share of the real samples in them.
 
         Args:
             losses: (B,) weighted by domain too.
@@ -97,7 +98,7 @@ class StepLog:
         Args:
             losses, logits: (B,) of the classifier.
             domains: (B,) on CPU.
-            counted: (B,) bool, samples that count.
+            counted: (B,) bool, samples that the classifier is trained on.
         """
         losses, hits, counted = losses.detach().double().cpu(), ((logits > 0).cpu() == domains).double(), counted.cpu()
         first = self._names.index("domain_loss")
@@ -109,20 +110,20 @@ class StepLog:
         """Return the step's numbers and those given, by their TensorBoard names. Call it on every process."""
         sums, samples = self.accelerator.reduce(self._sums.to(self.accelerator.device).float(), reduction="sum").cpu()
         logs = {f"train/{k}": (sums[i] / samples[i]).item() for i, k in enumerate(self._names) if samples[i]}
-        # Also in a step without a sample that counts: a run that resumes there continues from the logged numbers.
+        # Also in a step without a counted sample: a run that resumes there continues from the logged numbers.
         if "train/domain_loss" in logs or None not in self._accuracies.values():
             logs |= self._running_accuracies(logs)
         assert self._started is not None
         logs["train/samples_per_second"] = samples[0].item() / (time.perf_counter() - self._started)
         if self.accelerator.device.type == "cuda":
-            logs["train/gpu_memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
+            logs["train/gpu_memory_gib"] = torch.cuda.max_memory_reserved() / GIB
         self._reset()
         return logs | {f"train/{k}": v for k, v in numbers.items()}
 
     def _running_accuracies(self, logs):
         """Return each domain's accuracy over about twenty steps, and their mean: one step has too few samples."""
-        for name, before in self._accuracies.items():
-            before = 0.5 if before is None else before
-            self._accuracies[name] = 0.95 * before + 0.05 * logs.get(f"train/{name}", before)
+        for name, average in self._accuracies.items():
+            average = 0.5 if average is None else average
+            self._accuracies[name] = 0.95 * average + 0.05 * logs.get(f"train/{name}", average)
         accuracies = {f"train/{name}": value for name, value in self._accuracies.items()}
         return accuracies | {"train/domain_accuracy": sum(accuracies.values()) / 2}

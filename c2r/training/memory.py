@@ -1,7 +1,7 @@
 """Device memory of a training step, computed before the run starts and before any weight is read.
 
-The constants are fitted to simulated 480x832x81 steps of Wan 2.1 (1.3B and 14B, both phases), which the formula meets
-within 15 %; a card shows 1 to 3 GiB more than what is allocated.
+The constants are fitted to simulated steps of Wan 2.1 at 480x832x81 (1.3B and 14B, both phases). The estimates are
+within 15 % of these. A card shows 1 to 3 GiB more, because the estimates count allocated memory only.
 """
 
 import math
@@ -49,10 +49,10 @@ def estimate_memory(
         args: options of a training script; train_batch_size, gradient_accumulation_steps, gradient_checkpointing,
             mixed_precision, optimizer, weight_storage and ema_decay count.
         config: the backbone's.
-        trainable, frozen: numbers of parameters; with frozen ones it is phase 2.
+        trainable, frozen: numbers of parameters. Frozen ones mean phase 2, whose control blocks have projectors.
         latent_grid: (T, h, w) of the latents.
         sharding: None, "zero2", "zero3", "zero3_offload" or "fsdp2".
-        num_processes: processes that weights and states are split over; without sharding more than one is DDP.
+        num_processes: processes over which `sharding` splits weights and states; without sharding they are DDP's.
     """
     frozen_bytes = 2 if args.mixed_precision == "bf16" else 4
     weight_bytes, low_bytes = (2, 2) if args.weight_storage == "bf16" else (4, 0)
@@ -88,8 +88,9 @@ def _activations(args, config, latent_grid, with_projector):
     patches = [size // patch for size, patch in zip(latent_grid, config["patch_size"])]
     tokens = args.train_batch_size * math.prod(patches)
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    number = 2 if args.mixed_precision == "bf16" else 4
-    block = tokens * number * (width * (KEPT_WIDTH + KEPT_PROJECTOR * with_projector) + config["ffn_dim"] * KEPT_FFN)
+    number_bytes = 2 if args.mixed_precision == "bf16" else 4
+    kept_width = KEPT_WIDTH + KEPT_PROJECTOR * with_projector
+    block = tokens * number_bytes * (width * kept_width + config["ffn_dim"] * KEPT_FFN)
     if args.gradient_checkpointing:
-        return tokens * number * width * config["num_layers"], block
+        return tokens * number_bytes * width * config["num_layers"], block
     return block * (config["num_layers"] - 1), block

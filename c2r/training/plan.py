@@ -69,7 +69,10 @@ def check_phase1(run: Run) -> Plan:
 
 
 def check_phase2(run: Run) -> Plan:
-    """As `check_phase1`; of the weights no more is read than the backbone's fingerprint takes."""
+    """Check everything that can be refused before a model is loaded, as `check_phase1` does.
+
+    The backbone's weights are read once, for its fingerprint.
+    """
     args, base_model = run.args, run.args.pretrained_model_name_or_path
     require_access(base_model, args.dinov3)
     backbone_config = read_transformer_config(args.resume_backbone_from, base_model)
@@ -109,6 +112,7 @@ def _read_mixtures(run):
 
 
 def _check_inputs(run, plan):
+    """Add the datasets' fingerprints to the plan, and check that the checkpoint was written with the same inputs."""
     plan.inputs |= {f"{mixture.domain} dataset": mixture.fingerprint for mixture in plan.mixtures}
     if run.checkpoint is not None:
         require_resumable(run.checkpoint, run.accelerator, run.args, plan.config, plan.inputs)
@@ -138,10 +142,10 @@ def encode_until_usable(
     are chosen again.
 
     Args:
-        run: of the script.
-        plan: its mixtures are replaced where clips were dropped.
+        run: the script's run.
+        plan: its mixtures are replaced if clips were dropped.
         choose: chooses the clips from the plan's mixtures.
-        control_dtype: dtype of control features that are cached too; None: they are not.
+        control_dtype: dtype of the control features to cache; None: control features are not cached.
 
     Raises:
         InputError: no room for the cache, or no clip is left.

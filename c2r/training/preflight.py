@@ -35,10 +35,10 @@ ESTIMATE_MARGIN = 1.15
 
 
 def require_access(*names: str):
-    """Check that models are there, or that the hub gives access to the configs of a (gated) model.
+    """Check that model folders exist, or that the hub gives access to the models, which may be gated.
 
-    Only configs are downloaded: a user without access learns it before the datasets are read and before 20 GB of
-    other models are downloaded.
+    Only configs are downloaded. Missing access is thus reported before the datasets are read and before 20 GB of other
+    models are downloaded.
 
     Raises:
         InputError: see `resolve_model_folder`.
@@ -62,7 +62,7 @@ def fingerprint_backbone(accelerator: Accelerator, name_or_path: str, base_model
     """Return the fingerprint of phase 2's backbone, computed by the main process alone: at 14B it reads 57 GB.
 
     Raises:
-        InputError: the folder is of phase 2, or its weights are not those that phase 1 saved there.
+        InputError: the folder was written by phase 2, or its weights are not those that phase 1 saved there.
     """
     sha256 = None
     with failing_together(accelerator, name_or_path):
@@ -88,14 +88,15 @@ def preflight(run: Run, mixtures: list[Mixture], config: dict[str, Any], trainab
     """Check and print batches, memory and disk. Call it on every process.
 
     Args:
-        run: of the script.
-        mixtures: trained on.
-        config: the backbone's.
+        run: the script's run.
+        mixtures: the mixtures that are trained on.
+        config: the backbone's config.
         trainable: number of parameters that train, which checkpoints hold.
         frozen: number of parameters that stay on the device beside them.
 
     Raises:
-        InputError: the checkpoints do not fit on the disk, or the model exceeds the device's memory by far.
+        InputError: the checkpoints do not fit on the disk, or the estimate exceeds the device's memory by more than
+            ESTIMATE_MARGIN.
     """
     accelerator, args = run.accelerator, run.planned
     lines = [
@@ -104,7 +105,9 @@ def preflight(run: Run, mixtures: list[Mixture], config: dict[str, Any], trainab
         _memory_line(run, config, trainable, frozen),
     ]
     if args.lr_warmup_steps >= args.max_train_steps:
-        lines.append(f"--lr_warmup_steps {args.lr_warmup_steps}: the learning rate is never reached in this run")
+        lines.append(
+            f"--lr_warmup_steps {args.lr_warmup_steps}: the learning rate is never reached in this run; lower it"
+        )
     with failing_together(accelerator, args.output_dir):
         if accelerator.is_main_process:
             lines.append(_disk_line(args, trainable))
@@ -183,8 +186,8 @@ def _memory_line(run, config, trainable, frozen):
             f"{about}, but the device has {total / GIB:.1f} GiB: shard it (accelerate_configs/deepspeed_zero3.yaml), "
             "or lower --train_batch_size or the size of the clips, or give --optimizer adamw8bit"
         )
-    tight = "; it may not fit: try --dry_run" if estimate + 3 * GIB > total else ""
-    return f"{about}, of {total / GIB:.1f} GiB on the device{tight}"
+    remark = "; it may not fit: try --dry_run" if estimate + 3 * GIB > total else ""
+    return f"{about}, of {total / GIB:.1f} GiB on the device{remark}"
 
 
 def _memory_sharding(accelerator):

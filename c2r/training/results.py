@@ -14,10 +14,10 @@ def save_model(run: Run, state: TrainState, name: str, phase: int, mixtures: lis
     """Save the trained weights with their contract. Call it on every process.
 
     Args:
-        run, state: of the run; the weights are those that the model holds now, averaged or not.
+        run, state: the script's. The weights are those that the model holds now, averaged or not.
         name: "best" or "final".
         phase: 1 or 2.
-        mixtures: trained on.
+        mixtures: the mixtures that were trained on.
         phase2: further entries of a phase 2 contract, see `PhaseContract`.
 
     Raises:

@@ -41,7 +41,7 @@ def _is_checkpoint(path):
 
 
 def find_damage(path: Path) -> str | None:
-    """Return in a short phrase why a checkpoint cannot be resumed from; None if all its files are complete."""
+    """Return a short reason why a checkpoint cannot be resumed from; None if all its files are complete."""
     try:
         files = read_json(path / STATE)["files"]
     except InputError as error:
@@ -65,8 +65,8 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
         resume_from_checkpoint: None, "latest", a path, or the name of a folder in `output_dir`.
 
     Returns:
-        The path, None to start at step 0, as "latest" does where there is no checkpoint yet; and a line for each later
-        checkpoint that "latest" has passed over because it is damaged.
+        The checkpoint's path, or None to start at step 0: without the option, or where "latest" finds no complete
+        checkpoint. And a line for each later checkpoint that "latest" has passed over because it is damaged.
 
     Raises:
         InputError: the named checkpoint is missing or damaged, or without one the run would overwrite an earlier run.
@@ -101,7 +101,7 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
 def agree_on_checkpoint(
     accelerator: Accelerator, output_dir: str | Path, resume_from_checkpoint: str | None
 ) -> Path | None:
-    """Find the checkpoint on the main process for all: machines that see different folders must not drift apart.
+    """Find the checkpoint on the main process and send it to all: every process must resume from the same one.
 
     Raises:
         InputError: as `find_checkpoint`, or a process does not see the checkpoint.
@@ -131,7 +131,8 @@ def _require_no_run(output_dir):
 def lock_output_dir(accelerator: Accelerator, output_dir: str | Path) -> TextIO | None:
     """Keep a second run from writing into the same folder. Call it on every process, and keep the returned file.
 
-    The lock ends with the process, however that ends. A run whose launcher was killed may still be saving.
+    The lock ends when the process ends, in whatever way. It matters because a run whose launcher was killed may still
+    be saving.
 
     Raises:
         InputError: another run holds the lock.
@@ -157,12 +158,12 @@ def lock_output_dir(accelerator: Accelerator, output_dir: str | Path) -> TextIO 
 def require_resumable(
     path: Path, accelerator: Accelerator, args: Namespace, config: dict, inputs: dict[str, str]
 ) -> None:
-    """Check that a run can resume from a checkpoint, before any weight is read.
+    """Check, before any weight is read, that a run can resume from a checkpoint.
 
     Args:
         path: a complete checkpoint.
         accelerator, args: of the run.
-        config: of the model that trains.
+        config: config of the model that trains.
         inputs: {name: fingerprint} of datasets and frozen models.
 
     Raises:

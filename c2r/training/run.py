@@ -78,14 +78,14 @@ class Run:
 
     def start_training(self):
         """Open the logs and take over signals, once everything that can be refused has been checked."""
-        # A run that was killed may have logged this step's validation, but not finished it.
-        again = self.progress.global_step == 0 or self.validation_is_due()
-        start_logs(self.accelerator, self.args, self.progress, again)
+        # A run that was killed may have logged this step's validation without saving it.
+        repeat_step = self.progress.global_step == 0 or self.validation_is_due()
+        start_logs(self.accelerator, self.args, self.progress, repeat_step)
         self.interruption = Interruption(self.args.save_every_minutes, self.args.save_before_timeout)
         self.timings.start()
 
     def steps(self, title: str) -> Iterator[int]:
-        """Count optimizer steps up to --max_train_steps; end early after a signal or before the slot ends."""
+        """Yield optimizer steps up to --max_train_steps; end early after a signal or before the Slurm slot ends."""
         self.bar = tqdm(
             total=self.args.max_train_steps,
             initial=self.progress.global_step,
@@ -106,7 +106,7 @@ class Run:
         return self.is_due(self.args.validation_steps) and not done and not self.is_stopping()
 
     def sampling_is_due(self) -> bool:
-        """Return True if sample videos are to be made at this step; at step 0 all would be the backbone's own."""
+        """Return True if sample videos are to be made at this step; at step 0 the control has no effect yet."""
         done = self.progress.sampled_step == self.progress.global_step
         wanted = self.args.num_samples > 0 and self.progress.global_step > 0
         return wanted and self.is_due(self.args.sample_steps) and not done and not self.is_stopping()
@@ -120,7 +120,7 @@ class Run:
         return self.interruption is not None and self.interruption.stop is not None
 
     def go_on(self, doing: str) -> bool:
-        """Report to the watchdog, and return False if the run is to stop. Call it on every process."""
+        """Report this work to the watchdog, and return False if the run is to stop. Call it on every process."""
         self.watchdog.beat(f"step {self.progress.global_step}: {doing}")
         return self.interruption.agree(self.accelerator)
 

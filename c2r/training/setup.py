@@ -1,4 +1,4 @@
-"""Set up a run: its folder and checkpoint, its models and optimizer, its resume."""
+"""Set up a run: lock its folder, find its checkpoint, prepare model and optimizer, and resume."""
 
 import logging
 from argparse import Namespace
@@ -61,9 +61,9 @@ def build_train_state(
     """Set the precision, build optimizer, schedule and average, and prepare the model for the training engine.
 
     Args:
-        run: of the script.
-        model: one module with everything that runs in a step: an engine such as DeepSpeed wraps one.
-        backbone, trainable, domain_classifier: parts of it.
+        run: the script's run.
+        model: one module with all trainable parts, because an engine such as DeepSpeed wraps one module.
+        backbone, trainable, domain_classifier: parts of `model`.
     """
     args = run.args
     model.train()

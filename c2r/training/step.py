@@ -1,4 +1,4 @@
-"""The randomness, the noisy batch and the loss weights of one training step."""
+"""The parts of a training step that both phases share: noisy batch, loss weights, augmentation, the step's end."""
 
 from dataclasses import dataclass
 
@@ -20,9 +20,9 @@ class NoiseSettings:
 
     seed: int
     density: SigmaDensity
-    prompt_dropout: float = 0.0  #: share of samples
-    control_dropout: float = 0.0
-    num_micro_batches: int = 1  #: of one optimizer step, per process
+    prompt_dropout: float = 0.0  #: share of samples trained with the empty prompt
+    control_dropout: float = 0.0  #: share of samples trained with a blank control
+    num_micro_batches: int = 1  #: micro-batches of one optimizer step, per process
     num_processes: int = 1
     process_index: int = 0
 
@@ -127,18 +127,18 @@ def domain_weights(domains: torch.Tensor, real_weight: float, cg_ratio: float) -
 def augment_real_control(
     control_frames: torch.Tensor, domains: torch.Tensor, share: float, settings: NoiseSettings, micro_step: int
 ) -> torch.Tensor:
-    """Alter the look of the control of some real clips; see `augment_control_frames`.
+    """Alter the look of the control of some real clips by `augment_control_frames`.
 
-    As in `make_noisy_batch` the randomness comes from the seed, the micro-step and the sample's place.
+    As in `make_noisy_batch`, the randomness comes from the seed, the micro-step and the sample's place.
 
     Args:
         control_frames: (B, F, 3, H, W) floats in [0, 1].
         domains: (B,) 0 real, 1 CG. CG pairs stay as they are.
-        share: share of real clips that are altered.
+        share: share of real clips that are altered, in [0, 1].
         settings, micro_step: see `make_noisy_batch`.
 
     Returns:
-        (B, F, 3, H, W): the tensor itself where nothing is altered.
+        (B, F, 3, H, W) in [0, 1]; with a share of 0 `control_frames` itself.
     """
     if share == 0:
         return control_frames
@@ -151,12 +151,12 @@ def augment_real_control(
 
 
 def finish_step(run: Run, state: TrainState, log: StepLog, guard: StepGuard, grad_norm: float, **numbers: float):
-    """Advance schedule and progress by one optimizer step, log it, and agree on an interruption.
+    """Advance schedule and progress by one optimizer step, log the step, and agree on an interruption.
 
     Args:
-        run, state: of the run.
-        log, guard: of this step.
-        grad_norm: before clipping.
+        run, state: the script's.
+        log, guard: have collected the numbers of this step.
+        grad_norm: norm of the gradient before clipping.
         numbers: other numbers to log.
     """
     learning_rate = state.lr_scheduler.get_last_lr()[0]

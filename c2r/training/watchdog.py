@@ -26,14 +26,14 @@ EXIT_HUNG = 74  # EX_IOERR of sysexits.h
 
 INTERVAL = 1.0  # seconds between two messages of a process
 
-GONE_AFTER = 30.0  # most seconds without a message before a process counts as dead; a busy machine delays messages
-
+#: Largest time in seconds without a message before a process counts as dead: a busy machine delays messages.
+GONE_AFTER = 30.0
 
 _current: "Watchdog | None" = None  # of this process
 
 
 class Watchdog:
-    """Ends the run with one line that names the slowest process, when nothing moves for `timeout_seconds`.
+    """Ends the run with one line that names the slowest process, if no process proceeds for `timeout_seconds`.
 
     With one process all methods do nothing. Create it on every process, after the process group.
 
@@ -89,7 +89,7 @@ class Watchdog:
             while arrived < self.accelerator.num_processes:
                 time.sleep(0.05)
                 arrived = self._store.add(key, 0)
-            # Shares of different size have set the counts apart; from here on the lowest is behind again.
+            # The counts differ, as shares differ in size. From here on the lowest count is the slowest again.
             self._state["count"] = self._barriers * 10**9
             self.beat(self._state["what"])
             self._state["waiting"] = unjudged
@@ -97,7 +97,7 @@ class Watchdog:
 
     @contextmanager
     def unjudged(self) -> Iterator[None]:
-        """Let the body take any time without a beat, such as a probe of all files."""
+        """Let the body take any time without a beat; it may probe all files, for instance."""
         judged, self._state = self._state, self._state | {"waiting": True}
         yield
         self._state, self._beat_at = self._state | {"waiting": judged["waiting"]}, time.monotonic()
@@ -142,22 +142,22 @@ class Watchdog:
                 messages = [json.loads(text) for text in self._thread_store.multi_get([f"rank{r}" for r in ranks])]
             except (DistError, RuntimeError):  # the main process holds the store
                 if not self._closed.wait(INTERVAL):
-                    self._end("process 0 no longer answers", loud=self.accelerator.process_index == 1)
+                    self._end("process 0 no longer answers", prints_line=self.accelerator.process_index == 1)
                 return
             now = time.monotonic()
             for rank, message in enumerate(messages):
                 if message["number"] != heard[rank][0]:
                     heard[rank] = (message["number"], now)
             gone = [rank for rank in ranks if now - heard[rank][1] > self.gone_after]
-            loud = self.accelerator.process_index == min(set(ranks) - set(gone), default=0)
+            prints_line = self.accelerator.process_index == min(set(ranks) - set(gone), default=0)
             if gone:
-                self._end(f"{_named(gone, messages)} no longer answers", loud)
+                self._end(f"{_process_names(gone, messages)} no longer answers", prints_line)
             line = hang_report(messages, self.timeout_seconds)
             if line is not None:
-                self._end(line, loud)
+                self._end(line, prints_line)
 
-    def _end(self, line, loud):
-        if loud:
+    def _end(self, line, prints_line):
+        if prints_line:
             print(
                 f"\nerror: {line}; restart, a training run with --resume_from_checkpoint latest",
                 file=sys.stderr,
@@ -168,11 +168,11 @@ class Watchdog:
         os._exit(EXIT_HUNG)
 
 
-def name_the_lost():
-    """Let the watchdog name a dead process, if there is one. Call it when something has failed.
+def name_dead_process():
+    """Wait until the watchdog has ended this process and named a dead one, if there is one. Call it after a failure.
 
-    When a process dies, the collectives of the others fail at once or hang, depending on the backend; their own errors
-    do not name the process that they were waiting for.
+    When a process dies, the collectives of the others fail at once or hang, depending on the backend. The errors of
+    the collectives do not name the process that they were waiting for.
     """
     if _current is not None and not _current._closed.is_set():
         _current.gone_after = 3 * INTERVAL
@@ -180,11 +180,11 @@ def name_the_lost():
 
 
 def hang_report(messages: list[dict[str, Any]], timeout_seconds: float) -> str | None:
-    """Return one line about the processes that keep the others waiting; None as long as all move.
+    """Return one line about the processes that keep the others waiting; None as long as all proceed.
 
     Args:
-        messages: one per process: {"count", "what", "waiting", "idle", "host"}; idle in seconds. A process that waits
-            for others is not judged.
+        messages: one per process: {"count", "what", "waiting", "idle", "host"}; idle in seconds. A process with
+            "waiting" is not judged.
         timeout_seconds: idle time that counts as a hang.
     """
     # Processes with a higher count may be idle for longer: they wait for those with the lowest.
@@ -193,15 +193,16 @@ def hang_report(messages: list[dict[str, Any]], timeout_seconds: float) -> str |
     behind = [rank for rank in busy if messages[rank]["count"] == lowest]
     if min((messages[rank]["idle"] for rank in behind), default=0) <= timeout_seconds:
         return None
-    line = f"no progress for {timeout_seconds:.0f} s: {_named(behind, messages)} at '{messages[behind[0]]['what']}'"
+    what = messages[behind[0]]["what"]
+    line = f"no progress for {timeout_seconds:.0f} s: {_process_names(behind, messages)} at '{what}'"
     others = [m["what"] for r, m in enumerate(messages) if r not in behind]
     if others:
         line += f", the others wait at '{others[0]}'"
     return f"{line} (--distributed_timeout_minutes)"
 
 
-def _named(ranks, messages):
+def _process_names(ranks, messages):
     return ", ".join(f"process {rank} on {messages[rank]['host']}" for rank in ranks)
 
 
-cli.failure_hooks.append(name_the_lost)
+cli.failure_hooks.append(name_dead_process)
