@@ -37,6 +37,8 @@ def main():
         if copied and accelerator.is_main_process:
             shutil.copytree(copied[0], Path(copied[1]) / Path(copied[0]).name)
         accelerator.wait_for_everyone()
+        if (plugin := getattr(accelerator.state, "fsdp_plugin", None)) is not None:
+            plugin.transformer_cls_names_to_wrap = None  # chosen again for each model, as in a launch of its own
         accelerator.print(f"== run {number}", flush=True)
         module.train(start_run(args, accelerator))
         for tracker in accelerator.trackers:

@@ -1,4 +1,4 @@
-"""The short form of `python -m tests.helpers.crash`, whose long form is recorded in docs/crash/."""
+"""The short form of `python -m tests.helpers.crash`; docs/crash/ records the long form."""
 
 import json
 import shutil
@@ -12,17 +12,17 @@ from tests.helpers.forks import fork
 
 
 @pytest.mark.slow
-def test_phase2_killed_ends_as_if_it_had_not_been(tmp_path):
-    out, reference, log = crash_legs(tmp_path, 2, 1, [[], ["sampling"]], seed=0)
+def test_a_killed_phase2_ends_like_an_uninterrupted_one(tmp_path):
+    out, reference, log = crash_legs(tmp_path, 2, 1, [[], ["sampling"]], seed=0, fork=True)
     assert [kill["struck"] for kill in log] == ["sampling"]
     assert differences(out, reference) == []
-    # What there was to lose: the controller has lowered the share, 0.25 in the first leg and 0.5 in the second.
+    # The comparison has included the controller's work: it has lowered the share from 0.25, and in leg two from 0.5.
     assert {value for _, value in curves(reference)["monitor/cg_ratio"]} == {0.125, 0.25}
 
 
 @pytest.mark.slow
-def test_phase1_killed_ends_as_if_it_had_not_been_and_the_comparison_sees_what_differs(tmp_path):
-    out, reference, log = crash_legs(tmp_path, 1, 1, [["saving"]], seed=0)
+def test_a_killed_phase1_ends_like_an_uninterrupted_one_and_differences_are_found(tmp_path):
+    out, reference, log = crash_legs(tmp_path, 1, 1, [["saving"]], seed=0, fork=True)
     assert len(log) == 1
     assert differences(out, reference) == []
 
@@ -47,7 +47,7 @@ def test_phase1_killed_ends_as_if_it_had_not_been_and_the_comparison_sees_what_d
 
     def change_the_state():
         state = json.loads((other / "checkpoint-25/state.json").read_text())
-        state["loop"]["best"]["loss"] += 1e-9
+        state["progress"]["best"]["loss"] += 1e-9
         (other / "checkpoint-25/state.json").write_text(json.dumps(state))
 
     assert found_after(lambda: None) == []

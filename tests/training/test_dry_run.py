@@ -1,5 +1,7 @@
 import re
 
+import pytest
+
 from c2r.data.buckets import Bucket
 from c2r.training.dry_run import limit_to_dry_run, projection
 from c2r.training.timings import Timings
@@ -14,7 +16,7 @@ def files(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-def test_phase_2_is_tried_resumed_and_leaves_nothing(first, tiny_models, small_datasets, tmp_path):
+def test_a_dry_run_of_phase_2_trains_resumes_and_leaves_no_files(first, tiny_models, small_datasets, tmp_path):
     command = phase2(tiny_models, small_datasets, first[0] / "final", tmp_path / "out")
     done = succeed(*command, "--dry_run", "--max_train_steps=1000", "--checkpoints_total_limit=1", by=fork)
     out = done.stdout
@@ -26,17 +28,18 @@ def test_phase_2_is_tried_resumed_and_leaves_nothing(first, tiny_models, small_d
     assert re.search(r"measured: \d+\.\d\d s a step, \d+\.\d\d s a validation, \d+\.\d\d s a checkpoint", out)
     assert re.search(r"projected: .* in all: 1,000 steps .*, 501 validations .*, 500 checkpoints", out)
     assert "GiB of the machine's memory at the peak" in out
-    assert "1,000 steps are" in out  # the preflight is of the run that is planned
+    assert "1,000 steps are" in out  # the preflight describes the planned run
     assert not files(tmp_path)
 
 
-def test_phase_1_is_tried_on_shards(tiny_models, small_datasets, tmp_path):
+@pytest.mark.slow
+def test_a_dry_run_of_phase_1_works_on_split_weights(tiny_models, small_datasets, tmp_path):
     command = phase1(tiny_models, small_datasets, tmp_path / "out", "--dry_run", launcher=ENGINES["zero3"])
     assert "dry run: passed" in succeed(*command).stdout
     assert not files(tmp_path)
 
 
-def test_a_dry_run_that_fails_leaves_nothing_and_an_earlier_run_alone(first, tiny_models, small_datasets):
+def test_a_failed_dry_run_leaves_no_files_and_an_earlier_run_unchanged(first, tiny_models, small_datasets):
     before = files(first[0])
     done = fork(*phase1(tiny_models, small_datasets, first[0], "--dry_run", "--dit_path=missing.safetensors"))
     assert done.returncode != 0
@@ -45,16 +48,16 @@ def test_a_dry_run_that_fails_leaves_nothing_and_an_earlier_run_alone(first, tin
     assert not list(first[0].parent.glob(".*"))
 
 
-def test_it_trains_on_no_more_clips_than_its_steps_take():
+def test_a_dry_run_trains_on_no_more_clips_than_its_steps_draw():
     tall = Bucket(9, 48, 32)
     clips = clips_of(*(clip(str(i), bucket=tall if i % 2 else BUCKET) for i in range(1000)))
     assert limit_to_dry_run(clips, run_of(options())) is clips  # batch 2 x accumulation 2
     chosen = limit_to_dry_run(clips, run_of(options(["--dry_run"])))
-    # The largest bucket is what a run may fail on.
+    # Clips of the largest bucket: they need the most memory.
     assert [(c.name, c.bucket) for c in chosen] == [(str(2 * i + 1), tall) for i in range(3 * 2 * 2)]
 
 
-def test_projection():
+def test_the_projection_adds_up_all_parts_of_a_run():
     args = options(["--max_train_steps=1000", "--checkpointing_steps=300", "--validation_steps=250"])
     first = Timings(to_encode={"latents": 600}, seconds_per_clip={"latents": 12.0})
     last = Timings(last={"validation": 10.0, "checkpoint": 5.0}, samples_per_second=2.0)

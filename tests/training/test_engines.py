@@ -1,14 +1,15 @@
-"""The training engines, run for real: two processes on the CPU over gloo, whole commands, both phases.
+"""Both phases on every training engine: two processes on the CPU over gloo, compared with one process.
 
-One clip of the dataset is NaN in the cache: each time it is drawn, one process meets it and all must skip the step.
-Every run has gradient accumulation, clipping, warm-up, both dropouts and a moving average; phase 2 also a weight of
-the real samples and an adversary.
+One clip of the dataset is NaN in the cache: whenever one process draws it, all must skip the step. Every run has
+gradient accumulation, clipping, warm-up, both dropouts and a moving average; phase 2 also a weight of the real
+samples and an adversary.
 """
 
 import json
 import math
 import re
 import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -26,45 +27,47 @@ from c2r.encoding.encoding_pass import encode_missing
 from c2r.files import load_tensors, save_tensors
 from c2r.models.controlnet import C2RControlNet
 from c2r.training.engine import local_fingerprint, require_supported
-from tests.helpers.commands import CONFIGS, ENGINES, LAUNCH, SIZE, phase1, phase2, scalars, start, succeed
+from c2r.training.watchdog import Watchdog
+from tests.helpers.commands import CONFIGS, ENGINES, SIZE, phase1, phase2, scalars, start, succeed, weights
 from tests.helpers.datasets import noise_video, write_dataset
-from tests.helpers.forks import fork
+from tests.helpers.forks import fork, forked_twice, statuses
 from tests.helpers.options import options
+from tests.helpers.settings import clip_settings
 from tests.helpers.tiny import tiny_transformer
 
-STEPS, SAVED = 20, 18  # all steps, and the one that is resumed from
+STEPS, SAVED = 20, 18  # of a run, and of the checkpoint to resume from
 BAD_CLIP = "r1.mp4#3"
 SAVES_MEMORY = {
     "zero3": ["--optimizer=adamw8bit"],
     "ddp": ["--optimizer=adamw8bit", "--weight_storage=bf16", "--mixed_precision=bf16"],
 }
 SPLITS_OPTIMIZER = ("zero2", "zero3", "zero3_offload", "fsdp2")
+SPLITS_FROZEN = ("zero3", "fsdp2")  # those that are probed
 
-# The engines add up the same fp32 numbers in another order. Measured over the 20 steps, at most: 1.7e-7 of a loss,
-# 1.1e-7 of a gradient norm, 2.4e-7 in a weight. AdamW may enlarge a rounding error (a gradient near zero becomes a
-# step of the full size with that error's sign, 1e-3 here), so there is room, but far less than one such step.
+# The engines add up the same fp32 numbers in another order. Largest differences measured over the 20 steps: 1.7e-7 of
+# a loss, 1.1e-7 of a gradient norm, 2.4e-7 in a weight. AdamW may enlarge a rounding error: a gradient near zero
+# becomes a step of full size, 1e-3 here, with the sign of that error. The bounds are far below one such step.
 LOSS = {"rtol": 1e-6, "atol": 0, "equal_nan": True}
 NORM = {"rtol": 1e-5, "atol": 0}
 DOMAIN = {"rtol": 1e-5, "atol": 0, "equal_nan": True}
-# bf16 rounds each sample's forward alike, but batches of one and two take other kernels.
+# Batches of one and of two samples run other kernels, which round differently in bf16.
 BF16_LOSS = {"rtol": 1e-2, "atol": 0, "equal_nan": True}
 WEIGHT = {"rtol": 0, "atol": 1e-4}
 
 
 @pytest.fixture(scope="session")
 def datasets(tiny_models, tmp_path_factory):
-    """A folder with real/ (26 clips to train on, 13 held out) and cg/; BAD_CLIP's latents are NaN in the cache."""
+    """Write real/ (26 clips to train on, 13 held out) and cg/, encode them, and make BAD_CLIP's latents NaN."""
     folder = tmp_path_factory.mktemp("long")
     texts = ["a street", "the city at night", "red brick"]
     write_dataset(folder / "real", [f"r{i}.mp4" for i in range(3)], texts)
     for i in range(3):
         write_video(folder / f"real/r{i}.mp4", noise_video(i, 65), SIZE["fps"])
     write_dataset(folder / "cg", [f"f{i}.mp4" for i in range(3)], texts, [f"c{i}.mp4" for i in range(3)])
-    options = SimpleNamespace(
-        **SIZE, pretrained_model_name_or_path=tiny_models / "pipeline", cache_dir=None, dataloader_num_workers=0
-    )
-    manifests = [read_manifest(folder / domain, domain, options) for domain in ("real", "cg")]
-    encode_missing([clip for manifest in manifests for clip in manifest.clips], options, Accelerator(cpu=True))
+    settings, accelerator = clip_settings(base_model=str(tiny_models / "pipeline")), Accelerator(cpu=True)
+    manifests = [read_manifest(folder / domain, domain, settings) for domain in ("real", "cg")]
+    clips = [clip for manifest in manifests for clip in manifest.clips]
+    encode_missing(clips, settings, accelerator, Watchdog(accelerator, 60))
     assert BAD_CLIP in {f"{clip.name}#{clip.window}" for clip in manifests[0].train}
     for path in (folder / "real/.c2r_cache/clips").rglob("*.safetensors"):
         tensors, metadata = load_tensors(path)
@@ -75,7 +78,7 @@ def datasets(tiny_models, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def command(tiny_models, datasets):
-    """command(phase, engine, out, *options): 4 samples a step, on one process or two."""
+    """Return command(phase, engine, out, *options) of 4 samples a step, without its launcher."""
 
     def command(phase, engine, out, *options):
         options = [
@@ -83,26 +86,26 @@ def command(tiny_models, datasets):
             f"--max_train_steps={STEPS}",
             f"--validation_steps={STEPS}",
             f"--checkpointing_steps={SAVED}",
-            # An average needs weights that are whole.
+            # bf16 storage does not work with an average.
             *([] if "--weight_storage=bf16" in options else ["--ema_decay=0.9"]),
             *options,
         ]
-        launcher = LAUNCH if engine == "one process" else ENGINES[engine]
         if phase == 1:
-            return phase1(tiny_models, datasets, out, *options, launcher=launcher)
+            return phase1(tiny_models, datasets, out, *options, launcher=())
         options += [f"--sample_steps={STEPS}", "--real_weight=2", "--adversarial_weight=0.1"]
-        return phase2(tiny_models, datasets, tiny_models / "pipeline/transformer", out, *options, launcher=launcher)
+        return phase2(tiny_models, datasets, tiny_models / "pipeline/transformer", out, *options, launcher=())
 
     return command
 
 
 @pytest.fixture(scope="session")
-def runs(command, tmp_path_factory):
-    """runs(engine): {phase: (folder, output)} of runs of STEPS steps that nothing interrupts.
+def runs(command, large_backbone, tmp_path_factory):
+    """Return runs(engine), which trains all runs of an engine in one launch and returns {run: (folder, output)}.
 
-    {(2, "bf16"): …} is a short one in the default precision, the backbone in bf16, {(1, "saves memory"): …} one with
-    the options of SAVES_MEMORY. For an engine also {(phase, "resumed"): …}: from what a run that was killed after
-    SAVED has left. The one of phase 2 is to bear no skipped step, and goes on until BAD_CLIP comes up.
+    Run 1 and run 2 are the phases in fp32, STEPS steps without interruption; (1, "resumed") and (2, "resumed")
+    continue from their checkpoints SAVED. The latter tolerates no skipped step and trains until it draws BAD_CLIP.
+    (2, "bf16") is short, in the default precision; (1, "saves memory") is short, with the options of SAVES_MEMORY.
+    Besides, "errors" are the error lines of the launch, and "reports" what `engine_probe` reports of each process.
     """
     found = {}
 
@@ -121,20 +124,20 @@ def runs(command, tmp_path_factory):
         ]
         if engine == "one process":
             legs = {1: [], 2: [], (2, "bf16"): bf16}
-        launcher = LAUNCH if engine == "one process" else ENGINES[engine]
         outs = {leg: folder / str(i) for i, leg in enumerate(legs)}
-        arguments = []
+        arguments = [json.dumps([str(large_backbone), str(folder)] if engine in SPLITS_FROZEN else [])]
         for leg, more in legs.items():
             phase = leg if isinstance(leg, int) else leg[0]
-            script, *rest = command(phase, engine, outs[leg], *more)[len(launcher) :]
-            # Only what a killed run had finished is there when the run resumes.
+            script, *rest = command(phase, engine, outs[leg], *more)
             copied = [f"{outs[phase]}/checkpoint-{SAVED}", str(outs[leg])] if "resumed" in str(leg) else []
             arguments.append(json.dumps([copied, script.removesuffix(".py"), *map(str, rest)]))
-        done = start(*launcher, "tests/helpers/engine_runs.py", *arguments)
+        done = launched(engine, "-m", "tests.helpers.engine_runs", *arguments, folder=folder)
         texts = re.split(r"== run \d\n", done.stdout)[1:]
-        assert len(texts) == len(legs), error_lines(done)
+        assert len(texts) == len(legs), done.stderr[-3000:]
         assert (done.returncode == 0) == (engine == "one process"), done.stderr[-3000:]
-        return {leg: (outs[leg], text) for leg, text in zip(legs, texts)} | {"errors": error_lines(done)}
+        reports = [json.loads(path.read_text()) for path in sorted(folder.glob("report-*.json"))]
+        finished = {leg: (outs[leg], text) for leg, text in zip(legs, texts)}
+        return finished | {"errors": error_lines(done), "reports": reports}
 
     def runs(engine):
         if engine not in found:
@@ -144,19 +147,27 @@ def runs(command, tmp_path_factory):
     return runs
 
 
-def weights(folder):
-    return load_file(folder / "diffusion_pytorch_model.safetensors")
+def launched(engine, *command, folder):
+    """Run a command to its end on an engine; engines that need no launcher's configuration run in forks."""
+    if engine == "one process":
+        return fork(*command)
+    if engine == "ddp":
+        codes = statuses(forked_twice(command, folder))
+        texts = [(folder / "0" / name).read_text() for name in ("stdout", "stderr")]
+        return subprocess.CompletedProcess(command, max(codes), *texts)
+    # glibc keeps freed blocks of a few MB, which would count as memory of the probe. Weights at 14B are larger.
+    return start(*ENGINES[engine], *command, MALLOC_MMAP_THRESHOLD_="100000")
 
 
 def state_of(file):
-    """What a checkpoint's state.json says, but for what depends on the clock."""
+    """Return the content of a checkpoint's state.json, without the speed, which depends on the clock."""
     state = json.loads(file.read_text())
-    del state["loop"]["logs"]["train/samples_per_second"]
+    del state["progress"]["logs"]["train/samples_per_second"]
     return state
 
 
 def skipped(text):
-    """{step: clips} of the steps that a run's output says were skipped."""
+    """Return {step: clips} of the skipped steps in a run's output."""
     return dict(re.findall(r"step (\d+) skipped: the loss is not finite for (.*)", text))
 
 
@@ -181,13 +192,13 @@ def test_trains_as_one_process_does(engine, phase, runs):
     assert len(logged["train/loss"]) == STEPS
     assert logged["train/learning_rate"] == expected["train/learning_rate"]
     assert logged["train/skipped_in_a_row"] == expected["train/skipped_in_a_row"]
-    # Before clipping: above --max_grad_norm at first, so the clipped step is part of what is compared.
+    # Norms before clipping. The first ones exceed --max_grad_norm, so clipped steps are compared too.
     norms, expected_norms = logged["train/grad_norm"], expected["train/grad_norm"]
     torch.testing.assert_close(
         *(torch.tensor(values).nan_to_num(posinf=0) for values in (norms, expected_norms)), **NORM
     )
     assert phase == 2 or max(filter(math.isfinite, norms)) > 1
-    # DeepSpeed has its own skip within backward(): it must be of the same steps.
+    # DeepSpeed itself skips steps within backward(): it must skip the same ones.
     steps = {str(i) for i, loss in enumerate(logged["train/loss"], start=1) if math.isnan(loss)}
     assert 2 <= len(steps) <= STEPS / 2
     assert {str(i) for i, norm in enumerate(norms, start=1) if not math.isfinite(norm)} == steps
@@ -203,7 +214,7 @@ def test_exports_ordinary_folders(engine, phase, runs):
         model, report = model_class.from_pretrained(out / name, output_loading_info=True)
         assert not any(report.values()), report
         state_dict, expected = model.state_dict(), weights(reference / name)
-        # In phase 2 these are the ControlNet's alone: no tensor of the backbone is stored.
+        # In phase 2 the ControlNet's alone: no tensor of the backbone is stored.
         assert weights(out / name).keys() == expected.keys() == state_dict.keys()
         for key, tensor in state_dict.items():
             assert tensor.dtype == torch.float32
@@ -211,13 +222,13 @@ def test_exports_ordinary_folders(engine, phase, runs):
     trained, averaged = weights(out / f"checkpoint-{STEPS}/model"), weights(out / "final")
     assert any(not torch.equal(tensor, averaged[key]) for key, tensor in trained.items())
 
-    # Nor do the checkpoint's other files hold anything of it: two moments and an average of what trains.
+    # The checkpoint's other files hold two moments and an average of the trained weights, and nothing of the backbone.
     own = sum(tensor.numel() for tensor in trained.values())
     classifier = out / f"checkpoint-{STEPS}/domain_classifier"
     beside = sum(tensor.numel() for tensor in weights(classifier).values()) if phase == 2 else 0
     for kind, copies, count in (("optimizer", 2, own + beside), ("ema", 1, own)):
         files = sorted((out / f"checkpoint-{STEPS}").glob(f"{kind}-*.safetensors"))
-        whole = (kind, engine) == ("ema", "zero2")  # its weights are not split
+        whole = (kind, engine) == ("ema", "zero2")  # ZeRO-2 does not split weights
         assert len(files) == (2 if engine in SPLITS_OPTIMIZER and not whole else 1)
         stored = sum(tensor.numel() for file in files for tensor in load_file(file).values() if tensor.ndim)
         assert copies * count <= stored <= 1.02 * copies * count + 64
@@ -240,7 +251,7 @@ def test_resumes_bit_for_bit(engine, phase, runs):
 
 @every_engine
 def test_trains_in_bf16_over_a_bf16_backbone(engine, runs):
-    """The default precision: trainable fp32 beside frozen bf16 in one engine, the forward under autocast."""
+    """In the default precision an engine holds trainable fp32 and frozen bf16 weights, the forward under autocast."""
     logged, expected = (scalars(runs(name)[2, "bf16"][0]) for name in (engine, "one process"))
     assert len(logged["train/loss"]) == 3
     for name in ("train/loss", "validation/loss"):
@@ -257,10 +268,11 @@ def test_too_many_skipped_steps_end_the_run(engine, runs):
     assert "--max_skipped_steps 0" in line
 
 
-# ------------------------------------------------------------------------------------ another engine than the last one
+# ---------------------------------------------------------------------------------------------- a change of the engine
 
 
-def test_ddps_checkpoint_goes_on_in_one_process(runs, command, tmp_path):
+@pytest.mark.slow
+def test_a_checkpoint_of_ddp_resumes_in_one_process(runs, command, tmp_path):
     out, expected = runs("ddp")[1][0], runs("one process")[1][0]
     shutil.copytree(out / f"checkpoint-{SAVED}", tmp_path / f"checkpoint-{SAVED}")
     succeed(*command(1, "one process", tmp_path, "--resume_from_checkpoint=latest"), by=fork)
@@ -268,12 +280,13 @@ def test_ddps_checkpoint_goes_on_in_one_process(runs, command, tmp_path):
         torch.testing.assert_close(tensor, weights(expected / "final")[name], **WEIGHT)
 
 
-def test_another_split_than_the_checkpoints_is_refused(runs, command, tmp_path):
+@pytest.mark.slow
+def test_a_checkpoint_split_for_another_engine_is_refused(runs, command, tmp_path):
     shutil.copytree(runs("zero3")[1][0] / f"checkpoint-{SAVED}", tmp_path / f"checkpoint-{SAVED}")
     done = fork(*command(1, "one process", tmp_path, "--resume_from_checkpoint=latest"))
     assert done.returncode != 0
     (line,) = error_lines(done)
-    assert "split for zero3 on 2 processes, this run has one process or DDP; resume with the same" in line
+    assert "split for zero3 on 2 processes, but this run has one process or DDP; resume with the same" in line
     assert "Traceback" not in done.stderr
 
 
@@ -281,7 +294,7 @@ def test_another_split_than_the_checkpoints_is_refused(runs, command, tmp_path):
 
 
 @pytest.mark.parametrize("engine", [pytest.param(name, marks=pytest.mark.slow) for name in SAVES_MEMORY])
-def test_options_that_save_memory_train_as_well(engine, runs):
+def test_options_that_save_memory_reach_the_same_losses(engine, runs):
     out = runs(engine)[1, "saves memory"][0]
     expected = scalars(runs("one process")[1][0])["train/loss"][:3]
     assert scalars(out)["train/loss"] == pytest.approx(expected, rel=3e-3)
@@ -294,15 +307,15 @@ def test_options_that_save_memory_train_as_well(engine, runs):
 @pytest.mark.parametrize(
     ("kind", "stage", "option", "part"),
     [
-        ("FSDP", None, "--optimizer=adamw8bit", "take --optimizer adamw"),
-        ("FSDP", None, "--weight_storage=bf16", "FSDP2 splits what is trained"),
-        ("DEEPSPEED", 2, "--weight_storage=bf16", "DeepSpeed ZeRO-2 splits what is trained"),
-        ("DEEPSPEED", 3, "--weight_storage=bf16", "DeepSpeed ZeRO-3 splits what is trained"),
+        ("FSDP", None, "--optimizer=adamw8bit", "give --optimizer adamw"),
+        ("FSDP", None, "--weight_storage=bf16", "but FSDP2 splits them"),
+        ("DEEPSPEED", 2, "--weight_storage=bf16", "but DeepSpeed ZeRO-2 splits them"),
+        ("DEEPSPEED", 3, "--weight_storage=bf16", "but DeepSpeed ZeRO-3 splits them"),
         ("DEEPSPEED", 3, "--optimizer=adamw8bit", None),
         ("MULTI_GPU", None, "--weight_storage=bf16", None),
     ],
 )
-def test_options_that_an_engine_cannot_honour_are_refused(kind, stage, option, part):
+def test_options_that_do_not_work_on_an_engine_are_refused(kind, stage, option, part):
     plugin = SimpleNamespace(zero_stage=stage)
     accelerator = SimpleNamespace(distributed_type=kind, is_fsdp2=True, state=SimpleNamespace(deepspeed_plugin=plugin))
     if part is None:
@@ -314,7 +327,7 @@ def test_options_that_an_engine_cannot_honour_are_refused(kind, stage, option, p
     assert part in str(error.value)
 
 
-def test_8_bit_adamw_that_is_not_installed_is_told_at_once(monkeypatch):
+def test_8_bit_adamw_without_bitsandbytes_is_refused_at_once(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(InputError, match="pip install bitsandbytes==") as error:
         require_supported(Accelerator(cpu=True), options(["--optimizer=adamw8bit"]))
@@ -322,13 +335,13 @@ def test_8_bit_adamw_that_is_not_installed_is_told_at_once(monkeypatch):
 
 
 def test_an_average_needs_fp32_storage():
-    with pytest.raises(InputError, match="--ema_decay: would average the bf16 part"):
+    with pytest.raises(InputError, match=r"--ema_decay 0\.9: would average only the bf16 part"):
         require_supported(Accelerator(cpu=True), options(["--weight_storage=bf16", "--ema_decay=0.9"]))
 
 
 def test_bf16_storage_needs_bf16_precision():
     args = options(["--weight_storage=bf16", "--mixed_precision=no"])
-    with pytest.raises(InputError, match="needs --mixed_precision bf16"):
+    with pytest.raises(InputError, match="does not work with --mixed_precision no; give --mixed_precision bf16"):
         require_supported(Accelerator(cpu=True), args)
 
 
@@ -337,18 +350,16 @@ def test_bf16_storage_needs_bf16_precision():
 
 @pytest.fixture(scope="session")
 def large_backbone(tmp_path_factory):
-    """0.44 GB of weights: enough to be seen beside what Python itself needs."""
+    """Save 0.44 GB of weights, enough to stand out from Python's own memory; return the folder."""
     folder = tmp_path_factory.mktemp("large")
     tiny_transformer(num_attention_heads=8, attention_head_dim=128, ffn_dim=4096, num_layers=6).save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
-def test_frozen_weights_are_split_and_only_the_main_process_ever_holds_them_all(engine, large_backbone, tmp_path):
-    # glibc keeps freed blocks of a few MB for later use; weights of 14B are above what it keeps.
-    probe = [*ENGINES[engine], "tests/helpers/engine_probe.py", large_backbone, tmp_path]
-    succeed(*probe, MALLOC_MMAP_THRESHOLD_="100000")
-    main, other = (json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in range(2))
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", SPLITS_FROZEN)
+def test_frozen_weights_are_split_and_only_the_main_process_loads_them(engine, large_backbone, runs):
+    main, other = runs(engine)["reports"]
     frozen = sum(tensor.numel() for tensor in weights(large_backbone).values())
     for report in (main, other):
         assert report["frozen_here"] < 0.51 * frozen
@@ -356,11 +367,11 @@ def test_frozen_weights_are_split_and_only_the_main_process_ever_holds_them_all(
     assert frozen <= main["frozen_here"] + other["frozen_here"] < 1.001 * frozen
     whole = 4 * (frozen + main["trained_here"] + other["trained_here"])
     assert main["grown"] > whole
-    assert other["grown"] < 0.85 * whole  # measured: 0.76 under ZeRO-3, which copies what trains; 0.60 under FSDP2
+    assert other["grown"] < 0.85 * whole  # measured: 0.76 under ZeRO-3, which copies trained weights; 0.60 under FSDP2
 
 
-def test_a_frozen_weight_that_changes_is_seen():
-    """What phase 2 compares at its end, on every process's part."""
+def test_a_changed_frozen_weight_is_detected():
+    """Phase 2 compares these fingerprints at its end."""
     backbone = tiny_transformer()
     before = local_fingerprint(backbone, backbone)
     assert local_fingerprint(tiny_transformer(), backbone) == before
@@ -373,7 +384,7 @@ def test_a_frozen_weight_that_changes_is_seen():
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_takes_the_config(path):
+def test_accelerate_reads_each_config(path):
     text = path.read_text()
     assert text.startswith("# ")
     assert not text.splitlines()[1].startswith("#")

@@ -1,4 +1,4 @@
-"""What ends or harms a long run, done to whole commands: nothing finished is lost, and one clear line tells."""
+"""Faults that end or harm a long run: nothing finished is lost, and one line names the cause."""
 
 import hashlib
 import json
@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 import c2r.encode
 from c2r import InputError
 from c2r.cli import EXIT_STOPPED, run
-from c2r.training.checkpoint import checkpoint_bytes, damage, list_checkpoints
+from c2r.training.checkpoint import checkpoint_bytes
+from c2r.training.resume import find_damage, list_checkpoints
 from c2r.training.watchdog import EXIT_HUNG
 from tests.helpers.background import Background
 from tests.helpers.commands import LAUNCH, SIZE, TORCHRUN, phase1, phase2, same, scalars, succeed, weights
@@ -31,7 +32,7 @@ STEPS = 24
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Makes mounted tmpfs folders of a size: `small_disk("64k")`."""
+    """Return small_disk(size), which mounts a tmpfs of a size such as "64k" and returns its folder."""
     folders = []
 
     def mount(size, *options):
@@ -55,7 +56,7 @@ def remount(folder, option):
 
 @contextmanager
 def filled(folder, leave=0):
-    """A file takes all room on the disk of `folder` but for so many bytes."""
+    """Fill the disk of `folder` with a file, but for `leave` bytes."""
     filler = folder / "filler"
     with open(filler, "wb", buffering=0) as file, suppress(OSError):
         while True:
@@ -66,7 +67,7 @@ def filled(folder, leave=0):
 
 
 def checksums(out):
-    """{file of a finished checkpoint, best/ or final/: SHA-256}"""
+    """Return {file: SHA-256} of all finished checkpoints, best/ and final/."""
     return {
         path: hashlib.sha256(path.read_bytes()).hexdigest()
         for folder in [*out.glob("checkpoint-*"), out / "best", out / "final"]
@@ -76,7 +77,7 @@ def checksums(out):
 
 
 def one_line(text, part):
-    """Assert that what a command that failed has printed tells the user by one line, with `part` in it; return it."""
+    """Return the only error line of a failed command's output; fail unless it contains `part`, without a traceback."""
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, text[-3000:]
     assert part in errors[0]
@@ -86,7 +87,7 @@ def one_line(text, part):
 
 @pytest.fixture
 def grounding(first, second, tiny_models, small_datasets):
-    """Commands of a phase 2 that goes on from the fourth step of `second`."""
+    """Return grounding(out, *extra), a command of phase 2 that continues `second` from its fourth step."""
 
     def command(out, *extra, launcher=(), last=STEPS):
         if not out.exists():
@@ -100,7 +101,7 @@ def grounding(first, second, tiny_models, small_datasets):
 
 @pytest.fixture(scope="module")
 def undisturbed(first, second, tiny_models, small_datasets, tmp_path_factory):
-    """The end of that phase 2 when nothing happens."""
+    """Run that command without a fault; return its folder."""
     out = tmp_path_factory.mktemp("run") / "undisturbed"
     out.mkdir()
     shutil.copytree(second[0] / "checkpoint-4", out / "checkpoint-4")
@@ -110,6 +111,7 @@ def undisturbed(first, second, tiny_models, small_datasets, tmp_path_factory):
 
 
 def ended_alike(out, undisturbed):
+    """Return True if both runs have the same final weights and losses."""
     losses = [scalars(run)["train/loss"] for run in (out, undisturbed)]
     return same(weights(out / "final"), weights(undisturbed / "final")) and losses[0] == losses[1]
 
@@ -118,14 +120,14 @@ def ended_alike(out, undisturbed):
 
 
 @pytest.mark.slow
-def test_signals_save_stop_and_lose_nothing(grounding, undisturbed, tmp_path):
+def test_signals_stop_a_run_after_saving_and_nothing_is_lost(grounding, undisturbed, tmp_path):
     out = tmp_path / "run"
 
     def stopped(done, reason):
-        assert done.text.count(f"{reason}: saving after this step, then stopping") == 1  # no data worker says it too
+        assert done.text.count(f"{reason}: saving after this step, then stopping") == 1  # no data worker prints it
         last = done.steps[-1]
-        assert f"stopped at step {last}: {reason}; go on with --resume_from_checkpoint latest" in done.text
-        assert damage(out / f"checkpoint-{last}") is None
+        assert f"step {last}: stopped: {reason}; continue with --resume_from_checkpoint latest" in done.text
+        assert find_damage(out / f"checkpoint-{last}") is None
         assert "error: " not in done.text
 
     # Ctrl-C: the terminal sends it to all processes.
@@ -134,11 +136,11 @@ def test_signals_save_stop_and_lose_nothing(grounding, undisturbed, tmp_path):
         family = done.family()
         assert len(family) >= 3  # launcher, training process, data worker
         os.killpg(done.process.pid, signal.SIGINT)
-        # 1 where the training process has ended before the launcher came to die of the signal.
+        # 1 if the training process has ended before the signal ends the launcher.
         assert done.end() in (-signal.SIGINT, 1)
         stopped(done, "SIGINT")
 
-    # A scheduler's SIGTERM to the launcher, which dies of it.
+    # A scheduler's SIGTERM ends the launcher.
     with Background(grounding(out, launcher=LAUNCH)) as done:
         done.wait_until(done.trained)
         done.family()
@@ -148,7 +150,7 @@ def test_signals_save_stop_and_lose_nothing(grounding, undisturbed, tmp_path):
         assert "Traceback" not in done.text
 
     # Without a launcher, SIGTERM to all processes, as Slurm sends it.
-    with Background(grounding(out)) as done:
+    with Background(grounding(out), fork=True) as done:
         done.wait_until(done.trained)
         done.family()
         os.killpg(done.process.pid, signal.SIGTERM)
@@ -156,32 +158,32 @@ def test_signals_save_stop_and_lose_nothing(grounding, undisturbed, tmp_path):
         stopped(done, "SIGTERM")
         assert "Traceback" not in done.text
 
-    # The slot is over soon.
+    # The end of the Slurm slot is near.
     end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 60)}
     done = fork(*grounding(out, "--save_before_timeout=5m"), **end)
     assert done.returncode == EXIT_STOPPED
-    assert f"stopped at step {list_checkpoints(out)[-1][0]}: the slot ends soon" in done.stdout
+    assert f"step {list_checkpoints(out)[-1][0]}: stopped: the slot ends soon" in done.stdout
 
     succeed(*grounding(out), by=fork)
     assert ended_alike(out, undisturbed)
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_and_a_lost_one_is_named(grounding, tmp_path):
+def test_two_processes_stop_together_and_a_dead_or_hung_one_is_named(grounding, tmp_path):
     out = tmp_path / "run"
     command = grounding(out, "--distributed_timeout_minutes=0.2", "--validation_steps=1000", launcher=TORCHRUN)
 
-    # A signal to one of them.
+    # A signal to one process.
     with Background(command) as done:
         done.wait_until(done.trained)
         done.rank(1).terminate()
         assert done.end() != 0
         step = list_checkpoints(out)[-1][0]
-        assert f"stopped at step {step}: a signal to another process" in done.text
+        assert f"step {step}: stopped: a signal to another process" in done.text
         assert f"exitcode  : {EXIT_STOPPED}" in done.text
 
     before = checksums(out)
-    # One is killed.
+    # One process is killed.
     with Background(command) as done:
         done.wait_until(lambda: done.steps)
         done.family()
@@ -191,7 +193,7 @@ def test_two_processes_stop_together_and_a_lost_one_is_named(grounding, tmp_path
         assert "process 1 on " in done.errors[0]
         assert "no longer answers" in done.errors[0]
 
-    # One hangs; torchrun would wait for it another half minute.
+    # One process hangs. It is killed after the error, because torchrun would wait for it for half a minute.
     with Background(command) as done:
         done.wait_until(lambda: done.steps)
         hung = done.rank(1)
@@ -208,33 +210,30 @@ def test_two_processes_stop_together_and_a_lost_one_is_named(grounding, tmp_path
 # -------------------------------------------------------------------------------------------------------------- disks
 
 
-def test_a_disk_that_gets_full_ends_the_run_and_the_last_checkpoint_stays(
-    grounding, undisturbed, small_disk, tmp_path
-):
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(grounding, undisturbed, small_disk):
     disk = small_disk("8m")
     out = disk / "run"
-    with Background(grounding(out, "--checkpoints_total_limit=1")) as done:
+    with Background(grounding(out, "--checkpoints_total_limit=1"), fork=True) as done:
         done.wait_until(done.trained)
         with filled(disk):
             assert done.end() == 1
             one_line(done.text, "No space left on device")
             newest = list_checkpoints(out)[-1][1]
-            assert damage(newest) is None
-            before = checksums(out)
+            assert find_damage(newest) is None
     done = succeed(*grounding(out, "--checkpoints_total_limit=1"), by=fork)
     assert f"resumed from {newest}" in done.stdout
-    assert before
     assert ended_alike(out, undisturbed)
 
 
-def test_a_checkpoint_that_fits_by_computation_and_not_in_truth_leaves_the_last_one(small_disk):
+def test_a_checkpoint_larger_than_computed_leaves_the_last_one_when_the_disk_is_full(small_disk):
     disk = small_disk("8m")
     run = build_run(disk / "run")
     train_one_step(run)
     save(run)
     before = checksums(disk / "run")
     train_one_step(run)
-    needed = checkpoint_bytes(sum(p.numel() for p in run.controlnet.parameters()), run.args)
+    needed = checkpoint_bytes(sum(p.numel() for p in run.state.trainable.parameters()), run.run.args)
     needed += -needed % 4096
     with filled(disk, leave=needed), pytest.raises(InputError, match="No space left on device"):
         save(run)
@@ -247,7 +246,9 @@ def test_a_checkpoint_that_fits_by_computation_and_not_in_truth_leaves_the_last_
     assert [step for step, _ in list_checkpoints(disk / "run")] == [1, 2]
 
 
-def test_a_full_disk_ends_encoding_in_one_line_and_it_goes_on(tiny_models, small_datasets, small_disk, monkeypatch):
+def test_a_full_disk_ends_encoding_in_one_line_and_a_restart_continues(
+    tiny_models, small_datasets, small_disk, monkeypatch
+):
     disk = small_disk("48k")
     options = {name: SIZE[name] for name in SIZE} | {
         "dataset": small_datasets / "real",
@@ -271,7 +272,7 @@ def test_a_full_disk_ends_encoding_in_one_line_and_it_goes_on(tiny_models, small
 
 
 def _latents_of(cache, name):
-    """The cached files of a dataset's file."""
+    """Yield the cached files of one file of a dataset."""
     for path in cache.glob("clips/*/*.safetensors"):
         with safe_open(path, framework="pt") as file:
             if json.loads(file.metadata()["c2r"])["file"] == name:
@@ -286,7 +287,8 @@ def _put_nan(path):
     save_file(tensors, path, metadata)
 
 
-def test_a_clip_of_nan_is_skipped_and_named_and_many_end_the_run(first, tiny_models, small_datasets, tmp_path):
+@pytest.mark.slow
+def test_a_clip_of_nan_is_skipped_and_named_and_too_many_end_the_run(first, tiny_models, small_datasets, tmp_path):
     cache, out = tmp_path / "cache", tmp_path / "run"
     shutil.copytree(small_datasets / "real/.c2r_cache", cache)
     _put_nan(next(_latents_of(cache, "r2.mov")))
@@ -295,8 +297,8 @@ def test_a_clip_of_nan_is_skipped_and_named_and_many_end_the_run(first, tiny_mod
     options = [f"--cache_dir={cache}", "--resume_from_checkpoint=latest", "--validation_steps=1000"]
     done = succeed(*phase1(tiny_models, small_datasets, out, *options, "--max_train_steps=4"), by=fork)
     text = done.stdout + done.stderr
-    assert "1 damaged files in the cache are encoded anew" in text
-    # Two steps see all clips once.
+    assert "1 damaged files in the cache are encoded again" in text
+    # Two steps draw every clip once.
     assert len(re.findall(r"step \d skipped: the loss is not finite for r2\.mov#\d\n", text)) == 2
     assert all(tensor.isfinite().all() for tensor in weights(out / "final").values())
     assert not same(weights(out / "final"), weights(first[0] / "final"))
@@ -313,7 +315,7 @@ def test_a_clip_of_nan_is_skipped_and_named_and_many_end_the_run(first, tiny_mod
     assert checksums(out) == before
 
 
-def test_a_truncated_checkpoint_is_passed_over_and_the_one_before_taken(first, tiny_models, small_datasets, tmp_path):
+def test_a_truncated_checkpoint_is_skipped_for_the_one_before(first, tiny_models, small_datasets, tmp_path):
     out = tmp_path / "run"
     for name in ("checkpoint-2", "checkpoint-4"):
         shutil.copytree(first[0] / name, out / name)
@@ -325,10 +327,11 @@ def test_a_truncated_checkpoint_is_passed_over_and_the_one_before_taken(first, t
     assert f"resumed from {out}/checkpoint-2 at step 2" in done.stdout
     assert same(weights(out / "final"), weights(first[0] / "final"))
     assert [step for step, _ in list_checkpoints(out)] == [4]
-    assert damage(out / "checkpoint-4") is None
+    assert find_damage(out / "checkpoint-4") is None
 
 
-def test_what_cannot_go_on_is_refused_and_nothing_is_lost(
+@pytest.mark.slow
+def test_a_run_that_cannot_resume_is_refused_and_nothing_is_lost(
     grounding, tiny_models, small_datasets, small_disk, tmp_path
 ):
     other = tmp_path / "other"
@@ -347,13 +350,13 @@ def test_what_cannot_go_on_is_refused_and_nothing_is_lost(
         done = fork(*command)
         assert done.returncode == 1
         one_line(done.stdout + done.stderr, part)
-        assert name != "read-only" or "kept " not in done.stdout  # nothing was read before
+        assert name != "read-only" or "kept " not in done.stdout  # refused before the datasets are read
     assert {name: checksums(out) for name, out in folders.items()} == before
 
 
-def test_a_data_worker_that_is_killed_ends_the_run_in_one_line(grounding, tmp_path):
-    """As the kernel does for want of memory."""
-    with Background(grounding(tmp_path / "run")) as done:
+def test_a_killed_data_worker_ends_the_run_in_one_line(grounding, tmp_path):
+    """The kernel kills processes for lack of memory."""
+    with Background(grounding(tmp_path / "run"), fork=True) as done:
         done.wait_until(done.trained)
         done.process.children()[0].kill()
         assert done.end() == 1

@@ -7,7 +7,7 @@ from c2r.training.watchdog import EXIT_HUNG, Watchdog, hang_report
 from tests.helpers.background import Background
 from tests.helpers.commands import TORCHRUN
 
-# Rank 1 stays behind in step 3: asleep, or killed without a word.
+# One rank sleeps, stops, or is slow in step 3.
 SCRIPT = """
 import os, signal, sys, time
 import torch
@@ -51,18 +51,18 @@ def test_the_process_behind_is_named():
     assert "others wait at 'step 3: forward and backward'" in line
 
 
-def test_who_is_further_on_waits_and_is_not_named_though_it_is_idle_for_longer():
+def test_a_process_further_on_is_not_named_although_it_is_idle_for_longer():
     messages = [message(6, 12, "step 3: forward and backward"), message(5, 9)]
     assert hang_report(messages, timeout_seconds=10) is None
     messages = [message(6, 14, "step 3: forward and backward"), message(5, 11)]
     assert "process 1 on node at 'step 3: data'" in hang_report(messages, timeout_seconds=10)
 
 
-def test_who_waits_for_a_slow_one_that_moves_is_not_named():
+def test_a_process_that_waits_for_a_slow_one_is_not_named():
     assert hang_report([message(6, 100, waiting=True), message(5, 2)], timeout_seconds=10) is None
 
 
-def test_a_look_into_all_files_is_not_judged():
+def test_unjudged_work_may_take_any_time():
     watchdog = Watchdog(Accelerator(cpu=True), 60)
 
     def is_judged():
@@ -78,7 +78,7 @@ def test_a_look_into_all_files_is_not_judged():
         assert not is_judged()
 
 
-def test_nobody_is_judged_before_the_first_beat():
+def test_no_process_is_judged_before_the_first_beat():
     assert hang_report([message(0, 5000, "start", waiting=True)] * 2, timeout_seconds=10) is None
 
 
@@ -89,6 +89,7 @@ def start(tmp_path):
     return lambda *arguments: Background([*TORCHRUN, script, *arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_sleeping_process_is_named_and_all_end(rank, start):
     with start("asleep", 3, rank) as done:
@@ -98,14 +99,16 @@ def test_a_sleeping_process_is_named_and_all_end(rank, start):
         assert f"exitcode  : {EXIT_HUNG}" in done.text
 
 
-def test_a_process_that_is_gone_is_named(start):
+@pytest.mark.slow
+def test_a_dead_process_is_named(start):
     with start("stopped", 600, 1) as done:
         done.wait_until(lambda: done.errors)
-        done.rank(1).kill()  # torchrun would wait for it another half minute
+        done.rank(1).kill()  # torchrun would wait for it for half a minute
         assert done.end() != 0
         assert re.match(r"error: process 1 on \S+ no longer answers", done.errors[0])
 
 
-def test_a_slow_process_that_moves_is_waited_for(start):
+@pytest.mark.slow
+def test_the_others_wait_for_a_slow_process_that_moves(start):
     with start("slow", 6, 1) as done:
         assert done.end() == 0, done.text[-2000:]
