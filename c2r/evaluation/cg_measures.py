@@ -1,8 +1,8 @@
 """Measures of a CG look from the pixels of a clip: flat texture, uniform lighting, straight and repeated edges.
 
-In theory every number rises with a CG look. `c2r.evaluation.monitor` finds out on real and CG clips which of them do,
+In theory every number rises with a CG look. `c2r.evaluation.monitor` finds out on real and CG clips which numbers do,
 and gives each a weight. All are invariant to exposure and contrast: night and fog are not CG. Scales are in pixels or
-shares of the height, so clips are compared at one size only, the size of training. torch only.
+shares of the height, so clips can be compared only at one size, the size of training.
 """
 
 import math
@@ -21,7 +21,7 @@ BAND_SIGMAS = (0.7, 1.4, 2.8)
 #: surface.
 CELL = 8
 
-#: In units of the frame's contrast, in which one grey level is about 0.02: no texture, and hardly visible texture.
+#: No texture, and hardly visible texture, in units of the frame's contrast; one grey level is about 0.02.
 FLAT, FAINT = 0.001, 0.01
 
 #: Lighting and geometry of taller clips are measured at this height in pixels: their scales are shares of the height,
@@ -38,7 +38,7 @@ GEOMETRY = ("line_density", "line_share", "repeated_orientation")
 
 
 def shrink(images: torch.Tensor) -> torch.Tensor:
-    """Average (F, 1, H, W) down to SMALL_HEIGHT if it is taller."""
+    """Average (F, 1, H, W) down to a height of SMALL_HEIGHT if it is taller."""
     height, width = images.shape[-2:]
     if height <= SMALL_HEIGHT:
         return images
@@ -46,7 +46,7 @@ def shrink(images: torch.Tensor) -> torch.Tensor:
 
 
 def standardise(images: torch.Tensor) -> torch.Tensor:
-    """Give each frame of (F, 1, H, W) mean 0 and standard deviation 1."""
+    """Give each frame of (F, 1, H, W) mean 0 and standard deviation 1, or less if it has hardly any contrast."""
     deviation = images.std((1, 2, 3), keepdim=True).clamp(min=0.01)
     return (images - images.mean((1, 2, 3), keepdim=True)) / deviation
 

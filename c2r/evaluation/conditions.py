@@ -23,7 +23,7 @@ from c2r.evaluation.validation import QUANTILES, VelocityPredictor, clip_losses
 from c2r.training.augmentation import augment_control_frames
 from c2r.training.seeds import seeded_generator
 
-#: Most clips of a dataset that are searched for another file or text.
+#: Largest number of clips of a mixture that are searched for another file or text.
 MAX_SEARCHED = 10_000
 
 
@@ -48,7 +48,7 @@ def other_clips(
     Args:
         clips: the validation clips, which are searched first.
         spare: sequences of clips that are searched next, such as all clips of each mixture.
-        differ: the other clip must have another file, or another text.
+        differ: the entry in which the other clip must differ, its file or its text.
 
     Returns:
         list of clips, one for each of `clips`, of its domain and bucket; the clip itself if no other one is found.
@@ -163,7 +163,7 @@ class ControlConditions:
 
     @property
     def to_encode(self) -> list[Clip]:
-        """The clips that must be in the cache; of another clip's control only the video is read."""
+        """The clips that must be in the cache. The clips of wrong controls need not be: their videos are decoded."""
         return [*self.clips, *self.other_prompt_clips]
 
     @property

@@ -32,7 +32,7 @@ def fit_discriminant(real: torch.Tensor, cg: torch.Tensor) -> Scorer:
     Returns:
         scorer whose mean is 0 for `real` and 1 for `cg`; NaN if no feature rises.
 
-    Source: Tibshirani et al. 2002, Diagnosis of multiple cancer types by shrunken centroids, for the shrinkage.
+    Source of the shrinkage: Tibshirani et al. 2002, Diagnosis of multiple cancer types by shrunken centroids.
     """
     variance = (real.var(0) * (len(real) - 1) + cg.var(0) * (len(cg) - 1)) / (len(real) + len(cg) - 2)
     difference = cg.mean(0) - real.mean(0)
@@ -73,7 +73,7 @@ def rescale(scorer: Scorer, held_out_real: torch.Tensor, held_out_cg: torch.Tens
 
 
 def folds_of(files: Sequence[str]) -> torch.Tensor:
-    """Return the fold of each clip, (n,). The clips of one file are in one fold; there are FOLDS, or one per file."""
+    """Return the fold of each clip, (n,). The clips of one file are in one fold; there are at most FOLDS folds."""
     names = sorted(set(files))
     return torch.tensor([names.index(file) % min(FOLDS, len(names)) for file in files])
 

@@ -11,7 +11,7 @@ from c2r.evaluation.ratio_controller import RatioController
 from c2r.evaluation.sample_plan import SamplePlan
 from c2r.evaluation.samples import SampleRows, make_samples, sampling_pipeline
 from c2r.evaluation.validation import validation_metrics
-from c2r.evaluation.validation_plot import show_history
+from c2r.evaluation.validation_plot import write_history
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.pipeline import Sampling
 from c2r.sampler import MixedCGRealSampler
@@ -40,8 +40,8 @@ def record_validation(
     """Log, plot and print the validation of this step. Call it on every process.
 
     Args:
-        run: the run of the script.
-        losses: see `validation_metrics`; None if the validation was ended early: the resumed run repeats it.
+        run: the script's run.
+        losses: see `validation_metrics`; None if the validation was ended early, which the resumed run repeats.
         domains: the domain of each validation clip.
         numbers: further numbers to record.
 
@@ -56,7 +56,7 @@ def record_validation(
     run.log("validation", metrics)
     with failing_together(run.accelerator, run.args.output_dir):
         if run.accelerator.is_main_process:
-            show_history(run.progress.history, run.accelerator, run.args.output_dir)
+            write_history(run.progress.history, run.accelerator, run.args.output_dir)
     gain = f", control gain {metrics['control_gain']:.4f}" if "control_gain" in metrics else ""
     run.info(f"validation loss {metrics['loss']:.4f}{gain}")
     return metrics
@@ -73,8 +73,8 @@ def sample_and_judge(
     """Make the sample videos of this step and judge them by the CG monitor. Call it on every process.
 
     Args:
-        run, state, plan: those of the script; the model must be in eval mode.
-        sample_plan: its clips must be in the cache.
+        run, state, plan: the script's. The model must be in eval mode.
+        sample_plan: the samples, whose clips must be in the cache.
         sampling: how videos are sampled.
         dinov3: encodes the control.
 
@@ -118,8 +118,8 @@ def record_cg_look(run: Run, cg_look: CGLook, controller: RatioController, sampl
     run.info(str(cg_look))
     cg_ratio = controller.step(cg_look.look, progress.cg_ratio)
     if cg_ratio < progress.cg_ratio:
-        # The data loader may have drawn this number of batches already. With the change behind them, the order of
-        # samples does not depend on how many it has drawn.
+        # The data loader may have drawn up to this number of batches already. The change takes effect after them, so
+        # the order of samples does not depend on how many it has drawn.
         sampler.set_cg_ratio(cg_ratio, ahead=2 * run.settings.num_workers)
         run.info(f"cg_ratio lowered from {progress.cg_ratio:g} to {cg_ratio:g}")
         progress.cg_ratio = cg_ratio

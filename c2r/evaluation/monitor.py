@@ -40,6 +40,7 @@ MIN_FILES = 3
 #: The score of a clip is clamped to this range, so that one outlier does not decide.
 SCORE_RANGE = (-1.0, 2.0)
 
+#: Bootstrap of the mean score: number of resamples, and confidence of the interval.
 RESAMPLES, CONFIDENCE = 1000, 0.9
 
 
@@ -174,8 +175,8 @@ class CGMonitor:
         for domain in ("real", "cg"):
             if len(set(reference.files[domain])) < MIN_FILES:
                 raise InputError(
-                    f"the CG monitor needs clips of at least {MIN_FILES} {domain} videos, to tell the domains apart: "
-                    "add videos, or leave the monitor out"
+                    f"the CG monitor needs clips of at least {MIN_FILES} {domain} videos to tell the domains apart; "
+                    "add videos"
                 )
         # Centred: what the features of all clips have in common would dominate every cosine similarity.
         real, cg = reference.features["real"]["dinov3"], reference.features["cg"]["dinov3"]

@@ -26,7 +26,7 @@ from c2r.training.engine import failing_together
 
 logger = logging.getLogger(__name__)
 
-#: Most clips of a domain in a reference.
+#: Largest number of clips of a domain in a reference.
 CLIPS_PER_DOMAIN = 32
 
 #: Part of the name of a kept reference: increase it whenever the measures change.
@@ -48,7 +48,7 @@ def choose_reference_clips(real_clips: Clips, cg_clips: Clips, bucket: Bucket | 
 
 
 def can_monitor(reference_clips: dict[str, list[Clip]]) -> bool:
-    """Return True if there are enough files of both domains to find out how they differ."""
+    """Return True if both domains have enough files to find out how the domains differ."""
     return all(len({clip.name for clip in clips}) >= MIN_FILES for clips in reference_clips.values())
 
 
@@ -124,10 +124,10 @@ def judge_samples(
     dinov3: DINOv3FeatureExtractor,
     accelerator: Accelerator,
 ) -> CGLook:
-    """Judge the outputs with control of all processes. Call it on every process.
+    """Judge the sample videos that all processes made with control. Call it on every process.
 
     Args:
-        rows: this process's, from `make_samples`.
+        rows: the rows that `make_samples` returned on this process.
         samples: all samples, those of other processes included.
         monitor: judges the samples.
         dinov3: the DINOv3 of the monitor's reference.

@@ -7,14 +7,16 @@ from c2r.evaluation.monitor import Score
 
 @dataclass
 class RatioController:
-    """Halve the CG share when the CG look stays above a bound; never raise the share.
+    """Halves the CG share when the CG look stays above a bound, and never raises it.
+
+    It counts the samplings whose CG look has its whole interval above the bound. An interval that contains the bound
+    does not change the count; an interval below the bound resets it.
 
     Attributes:
-        bound: largest acceptable CG look, in (0, 1).
-        patience: number of judged samplings above the bound, with their whole interval, after which it acts. One whose
-            interval contains the bound does not change the count; one whose interval is below it resets the count.
-        cg_ratio_min: the share is not lowered below it; None: the share is not changed.
-        count: such samplings so far.
+        bound: largest acceptable CG look; 0 is that of the real clips, 1 that of the CG clips.
+        patience: the count at which the share is halved.
+        cg_ratio_min: lower bound of the share; None: the share is not changed.
+        count: the count so far.
     """
 
     bound: float = 0.5
@@ -31,7 +33,7 @@ class RatioController:
         self.count = state["count"]
 
     def step(self, look: Score, cg_ratio: float) -> float:
-        """Take in the CG look of a sampling and return the CG share from now on.
+        """Count the CG look of one sampling and return the CG share from now on.
 
         Args:
             look: NaN changes nothing.

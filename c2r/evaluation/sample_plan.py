@@ -3,7 +3,6 @@
 import logging
 from dataclasses import dataclass
 
-from c2r.data.buckets import Bucket
 from c2r.data.clips import Clip, Clips
 from c2r.data.mixture import Mixture
 from c2r.evaluation.monitor import MIN_FILES
@@ -20,11 +19,6 @@ class SamplePlan:
     samples: list[Sample]
     reference_clips: dict[str, list[Clip]]  #: {"real", "cg"}, see `choose_reference_clips`
     monitored: bool  #: the CG monitor judges the samples
-
-    @property
-    def bucket(self) -> Bucket | None:
-        """The bucket of all samples; None if there are none."""
-        return self.samples[0].scene.bucket if self.samples else None
 
     @property
     def to_encode(self) -> list[Clip]:
@@ -44,8 +38,8 @@ def plan_samples(
     """Choose the samples of a run and the reference of its CG monitor.
 
     Args:
-        real, cg: the run's mixtures. Held-out CG clips give the controls and held-out real clips the prompts, which
-            therefore describe real video. Without `cg`, held-out real clips give both.
+        real, cg: the run's mixtures. Held-out CG clips give the controls, and held-out real clips give the prompts,
+            so that these describe real video. Without `cg`, held-out real clips give both.
         scenes: the mixture of `--sample_dataset`: if given, its clips give controls and prompts instead.
         train_real, train_cg: the clips to train on, from which the reference is chosen.
         count: number of samples; 0 for none.

@@ -46,7 +46,7 @@ SampleRows = dict[int, dict[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class Sample:
-    """A fixed task for the model; its number is also its seed."""
+    """A fixed task for the model. Its position in the list of samples is also its seed."""
 
     scene: Clip  #: its control is followed, and its own video is the truth
     caption: Clip  #: its text is the prompt
@@ -109,12 +109,13 @@ def make_samples(
     Each sample has a random generator of its own, so training continues as if nothing had been sampled.
 
     Args:
-        samples: their clips must be in the cache.
+        samples: the samples, whose clips must be in the cache.
         pipeline: from `sampling_pipeline`, with the model in eval mode.
         sampling: how videos are sampled.
         flow_shift: shift of the pipeline's scheduler.
         settings: the settings that the clips are cut and encoded with.
-        output_dir: the run's output folder. Outputs without control are made once and kept in its samples/ folder.
+        output_dir: the run's output folder. Outputs without control are made once and kept in
+            samples/.without_control there.
         accelerator: each process makes its share.
         backbone_sha256: fingerprint of the backbone, on which the outputs without control depend.
         go_on: called before each video; sampling ends when it returns False, on all processes alike.

@@ -18,9 +18,9 @@ from c2r.training.seeds import seeded_generator
 #: Quantiles of the uniform density at which each clip is noised: the mid-points of four equal strata.
 QUANTILES = (0.125, 0.375, 0.625, 0.875)
 
-#: Largest leak by coarse versions without a warning; above it, real clips owe more of their control gain to the look
-#: of the control than to its layout. There is no bound for augmented frames: they are also harder to read, and on the
-#: toy dataset their loss does not reveal a leak.
+#: Largest leak by coarse versions without a warning. Above it, real clips owe more of their control gain to the look
+#: of the control than to its layout. Augmented frames have no such bound: they are also harder to read, and on the toy
+#: dataset their loss does not reveal a leak.
 LEAK_BOUND = 0.5
 
 #: Smallest relative control gain for which a leak is reported as a share of that gain.
@@ -110,13 +110,13 @@ def _validation_noise(latents, names, quantile):
 
 
 def _require_finite(losses, clips):
-    """Raise InputError with the names of the clips of which a loss in (conditions, n, S) is not finite."""
+    """Raise InputError naming the clips that have a loss in (conditions, n, S) that is not finite."""
     finite = losses.isfinite().all(-1).all(0)  # (n,)
     if not finite.all():
         names = ", ".join(f"{clips[i].name}#{clips[i].window}" for i in (~finite).nonzero().flatten().tolist())
         raise InputError(
             f"the validation loss is not finite for {names}: their cached latents are damaged, or the model "
-            "has diverged; delete the cache, or lower --learning_rate, and resume"
+            "has diverged; delete their cached files, or lower --learning_rate, and resume"
         )
 
 
@@ -184,4 +184,4 @@ def leak_warning(metrics: dict[str, float], control_augmentation: float) -> str 
     if leak <= LEAK_BOUND:
         return None
     advice = "consider --control_augmentation 0.5" if control_augmentation < 0.5 else "raise --control_augmentation"
-    return f"leak {leak:.2f}: real clips follow the look of their own control rather than its layout: {advice}"
+    return f"leak {leak:.2f}: real clips follow the look of their own control rather than its layout; {advice}"

@@ -30,7 +30,7 @@ def draw_history(history: list[dict[str, float]]) -> bytes:
     """Draw three curves over the steps: losses, gain by noise level, and gains with the leak.
 
     Args:
-        history: the validations in order, each its `step` and its `validation_metrics`.
+        history: the validations in order, each with its `step` and its `validation_metrics`.
 
     Returns:
         a PNG file, byte for byte the same for the same history.
@@ -85,7 +85,7 @@ def _curve(axes, history, name, label, **style):
         axes.plot(*zip(*points), marker="o", markersize=3, label=label, **style)
 
 
-def show_history(history: list[dict[str, float]], accelerator: Accelerator, output_dir: str | Path) -> None:
+def write_history(history: list[dict[str, float]], accelerator: Accelerator, output_dir: str | Path) -> None:
     """Write validation.png into the output folder, and the same picture to TensorBoard.
 
     Call it on the main process only.
