@@ -1,3 +1,5 @@
+"""Options: precedence, errors of one line, help, and the lists that docs and libraries share with them."""
+
 import errno
 import re
 import subprocess

@@ -7,13 +7,12 @@ import sys
 import tarfile
 import tomllib
 import zipfile
-from pathlib import Path
 
 import pytest
 
 import c2r
+from tests.helpers.source import ROOT
 
-ROOT = Path(__file__).parents[1]
 NEEDED = (
     *("pyproject.toml", "MANIFEST.in", "requirements.txt", "README.md", "LICENSE", "train_phase1.py"),
     *("train_phase2.py", "c2r", "accelerate_configs"),

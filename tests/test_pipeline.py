@@ -92,7 +92,7 @@ class Calls:
         self.handle.remove()
 
 
-# Guidance
+# ------------------------------------------------------------------------------------------------------------ guidance
 
 
 class Predictions:
@@ -154,7 +154,7 @@ def test_text_scale_one_turns_text_guidance_off_also_with_apg():
     assert torch.equal(v.guided(1.0, 1.0, MomentumBuffer(-0.5)), v.with_both)
 
 
-# Without control
+# ----------------------------------------------------------------------------------------------------- without control
 
 
 @pytest.mark.parametrize("bare", [True, False])
@@ -192,7 +192,7 @@ def test_control_is_refused_without_a_controlnet(parts):
         generate(pipeline_of(parts, dinov3=None), control_video=control_video())
 
 
-# With control
+# -------------------------------------------------------------------------------------------------------- with control
 
 
 def test_the_seed_determines_the_video(pipeline):
@@ -300,7 +300,7 @@ def test_the_default_size_is_that_of_the_control_video(pipeline):
     assert 0 <= video.min() <= video.max() <= 1
 
 
-def test_half_precision_weights(parts):
+def test_half_precision_weights_give_finite_fp32_latents(parts):
     transformer = controlled_transformer().to(torch.bfloat16)
     dinov3 = DINOv3FeatureExtractor(tiny.tiny_dinov3().to(torch.bfloat16), **IMAGENET)
     latents = generate(pipeline_of(parts, transformer=transformer, dinov3=dinov3), control_video=control_video())
@@ -346,7 +346,7 @@ def test_wan_2_2_is_refused(parts):
         pipeline_of(parts, boundary_ratio=0.9)
 
 
-# Helpers
+# ------------------------------------------------------------------------------------------------------------- helpers
 
 
 def test_flow_shift_is_set_in_either_kind_of_scheduler():

@@ -75,7 +75,7 @@ def reasons(manifest):
         (".", "sub dir", "sub dir/"),
     ],
 )
-def test_every_layout_and_format(tmp_path, video, name, metadata, videos, prefix):
+def test_every_layout_and_format_is_read(tmp_path, video, name, metadata, videos, prefix):
     add(tmp_path / videos, video, "a.mp4", "b.mp4")
     rows = [{"file_name": f"{prefix}a.mp4", "text": "a street"}, {"file_name": f"{prefix}b.mp4", "text": "a"}]
     write_metadata(tmp_path / metadata, rows, name)
@@ -101,7 +101,7 @@ def test_captions_stay_text(tmp_path, video, name):
     assert [c.text for c in read_manifest(tmp_path, "real", SETTINGS).clips if c.window == 0] == texts
 
 
-def test_a_byte_order_mark_and_numeric_columns(tmp_path, video):
+def test_a_byte_order_mark_is_ignored_and_numbers_stay_text(tmp_path, video):
     add(tmp_path, video, "007", "8")
     (tmp_path / "metadata.csv").write_text("\ufefffile_name,text\n007,12\n8,9\n", encoding="utf-8")
     assert [(c.name, c.text) for c in read_manifest(tmp_path, "real", SETTINGS).clips if not c.window] == [
@@ -272,7 +272,7 @@ def test_bad_folders_raise_an_error_of_one_line(tmp_path, prepare, message, capf
     assert capfd.readouterr().err == ""
 
 
-def test_other_errors_of_one_line(tmp_path, video):
+def test_missing_controls_two_tables_and_a_bad_cache_are_named(tmp_path, video):
     add(tmp_path, video, "a.mp4")
     write_metadata(tmp_path, [{"file_name": "a.mp4", "text": "a"}])
     with pytest.raises(InputError, match=r"no column control_name.*coarse"):
@@ -328,12 +328,11 @@ def test_of_two_files_one_is_held_out(tmp_path, video):
 
 
 @given(st.sets(st.text(min_size=1), min_size=2, max_size=30), st.floats(0, 1))
-def test_held_out_names_are_stable_and_grow_with_the_fraction(names, fraction):
+def test_held_out_names_grow_with_the_fraction_from_none_to_all(names, fraction):
     for name in names:
         assert not is_held_out(name, 0)
         assert is_held_out(name, 1)
         assert is_held_out(name, fraction) <= is_held_out(name, min(1, fraction + 0.1))
-    assert is_held_out("train/0.mp4", 0.5) == is_held_out("train/0.mp4", 0.5)
 
 
 def test_held_out_names_are_those_of_earlier_versions():
@@ -362,10 +361,8 @@ def test_files_are_probed_again_only_after_a_change(tmp_path, video, monkeypatch
     add(tmp_path, video, "a.mp4", "b.mp4")
     write_metadata(tmp_path, [{"file_name": n, "text": "a"} for n in ("a.mp4", "b.mp4")])
     first = read_manifest(tmp_path, "real", SETTINGS)
-    probed = []
-    monkeypatch.setattr("c2r.data.folders.probe", lambda path: probed.append(path) or 1 / 0)
+    monkeypatch.setattr("c2r.data.folders.probe", None)  # calling it would raise an error
     assert read_manifest(tmp_path, "real", SETTINGS).fingerprint == first.fingerprint
-    assert probed == []
     monkeypatch.undo()
     time.sleep(0.01)
     write_video(tmp_path / "a.mp4", counter_frames(9), 16)

@@ -375,7 +375,7 @@ def test_probing_a_file_object_gives_the_same_as_its_path(tmp_path, name):
         assert result(file) == result()
 
 
-def test_height_and_native_frames_of_a_rotated_video(tmp_path):
+def test_a_rotated_video_is_probed_as_it_is_shown(tmp_path):
     info = probe(encode_video(tmp_path / "a.mp4", counter_frames(40), 24, rotation=90))
     assert (info.height, info.native_frames, info.frames_at(16)) == (64, 40, 27)
 

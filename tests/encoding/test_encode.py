@@ -154,9 +154,9 @@ def forbid(monkeypatch, *parts):
     """Fail if one of these parts of the pipeline is loaded."""
     load = c2r.encoding.encoding_pass.load_pipeline_part
 
-    def guarded(source, part, **kwargs):
+    def guarded(name_or_path, part, **kwargs):
         assert part not in parts, f"{part} was loaded"
-        return load(source, part, **kwargs)
+        return load(name_or_path, part, **kwargs)
 
     for module in (c2r.encoding.encoding_pass, c2r.encoding.encoders):
         monkeypatch.setattr(module, "load_pipeline_part", guarded)

@@ -1,3 +1,5 @@
+"""Discriminants and probes: their scores, folds by file, and accuracies."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""The CG monitor: scores from real to CG, uninformative measures, and a reference that can be saved."""
+
 from math import isnan
 
 import pytest

@@ -1,3 +1,5 @@
+"""The controller of the CG share: it lowers the share only, after enough looks above the bound, or advises."""
+
 import json
 from math import nan
 

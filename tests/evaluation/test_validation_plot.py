@@ -1,3 +1,5 @@
+"""The picture of the validations of a run."""
+
 import io
 import json
 

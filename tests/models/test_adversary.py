@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
@@ -210,15 +208,7 @@ def test_the_model_with_adversary_compiles_to_one_graph(checkpointing):
         torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-3)
 
 
-@pytest.fixture
-def one_process(tmp_path):
-    """A process group of this process alone: engines wrap modules as in a group of many."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_ddp_trains_all_of_it(one_process):
+def test_ddp_gives_the_gradients_of_the_unwrapped_model(one_process):
     expected, model, inputs = tiny_model(), tiny_model(), tiny_inputs()
     model.load_state_dict(expected.state_dict())
     loss_of(expected(*inputs, reversal_strength=STRENGTH)).backward()
@@ -228,19 +218,14 @@ def test_ddp_trains_all_of_it(one_process):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_fsdp2_shards_all_of_it(one_process, checkpointing):
-    """One rank shards as many do: a parameter read outside a hooked forward would be a DTensor and raise."""
+def test_fsdp2_gives_the_output_and_gradients_of_the_whole_model(shard, checkpointing):
     expected, model, inputs = tiny_model(), tiny_model(), tiny_inputs()
     model.load_state_dict(expected.state_dict())
     expected_output = expected(*inputs, reversal_strength=STRENGTH)
     loss_of(expected_output).backward()
     if checkpointing:
         model.enable_gradient_checkpointing()
-    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-    for module in reversed(list(model.modules())):
-        if type(module).__name__ in model._no_split_modules:
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    shard(model)
     output = model(*inputs, reversal_strength=STRENGTH)
     loss_of(output).backward()
     torch.testing.assert_close(output.sample, expected_output.sample)

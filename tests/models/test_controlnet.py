@@ -76,9 +76,9 @@ def test_a_fresh_projector_gives_zero_from_a_nonzero_first_layer():
 def test_the_seed_determines_the_fresh_weights():
     def fresh(seed):
         torch.manual_seed(seed)
-        return C2RControlNet.from_transformer(tiny_transformer_once, 1, 1, FEATURE_DIM).state_dict()
+        return C2RControlNet.from_transformer(transformer, 1, 1, FEATURE_DIM).state_dict()
 
-    tiny_transformer_once = tiny_transformer()
+    transformer = tiny_transformer()
     first, again, other = fresh(0), fresh(0), fresh(1)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["control_adapter.proj.weight"], other["control_adapter.proj.weight"])
@@ -175,10 +175,8 @@ def parameter_table(size, **controlnet_options):
 )
 def test_parameter_counts_are_those_of_the_readme(size, expected):
     table = parameter_table(size)
-    for part, (trainable, frozen) in table.items():
-        print(f"{size:5} {part:16} {trainable:>14,} trainable {frozen:>15,} frozen")
     assert table == expected
-    # by hand: convolution 9·Dd, LayerNorm 2·Dd, Linear Dd·D + D; projector 2·(D² + D)
+    # By hand: convolution 9·Dd, LayerNorm 2·Dd, Linear Dd·D + D; projector 2·(D² + D)
     dim = WAN[size]["num_attention_heads"] * 128
     assert table["control adapter"][0] == 9 * 768 + 2 * 768 + 768 * dim + dim
     assert table["projectors"][0] == 15 * 2 * (dim * dim + dim)
