@@ -58,7 +58,7 @@ class DINOv3FeatureExtractor(nn.Module):
     Args:
         model: the ViT. It is frozen here.
         image_mean, image_std: three numbers each, of RGB in [0, 1].
-        chunk_size: frames per forward pass of the model; bounds the memory and does not change the result.
+        chunk_size: frames per forward pass of the model; bounds the memory; it changes no more than rounding.
 
     Attributes:
         feature_dim: Dd, the width of a patch feature.
