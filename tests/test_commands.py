@@ -83,6 +83,7 @@ def test_phase2_trains_and_exports(second, first):
     assert logged["validation/control_gain"][-1] != 0
 
 
+@pytest.mark.slow
 def test_phase2_trains_on_cached_control_features(second, first, tiny_models, small_datasets, tmp_path):
     cache = tmp_path / "cache"
 
@@ -102,6 +103,7 @@ def test_phase2_trains_on_cached_control_features(second, first, tiny_models, sm
     assert max((live[name] - other[name]).abs().max() for name in live) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_resumed_phase2_is_bit_identical(first, second, tiny_models, small_datasets, tmp_path):
     # As if a run had been killed between steps 2 and 4.
     shutil.copytree(second[0] / "checkpoint-2", tmp_path / "checkpoint-2")
@@ -114,6 +116,7 @@ def test_a_resumed_phase2_is_bit_identical(first, second, tiny_models, small_dat
     assert (tmp_path / "validation.png").read_bytes() == (second[0] / "validation.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_augmented_control_resumes_exactly_and_best_has_the_highest_gain(
     first, second, tiny_models, small_datasets, tmp_path
 ):

@@ -86,7 +86,7 @@ def test_a_checkpoint_holds_no_frozen_weights_and_has_the_computed_size(tmp_path
     assert stored == checkpoint_bytes(trainable, run.run.args)
 
 
-def test_states_of_8_bit_adamw_that_share_their_tables_are_saved(tmp_path):
+def test_states_of_8_bit_adamw_that_share_tensors_are_saved(tmp_path):
     optim = pytest.importorskip("bitsandbytes.optim")
     module = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False), torch.nn.Linear(64, 64, bias=False))
     optimizer = optim.AdamW8bit(module.parameters())
@@ -107,12 +107,12 @@ def test_old_checkpoints_are_pruned_after_the_new_one(tmp_path):
     assert not list(tmp_path.glob(".checkpoint*"))
 
 
-def test_the_checkpoint_just_written_stays_though_later_ones_are_damaged(tmp_path):
+def test_the_newest_checkpoint_is_kept_although_later_ones_are_damaged(tmp_path):
     run = build_run(tmp_path, "--checkpoints_total_limit=1")
     for step in (10, 20):
         save(run, step)
     _truncate(tmp_path / "checkpoint-20")
-    (tmp_path / ".checkpoint-20.old").mkdir()  # a run was killed while it replaced it
+    (tmp_path / ".checkpoint-20.old").mkdir()  # left by a run killed while it replaced checkpoint-20
     for step, left in ((11, [11, 20]), (20, [20]), (21, [21])):
         save(run, step)
         assert [number for number, _ in list_checkpoints(tmp_path)] == left
@@ -128,7 +128,7 @@ def two_checkpoints(tmp_path):
     return tmp_path
 
 
-def test_find_checkpoint(two_checkpoints, tmp_path):
+def test_find_checkpoint_takes_latest_names_and_paths_and_refuses_the_rest(two_checkpoints, tmp_path):
     (tmp_path / ".checkpoint-100.tmp").mkdir()
     (tmp_path / "other").mkdir()
     assert find_checkpoint(tmp_path / "missing", None) == (None, [])
@@ -153,7 +153,7 @@ def _truncate(path):
 
 
 @pytest.mark.parametrize(
-    ("harm", "reason"),
+    ("damage", "reason"),
     [
         (_truncate, "bytes, not"),
         (lambda path: (path / "model/config.json").unlink(), "config.json is missing"),
@@ -162,9 +162,9 @@ def _truncate(path):
         (lambda path: (path / STATE).write_text("{}"), "lists no files"),
     ],
 )
-def test_latest_passes_over_a_damaged_checkpoint_and_says_so(harm, reason, two_checkpoints):
+def test_latest_skips_a_damaged_checkpoint_and_names_it(damage, reason, two_checkpoints):
     assert find_damage(two_checkpoints / "checkpoint-20") is None
-    harm(two_checkpoints / "checkpoint-20")
+    damage(two_checkpoints / "checkpoint-20")
     path, skipped = find_checkpoint(two_checkpoints, "latest")
     assert path == two_checkpoints / "checkpoint-5"
     assert len(skipped) == 1
@@ -175,7 +175,7 @@ def test_latest_passes_over_a_damaged_checkpoint_and_says_so(harm, reason, two_c
 
 
 @pytest.mark.parametrize("name", ["checkpoint-5", "best", "final"])
-def test_an_earlier_run_is_not_written_over(name, tmp_path):
+def test_an_earlier_run_is_not_overwritten(name, tmp_path):
     (tmp_path / "logs").mkdir()
     assert find_checkpoint(tmp_path, None) == (None, [])
     (tmp_path / name).mkdir()
@@ -183,7 +183,7 @@ def test_an_earlier_run_is_not_written_over(name, tmp_path):
         find_checkpoint(tmp_path, None)
 
 
-def _live_on(started):
+def _outlive_the_parent(started):
     started.set()
     time.sleep(60)
 
@@ -193,9 +193,9 @@ def test_a_second_run_may_not_write_into_the_same_folder(tmp_path):
     lock = lock_output_dir(accelerator, tmp_path)
     with pytest.raises(InputError, match="another run is writing"):
         lock_output_dir(accelerator, tmp_path)
-    # A data worker lives on for seconds when its process was killed.
+    # A data worker lives for seconds after its process was killed, and must not hold the lock.
     started = get_context("fork").Event()
-    worker = get_context("fork").Process(target=_live_on, args=(started,))
+    worker = get_context("fork").Process(target=_outlive_the_parent, args=(started,))
     worker.start()
     assert started.wait(60)
     lock.close()
@@ -273,7 +273,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert [step for step, _ in list_checkpoints(tmp_path)] == [1]
 
 
-def test_a_save_without_room_says_so_and_leaves_the_last_one(tmp_path, monkeypatch):
+def test_a_save_without_disk_space_fails_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     run = build_run(tmp_path)
     save(run, 1)
     monkeypatch.setattr("c2r.training.checkpoint.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))

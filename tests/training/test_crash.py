@@ -33,10 +33,10 @@ def test_a_killed_phase1_ends_like_an_uninterrupted_one_and_differences_are_foun
     for part in (*(f"checkpoint-25/{name}.safetensors" for name in files), "best/c2r.json", "curve train/loss"):
         assert part in found
 
-    def found_after(harm):
+    def found_after(change):
         shutil.rmtree(other)
         shutil.copytree(reference, other)
-        harm()
+        change()
         return differences(other, reference)
 
     def change_a_weight():

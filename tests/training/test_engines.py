@@ -28,7 +28,7 @@ from c2r.files import load_tensors, save_tensors
 from c2r.models.controlnet import C2RControlNet
 from c2r.training.engine import local_fingerprint, require_supported
 from c2r.training.watchdog import Watchdog
-from tests.helpers.commands import CONFIGS, ENGINES, SIZE, phase1, phase2, scalars, start, succeed, weights
+from tests.helpers.commands import CONFIGS, ENGINES, SIZE, TORCHRUN, phase1, phase2, scalars, start, succeed, weights
 from tests.helpers.datasets import noise_video, write_dataset
 from tests.helpers.forks import fork, forked_twice, statuses
 from tests.helpers.options import options
@@ -148,10 +148,10 @@ def runs(command, large_backbone, tmp_path_factory):
 
 
 def launched(engine, *command, folder):
-    """Run a command to its end on an engine; engines that need no launcher's configuration run in forks."""
+    """Run a command to its end on an engine; in forks, where no launcher's configuration is needed."""
     if engine == "one process":
         return fork(*command)
-    if engine == "ddp":
+    if ENGINES[engine] == TORCHRUN:
         codes = statuses(forked_twice(command, folder))
         texts = [(folder / "0" / name).read_text() for name in ("stdout", "stderr")]
         return subprocess.CompletedProcess(command, max(codes), *texts)

@@ -24,7 +24,7 @@ from c2r.training.resume import find_damage, list_checkpoints
 from c2r.training.watchdog import EXIT_HUNG
 from tests.helpers.background import Background
 from tests.helpers.commands import LAUNCH, SIZE, TORCHRUN, phase1, phase2, same, scalars, succeed, weights
-from tests.helpers.forks import fork
+from tests.helpers.forks import fork, forked_twice, statuses
 from tests.helpers.runs import build_run, save, train_one_step
 
 STEPS = 24
@@ -86,8 +86,8 @@ def one_line(text, part):
 
 
 @pytest.fixture
-def grounding(first, second, tiny_models, small_datasets):
-    """Return grounding(out, *extra), a command of phase 2 that continues `second` from its fourth step."""
+def resume_command(first, second, tiny_models, small_datasets):
+    """Return resume_command(out, *extra), a command of phase 2 that continues `second` from its fourth step."""
 
     def command(out, *extra, launcher=(), last=STEPS):
         if not out.exists():
@@ -120,7 +120,7 @@ def ended_alike(out, undisturbed):
 
 
 @pytest.mark.slow
-def test_signals_stop_a_run_after_saving_and_nothing_is_lost(grounding, undisturbed, tmp_path):
+def test_signals_stop_a_run_after_saving_and_nothing_is_lost(resume_command, undisturbed, tmp_path):
     out = tmp_path / "run"
 
     def stopped(done, reason):
@@ -131,7 +131,7 @@ def test_signals_stop_a_run_after_saving_and_nothing_is_lost(grounding, undistur
         assert "error: " not in done.text
 
     # Ctrl-C: the terminal sends it to all processes.
-    with Background(grounding(out, launcher=LAUNCH)) as done:
+    with Background(resume_command(out, launcher=LAUNCH)) as done:
         done.wait_until(done.trained)
         family = done.family()
         assert len(family) >= 3  # launcher, training process, data worker
@@ -141,7 +141,7 @@ def test_signals_stop_a_run_after_saving_and_nothing_is_lost(grounding, undistur
         stopped(done, "SIGINT")
 
     # A scheduler's SIGTERM ends the launcher.
-    with Background(grounding(out, launcher=LAUNCH)) as done:
+    with Background(resume_command(out, launcher=LAUNCH)) as done:
         done.wait_until(done.trained)
         done.family()
         done.process.terminate()
@@ -150,7 +150,7 @@ def test_signals_stop_a_run_after_saving_and_nothing_is_lost(grounding, undistur
         assert "Traceback" not in done.text
 
     # Without a launcher, SIGTERM to all processes, as Slurm sends it.
-    with Background(grounding(out), fork=True) as done:
+    with Background(resume_command(out), fork=True) as done:
         done.wait_until(done.trained)
         done.family()
         os.killpg(done.process.pid, signal.SIGTERM)
@@ -160,18 +160,18 @@ def test_signals_stop_a_run_after_saving_and_nothing_is_lost(grounding, undistur
 
     # The end of the Slurm slot is near.
     end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 60)}
-    done = fork(*grounding(out, "--save_before_timeout=5m"), **end)
+    done = fork(*resume_command(out, "--save_before_timeout=5m"), **end)
     assert done.returncode == EXIT_STOPPED
     assert f"step {list_checkpoints(out)[-1][0]}: stopped: the slot ends soon" in done.stdout
 
-    succeed(*grounding(out), by=fork)
+    succeed(*resume_command(out), by=fork)
     assert ended_alike(out, undisturbed)
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_and_a_dead_or_hung_one_is_named(grounding, tmp_path):
+def test_two_processes_stop_together_and_a_dead_or_hung_one_is_named(resume_command, tmp_path):
     out = tmp_path / "run"
-    command = grounding(out, "--distributed_timeout_minutes=0.2", "--validation_steps=1000", launcher=TORCHRUN)
+    command = resume_command(out, "--distributed_timeout_minutes=0.2", "--validation_steps=1000", launcher=TORCHRUN)
 
     # A signal to one process.
     with Background(command) as done:
@@ -193,17 +193,17 @@ def test_two_processes_stop_together_and_a_dead_or_hung_one_is_named(grounding, 
         assert "process 1 on " in done.errors[0]
         assert "no longer answers" in done.errors[0]
 
-    # One process hangs. It is killed after the error, because torchrun would wait for it for half a minute.
-    with Background(command) as done:
-        done.wait_until(lambda: done.steps)
-        hung = done.rank(1)
-        hung.suspend()
-        done.wait_until(lambda: done.errors)
-        hung.kill()
-        assert done.end() != 0
-        assert len(done.errors) == 1, done.text
-        assert "process 1 on " in done.errors[0]
-        assert f"exitcode  : {EXIT_HUNG}" in done.text
+    # One process hangs.
+    processes = forked_twice(command[len(TORCHRUN) :], tmp_path)
+    output = tmp_path / "0/stderr"
+    while not output.exists() or "phase 2: " not in output.read_text():
+        assert all(process.is_alive() for process in processes)
+        time.sleep(0.1)
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    processes[0].join(60)
+    processes[1].kill()
+    assert statuses(processes) == [EXIT_HUNG, -signal.SIGKILL]
+    assert "process 1 on " in one_line(output.read_text(), "no longer answers")
     assert before.items() <= checksums(out).items()
 
 
@@ -211,22 +211,22 @@ def test_two_processes_stop_together_and_a_dead_or_hung_one_is_named(grounding, 
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(grounding, undisturbed, small_disk):
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(resume_command, undisturbed, small_disk):
     disk = small_disk("8m")
     out = disk / "run"
-    with Background(grounding(out, "--checkpoints_total_limit=1"), fork=True) as done:
+    with Background(resume_command(out, "--checkpoints_total_limit=1"), fork=True) as done:
         done.wait_until(done.trained)
         with filled(disk):
             assert done.end() == 1
             one_line(done.text, "No space left on device")
             newest = list_checkpoints(out)[-1][1]
             assert find_damage(newest) is None
-    done = succeed(*grounding(out, "--checkpoints_total_limit=1"), by=fork)
+    done = succeed(*resume_command(out, "--checkpoints_total_limit=1"), by=fork)
     assert f"resumed from {newest}" in done.stdout
     assert ended_alike(out, undisturbed)
 
 
-def test_a_checkpoint_larger_than_computed_leaves_the_last_one_when_the_disk_is_full(small_disk):
+def test_a_save_that_fills_the_disk_leaves_the_last_checkpoint(small_disk):
     disk = small_disk("8m")
     run = build_run(disk / "run")
     train_one_step(run)
@@ -332,17 +332,17 @@ def test_a_truncated_checkpoint_is_skipped_for_the_one_before(first, tiny_models
 
 @pytest.mark.slow
 def test_a_run_that_cannot_resume_is_refused_and_nothing_is_lost(
-    grounding, tiny_models, small_datasets, small_disk, tmp_path
+    resume_command, tiny_models, small_datasets, small_disk, tmp_path
 ):
     other = tmp_path / "other"
     shutil.copytree(small_datasets / "real", other)
     os.utime(other / "r3.avi")
-    disk = small_disk("1m")
+    disk, backbone = small_disk("1m"), tiny_models / "pipeline"
     folders = {name: disk / name if name == "read-only" else tmp_path / name for name in ("base", "data", "read-only")}
     commands = {
-        "base": (grounding(folders["base"], f"--resume_backbone_from={tiny_models / 'pipeline'}"), "the backbone has"),
-        "data": (grounding(folders["data"], f"--real_dataset={other}"), "the real dataset has changed"),
-        "read-only": (grounding(folders["read-only"]), f"{folders['read-only']}: cannot be written (Read-only"),
+        "base": (resume_command(folders["base"], f"--resume_backbone_from={backbone}"), "the backbone has changed"),
+        "data": (resume_command(folders["data"], f"--real_dataset={other}"), "the real dataset has changed"),
+        "read-only": (resume_command(folders["read-only"]), f"{folders['read-only']}: cannot be written (Read-only"),
     }
     before = {name: checksums(out) for name, out in folders.items()}
     remount(disk, "ro")
@@ -354,9 +354,9 @@ def test_a_run_that_cannot_resume_is_refused_and_nothing_is_lost(
     assert {name: checksums(out) for name, out in folders.items()} == before
 
 
-def test_a_killed_data_worker_ends_the_run_in_one_line(grounding, tmp_path):
+def test_a_killed_data_worker_ends_the_run_in_one_line(resume_command, tmp_path):
     """The kernel kills processes for lack of memory."""
-    with Background(grounding(tmp_path / "run"), fork=True) as done:
+    with Background(resume_command(tmp_path / "run"), fork=True) as done:
         done.wait_until(done.trained)
         done.process.children()[0].kill()
         assert done.end() == 1

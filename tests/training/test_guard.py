@@ -15,7 +15,7 @@ def guard():
     return StepGuard(Accelerator(cpu=True), Progress(), max_skipped_steps=2)
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_its_clips_named(guard, capsys):
+def test_a_step_with_a_loss_that_is_not_finite_is_skipped_and_its_clips_named(guard, capsys):
     guard.progress.global_step = 7
     guard.add(torch.tensor([0.5, float("nan")]), ["a.mp4:0", "b.mp4:3"])
     assert not guard.may_step(math.nan)
@@ -32,14 +32,14 @@ def test_a_gradient_that_is_not_finite_names_all_clips_of_the_step(guard, capsys
     assert "gradient is not finite; its clips: a.mp4:0, b.mp4:3" in capsys.readouterr().out
 
 
-def test_so_many_in_a_row_end_the_run(guard):
+def test_too_many_skipped_steps_in_a_row_end_the_run(guard):
     for _ in range(2):
         assert not guard.may_step(math.nan)
     with pytest.raises(InputError, match=r"number 3 in a row.*--max_skipped_steps 2"):
         guard.may_step(math.nan)
 
 
-def test_a_good_step_between_starts_the_count_again(guard):
+def test_a_good_step_resets_the_count_of_skipped_steps(guard):
     for grad_norm in (math.nan, math.nan, 1.0, math.nan, math.nan):
         assert guard.may_step(grad_norm) == math.isfinite(grad_norm)
     assert guard.progress.skipped_in_a_row == 2
@@ -62,7 +62,7 @@ def test_the_bound_is_six_standard_deviations_of_a_normal_distribution():
     assert spike_bound(log_losses) == pytest.approx(-1 + 0.6, abs=0.02)
 
 
-def test_there_is_no_bound_before_enough_steps_and_the_memory_is_json(guard):
+def test_there_is_no_bound_before_enough_steps_and_the_losses_are_json(guard):
     for _ in range(MIN_STEPS - 1):
         guard.finish(0.5)
     assert spike_bound(guard.progress.log_losses) == math.inf

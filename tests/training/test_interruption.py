@@ -9,7 +9,7 @@ from c2r.training.interruption import Interruption, slot_deadline
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_stops(number, signal_handlers, capfd):
+def test_a_signal_makes_the_run_save_and_stop(number, signal_handlers, capfd):
     asked = Interruption()
     assert asked.agree(Accelerator(cpu=True))
     os.kill(os.getpid(), number)
@@ -19,7 +19,7 @@ def test_a_signal_saves_and_stops(number, signal_handlers, capfd):
     assert asked.stop == number.name
 
 
-def test_the_clock_saves_and_does_not_stop(signal_handlers):
+def test_save_every_minutes_saves_without_stopping(signal_handlers):
     asked = Interruption(save_every_minutes=0.001)
     accelerator = Accelerator(cpu=True)
     time.sleep(0.1)
@@ -31,7 +31,7 @@ def test_the_clock_saves_and_does_not_stop(signal_handlers):
 
 
 @pytest.mark.parametrize(("left", "stops"), [(100, True), (1000, False)])
-def test_the_end_of_a_slot_saves_and_stops(left, stops, signal_handlers, monkeypatch):
+def test_a_slot_that_ends_soon_makes_the_run_save_and_stop(left, stops, signal_handlers, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + left))
     asked = Interruption(save_before_timeout=300)
     asked.agree(Accelerator(cpu=True))

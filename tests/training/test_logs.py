@@ -8,7 +8,7 @@ from c2r.training.progress import Progress
 from tests.helpers.commands import scalars
 
 
-def test_what_is_logged_again_after_a_resume_is_in_the_curve_once(tmp_path):
+def test_steps_logged_twice_around_a_resume_appear_once_in_the_curve(tmp_path):
     def start(progress, again):
         project = ProjectConfiguration(project_dir=str(tmp_path), logging_dir=str(tmp_path / "logs"))
         accelerator = Accelerator(cpu=True, log_with="tensorboard", project_config=project)
@@ -16,10 +16,10 @@ def test_what_is_logged_again_after_a_resume_is_in_the_curve_once(tmp_path):
         return accelerator
 
     accelerator = start(Progress(), again=True)
-    for step in range(1, 6):  # the last one was not saved
+    for step in range(1, 6):  # no checkpoint holds step 5
         accelerator.log({"train/loss": float(step)}, step)
     accelerator.end_training()
-    # Saved at step 4 by a signal before its validation, which two resumed runs make up for; the first is killed then.
+    # A signal saved step 4 before its validation. Two resumed runs validate it; the first of them is then killed.
     for _ in range(2):
         accelerator = start(Progress(global_step=4, logs={"train/loss": 4.0}), again=True)
         accelerator.log({"validation/loss": 0.5}, 4)

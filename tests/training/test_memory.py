@@ -1,4 +1,4 @@
-"""The memory formula against simulated steps: real blocks on fake CUDA tensors, through a model of the allocator."""
+"""Compare the memory formula with simulated steps: real blocks on fake CUDA tensors and a model of the allocator."""
 
 from argparse import Namespace
 
@@ -54,12 +54,12 @@ PHASE1, PHASE2 = (WAN_1_3B, DIT_1_3B), (WAN_1_3B, CONTROL_1_3B, DIT_1_3B + DINOV
         ((WAN_14B, CONTROL_14B, DIT_14B), {"sharding": "zero3", "num_processes": 4}, 59.3),
     ],
 )
-def test_it_is_within_15_percent_of_simulated_steps(model, options, simulated):
+def test_the_estimate_is_within_15_percent_of_simulated_steps(model, options, simulated):
     assert gib(*model, **options) == pytest.approx(simulated, rel=0.15)
 
 
 def test_gradients_of_earlier_micro_steps_are_counted():
-    # The peak of a single micro-step is where its gradients have not come up yet.
+    # A single micro-step has its peak before its gradients exist.
     assert gib(*PHASE1, train_batch_size=4, gradient_accumulation_steps=8) == pytest.approx(
         gib(*PHASE1, train_batch_size=4) + 4 * DIT_1_3B / 2**30
     )
@@ -69,15 +69,15 @@ def test_gradients_of_earlier_micro_steps_are_counted():
     ("options", "bytes_a_parameter"),
     [({"ema_decay": 0.999}, 4), ({"optimizer": "adamw8bit"}, -6), ({"weight_storage": "bf16"}, -4 + 2)],
 )
-def test_options_change_it_by_their_bytes(options, bytes_a_parameter):
-    # bf16 storage: weights and gradients lose two bytes each, the low bits are two. Gradients are not at this peak.
+def test_options_change_the_estimate_by_their_bytes(options, bytes_a_parameter):
+    # bf16 storage: weights and gradients have two bytes less each, the low bits add two. This peak has no gradients.
     change = gib(*PHASE1, train_batch_size=4, **options) - gib(*PHASE1, train_batch_size=4)
     expected = bytes_a_parameter + (2 if "weight_storage" in options else 0)
     assert change == pytest.approx(expected * DIT_1_3B / 2**30, abs=1e-6)
 
 
-def test_zero2_splits_the_states_alone():
+def test_zero2_splits_states_and_gradients_but_not_weights():
     one, eight = (gib(WAN_14B, DIT_14B, sharding="zero2", num_processes=n) for n in (1, 8))
-    # The fp32 copy, both moments and the gradients.
+    # Split are the fp32 copy, both moments and the gradients.
     assert one - eight == pytest.approx((4 + 8 + 4) * DIT_14B * 7 / 8 / 2**30)
     assert GATHERED_BLOCKS >= 1

@@ -23,7 +23,7 @@ def settings_of(*argv):
     return OptimizerSettings.of(options(argv))
 
 
-def test_splitting_loses_nothing():
+def test_splitting_a_weight_loses_no_bit():
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (100_000,), generator=generator).to(torch.int32)
     edges = torch.tensor([0, 1, 0x7FFF, 0x8000, 0xFFFF, 0x3F807FFF, 0x3F808000, 0x7F7F7FFF, -(2**31)])
@@ -38,7 +38,7 @@ def test_splitting_loses_nothing():
 
 
 def train(weight_storage, dtype=torch.float32, steps=20, lr=1e-4):
-    """20 steps with gradients that bf16 can hold; returns module and optimizer."""
+    """Take steps with gradients that bf16 can hold; return module and optimizer."""
     module = torch.nn.Linear(64, 80, bias=False).to(dtype)
     torch.nn.init.ones_(module.weight)
     settings = settings_of(f"--weight_storage={weight_storage}", f"--learning_rate={lr}")
@@ -52,8 +52,8 @@ def train(weight_storage, dtype=torch.float32, steps=20, lr=1e-4):
     return module, optimizer
 
 
-def test_small_updates_are_not_lost():
-    """Relative updates of 1e-4 move a weight of 1 as in fp32; in plain bf16 it stays where it was."""
+def test_bf16_storage_keeps_small_updates():
+    """Relative updates of 1e-4 change a weight of 1 as in fp32; in plain bf16 they would be lost."""
     whole, whole_optimizer = train("fp32")
     split, split_optimizer = train("bf16")
     assert split.weight.dtype == torch.bfloat16
@@ -66,7 +66,7 @@ def test_small_updates_are_not_lost():
     assert (naive.weight == 1).all()
 
 
-def test_low_bits_are_where_the_module_will_be():
+def test_low_bits_are_on_the_device_of_the_run():
     """The optimizer is built before Accelerate moves the module, and nothing moves the optimizer's own tensors."""
     device = torch.device("meta")
     module = torch.nn.Linear(4, 4)
@@ -75,7 +75,7 @@ def test_low_bits_are_where_the_module_will_be():
 
 
 @pytest.mark.parametrize("weight_storage", ["fp32", "bf16"])
-def test_the_domain_classifier_keeps_its_own_rate_under_the_schedule_and_fp32(weight_storage):
+def test_the_domain_classifier_has_its_own_scheduled_rate_and_stays_fp32(weight_storage):
     module, classifier = torch.nn.Linear(4, 4), DomainClassifier(4, width=8)
     argv = [f"--weight_storage={weight_storage}", "--lr_warmup_steps=4", "--learning_rate=1e-5"]
     args = options(argv)

@@ -39,7 +39,7 @@ def check(out, *argv, cg_ratio=0.0, trainable=1000, planned=None):
 
 
 @pytest.mark.parametrize("warmup", [20, 100])
-def test_it_tells_batches_parameters_memory_and_disk(warmup, tmp_path, capsys):
+def test_preflight_prints_batches_parameters_memory_and_disk(warmup, tmp_path, capsys):
     steps = ["--max_train_steps=30", "--checkpointing_steps=10", f"--lr_warmup_steps={warmup}"]
     check(tmp_path / "out", *steps, cg_ratio=0.25)
     out = capsys.readouterr().out
@@ -52,7 +52,7 @@ def test_it_tells_batches_parameters_memory_and_disk(warmup, tmp_path, capsys):
     assert ("--lr_warmup_steps 100: the learning rate is never reached" in out) == (warmup == 100)
 
 
-def test_a_dry_run_tells_of_the_run_that_is_planned(tmp_path, capsys):
+def test_the_preflight_of_a_dry_run_describes_the_planned_run(tmp_path, capsys):
     planned = options([f"--output_dir={tmp_path}", "--max_train_steps=3000"])
     planned.cg_ratio = 0.0
     check(tmp_path, "--max_train_steps=3", "--dry_run", planned=planned)
@@ -65,17 +65,17 @@ def test_a_dry_run_tells_of_the_run_that_is_planned(tmp_path, capsys):
         (["--max_train_steps=100", "--checkpointing_steps=30"], 4, 12),
         (["--max_train_steps=100", "--checkpointing_steps=30", "--ema_decay=0.9"], 4, 16),
         (["--max_train_steps=100", "--checkpointing_steps=30", "--optimizer=adamw8bit"], 4, 6),
-        # One more while the oldest is not deleted yet.
+        # One more, until the oldest is deleted.
         (["--max_train_steps=100", "--checkpointing_steps=30", "--checkpoints_total_limit=2"], 3, 12),
-        # As many as are kept, however few are planned.
+        # --save_every_minutes may fill the limit.
         (["--checkpoints_total_limit=5", "--save_every_minutes=5"], 6, 12),
     ],
 )
-def test_disk_of_a_run(argv, checkpoints, bytes_each):
+def test_the_disk_space_of_a_run_is_computed(argv, checkpoints, bytes_each):
     assert run_bytes(options(argv), 1000) == checkpoints * bytes_each * 1000 + 3 * 4 * 1000
 
 
-def test_disk_of_a_run_without_a_bound():
+def test_the_disk_space_has_no_bound_without_a_checkpoint_limit():
     assert run_bytes(options(["--save_every_minutes=5"]), 1000) is None
 
 
@@ -83,11 +83,11 @@ def test_a_run_that_does_not_fit_the_disk_is_refused(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     with pytest.raises(InputError, match=r"--output_dir .* needed .* free; make room, or keep fewer"):
         check(tmp_path, "--max_train_steps=10", "--checkpointing_steps=10", trainable=free // 20)
-    # What is there already is not needed again.
+    # Space taken by earlier checkpoints is not needed again.
     (tmp_path / "checkpoint-5").mkdir()
     (tmp_path / "checkpoint-5/weights").touch()
     with open(tmp_path / "checkpoint-5/weights", "wb") as file:
-        file.truncate(free)  # sparse: it takes no room
+        file.truncate(free)  # sparse: takes no space
     check(tmp_path, "--max_train_steps=10", "--checkpointing_steps=10", trainable=free // 20)
 
 
@@ -95,7 +95,9 @@ def test_a_run_that_does_not_fit_the_disk_is_refused(tmp_path):
     ("gib", "message"),
     [(1, "refused"), (2.8, "may not fit: try --dry_run"), (80, None)],
 )
-def test_a_model_is_held_against_the_device(gib, message, tmp_path, monkeypatch, capsys):
+def test_a_model_too_large_for_the_device_is_refused_and_a_tight_one_warned_about(
+    gib, message, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Namespace(total_memory=gib * 2**30))
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr(type(accelerator), "device", torch.device("cuda"))
@@ -110,14 +112,14 @@ def test_a_model_is_held_against_the_device(gib, message, tmp_path, monkeypatch,
     assert ("may not fit" in capsys.readouterr().out) == (message is not None)
 
 
-def test_parameters_are_counted_without_making_the_model():
+def test_parameters_are_counted_without_creating_the_model():
     shared = {name: CONFIG[name] for name in SHARED_CONFIG}
     config = shared | {"injection_layers": [0, 2], "feature_dim": FEATURE_DIM}
     made = C2RControlNet(**config)
     assert count_parameters(C2RControlNet, config) == sum(p.numel() for p in made.parameters())
 
 
-def test_a_model_that_cannot_be_had_is_named(tmp_path, monkeypatch):
+def test_a_model_that_cannot_be_fetched_is_named(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no such model folder"):
         require_access(tmp_path / "missing")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -155,12 +157,12 @@ def test_the_backbone_must_be_what_phase_1_saved(first, tiny_models, tmp_path):
         fingerprint_backbone(accelerator, folder, base)
 
 
-def test_the_nearest_folder_that_exists(tmp_path):
+def test_existing_parent_is_the_nearest_folder_that_exists(tmp_path):
     assert existing_parent(tmp_path / "a/b/c") == tmp_path
     assert existing_parent(tmp_path) == tmp_path
 
 
 @pytest.mark.parametrize(("count", "text"), [(12_000, "12.00 kB"), (9.22e9, "9.22 GB"), (1.5e12, "1.50 TB")])
-def test_sizes(count, text):
+def test_sizes_are_printed_with_units(count, text):
     assert size_text(count) == text
     assert not math.isnan(count)

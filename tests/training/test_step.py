@@ -36,7 +36,7 @@ def draw(args, size=2, micro_step=6, process_index=0, num_processes=2, clips=Non
     return make_noisy_batch(clips, settings, micro_step, torch.zeros(5, 3), torch.device("cpu"))
 
 
-def test_noisy_batch_is_consistent_and_repeatable():
+def test_a_noisy_batch_is_consistent_and_repeatable():
     args = options()
     noisy = draw(args)
     sigmas = noisy.sigmas.view(-1, 1, 1, 1, 1)
@@ -88,7 +88,7 @@ def test_prompt_dropout_replaces_by_the_empty_prompt(share, expected):
     assert (noisy.prompt_embeds == expected).all()
 
 
-def test_dropouts_are_live_and_have_their_share():
+def test_dropouts_are_drawn_at_each_step_and_have_their_share():
     args = options()
     args.control_dropout = 0.3
     drawn = [draw(args, size=8, micro_step=2 * i) for i in range(200)]
@@ -142,7 +142,7 @@ def test_the_weights_of_the_domains_keep_their_mean(cg_ratio):
     assert domain_weights(domains, 1.0, cg_ratio).tolist() == [1, 1]  # exactly: training is the same bit for bit
 
 
-def test_step_log_tells_the_real_share_of_the_loss():
+def test_step_log_has_the_share_of_the_real_clips_in_the_loss():
     log = StepLog(Accelerator(cpu=True))
     log.start()
     log.add_weighted(torch.tensor([1.0, 3.0]), torch.tensor([0, 1]))
@@ -170,7 +170,7 @@ def test_step_log_averages_the_accuracy_of_the_classifier_over_steps():
         "train/domain_accuracy_cg": pytest.approx(0, abs=1e-3),
         "train/domain_accuracy": pytest.approx(1 / 3, abs=1e-3),
     }
-    # What does not count is left out; a step in which nothing counts says nothing new, and forgets nothing.
+    # Samples that do not count are left out. A step in which none counts leaves the averages unchanged.
     real = step(log, losses, logits, domains, torch.tensor([True, True, False, False]))
     assert real["train/domain_loss"] == pytest.approx(0.15)
     assert real["train/domain_accuracy_cg"] == logs["train/domain_accuracy_cg"]
@@ -178,6 +178,6 @@ def test_step_log_averages_the_accuracy_of_the_classifier_over_steps():
     nothing = step(log, losses, logits, domains, ~everyone)
     assert nothing.keys() == real.keys() - {"train/domain_loss"}
     assert all(value == pytest.approx(real[name]) for name, value in nothing.items())
-    # A resumed run goes on from what was logged.
+    # A resumed run continues from the logged averages.
     again = StepLog(Accelerator(cpu=True), nothing)
     assert step(again, losses, logits, domains, everyone) == step(log, losses, logits, domains, everyone)
