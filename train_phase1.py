@@ -2,8 +2,8 @@
 
     accelerate launch train_phase1.py --real_dataset data/real --output_dir outputs/phase1
 
-VAE and UMT5 are frozen and loaded only to encode clips that are not cached; nothing of the control path is loaded.
-best/ and final/ are folders that `WanTransformer3DModel.from_pretrained` loads.
+VAE and UMT5 are frozen and loaded only to encode clips that are not cached. Nothing of the control path is loaded.
+`WanTransformer3DModel.from_pretrained` loads best/ and final/.
 """
 
 from c2r import cli
@@ -41,15 +41,17 @@ from c2r.training.step import NoiseSettings, finish_step, make_noisy_batch
 class ChosenClips:
     """The clips that this run uses."""
 
-    real: Clips  #: to train on
-    conditions: PromptConditions  #: of the validation clips
+    real: Clips  #: training clips
+    conditions: PromptConditions  #: the validation clips with their own prompts and wrong ones
 
     @property
     def train(self) -> list[Clips]:
+        """Clips to train on, by domain."""
         return [self.real]
 
     @property
     def held_out(self) -> list[Clip]:
+        """Clips that validation needs."""
         return self.conditions.to_encode
 
 
@@ -99,7 +101,7 @@ def train(run: Run) -> Plan:
 
     # ------------------------------------------------------------------------------------------------------ 4. resume
     # The checkpoint decides over weights (read above), optimizer, schedule, sampler and step; the command line over
-    # everything else. Dataset and seed must be the same.
+    # everything else. check_phase1 has refused another dataset, seed, optimizer or engine.
     resume(run, state, sampler)
     run.start_training()
 

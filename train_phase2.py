@@ -3,9 +3,9 @@
     accelerate launch train_phase2.py --resume_backbone_from outputs/phase1/best \\
         --real_dataset data/real --cg_dataset data/cg --cg_ratio 0.2 --output_dir outputs/phase2
 
-Trains the control adapter, the ControlNet blocks and their projector MLPs on frozen DINOv3 features. CG samples are
-pairs (coarse control, fine target); real clips are their own control. best/ and final/ hold the ControlNet alone and
-name the backbone that it belongs to.
+The control adapter, the ControlNet blocks and their projector MLPs are trained on frozen DINOv3 features. CG samples
+are pairs (coarse control, fine target); real clips are their own control. best/ and final/ hold the ControlNet alone
+and name the backbone that it belongs to.
 """
 
 from c2r import cli
@@ -56,17 +56,19 @@ from c2r.training.step import NoiseSettings, augment_real_control, domain_weight
 class ChosenClips:
     """The clips that this run uses."""
 
-    real: Clips  #: to train on
-    cg: Clips  #: to train on
-    conditions: ControlConditions  #: of the validation clips
+    real: Clips  #: training clips
+    cg: Clips  #: training clips
+    conditions: ControlConditions  #: the validation clips with their own conditions and wrong ones
     sample_plan: SamplePlan
 
     @property
     def train(self) -> list[Clips]:
+        """Clips to train on, by domain."""
         return [self.real, self.cg]
 
     @property
     def held_out(self) -> list[Clip]:
+        """Clips that validation and samples need."""
         return [*self.conditions.to_encode, *self.sample_plan.to_encode]
 
 
@@ -142,7 +144,8 @@ def train(run: Run) -> Plan:
 
     # ------------------------------------------------------------------------------------------------------ 4. resume
     # The checkpoint decides over weights (read above), optimizer, schedule, sampler and step; the command line over
-    # everything else, --cg_ratio included. Datasets, backbone, DINOv3 and seed must be the same.
+    # everything else, --cg_ratio included. check_phase2 has refused another dataset, backbone, DINOv3, seed, optimizer
+    # or engine.
     controller = RatioController(args.monitor_bound, args.monitor_patience, args.cg_ratio_min)
     progress.inputs, progress.controller = plan.inputs, controller.state_dict()
     progress.cg_ratio = progress.requested_cg_ratio = args.cg_ratio
@@ -184,7 +187,7 @@ def train(run: Run) -> Plan:
                 if classifier is None:
                     prediction = state.model(*inputs, args.conditioning_scale)
                 else:
-                    # The gradient of CG samples alone is reversed: real ones look as they should.
+                    # Only the gradient of CG samples is reversed: real samples look as they should.
                     prediction = state.model(*inputs, args.conditioning_scale, args.adversarial_weight * domains)
                 losses = noisy.weights * flow_matching.velocity_loss(prediction.sample, noisy.velocity_target)  # (B,)
                 weighted_losses = domain_weights(domains, args.real_weight, progress.cg_ratio) * losses

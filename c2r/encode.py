@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command with these arguments."""
     args = cli.parse(ENCODE, argv)
     check_options(args)
 
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_options(args: Namespace) -> None:
-    """Raise InputError for options that exclude each other and a --preview that is no folder."""
+    """Raise InputError for options that exclude each other, and if --preview names a file."""
     if args.preview is None:
         return
     if args.dry_run:
@@ -127,7 +128,7 @@ def fill_cache(
         manifest = read()  # the files that failed are dropped
     with watchdog.main_process_first():
         if accelerator.is_main_process:
-            missing = job.find_missing(job.clips_of(manifest))  # remembers checked files, so training starts faster
+            missing = job.find_missing(job.clips_of(manifest))  # also records checked files: training starts faster
             cached = missing.total - missing.count
             print(f"{missing.kind} of {cached} of {missing.total} clips are in {manifest.cache_dir}", flush=True)
 

@@ -4,23 +4,28 @@
 
 --prompt and --control_video may be given several times: models are loaded once, and the videos are written to
 out-0.mp4, out-1.mp4 and so on. Without --control_video the backbone generates alone.
+
+Modules that take seconds to import are imported inside functions: --help and bad options are then answered at once.
 """
 
+from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from c2r import InputError, cli
 from c2r.options import GENERATE
 
-#: The format that Wan 2.1 was made for: used where neither the options nor the model's contract give one.
+if TYPE_CHECKING:
+    import torch
+
+    from c2r.models.contract import PhaseContract
+
+#: The format that Wan 2.1 was made for, used where neither the options nor the model's contract give one.
 DEFAULT_FORMAT = {"height": 480, "width": 832, "num_frames": 81, "fps": 16.0}
 
 
-def check_options(args):
-    """Check options that depend on each other.
-
-    Raises:
-        InputError: naming the option.
-    """
+def check_options(args: Namespace):
+    """Raise InputError for options that do not fit each other."""
     if not args.control_guidance_start < args.control_guidance_end:
         raise InputError(
             f"--control_guidance_start {args.control_guidance_start}: not below --control_guidance_end "
@@ -38,7 +43,7 @@ def output_paths(output: str, count: int, inputs: list[str]) -> list[Path]:
     """Return `output` for one video, or numbered paths: out-0.mp4, out-1.mp4, …
 
     Raises:
-        InputError: if it is no .mp4, its folder cannot be created, or it would overwrite an input.
+        InputError: `output` is not an .mp4, its folder cannot be created, or it would overwrite an input.
     """
     path = Path(output)
     if path.suffix.lower() != ".mp4":
@@ -56,13 +61,8 @@ def output_paths(output: str, count: int, inputs: list[str]) -> list[Path]:
     return paths
 
 
-def complete_options(args, contract):
-    """Fill in options that were not given from the model's contract.
-
-    Args:
-        args: options of this command; changed in place.
-        contract: `PhaseContract` of the model.
-    """
+def complete_options(args: Namespace, contract: "PhaseContract"):
+    """Take options that were not given from the model's contract. Changes `args` in place."""
     for name, default in DEFAULT_FORMAT.items():
         if getattr(args, name) is None:
             setattr(args, name, getattr(contract, name) or default)
@@ -74,7 +74,7 @@ def complete_options(args, contract):
     args.dinov3 = args.dinov3 or contract.dinov3
 
 
-def check_files(args, contract):
+def check_files(args: Namespace, contract: "PhaseContract"):
     """Check the files and models that the options name, reading headers only.
 
     Raises:
@@ -101,7 +101,7 @@ def check_files(args, contract):
     resolve_model_folder(args.pretrained_model_name_or_path, ["tokenizer", "text_encoder", "vae", "scheduler"])
 
 
-def read_control(path: str, num_frames: int, fps: float, height: int, width: int):
+def read_control(path: str, num_frames: int, fps: float, height: int, width: int) -> "torch.Tensor":
     """Read the start of a coarse video, resized and cropped as in training: (F, 3, H, W) in [0, 1]."""
     from c2r.data.video import read_window
 
@@ -115,7 +115,6 @@ def main(argv: list[str] | None = None):
     controls = args.control_video or []
     outputs = output_paths(args.output, max(len(args.prompt), len(controls)), controls)
 
-    # Imported only now, because it takes seconds.
     import numpy as np
     import torch
     from diffusers.utils.torch_utils import get_device
