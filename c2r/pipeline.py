@@ -1,16 +1,15 @@
 """A WanPipeline that follows a coarse video, and functions that load it for generation."""
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from diffusers import SchedulerMixin, WanPipeline
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
-from diffusers.utils.torch_utils import empty_device_cache
 
 from c2r import InputError
 from c2r.models.adversary import WithAdversary
@@ -326,8 +325,7 @@ def encode_prompts(
         )
         embeds.append(prompt_embeds.cpu())
     del pipeline, text_encoder
-    gc.collect()
-    empty_device_cache()
+    clear_device_cache(garbage_collection=True)
     return embeds
 
 

@@ -1,6 +1,5 @@
 """The encoding pass: encode the clips that are not cached and write them to the cache."""
 
-import gc
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,9 +11,9 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
 from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from diffusers.utils.torch_utils import empty_device_cache
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -140,7 +139,7 @@ def encode(clips: Iterable[Clip], job: EncodingJob, accelerator: Accelerator, wa
         encoder = job.load_encoder(accelerator.device)
         _encode_clips(missing, encoder, share, job.settings, accelerator, watchdog)
         del encoder
-        _free_memory()
+        clear_device_cache(garbage_collection=True)
     watchdog.wait_for_everyone()
 
     shares = gather_object([share]) if accelerator.num_processes > 1 else [share]
@@ -180,11 +179,6 @@ def _note_not_finite(files, lines, settings):
         note_failure(settings.cache_folder(file.folder), failure)
 
 
-def _free_memory():
-    gc.collect()
-    empty_device_cache()
-
-
 # ------------------------------------------------------------------------------------------------------------- prompts
 
 
@@ -213,7 +207,7 @@ def _encode_prompts(missing, settings, accelerator, watchdog):
         length = len(tokenizer(prompt_clean(text), truncation=True, max_length=max_length).input_ids)
         save_tensors(path, {"prompt_embeds": prompt_embeds[0, :length]}, metadata | {"text": text})
     del pipeline, text_encoder
-    _free_memory()
+    clear_device_cache(garbage_collection=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- clips

@@ -3,7 +3,6 @@
 Each sample is a row: the control, the output with it, the output of the backbone alone, and the true video.
 """
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers.utils.torch_utils import empty_device_cache
+from accelerate.utils.memory import clear_device_cache
 from einops import rearrange
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -89,8 +88,7 @@ def sampling_pipeline(
         yield pipeline
     finally:
         vae.to("cpu")  # the caller may still hold the pipeline
-        gc.collect()
-        empty_device_cache()
+        clear_device_cache(garbage_collection=True)
 
 
 def make_samples(
