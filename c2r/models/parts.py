@@ -53,14 +53,14 @@ def load_transformers_model(
     model_class: type[PreTrainedModel], folder: Path, torch_dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, dict]:
     """Return `model_class.from_pretrained(folder)`, from safetensors only, and its loading info."""
-    with whole_weights():
+    with unsharded_loading():
         return model_class.from_pretrained(
             folder, dtype=torch_dtype or torch.float32, use_safetensors=True, output_loading_info=True
         )
 
 
 @contextmanager
-def whole_weights() -> Iterator[None]:
+def unsharded_loading() -> Iterator[None]:
     """Load models of transformers unsharded inside the context, also when the process trains with ZeRO-3.
 
     Once a ZeRO-3 config is set, transformers shards every model while loading it. Our frozen models are outside the

@@ -157,12 +157,12 @@ def test_models_load_unsharded_while_zero3_is_on():
     integration, config = transformers.integrations.deepspeed, ZeRO3()
     integration.set_hf_deepspeed_config(config)
     try:
-        with parts.whole_weights():
+        with parts.unsharded_loading():
             assert not integration.is_deepspeed_zero3_enabled()
         assert integration.is_deepspeed_zero3_enabled()
     finally:
         integration.unset_hf_deepspeed_config()
-    with parts.whole_weights():
+    with parts.unsharded_loading():
         assert not integration.is_deepspeed_zero3_enabled()
 
 
