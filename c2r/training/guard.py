@@ -44,7 +44,7 @@ class StepGuard:
         """Return False if the gradient of any process is not finite: skip this step.
 
         Args:
-            grad_norm: of the whole gradient over all processes, so that all decide alike.
+            grad_norm: norm of the whole gradient over all processes, so that all decide alike.
 
         Raises:
             InputError: after `max_skipped_steps` consecutive skipped steps.

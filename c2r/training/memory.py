@@ -25,7 +25,7 @@ class MemoryEstimate:
     weights: float  #: trainable and frozen
     optimizer: float  #: AdamW's moments, the low bits of `--weight_storage bf16`, the average of `--ema_decay`
     gradients: float  #: those that exist at the peak
-    activations: float
+    activations: float  #: kept from the forward pass for the backward pass
 
     @property
     def total(self) -> float:

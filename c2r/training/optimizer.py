@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from c2r import InputError
 from c2r.models.adversary import DomainClassifier
 
-# The classifier starts from random weights and has to keep up with the samples that it judges.
+# The classifier starts from random weights and must learn as fast as the samples that it judges change.
 CLASSIFIER_LEARNING_RATE = 1e-3
 
 
@@ -48,10 +48,10 @@ def build_optimizer(
     """Build AdamW over the trainable parameters. Call it before DDP is built: bf16 storage changes their dtypes.
 
     Args:
-        module: in fp32; with bf16 storage its trainable weights become bf16, except those under a name in its
-            `_keep_in_fp32_modules`.
+        module: the part that trains, in fp32. With bf16 storage its trainable weights become bf16, except those under
+            a name in its `_keep_in_fp32_modules`.
         settings: see `OptimizerSettings`.
-        device: where the module is or will be.
+        device: device that the module is on or will be moved to.
         domain_classifier: trains beside the module, in fp32, at its own learning rate and on the same schedule.
 
     Raises:

@@ -33,13 +33,13 @@ class Plan:
     """The datasets and models of a run."""
 
     backbone: str  #: folder, hub name or file that the backbone is loaded from
-    config: dict[str, Any]  #: of the model that trains
+    config: dict[str, Any]  #: config of the model that trains
     real: Mixture
     cg: Mixture | None = None
-    scenes: Mixture | None = None  #: of --sample_dataset
+    scenes: Mixture | None = None  #: the clips of --sample_dataset
     inputs: dict[str, str] = field(default_factory=dict)  #: fingerprints of everything that a resumed run must share
     feature_dim: int = 0  #: width of DINOv3's features
-    num_trainable: int = 0  #: parameters
+    num_trainable: int = 0  #: number of parameters that train
 
     @property
     def mixtures(self) -> list[Mixture]:

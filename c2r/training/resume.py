@@ -162,7 +162,7 @@ def require_resumable(
 
     Args:
         path: a complete checkpoint.
-        accelerator, args: of the run.
+        accelerator, args: the run's.
         config: config of the model that trains.
         inputs: {name: fingerprint} of datasets and frozen models.
 

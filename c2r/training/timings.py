@@ -16,7 +16,7 @@ class Timings:
     started: float = field(default_factory=time.perf_counter)  #: start of the first validation or step
     last: dict[str, float] = field(default_factory=dict)  #: {name: seconds of its last measurement}
     spent: dict[str, float] = field(default_factory=dict)  #: {name: seconds of all measurements since `start`}
-    samples_per_second: float = math.nan  #: of the last step
+    samples_per_second: float = math.nan  #: speed of the last step
     to_encode: dict[str, int] = field(default_factory=dict)  #: {kind: clips missing for the whole run}
     seconds_per_clip: dict[str, float] = field(default_factory=dict)  #: {kind: encoding time, all processes together}
 
