@@ -21,8 +21,8 @@ class SigmaDensity:
 
     Args:
         weighting_scheme: one of WEIGHTING_SCHEMES; all but `logit_normal` and `mode` are uniform.
-        logit_mean, logit_std: of `logit_normal`; a mean above 0 means more noise.
-        mode_scale: of `mode`; in [−1, 2/(π − 2)] the map from uniform numbers is monotonic.
+        logit_mean, logit_std: parameters of `logit_normal`; a mean above 0 means more noise.
+        mode_scale: parameter of `mode`; in [−1, 2/(π − 2)] the map from uniform numbers is monotonic.
         shift: see `shift_sigmas`; 3 is that of Wan's own 480p inference schedule.
 
     Raises:
@@ -48,7 +48,7 @@ class BatchPlace:
 
     Args:
         batch_size: B, samples in the micro-batch.
-        num_processes, process_index: this process among all.
+        num_processes, process_index: number of processes, and index of this one.
         num_micro_batches, micro_batch_index: this micro-batch among those accumulated into the step.
 
     Raises:

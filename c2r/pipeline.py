@@ -45,7 +45,7 @@ class C2RPipeline(WanPipeline):
     """Turns a coarse video and a prompt into a video; without a coarse video it works as a WanPipeline.
 
     Offloading, VAE tiling and the like are Diffusers' own: `enable_model_cpu_offload()`, `vae.enable_tiling()`.
-    To free the text encoder for good, encode prompts with a pipeline of tokenizer and text encoder alone, and pass the
+    To free the text encoder's memory, encode prompts with a pipeline of tokenizer and text encoder alone, and pass the
     embeddings to a pipeline without them.
 
     Args:
@@ -309,7 +309,7 @@ def encode_prompts(
     Args:
         base_model: Wan pipeline, a folder or hub name.
         prompts: N prompts.
-        device, dtype: of the text encoder.
+        device, dtype: device and dtype of the text encoder.
 
     Returns:
         N embeddings (1, L, D_text) on CPU.

@@ -34,7 +34,7 @@ class _Part:
     """A dataset of a domain, walked in epochs of its own."""
 
     name: str  # seeds its random stream
-    first_index: int  # of its samples in the concatenation
+    first_index: int  # index of its first sample in the concatenation
     length: int
     weight: int  # it gives weight / total_weight of its domain's samples
     total_weight: int  # sum over the domain
@@ -64,8 +64,8 @@ class MixedCGRealSampler:
         real_dataset, cg_dataset: the two datasets, or their lengths. Indices from `len(real_dataset)` on are CG.
         cg_ratio: share of CG samples in [0, 1]. A decimal number is taken as written: 0.2 is 1/5.
         batch_size: samples per batch of one process.
-        seed: of the epochs' order and of the places within the batches.
-        num_processes, process_index: this process among all.
+        seed: determines the order of the epochs and the places within the batches.
+        num_processes, process_index: number of processes, and index of this one.
         buckets: bucket number of each sample of the concatenation; None: all samples have the same bucket.
         real_parts, cg_parts: [(length, weight), …] of the datasets that the domain consists of, one after the other.
             Weights are shares of the domain's samples, independent of the lengths: 2 and 1 are two thirds and one
@@ -155,9 +155,9 @@ class MixedCGRealSampler:
 
         Args:
             cg_ratio: share in [0, 1].
-            ahead: number of batches after the last consumed one that keep their share, drawn already or not. With the
-                largest number that can be in flight, the order does not depend on how many are: a run that is resumed
-                at this step has drawn none.
+            ahead: number of batches after the last consumed one that keep their share, drawn already or not. Give the
+                largest number that can be in flight: then the order does not depend on how many are, and a run that is
+                resumed at this step, with none in flight, continues it.
 
         Raises:
             InputError: if the ratio is out of range or asks for an empty domain.

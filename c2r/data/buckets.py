@@ -105,7 +105,7 @@ def cut_into_windows(frames: int, info: "VideoInfo", buckets: Sequence[Bucket]) 
 
     Args:
         frames: the file's length, counted at the frame rate of the clips.
-        info: of the file.
+        info: the file's kind and shape.
         buckets: all buckets in use.
 
     Returns:

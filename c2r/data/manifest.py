@@ -78,7 +78,7 @@ class Manifest:
     clips: Clips
     dropped: list[DroppedRow]
     cache_dir: Path
-    row_count: int  # of the metadata
+    row_count: int  # rows of the metadata
     without_coarse: list[DroppedRow] = field(default_factory=list)  # real rows that are used without it
 
     @property

@@ -67,7 +67,7 @@ def rows_of(table: Dataset, address: str) -> Iterator[tuple[str, str, str]]:
 
     Args:
         table: one of the tables of `find_metadata`.
-        address: of its folder, for messages.
+        address: address of the table's folder, for messages.
 
     Raises:
         InputError: it holds text that is not UTF-8, which the readers of some formats accept.

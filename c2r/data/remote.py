@@ -115,7 +115,7 @@ class RemoteFolder:
         """Give the path of a local copy, which is not removed while the context is open.
 
         Args:
-            name: of the file within the folder.
+            name: the file's name within the folder.
             size, version: as in `ListedFile`.
 
         Raises:

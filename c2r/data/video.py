@@ -122,7 +122,7 @@ def unusable_video(path: str | Path, detail: object, reason: DropReason = DropRe
     """Return the error to raise for a file, with a message of one line.
 
     Args:
-        path: of the file.
+        path: the file.
         detail: a description or a decoder's error.
         reason: its category.
     """
@@ -137,7 +137,7 @@ def open_video(
     """Open a file and its main picture stream (not cover art).
 
     Args:
-        path: of the file; only for messages if there is a file object.
+        path: the file; only for messages if there is a file object.
         file: a seekable binary file object to read instead.
 
     Raises:
@@ -275,7 +275,7 @@ def probe(path: str | Path, file: SeekableFile | None = None) -> VideoInfo:
     that of the sound.
 
     Args:
-        path: of the file; only for messages if there is a file object.
+        path: the file; only for messages if there is a file object.
         file: a seekable binary file object to read instead.
 
     Raises:
@@ -424,7 +424,7 @@ def nearest_frames(
     Args:
         timed: (time, frame) in order of time, the first at or before `wanted[0]`.
         wanted: times in seconds.
-        reach: seconds after its time for which the last frame still serves.
+        reach: seconds after its time for which the last frame is still the nearest.
 
     Yields:
         (number of consecutive wanted times, the frame that is nearest to them). Times beyond the reach get none.

@@ -29,7 +29,7 @@ class ClipDataset(Dataset):
     An item is a dict. F, H and W are the frames, height and width of the clip's bucket; C, T, h and w the channels,
     frames, height and width of its latents; L the length to which prompts are padded:
         latents_mean, latents_logvar: (C, T, h, w) fp32, the distribution of the normalised latents.
-        prompt_embeds: (L, D_text) fp32, zeros behind the prompt's end.
+        prompt_embeds: (L, D_text) fp32, zeros after the prompt's end.
         control_frames: (F, 3, H, W) uint8 RGB in [0, 255]; only with_control and without control_settings.
         control_features: (F, h, w, Dd), see `DINOv3FeatureExtractor`; only with_control and control_settings.
         domain: 0 for real, 1 for CG.

@@ -112,7 +112,7 @@ class ControlEncoder:
         settings: the frame rate.
         dinov3: folder or hub name.
         device: device to encode on.
-        dtype: of DINOv3's weights and of the features.
+        dtype: dtype of DINOv3's weights and of the features.
     """
 
     tensors: ClassVar = CONTROL_TENSORS

@@ -115,7 +115,7 @@ def encode_control(
     Args:
         clips, settings, accelerator, watchdog: see `encode_missing`.
         dinov3: folder or hub name.
-        dtype: of DINOv3's weights and of the features.
+        dtype: dtype of DINOv3's weights and of the features.
 
     Raises:
         InputError: there is no room for the features, or some are not finite.
@@ -203,7 +203,7 @@ def _encode_prompts(missing, settings, accelerator, watchdog):
         watchdog.beat(f"encoding of the prompt '{text}'")
         prompt_embeds, _ = pipeline.encode_prompt(
             text, do_classifier_free_guidance=False, max_sequence_length=max_length, device=device
-        )  # (1, L, D_text), zeros behind the prompt
+        )  # (1, L, D_text), zeros after the prompt
         length = len(tokenizer(prompt_clean(text), truncation=True, max_length=max_length).input_ids)
         save_tensors(path, {"prompt_embeds": prompt_embeds[0, :length]}, metadata | {"text": text})
     del pipeline, text_encoder

@@ -161,7 +161,7 @@ def find_missing_control(
     Args:
         clips, settings, accelerator: see `find_missing`.
         dinov3: folder or hub name.
-        dtype: of DINOv3's weights and of the features.
+        dtype: dtype of DINOv3's weights and of the features.
 
     Raises:
         InputError: there is no such DINOv3.

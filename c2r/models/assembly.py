@@ -26,7 +26,7 @@ def load_for_generation(
     """Load the trained model of a phase's best/ or final/, frozen, and its contract.
 
     Args:
-        folder: of phase 1, which gives a `WanTransformer3DModel`, or phase 2, which gives a `C2RTransformer`.
+        folder: best/ or final/. Phase 1 gives a `WanTransformer3DModel`, phase 2 a `C2RTransformer`.
         backbone: the backbone of a phase 2 folder, if it was moved since the contract was written.
         torch_dtype: dtype of the weights; None is fp32.
 

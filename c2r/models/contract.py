@@ -53,7 +53,7 @@ class PhaseContract:
     fps: float | None = None
     flow_shift: float | None = None
     conditioning_scale: float | None = None  #: phase 2 only
-    weights_sha256: str | None = None  #: of this folder's weights; `save_phase` fills it in
+    weights_sha256: str | None = None  #: fingerprint of this folder's weights, filled in by `save_phase`
     # Phase 2 only:
     backbone: str | None = None  #: the backbone that the ControlNet was trained on
     backbone_sha256: str | None = None  #: `fingerprint_transformer(backbone)`
