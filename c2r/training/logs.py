@@ -75,6 +75,7 @@ class StepLog:
         losses, sigmas = losses.detach().double().cpu(), sigmas.cpu()
         # The last bin includes 1.
         bins = torch.bucketize(sigmas, torch.tensor(SIGMA_BINS[1:-1]), right=True)
+        # Columns in the order of `_names`: the loss, those of the two domains, those of the noise levels.
         for columns in (torch.zeros_like(bins), 1 + domains, 3 + bins):
             self._sums[0].index_add_(0, columns, losses)
             self._sums[1].index_add_(0, columns, torch.ones_like(losses))

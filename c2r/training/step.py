@@ -80,11 +80,11 @@ def make_noisy_batch(
     batch_size = len(mean)
     first = settings.process_index * batch_size
     generators = [seeded_generator(settings.seed, "sample", micro_step, first + i) for i in range(batch_size)]
-    spread, noise = (torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]) for _ in range(2))
-    dropped_prompt, dropped_control = (
-        torch.stack([torch.rand((), generator=g) for g in generators]) for _ in range(2)
+    posterior_noise, noise = (
+        torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]) for _ in range(2)
     )
-    latents = mean + torch.exp(0.5 * logvar) * spread
+    prompt_draws, control_draws = (torch.stack([torch.rand((), generator=g) for g in generators]) for _ in range(2))
+    latents = mean + torch.exp(0.5 * logvar) * posterior_noise
     step, micro_batch_index = divmod(micro_step, settings.num_micro_batches)
     place = BatchPlace(
         batch_size=batch_size,
@@ -95,7 +95,7 @@ def make_noisy_batch(
     )
     sigmas = flow_matching.sample_sigmas(place, settings.density, seeded_generator(settings.seed, "sigmas", step))
     prompt_embeds = torch.where(
-        (dropped_prompt < settings.prompt_dropout)[:, None, None], empty_prompt_embeds, batch["prompt_embeds"]
+        (prompt_draws < settings.prompt_dropout)[:, None, None], empty_prompt_embeds, batch["prompt_embeds"]
     )
     latents, noise, sigmas = latents.to(device), noise.to(device), sigmas.to(device)
     return NoisyBatch(
@@ -105,7 +105,7 @@ def make_noisy_batch(
         velocity_target=flow_matching.velocity_target(latents, noise),
         weights=compute_loss_weighting_for_sd3(settings.density.weighting_scheme, sigmas),
         sigmas=sigmas,
-        dropped_control=(dropped_control < settings.control_dropout).to(device),
+        dropped_control=(control_draws < settings.control_dropout).to(device),
     )
 
 
