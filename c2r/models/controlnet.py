@@ -151,9 +151,9 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         layers = injection_layers(control_layers, control_stride, transformer.config.num_layers)
         shared = {name: transformer.config[name] for name in SHARED_CONFIG}
         # By keyword: Diffusers treats positional arguments as defaults, and drops them in `from_config`.
-        own = {"injection_layers": layers, "feature_dim": feature_dim, "temporal_stride": temporal_stride}
+        own_config = {"injection_layers": layers, "feature_dim": feature_dim, "temporal_stride": temporal_stride}
         with torch.device("meta"):  # skips the random weights of the clones, 5 billion at 14B
-            controlnet = cls(**own, **shared)
+            controlnet = cls(**own_config, **shared)
         controlnet.to_empty(device=transformer.device)
         if empty:
             return controlnet
