@@ -1,5 +1,6 @@
 """The endless stream of training batches."""
 
+import logging
 from collections.abc import Iterator
 
 from torch.utils.data import DataLoader, Dataset
@@ -7,6 +8,8 @@ from torch.utils.data import DataLoader, Dataset
 from c2r.data.workers import shield_worker
 from c2r.sampler import MixedCGRealSampler
 from c2r.training.run import Run
+
+logger = logging.getLogger(__name__)
 
 
 class TrainBatches:
@@ -29,6 +32,7 @@ class TrainBatches:
             pin_memory=run.device.type == "cuda",
         )
         self._batches: Iterator[dict] | None = None
+        _log_small_buckets(sampler, run.settings.buckets)
 
     def of_one_step(self) -> Iterator[tuple[int, dict]]:
         """Yield (micro_step, batch) for each micro-step of the next optimizer step."""
@@ -41,3 +45,12 @@ class TrainBatches:
             self._sampler.mark_consumed()
             self._run.watchdog.beat(f"step {step}: forward and backward")
             yield micro_step, batch
+
+
+def _log_small_buckets(sampler, buckets):
+    """Log the buckets whose clips are fewer than a global batch."""
+    for number, count in sampler.small_buckets().items():
+        logger.info(
+            f"bucket {buckets[number]}: its {count} clips are fewer than a batch over all processes, "
+            f"{sampler.batch_size * sampler.num_processes}, so batches repeat them; add clips, or leave the bucket out"
+        )
