@@ -69,7 +69,7 @@ def choose_clips(run: Run, plan: Plan) -> ChosenClips:
 
 
 def train(run: Run) -> Plan:
-    """Train from the first check to final/."""
+    """Train from the first check to final/. Return the run's plan, which --dry_run needs."""
     args, accelerator, progress = run.args, run.accelerator, run.progress
 
     # ------------------------------------------------------------------------------------------------ 1. refuse early
@@ -144,7 +144,7 @@ def train(run: Run) -> Plan:
 
 
 def validate(run: Run, state: TrainState, conditions: PromptConditions, plan: Plan):
-    """Measure the loss on held-out clips with the right prompt and another one, and save the best model."""
+    """Measure the loss on held-out clips with the right prompt and a wrong one; save best/ if the model is the best."""
     with evaluating(run, state, "validation"):
         losses = conditions.losses(state.model, run.accelerator, lambda: run.go_on("validation"))
         if record_validation(run, losses, conditions.domains) and run.progress.is_best():

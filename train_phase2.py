@@ -90,7 +90,7 @@ def choose_clips(run: Run, plan: Plan) -> ChosenClips:
 
 
 def train(run: Run) -> Plan:
-    """Train from the first check to final/."""
+    """Train from the first check to final/. Return the run's plan, which --dry_run needs."""
     args, accelerator, progress = run.args, run.accelerator, run.progress
     device, weight_dtype = run.device, run.weight_dtype
 
@@ -232,7 +232,7 @@ def validate(
     plan: Plan,
     cg_share: float,
 ):
-    """Measure the loss on held-out clips with the right control and wrong ones, and save the best model."""
+    """Measure the loss on held-out clips with right and wrong conditions; save best/ if the model is the best."""
     with evaluating(run, state, "validation"):
         losses = conditions.losses(state.model, dinov3, run.accelerator, lambda: run.go_on("validation"))
         metrics = record_validation(run, losses, conditions.domains, cg_share=cg_share)

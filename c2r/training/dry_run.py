@@ -81,9 +81,10 @@ def dry_run(train: Callable[[Run], Plan], args: Namespace):
     accelerator = build_accelerator(leg)
     timings: list[Timings] = []
     try:
-        for leg.max_train_steps in STEPS:
+        for last_step in STEPS:
             stop_on_signals()  # the first leg has left its own handlers
-            logger.info("dry run: to step %d", leg.max_train_steps)
+            leg.max_train_steps = last_step
+            logger.info("dry run: to step %d", last_step)
             run = start_run(leg, accelerator, planned=args)
             plan = train(run)
             timings.append(run.timings)
