@@ -115,10 +115,7 @@ def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) 
         ValueError: if shapes differ or the sigmas are in half precision.
     """
     _require_same_shape("latents", latents, "noise", noise)
-    _require_full_precision(sigmas)
-    if sigmas.shape != latents.shape[:1]:
-        raise ValueError(f"sigmas have shape {tuple(sigmas.shape)}: expected one per sample, ({latents.shape[0]},)")
-    sigmas = sigmas.view(-1, *[1] * (latents.ndim - 1))
+    sigmas = _one_per_sample(sigmas, latents)
     return ((1 - sigmas) * latents + sigmas * noise).to(latents.dtype)
 
 
@@ -156,8 +153,7 @@ def predict_latents(noisy_latents: torch.Tensor, velocity_pred: torch.Tensor, si
         ValueError: if the shapes differ or the sigmas are in half precision.
     """
     _require_same_shape("noisy_latents", noisy_latents, "velocity_pred", velocity_pred)
-    _require_full_precision(sigmas)
-    sigmas = sigmas.view(-1, *[1] * (noisy_latents.ndim - 1))
+    sigmas = _one_per_sample(sigmas, noisy_latents)
     return _at_least_fp32(noisy_latents) - sigmas * _at_least_fp32(velocity_pred)
 
 
@@ -266,6 +262,14 @@ def _at_least_fp32(tensor):
 def _require_same_shape(name, tensor, other_name, other):
     if tensor.shape != other.shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, {other_name} {tuple(other.shape)}: they must agree")
+
+
+def _one_per_sample(sigmas, latents):
+    """Return (B,) sigmas as (B, 1, ...), ready to multiply latents."""
+    _require_full_precision(sigmas)
+    if sigmas.shape != latents.shape[:1]:
+        raise ValueError(f"sigmas have shape {tuple(sigmas.shape)}: expected one per sample, ({latents.shape[0]},)")
+    return sigmas.view(-1, *[1] * (latents.ndim - 1))
 
 
 def _require_full_precision(sigmas):

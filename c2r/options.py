@@ -407,7 +407,8 @@ def _training_groups(before_data, after_data, **defaults):
             ),
             Option("logit_mean", "mean of the logit_normal density; above 0: more noise", ANY_NUMBER, 0.0),
             Option("logit_std", "standard deviation of the logit_normal density", POSITIVE, 1.0),
-            Option("mode_scale", "scale of the mode density", ANY_NUMBER, 1.29),
+            # Beyond 2 / (π − 2) the density is not monotonic, and stratified noise levels would not stay so.
+            Option("mode_scale", "scale of the mode density", Number(least=-1, most=1.75), 1.29),
             Option("prompt_dropout", "share of samples trained with the empty prompt", SHARE, 0.1),
         ],
         "checkpoints and validation": [

@@ -183,6 +183,7 @@ def test_half_precision_latents_are_noised_in_full_precision():
         (lambda x: fm.shift_sigmas(x, 0), "shift is 0"),
         (lambda x: fm.add_noise(x, x[:1], torch.zeros(3)), "latents has shape"),
         (lambda x: fm.add_noise(x, x, torch.zeros(2)), "one per sample"),
+        (lambda x: fm.predict_latents(x, x, torch.zeros(1)), "one per sample"),
         (lambda x: fm.add_noise(x, x, torch.zeros(3, dtype=torch.bfloat16)), "keep them in torch.float32"),
         (lambda x: fm.timesteps_from_sigmas(x.bfloat16()), "keep them in torch.float32"),
         (lambda x: fm.velocity_target(x, x[:1]), "noise"),
