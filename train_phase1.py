@@ -144,7 +144,7 @@ def train(run: Run) -> Plan:
 
 
 def validate(run: Run, state: TrainState, conditions: PromptConditions, plan: Plan):
-    """Measure the loss on held-out clips with the right prompt and a wrong one; save best/ if the model is the best."""
+    """Measure the loss on held-out clips with right and wrong prompts; save best/ if it is the best so far."""
     with evaluating(run, state, "validation"):
         losses = conditions.losses(state.model, run.accelerator, lambda: run.go_on("validation"))
         if record_validation(run, losses, conditions.domains) and run.progress.is_best():

@@ -232,7 +232,7 @@ def validate(
     plan: Plan,
     cg_share: float,
 ):
-    """Measure the loss on held-out clips with right and wrong conditions; save best/ if the model is the best."""
+    """Measure the loss on held-out clips with right and wrong conditions; save best/ if it is the best so far."""
     with evaluating(run, state, "validation"):
         losses = conditions.losses(state.model, dinov3, run.accelerator, lambda: run.go_on("validation"))
         metrics = record_validation(run, losses, conditions.domains, cg_share=cg_share)
