@@ -158,16 +158,22 @@ def _read_config(path, command):
 
     where = f"--config {path}"
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        # BaseLoader keeps every value as text, to be read as on the command line: `no` is not False, 1e-5 is a number.
+        loader = yaml.BaseLoader(Path(path).read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            raise InputError(f"{where}: not a list of options; write lines of the form 'option: value'")
+        names = [key.value for key, _ in node.value]
+        content = loader.construct_document(node)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{where}: cannot be read ({' '.join(str(error).split())}); correct the file") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{where}: not a list of options; write lines of the form 'option: value'")
     values = {}
     for name, value in content.items():
         option = command.options.get(name)
         if option is None or name == "config":
             raise InputError(f"{where}: {_unknown_option(f'--{name}', command)}")
+        if names.count(name) > 1:
+            raise InputError(f"{where}: --{name} is set twice; keep one of the lines")
         try:
             values[name] = _typed_yaml(option, value)
         except InputError as error:
@@ -177,14 +183,14 @@ def _read_config(path, command):
 
 def _typed_yaml(option, value):
     if isinstance(option.type, Flag | Switch):
-        if not isinstance(value, bool):
-            raise InputError(f"--{option.name} {value}: not true or false; give one of them")
-        return value
-    if value is None:
+        try:
+            return {"true": True, "false": False}[str(value).lower()]
+        except KeyError:
+            raise InputError(f"--{option.name} {value}: not true or false; give one of them") from None
+    if value in ("", "null", "~"):
         if option.default is not None or option.required:
-            raise InputError(f"--{option.name} null: has no value; give {option.type}")
+            raise InputError(f"--{option.name} {value or 'null'}: has no value; give {option.type}")
         return None
-    # YAML takes 1e-5 for text and 2024 for a number: read both as the command line would.
     if option.several or option.repeatable:
         entries = value if isinstance(value, list) else [value]
         if not entries:

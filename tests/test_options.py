@@ -42,6 +42,14 @@ def test_command_line_wins_over_config_over_defaults(tmp_path):
     assert args.real_dataset == ["data"]
 
 
+def test_config_values_are_read_as_on_the_command_line(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("mixed_precision: no\nema_decay: null\ncache_dir: 2024\ndry_run: True\nreal_dataset: [a, b:2]\n")
+    args = options(["--config", str(config)])
+    assert (args.mixed_precision, args.ema_decay, args.cache_dir, args.dry_run) == ("no", None, "2024", True)
+    assert cli.parse(PHASE1, ["--config", str(config), "--output_dir=o"]).real_dataset == ["a", "b:2"]
+
+
 def test_config_can_give_required_options(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("real_dataset: a\noutput_dir: b\n")
@@ -58,6 +66,8 @@ def test_config_can_give_required_options(tmp_path):
         ("gradient_checkpointing: 3", "--gradient_checkpointing 3: not true or false"),
         ("lr_scheduler: cosin", "--lr_scheduler cosin: not one of the choices; give linear, cosine"),
         ("- a list", "option: value"),
+        ("", "option: value"),
+        ("seed: 1\nseed: 2", "--seed is set twice"),
         ("checkpointing_steps: 2.5", "--checkpointing_steps 2.5: not a whole number"),
         ("height: null", "--height null: has no value"),
         ("real_dataset: []", "--real_dataset []: has no value"),
