@@ -13,6 +13,7 @@ import torch
 from c2r.cli import log_to_stdout
 from tests.helpers.commands import SIZE, phase1, phase2, succeed
 from tests.helpers.datasets import noise_video, write_dataset
+from tests.helpers.forks import fork
 from tests.helpers.tiny import save_tiny_dinov3, save_tiny_pipeline
 from tests.helpers.videos import encode_video
 
@@ -71,7 +72,7 @@ def first(tiny_models, small_datasets, tmp_path_factory):
 def second(first, tiny_models, small_datasets, tmp_path_factory):
     """Train phase 2 for four steps on the result of `first`; return its folder and the finished process."""
     out = tmp_path_factory.mktemp("run") / "phase2"
-    done = succeed(*phase2(tiny_models, small_datasets, first[0] / "final", out, "--max_train_steps=4"))
+    done = succeed(*phase2(tiny_models, small_datasets, first[0] / "final", out, "--max_train_steps=4"), by=fork)
     return out, done
 
 

@@ -105,7 +105,7 @@ def test_phase2_trains_on_cached_control_features(second, first, tiny_models, sm
 
 @pytest.mark.slow
 def test_a_resumed_phase2_is_bit_identical(first, second, tiny_models, small_datasets, tmp_path):
-    # As if a run had been killed between steps 2 and 4.
+    # As if a run had been killed between steps 2 and 4. This one has a launcher, as a user's run has.
     shutil.copytree(second[0] / "checkpoint-2", tmp_path / "checkpoint-2")
     options = ["--max_train_steps=4", "--resume_from_checkpoint=latest"]
     done = succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, *options))
