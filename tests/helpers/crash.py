@@ -64,14 +64,14 @@ MOMENTS = {
     "saving best": 0.02,
     "saving final": 0.02,
 }
-#: Number of kills at each moment in one deck; the last kill of each leg waits for "saving final".
-DECK = {"starting": 1, "encoding": 1, "training": 2, "validating": 2, "saving": 3, "pruning": 2, "saving best": 2}
-DECKS = {1: DECK, 2: DECK | {"sampling": 2}}
+#: {moment: its share of the kills}; the last kill of each leg waits for "saving final" instead.
+SHARES = {"starting": 1, "encoding": 1, "training": 2, "validating": 2, "saving": 3, "pruning": 2, "saving best": 2}
+SHARES_OF_PHASE = {1: SHARES, 2: SHARES | {"sampling": 2}}
 #: Steps after which a kill no longer waits for its moment: there may be no further best validation.
 PATIENCE = 16
 
 
-class Scene(Background):
+class ObservedRun(Background):
     """A run observed from outside, by its output and the files that it writes.
 
     Args:
@@ -92,8 +92,8 @@ class Scene(Background):
                     return True
         return False
 
-    def has_come(self, moment):
-        """Return True if the moment has come, or is waited for no longer."""
+    def has_reached(self, moment):
+        """Return True at the moment, or if it is waited for no longer."""
         if moment == "starting":
             return True
         if moment == "encoding":
@@ -161,23 +161,23 @@ def run_with_kills(command, out, moments, draw, fork):
         delay = draw.uniform(0, MOMENTS[moment])
         if moment == "encoding":
             shutil.rmtree(out / ".c2r_cache", ignore_errors=True)
-        with Scene(command, out, fork) as scene:
-            scene.wait_until(lambda scene=scene, moment=moment: scene.has_come(moment))
+        with ObservedRun(command, out, fork) as run:
+            run.wait_until(lambda run=run, moment=moment: run.has_reached(moment))
             time.sleep(delay)
-            assert scene.is_running(), f"{moment}: ended {delay:.4f} s later: {scene.text[-3000:]}"
-            scene.kill()
-            log.append({"kill": len(log) + 1, "waited for": moment, "then s": f"{delay:.4f}", **_found(scene)})
-    with Scene(command, out, fork) as scene:
-        assert scene.end() == 0, scene.text[-3000:]
+            assert run.is_running(), f"{moment}: ended {delay:.4f} s later: {run.text[-3000:]}"
+            run.kill()
+            log.append({"kill": len(log) + 1, "waited for": moment, "then s": f"{delay:.4f}", **_found(run)})
+    with ObservedRun(command, out, fork) as run:
+        assert run.end() == 0, run.text[-3000:]
     return log
 
 
-def _found(scene):
-    steps = scene.steps
-    checkpoints = sorted(int(path.name.split("-")[1]) for path in scene.out.glob("checkpoint-*"))
-    left = sorted(path.name for path in scene.out.glob(".*") if path.name not in (".lock", ".c2r_cache"))
+def _found(run):
+    steps = run.steps
+    checkpoints = sorted(int(path.name.split("-")[1]) for path in run.out.glob("checkpoint-*"))
+    left = sorted(path.name for path in run.out.glob(".*") if path.name not in (".lock", ".c2r_cache"))
     return {
-        "struck": scene.struck(),
+        "struck": run.struck(),
         "from step": steps[0] if steps else "",
         "at step": steps[-1] if steps else "",
         "checkpoints": " ".join(map(str, checkpoints)),
@@ -246,7 +246,7 @@ def crash_legs(folder, phase, processes, kills, seed, fork=False):
     for cg_ratio, moments in zip(CG_RATIOS, kills):
         steps += steps_of(moments)
         options = [f"--max_train_steps={steps}"] + ([f"--cg_ratio={cg_ratio}"] if phase == 2 else [])
-        with Scene(command_of(folder, phase, processes, reference, *options), reference, fork) as undisturbed:
+        with ObservedRun(command_of(folder, phase, processes, reference, *options), reference, fork) as undisturbed:
             leg = run_with_kills(command_of(folder, phase, processes, out, *options), out, moments, draw, fork)
             assert undisturbed.end() == 0, undisturbed.text[-3000:]
         log += [kill | {"kill": len(log) + i, "leg ends at": steps} for i, kill in enumerate(leg, start=1)]
@@ -270,12 +270,12 @@ def steps_of(moments):
     return 2 * CHECKPOINTING_STEPS * len(moments) + PATIENCE + 1
 
 
-def deal(phase, kills, seed):
+def draw_moments(phase, kills, seed):
     """Return the moments of `kills` kills, shuffled, as a list for each of two legs."""
-    deck = [moment for moment, count in DECKS[phase].items() for _ in range(count)]
+    in_order = [moment for moment, count in SHARES_OF_PHASE[phase].items() for _ in range(count)]
     draw, legs = random.Random(seed), []
     for count in (kills - kills // 2, kills // 2):
-        moments = (deck * count)[: count - 1]
+        moments = (in_order * count)[: count - 1]
         draw.shuffle(moments)
         legs.append([*moments, "saving final"])
     return legs
@@ -291,7 +291,7 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         out, reference, log = crash_legs(
-            Path(folder), args.phase, args.processes, deal(args.phase, args.kills, args.seed), args.seed
+            Path(folder), args.phase, args.processes, draw_moments(args.phase, args.kills, args.seed), args.seed
         )
         found = differences(out, reference)
     with open(args.output, "w", newline="") as file:
