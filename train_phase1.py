@@ -100,8 +100,9 @@ def train(run: Run) -> Plan:
     progress.inputs = plan.inputs
 
     # ------------------------------------------------------------------------------------------------------ 4. resume
-    # The checkpoint decides over weights (read above), optimizer, schedule, sampler and step; the command line over
-    # everything else. check_phase1 has refused another dataset, seed, optimizer or engine.
+    # The checkpoint decides over weights (read above), moments, sampler and step; the command line over everything
+    # else, the learning rate and its schedule included (`Option.on_resume`). check_phase1 has refused another dataset,
+    # engine, or option that must not change.
     resume(run, state, sampler)
     run.start_training()
 
@@ -147,7 +148,7 @@ def validate(run: Run, state: TrainState, conditions: PromptConditions, plan: Pl
     """Measure the loss on held-out clips with right and wrong prompts; save best/ if it is the best so far."""
     with evaluating(run, state, "validation"):
         losses = conditions.losses(state.model, run.accelerator, lambda: run.go_on("validation"))
-        if record_validation(run, losses, conditions.domains) and run.progress.is_best():
+        if record_validation(run, losses, conditions) and run.progress.is_best():
             save_model(run, state, "best", phase=1, mixtures=plan.mixtures)
 
 

@@ -143,9 +143,9 @@ def train(run: Run) -> Plan:
     frozen_before = local_fingerprint(backbone, state.model)
 
     # ------------------------------------------------------------------------------------------------------ 4. resume
-    # The checkpoint decides over weights (read above), optimizer, schedule, sampler and step; the command line over
-    # everything else, --cg_ratio included. check_phase2 has refused another dataset, backbone, DINOv3, seed, optimizer
-    # or engine.
+    # The checkpoint decides over weights (read above), moments, sampler and step; the command line over everything
+    # else, the learning rate, its schedule and --cg_ratio included (`Option.on_resume`). check_phase2 has refused another
+    # dataset, backbone, DINOv3, engine, or option that must not change.
     controller = RatioController(args.monitor_bound, args.monitor_patience, args.cg_ratio_min)
     progress.inputs, progress.controller = plan.inputs, controller.state_dict()
     progress.cg_ratio = progress.requested_cg_ratio = args.cg_ratio
@@ -235,7 +235,7 @@ def validate(
     """Measure the loss on held-out clips with right and wrong conditions; save best/ if it is the best so far."""
     with evaluating(run, state, "validation"):
         losses = conditions.losses(state.model, dinov3, run.accelerator, lambda: run.go_on("validation"))
-        metrics = record_validation(run, losses, conditions.domains, cg_share=cg_share)
+        metrics = record_validation(run, losses, conditions, cg_share=cg_share)
         if metrics is None:
             return
         if warning := leak_warning(metrics, run.args.control_augmentation):

@@ -138,6 +138,12 @@ BUCKET = Checked(parse_bucket, "frames x height x width")
 DURATION = Checked(_duration, "a duration such as 90s, 5m or 1h")
 
 
+#: Values of `Option.on_resume`.
+FROM_COMMAND_LINE = "from the command line"
+MUST_NOT_CHANGE = "must not change"
+NEW_BASELINE = "from the command line; a change starts a new baseline of validation"
+
+
 @dataclass(frozen=True)
 class Option:
     """One option of a command.
@@ -152,6 +158,7 @@ class Option:
         repeatable: may be given several times, a list.
         required: has no default.
         common: shown by --help; --help-all shows all options.
+        on_resume: value that a resumed run uses: FROM_COMMAND_LINE, MUST_NOT_CHANGE, or a sentence.
     """
 
     name: str
@@ -163,6 +170,7 @@ class Option:
     repeatable: bool = False
     required: bool = False
     common: bool = False
+    on_resume: str = FROM_COMMAND_LINE
 
 
 @dataclass(frozen=True)
@@ -327,7 +335,14 @@ def _training_groups(before_data, after_data, **defaults):
                 False,
                 common=True,
             ),
-            Option("seed", "seed of everything that is random in the run", WHOLE, 0, common=True),
+            Option(
+                "seed",
+                "seed of everything that is random in the run",
+                WHOLE,
+                0,
+                common=True,
+                on_resume=MUST_NOT_CHANGE,
+            ),
             Option(
                 "mixed_precision",
                 "bf16: autocast over fp32 trainable weights, frozen weights in bf16; no: everything in fp32",
@@ -371,6 +386,7 @@ def _training_groups(before_data, after_data, **defaults):
                 Choice(("adamw", "adamw8bit")),
                 "adamw",
                 common=True,
+                on_resume=MUST_NOT_CHANGE,
             ),
             Option("adam_beta1", "AdamW's decay of the first moment", Number(least=0, below=1), 0.9),
             Option("adam_beta2", "AdamW's decay of the second moment", Number(least=0, below=1), 0.999),
@@ -395,10 +411,17 @@ def _training_groups(before_data, after_data, **defaults):
                 "ema_decay",
                 "validate and save an exponential moving average of the weights with this decay, such as 0.999",
                 Number(above=0, below=1),
+                on_resume="from the command line; cannot be switched on or off",
             ),
         ],
         "flow matching": [
-            Option("flow_shift", "shift of the noise levels: 3 for 480p, 5 for 720p", POSITIVE, 3.0),
+            Option(
+                "flow_shift",
+                "shift of the noise levels: 3 for 480p, 5 for 720p",
+                POSITIVE,
+                3.0,
+                on_resume=NEW_BASELINE,
+            ),
             Option(
                 "weighting_scheme",
                 "density of the noise levels and weight of the loss, as in diffusers.training_utils",
@@ -433,7 +456,13 @@ def _training_groups(before_data, after_data, **defaults):
                 5,
             ),
             Option("validation_steps", "optimizer steps between validations", COUNT, 500, common=True),
-            Option("num_validation_clips", "held-out clips of each domain to validate on", COUNT, 8),
+            Option(
+                "num_validation_clips",
+                "held-out clips of each domain to validate on",
+                COUNT,
+                8,
+                on_resume=NEW_BASELINE,
+            ),
         ],
     }
     return {
@@ -486,6 +515,7 @@ PHASE1 = Command(
                 "single-file DiT (.safetensors) to start from instead of the pipeline's transformer/",
                 FILE,
                 common=True,
+                on_resume=MUST_NOT_CHANGE,
             )
         ],
         [],
@@ -523,7 +553,14 @@ PHASE2 = Command(
                 several=True,
                 common=True,
             ),
-            Option("cg_ratio", "share of CG samples, exact over the run", SHARE, 0.2, common=True),
+            Option(
+                "cg_ratio",
+                "share of CG samples, exact over the run",
+                SHARE,
+                0.2,
+                common=True,
+                on_resume="from the command line if it has changed, else the share that the run has reached",
+            ),
         ],
         train_batch_size=1,
         gradient_accumulation_steps=1,
@@ -535,12 +572,13 @@ PHASE2 = Command(
     )
     | {
         "control": [
-            Option("control_layers", "number of ControlNet blocks", COUNT, 15, common=True),
+            Option("control_layers", "number of ControlNet blocks", COUNT, 15, common=True, on_resume=MUST_NOT_CHANGE),
             Option(
                 "control_stride",
                 "backbone blocks per ControlNet block: 1 injects after the first blocks, 3 after every third",
                 COUNT,
                 1,
+                on_resume=MUST_NOT_CHANGE,
             ),
             Option("conditioning_scale", "factor of the control residuals", NOT_NEGATIVE, 1.0),
             Option("control_dropout", "share of samples trained with a blank control", SHARE, 0.1),
@@ -555,6 +593,7 @@ PHASE2 = Command(
                 "criterion of best/: the lowest validation loss, or the highest control gain",
                 Choice(("loss", "control_gain")),
                 "loss",
+                on_resume="from the command line; a change discards the previous best",
             ),
         ],
         "against a CG look": [
@@ -565,6 +604,7 @@ PHASE2 = Command(
                 "classifier, such as 0.1; 0: no classifier",
                 NOT_NEGATIVE,
                 0.0,
+                on_resume="from the command line; cannot be switched on or off",
             ),
             Option(
                 "control_augmentation",
@@ -745,17 +785,24 @@ def markdown() -> str:
         "# Options",
         "",
         "All options of all commands. `--help` shows the common ones (bold here), `--help-all` shows all. A YAML file "
-        "given by `--config` can set any option of the training scripts; the command line wins. This page is printed "
-        "by `python -m c2r.options`.",
+        "given by `--config` can set any option of the training scripts; the command line wins. A resumed run takes "
+        "all options from its command line, except where the last column says otherwise, and prints those that "
+        "differ. This page is printed by `python -m c2r.options`.",
     ]
     for command in COMMANDS:
         lines += ["", f"## {command.prog}", "", command.description]
+        training = command in (PHASE1, PHASE2)
         for group, options in command.groups.items():
-            lines += ["", f"**{group}**" if len(command.groups) > 1 else "", "", "| option | value | default | |"]
-            lines += ["|---|---|---|---|"]
+            lines += ["", f"**{group}**" if len(command.groups) > 1 else "", ""]
+            lines += [
+                "| option | value | default | |" + " on resume |" * training,
+                "|---|---|---|---|" + "---|" * training,
+            ]
             for option in options:
                 name = f"**`--{option.name}`**" if option.common else f"`--{option.name}`"
-                lines.append(f"| {name} | {option.type} | {_default_text(option)} | {option.help} |")
+                row = f"| {name} | {option.type} | {_default_text(option)} | {option.help} |"
+                changed = "" if option.on_resume == FROM_COMMAND_LINE else option.on_resume
+                lines.append(f"{row} {changed} |" if training else row)
     return "\n".join(line for line, after in zip(lines, [*lines[1:], None]) if line or after) + "\n"
 
 

@@ -41,7 +41,7 @@ def test_phase1_logs_its_numbers(first):
     assert len(logged["validation/prompt_gain"]) == len(logged["validation/loss_sigma_0.30"]) == 3
     assert len(logged["train/loss"]) == 4
     assert len(logged["validation/loss"]) == 3  # before the first step, at 2 and at 4
-    assert logged["train/learning_rate"][:3] == pytest.approx([0, 5e-4, 1e-3])
+    assert logged["train/learning_rate"][:3] == pytest.approx([5e-4, 1e-3, 1e-3])  # a warm-up of 2
     assert {"train/grad_norm", "train/samples_per_second", "train/loss_real"} <= logged.keys()
     assert "train/loss_cg" not in logged
 
@@ -84,6 +84,21 @@ def test_phase2_trains_and_exports(second, first):
 
 
 @pytest.mark.slow
+def test_a_resumed_run_takes_the_options_of_its_command_line(first, second, tiny_models, small_datasets, tmp_path):
+    """Take the new learning rate and validation clips, print both, and compare no losses of different clips."""
+    shutil.copytree(second[0] / "checkpoint-2", tmp_path / "checkpoint-2")
+    options = ["--max_train_steps=4", "--resume_from_checkpoint=latest", "--learning_rate=1e-5"]
+    options += ["--num_validation_clips=1"]
+    done = succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, *options), by=fork)
+    assert "resumed with --learning_rate 1e-05 (was 0.001): from the command line" in done.stdout
+    assert "resumed with --num_validation_clips 1 (was 2)" in done.stdout
+    assert "resumed with --seed" not in done.stdout
+    assert scalars(tmp_path)["train/learning_rate"] == pytest.approx([1e-5, 1e-5])
+    assert "other validation clips or noise levels than before" in done.stdout
+    history = json.loads((tmp_path / "checkpoint-4/state.json").read_text())["progress"]["history"]
+    assert [entry["step"] for entry in history if "new_baseline" in entry] == [4]
+
+
 def test_phase2_trains_on_cached_control_features(second, first, tiny_models, small_datasets, tmp_path):
     cache = tmp_path / "cache"
 

@@ -16,10 +16,12 @@ from torch import nn
 
 from c2r import InputError
 from c2r.data.clips import Clip
+from c2r.data.manifest import clips_fingerprint
 from c2r.data.mixture import Mixture
 from c2r.data.settings import ClipSettings
 from c2r.encoding.dataset import ClipDataset
 from c2r.evaluation.validation import QUANTILES, VelocityPredictor, clip_losses
+from c2r.files import digest
 from c2r.training.augmentation import augment_control_frames
 from c2r.training.seeds import seeded_generator
 
@@ -105,6 +107,11 @@ class PromptConditions:
         """The domain of each validation clip, "real" or "cg"."""
         return [clip.domain for clip in self.clips]
 
+    @property
+    def setting(self) -> str:
+        """Fingerprint of all that the numbers depend on besides the model."""
+        return digest([clips_fingerprint(self.to_encode), self.flow_shift])
+
     def losses(
         self, model: nn.Module, accelerator: Accelerator, go_on: Callable[[], bool] | None = None
     ) -> dict[str, torch.Tensor] | None:
@@ -170,6 +177,12 @@ class ControlConditions:
     def domains(self) -> list[str]:
         """The domain of each validation clip, "real" or "cg"."""
         return [clip.domain for clip in self.clips]
+
+    @property
+    def setting(self) -> str:
+        """Fingerprint of all that the numbers depend on besides the model."""
+        clips = [clips_fingerprint(clips) for clips in (self.to_encode, self.other_control.clips)]
+        return digest([*clips, self.flow_shift, self.conditioning_scale])
 
     def losses(
         self,

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
+from c2r.evaluation.conditions import ControlConditions, PromptConditions
 from c2r.evaluation.monitor import CGLook, CGMonitor
 from c2r.evaluation.monitor_reference import judge_samples, reference_of
 from c2r.evaluation.ratio_controller import RatioController
@@ -35,14 +36,17 @@ def evaluating(run: Run, state: TrainState, what: str) -> Iterator[None]:
 
 
 def record_validation(
-    run: Run, losses: dict[str, torch.Tensor] | None, domains: list[str], **numbers: float
+    run: Run,
+    losses: dict[str, torch.Tensor] | None,
+    conditions: PromptConditions | ControlConditions,
+    **numbers: float,
 ) -> dict[str, float] | None:
     """Log, plot and print the validation of this step. Call it on every process.
 
     Args:
         run: the script's run.
         losses: see `validation_metrics`; None if the validation was ended early, which the resumed run repeats.
-        domains: the domain of each validation clip.
+        conditions: those that the losses were computed under.
         numbers: further numbers to record.
 
     Returns:
@@ -50,7 +54,9 @@ def record_validation(
     """
     if losses is None:
         return None
-    metrics = validation_metrics(losses, domains, run.args.flow_shift) | numbers
+    metrics = validation_metrics(losses, conditions.domains, run.args.flow_shift) | numbers
+    if run.progress.start_baseline(conditions.setting):
+        run.info("other validation clips or noise levels than before, so a new baseline of validation starts")
     metrics["loss_at_start"] = run.progress.metrics.get("loss_at_start", metrics["loss"])
     run.progress.add_validation(metrics)
     run.log("validation", metrics)

@@ -1,6 +1,7 @@
 """A picture of the validations of a run."""
 
 import io
+import math
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,10 @@ def draw_history(history: list[dict[str, float]]) -> bytes:
         shares.tick_params(axis="y", colors="C3")
     for axes in (levels, gains):
         axes.axhline(0, color="black", linewidth=0.5)
+    for entry in history:
+        if "new_baseline" in entry:  # the numbers before it are of other clips or noise levels
+            for axes in (losses, levels, gains):
+                axes.axvline(entry["step"], color="black", linestyle="--", linewidth=0.8)
     for axes, shown in ((losses, losses.get_lines()), (levels, levels.get_lines()[:-1]), (gains, lines)):
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -80,7 +85,12 @@ def draw_history(history: list[dict[str, float]]) -> bytes:
 
 
 def _curve(axes, history, name, label, **style):
-    points = [(entry["step"], entry[name]) for entry in history if name in entry]
+    points = []
+    for entry in history:
+        if "new_baseline" in entry:
+            points.append((entry["step"], math.nan))  # breaks the line
+        if name in entry:
+            points.append((entry["step"], entry[name]))
     if points:
         axes.plot(*zip(*points), marker="o", markersize=3, label=label, **style)
 

@@ -32,7 +32,8 @@ from c2r.models.contract import save_weights
 from c2r.sampler import MixedCGRealSampler
 from c2r.training.engine import failing_together, gathered_state_dict, sharding, stepped_parameters
 from c2r.training.logs import tensorboard_writer
-from c2r.training.resume import STATE, find_damage, list_checkpoints
+from c2r.training.optimizer import set_schedule
+from c2r.training.resume import STATE, find_damage, list_checkpoints, saved_options
 from c2r.training.run import Run, TrainState
 
 # ---------------------------------------------------------------------------------------------------------------- save
@@ -92,9 +93,8 @@ def _write_state(folder, run, state, sampler):
     content = {
         "version": __version__,
         "progress": run.progress.state_dict(),
-        "lr_scheduler": state.lr_scheduler.state_dict(),
         "sampler": sampler.state_dict(),
-        "optimizer": run.args.optimizer,
+        "options": saved_options(run.args),
         "ema": None if state.ema is None else {"optimization_step": state.ema.optimization_step},
         "sharding": sharding(run.accelerator),
         "num_processes": run.accelerator.num_processes,
@@ -194,7 +194,7 @@ def _remove_leftovers(output_dir):
 
 
 def load_checkpoint(run: Run, state: TrainState, sampler: MixedCGRealSampler):
-    """Set optimizer, schedule, sampler, progress and average to the checkpoint's. Call it on every process.
+    """Load moments, sampler, progress and average, and set the schedule to their step. Call it on every process.
 
     The weights are not touched: the model was loaded from the checkpoint's `model/` before it was prepared.
 
@@ -215,11 +215,9 @@ def load_checkpoint(run: Run, state: TrainState, sampler: MixedCGRealSampler):
         for i, shadow in enumerate(state.ema.shadow_params):
             (shadow.to_local() if isinstance(shadow, DTensor) else shadow).copy_(shadows[str(i)])
         state.ema.optimization_step = content["ema"]["optimization_step"]
-    state.lr_scheduler.load_state_dict(content["lr_scheduler"])
-    for group, lr in zip(base.param_groups, state.lr_scheduler.get_last_lr()):
-        group["lr"] = lr
     sampler.load_state_dict(content["sampler"])
     run.progress.load_state_dict(content["progress"])
+    set_schedule(state.lr_scheduler, run.progress.global_step)
 
 
 def load_domain_classifier(path: Path, domain_classifier: DomainClassifier):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from c2r import InputError
 from c2r.models.adversary import DomainClassifier
@@ -97,14 +97,30 @@ def adamw_8bit() -> type[torch.optim.Optimizer]:
     return AdamW8bit
 
 
-def build_lr_scheduler(optimizer: torch.optim.Optimizer, args: Namespace) -> LRScheduler:
-    """Build diffusers' schedule `--lr_scheduler`; it counts optimizer steps."""
-    return get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
+def build_lr_scheduler(optimizer: torch.optim.Optimizer, args: Namespace) -> LambdaLR:
+    """Build diffusers' schedule `--lr_scheduler`, which counts optimizer steps; step n of a warm-up of w has n / w.
+
+    diffusers starts a warm-up at 0, and the first step would train nothing.
+    """
+    warmup = args.lr_warmup_steps if args.lr_scheduler != "constant" else 0
+    schedule = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=args.max_train_steps
     )
+    factor_after_warmup = schedule.lr_lambdas[0]  # the same for all parameter groups
+
+    def factor(steps_done):
+        return (steps_done + 1) / warmup if steps_done < warmup else factor_after_warmup(steps_done)
+
+    return LambdaLR(optimizer, factor)
+
+
+def set_schedule(lr_scheduler: LambdaLR, global_step: int):
+    """Put a new schedule where a run resumes: rate, shape and length are those of the command line."""
+    lr_scheduler.last_epoch = global_step
+    factors = [factor(global_step) for factor in lr_scheduler.lr_lambdas]
+    lr_scheduler._last_lr = [lr * factor for lr, factor in zip(lr_scheduler.base_lrs, factors)]
+    for group, lr in zip(lr_scheduler.optimizer.param_groups, lr_scheduler._last_lr):
+        group["lr"] = lr
 
 
 # ------------------------------------------------------------------------------------------------ bf16 weight storage

@@ -23,6 +23,7 @@ class Progress:
     requested_cg_ratio: float | None = None  #: --cg_ratio of the run that saved the checkpoint
     controller: dict[str, Any] = field(default_factory=dict)  #: state of the ratio controller
     cg_look: dict[str, float] = field(default_factory=dict)  #: last numbers of the CG monitor
+    validation_setting: str | None = None  #: fingerprint of the clips and noise levels of the last validation
 
     def state_dict(self) -> dict[str, Any]:
         """Return all fields, as JSON can hold them."""
@@ -32,6 +33,22 @@ class Progress:
         """Set all fields."""
         for entry in fields(self):
             setattr(self, entry.name, state[entry.name])
+
+    def start_baseline(self, setting: str) -> bool:
+        """Discard the previous best and the last numbers if the next validation cannot be compared with them.
+
+        Args:
+            setting: fingerprint of the next validation's clips and noise levels.
+
+        Returns:
+            True if the setting has changed; the history is marked.
+        """
+        changed = self.validation_setting not in (None, setting)
+        if changed:
+            self.best, self.metrics = {}, {}
+            self.history = [*self.history, {"step": self.global_step, "new_baseline": 1}]
+        self.validation_setting = setting
+        return changed
 
     def add_validation(self, metrics: dict[str, float]):
         """Record the numbers of a validation at this step."""

@@ -9,17 +9,22 @@ import weakref
 from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from c2r import InputError, __version__
 from c2r.files import read_json
+from c2r.options import MUST_NOT_CHANGE, PHASE1, PHASE2
 from c2r.training.engine import failing_together, sharding
 from c2r.training.progress import Progress
 
 logger = logging.getLogger(__name__)
+
+TRAINING_OPTIONS = PHASE1.options | PHASE2.options
+#: Options that belong to one start and not to the run.
+OF_ONE_START = ("config", "output_dir", "resume_from_checkpoint", "dry_run")
 
 #: Written last into a checkpoint: its state, and the size of every other file.
 STATE = "state.json"
@@ -176,9 +181,11 @@ def require_resumable(
             f"{path}: written by version {state.get('version', 'before 0.1.0')}, this is {__version__}; resume with "
             "that version, or start a new run with another --output_dir"
         )
-    if state["sampler"]["seed"] != args.seed:
-        saved = state["sampler"]["seed"]
-        raise InputError(f"--seed {args.seed}: {path} was written with --seed {saved}; give that one")
+    for name, now in saved_options(args).items():
+        before = state["options"].get(name)
+        if now != before and TRAINING_OPTIONS[name].on_resume == MUST_NOT_CHANGE:
+            written = f"with {before}; give that one" if before is not None else "without it; leave it out"
+            raise InputError(f"--{name} {now}: {path} was written {written}")
     saved_config = read_json(path / "model/config.json")
     for name, value in config.items():
         if not name.startswith("_") and saved_config.get(name) != value:
@@ -192,8 +199,6 @@ def require_resumable(
                 f"--resume_from_checkpoint {path.name}: the {name} has changed since the checkpoint was written; "
                 "restore it, or start a new run with another --output_dir"
             )
-    if state["optimizer"] != args.optimizer:
-        raise InputError(f"--optimizer {args.optimizer}: {path} was written with {state['optimizer']}; give that one")
     if args.ema_decay is not None and state["ema"] is None:
         raise InputError(f"--ema_decay {args.ema_decay:g}: {path} was written without one; leave it out")
     if args.ema_decay is None and state["ema"] is not None:
@@ -211,6 +216,29 @@ def require_resumable(
             f"{_engine(here, accelerator.num_processes)}; resume with the same accelerate config, or start a new run "
             f"from the weights in {path / 'model'}"
         )
+
+
+def saved_options(args: Namespace) -> dict[str, Any]:
+    """Return the options of a run, without those that belong to one start, as JSON holds them."""
+    options = {name: value for name, value in sorted(vars(args).items()) if name not in OF_ONE_START}
+    if options["buckets"] is not None:
+        options["buckets"] = [str(bucket) for bucket in options["buckets"]]
+    return options
+
+
+def changed_options(path: Path, args: Namespace) -> list[str]:
+    """Return a line for each option of a resumed run that differs from the run so far.
+
+    Args:
+        path: the checkpoint.
+        args: the options of the resumed run.
+    """
+    before = read_json(path / STATE)["options"]
+    return [
+        f"--{name} {now} (was {before.get(name)}): {TRAINING_OPTIONS[name].on_resume}"
+        for name, now in saved_options(args).items()
+        if now != before.get(name)
+    ]
 
 
 def _engine(sharding, num_processes):

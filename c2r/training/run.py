@@ -34,7 +34,7 @@ class TrainState:
     model: torch.nn.Module  #: prepared for the training engine: call this one
     trainable: ModelMixin  #: the part of it that trains, unwrapped
     optimizer: Any  #: prepared
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     ema: EMAModel | None
     domain_classifier: DomainClassifier | None = None
 

@@ -218,6 +218,7 @@ def resumable(run, checkpoint, inputs=None, config=None, **changed):
         ({"optimizer": "adamw8bit"}, "--optimizer adamw8bit"),
         ({"ema_decay": 0.9}, "--ema_decay 0.9"),
         ({"seed": 5}, "--seed 5"),
+        ({"dit_path": "a.safetensors"}, "--dit_path a.safetensors: "),
         ({"adversarial_weight": 0.1}, "--adversarial_weight 0.1"),
     ],
 )

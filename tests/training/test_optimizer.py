@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.optimization import get_scheduler
 
 from c2r.models.adversary import DomainClassifier
 from c2r.training.optimizer import (
@@ -11,6 +12,7 @@ from c2r.training.optimizer import (
     build_optimizer,
     exact_state_dict,
     merge_weight,
+    set_schedule,
     split_weight,
 )
 from tests.helpers.options import options
@@ -88,7 +90,7 @@ def test_the_domain_classifier_has_its_own_scheduled_rate_and_stays_fp32(weight_
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
         lr_scheduler.step()
-    shares = (0, 0.25, 0.5, 0.75, 1)
+    shares = (0.25, 0.5, 0.75, 1, 1)
     assert rates == [pytest.approx([1e-5 * share, CLASSIFIER_LEARNING_RATE * share]) for share in shares]
     assert {parameter.dtype for parameter in classifier.parameters()} == {torch.float32}
     assert len(optimizer.state) == 2 + len([*classifier.parameters()])
@@ -140,7 +142,7 @@ def test_bf16_storage_trains_a_transformer_and_keeps_its_fp32_parts():
         ("--adam_beta2=0.5", lambda group: group["betas"][1] == 0.5),
         ("--adam_weight_decay=0.5", lambda group: group["weight_decay"] == 0.5),
         ("--adam_epsilon=0.5", lambda group: group["eps"] == 0.5),
-        ("--lr_warmup_steps=4", lambda group: group["lr"] == pytest.approx(0.5e-3)),
+        ("--lr_warmup_steps=4", lambda group: group["lr"] == pytest.approx(0.75e-3)),
         ("--lr_scheduler=constant", lambda group: group["lr"] == pytest.approx(1e-3)),
     ],
 )
@@ -157,3 +159,40 @@ def test_optimizer_options_reach_the_optimizer(option, read):
         groups.append(optimizer.param_groups[0])
     assert read(groups[0])
     assert not read(groups[1])
+
+
+@pytest.mark.parametrize("name", ["constant_with_warmup", "cosine", "linear", "polynomial"])
+def test_step_n_of_a_warm_up_of_w_has_rate_n_over_w(name):
+    args = options([f"--lr_scheduler={name}", "--lr_warmup_steps=4", "--max_train_steps=10", "--learning_rate=1"])
+    optimizer = build_optimizer(torch.nn.Linear(1, 1), OptimizerSettings.of(args), CPU)
+    lr_scheduler = build_lr_scheduler(optimizer, args)
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        lr_scheduler.step()
+    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1])
+    reference = get_scheduler(name, optimizer, num_warmup_steps=4, num_training_steps=10).lr_lambdas[0]
+    assert rates[4:] == pytest.approx([reference(done) for done in range(4, 10)])
+    assert min(rates) > 0
+
+
+def test_a_resumed_schedule_has_rate_and_length_of_the_command_line():
+    def schedule(*argv):
+        args = options(["--lr_scheduler=cosine", "--lr_warmup_steps=2", *argv])
+        optimizer = build_optimizer(torch.nn.Linear(1, 1), OptimizerSettings.of(args), CPU)
+        return optimizer, build_lr_scheduler(optimizer, args)
+
+    for argv in (["--learning_rate=1e-3", "--max_train_steps=8"], ["--learning_rate=1e-5", "--max_train_steps=20"]):
+        whole, whole_schedule = schedule(*argv)
+        resumed, resumed_schedule = schedule(*argv)
+        for _ in range(5):
+            whole.step()
+            whole_schedule.step()
+        set_schedule(resumed_schedule, 5)
+        for _ in range(3):
+            assert resumed.param_groups[0]["lr"] == whole.param_groups[0]["lr"]
+            assert resumed_schedule.get_last_lr() == whole_schedule.get_last_lr()
+            for optimizer, lr_scheduler in ((whole, whole_schedule), (resumed, resumed_schedule)):
+                optimizer.step()
+                lr_scheduler.step()

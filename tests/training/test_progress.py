@@ -24,3 +24,25 @@ def test_only_a_better_finite_number_is_the_best():
     for loss, is_best in ((9.0, True), (9.0, False), (8.0, True)):
         progress.add_validation({"loss": loss})
         assert progress.is_best() is is_best
+
+
+def test_other_validation_clips_start_a_new_baseline():
+    progress = Progress()
+    assert not progress.start_baseline("a")
+    progress.add_validation({"loss": 1.0})
+    assert progress.is_best()
+    progress.global_step = 5
+    assert not progress.start_baseline("a")
+    progress.add_validation({"loss": 2.0})
+    assert not progress.is_best()
+    progress.global_step = 10
+    assert progress.start_baseline("b")
+    assert progress.metrics == {}
+    progress.add_validation({"loss": 3.0})
+    assert progress.is_best()  # not compared with the losses before
+    assert [("new_baseline" in entry, entry["step"]) for entry in progress.history] == [
+        (False, 0),
+        (False, 5),
+        (True, 10),
+        (False, 10),
+    ]
