@@ -207,6 +207,7 @@ def _content(path):
         return path.read_bytes()
     content = json.loads(path.read_text())
     content.get("progress", {}).get("logs", {}).pop("train/samples_per_second", None)
+    content.get("options", {}).pop("cache_dir", None)  # each run has its own
     return content
 
 

@@ -166,9 +166,9 @@ def launched(engine, *command, folder):
 
 
 def state_of(file):
-    """Return the content of a checkpoint's state.json, without the speed, which depends on the clock."""
+    """Return the content of a checkpoint's state.json, without the speed and the options, which differ."""
     state = json.loads(file.read_text())
-    del state["progress"]["logs"]["train/samples_per_second"]
+    del state["progress"]["logs"]["train/samples_per_second"], state["options"]
     return state
 
 
