@@ -22,6 +22,8 @@ from c2r.options import COMMANDS, Command, Flag, Option, Switch
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+#: Far above a file that sets every option.
+MAX_CONFIG_BYTES = 1_000_000
 #: Functions called before an unexpected error is raised; the watchdog adds one that names a dead process.
 failure_hooks: list[Callable[[], None]] = []
 #: Seconds that the other processes wait with an error, so that the main process reports bad input first.
@@ -157,7 +159,11 @@ def _read_config(path, command):
     import yaml
 
     where = f"--config {path}"
+    if not Path(path).is_file():
+        raise InputError(f"{where}: no such file; give a YAML file")
     try:
+        if Path(path).stat().st_size > MAX_CONFIG_BYTES:
+            raise InputError(f"{where}: larger than {MAX_CONFIG_BYTES} bytes; give a file of options")
         # BaseLoader keeps every value as text, to be read as on the command line: `no` is not False, 1e-5 is a number.
         loader = yaml.BaseLoader(Path(path).read_text(encoding="utf-8"))
         node = loader.get_single_node()
@@ -238,7 +244,7 @@ def check_command_line(command: Command):
 def _exit(error, message):
     """Exit with status 1 and one line."""
     traceback.clear_frames(error.__traceback__)  # closes progress bars, which would share the line
-    sys.exit(f"error: {message}")
+    sys.exit(f"error: {printable(message)}")
 
 
 def _wait_for_the_main_process():
@@ -286,6 +292,11 @@ def write_error_line(line: str):
 # ------------------------------------------------------------------------------------------------------------ messages
 
 
+def printable(text: str) -> str:
+    """Escape control characters, line breaks and direction marks: a stranger's caption could forge a message."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class _LineHandler(logging.Handler):
     """Print each message as one line on stdout, above progress bars; warnings with "warning: " before them."""
 
@@ -293,7 +304,7 @@ class _LineHandler(logging.Handler):
         from tqdm import tqdm
 
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(prefix + self.format(record))
+        tqdm.write(prefix + printable(self.format(record)))
         sys.stdout.flush()
 
 

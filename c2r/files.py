@@ -22,17 +22,27 @@ from c2r import InputError, __version__
 
 # ---------------------------------------------------------------------------------------------------------------- JSON
 
+#: Far above the index of any model's weights and the state of any run.
+MAX_JSON_BYTES = 64 * 2**20
+
 
 def read_json(path: str | Path) -> Any:
     """Return the content of a JSON file.
 
     Raises:
-        InputError: the file is missing or not JSON.
+        InputError: the file is missing, too large or not JSON.
     """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: not a file; check that its folder is the right one")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{path}: larger than {MAX_JSON_BYTES} bytes; replace it by an undamaged copy")
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check that its folder is the right one and complete") from None
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply; replace it by an undamaged copy") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); replace it by an undamaged copy") from None
 
@@ -88,27 +98,54 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     temporary, old = temporary_folder(folder), folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():
         old.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
+    remove_tree(old)
+    remove_tree(temporary)  # left by a killed run
     temporary.mkdir(parents=True)
     try:
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
             sync_file(path)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_tree(temporary)
         raise
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
     sync_file(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove_tree(old)
 
 
 def temporary_folder(folder: str | Path) -> Path:
     """Return the folder that `atomic_folder` yields: one process enters it, and other processes write there too."""
     folder = Path(os.path.abspath(folder))
     return folder.with_name(f".{folder.name}.tmp")
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder with its content if it is there. Of a link the link alone is removed, never what it leads to."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def refuse_linked_folders(folder: str | Path) -> None:
+    """Check that neither a cache folder nor the folders in it are links, which could lead out of a dataset.
+
+    Args:
+        folder: need not exist; its folders are checked two levels down, as deep as a cache has them.
+
+    Raises:
+        InputError: one is a link.
+    """
+    levels = [Path(folder)]
+    for depth in range(3):
+        for path in levels:
+            if path.is_symlink():
+                raise InputError(f"{path}: a link in a cache; remove it, or give a --cache_dir of your own")
+        if depth < 2:
+            inner = (os.scandir(path) for path in levels if path.is_dir())
+            levels = [Path(e.path) for entries in inner for e in entries if e.is_symlink() or e.is_dir()]
 
 
 def complete_folder(folder: str | Path) -> Path:

@@ -8,6 +8,8 @@ out-0.mp4, out-1.mp4 and so on. Without --control_video the backbone generates a
 Modules that take seconds to import are imported inside functions: --help and bad options are then answered at once.
 """
 
+import errno
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,10 +57,25 @@ def output_paths(output: str, count: int, inputs: list[str]) -> list[Path]:
             f"--output {output}: its folder cannot be created ({error.strerror}); choose another"
         ) from None
     paths = [path] if count == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]
+    for path in paths:
+        _require_writable(path)
     for given in inputs:
         if Path(given).resolve() in [path.resolve() for path in paths]:
             raise InputError(f"--output {output}: would overwrite --control_video {given}; choose another name")
     return paths
+
+
+def _require_writable(path):
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        path.lstat()  # fails if the name is too long for the file system
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise InputError(f"--output {path}: cannot be written ({error.strerror}); choose another name") from None
 
 
 def complete_options(args: Namespace, contract: "PhaseContract"):
@@ -87,6 +104,8 @@ def check_files(args: Namespace, contract: "PhaseContract"):
     if contract.phase == 1 and args.control_video:
         raise InputError(f"--model {args.model}: phase 1 has no control; leave --control_video out, or give phase 2")
     for path in args.control_video or []:
+        if not Path(path).is_file():
+            raise InputError(f"--control_video {path}: not a file; give a video")
         available = probe(path).frames_at(args.fps)
         if available < args.num_frames:
             raise InputError(
@@ -167,6 +186,10 @@ def main(argv: list[str] | None = None):
             prompt_embeds=embeds[i % len(embeds)],
             negative_prompt_embeds=negative_embeds,
         ).frames[0]  # (F, H, W, 3) in [0, 1]
+        if not np.isfinite(video).all():
+            raise InputError(
+                f"{output}: not written, its frames are not finite; check --model and its VAE, or give --dtype fp32"
+            )
         write_video(output, (video * 255).round().astype(np.uint8), args.fps)
         print(f"wrote {output}", flush=True)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
 
 from c2r import InputError, cli
 from c2r.data.video import probe, read_window, write_video
@@ -269,6 +270,17 @@ def test_bad_input_is_one_line_before_any_weight_is_read(unreadable, tmp_path, c
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_video_that_is_not_finite_is_not_written(folder, tmp_path):
+    pipeline = shutil.copytree(folder / "base", tmp_path / "base")
+    file = pipeline / "vae/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["decoder.conv_in.weight"] *= torch.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"a\.mp4: not written, its frames are not finite"):
+        generated(folder, tmp_path / "a.mp4", pretrained_model_name_or_path=pipeline)
+    assert not (tmp_path / "a.mp4").exists()
+
+
 def test_offloading_from_no_gpu_is_refused(folder, tmp_path):
     with pytest.raises(InputError, match=r"^--cpu_offload"):
         main(options(folder, output=tmp_path / "out.mp4", cpu_offload=True))

@@ -26,7 +26,7 @@ from c2r.data.metadata import find_metadata, rows_of
 from c2r.data.probes import Probes
 from c2r.data.settings import ClipSettings
 from c2r.data.video import UnusableVideo, VideoInfo
-from c2r.files import digest, write_atomic
+from c2r.files import digest, refuse_linked_folders, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -262,6 +262,8 @@ def read_manifest(
     """
     folder = open_folder(address, settings)
     cache_dir = settings.cache_folder(folder.address)
+    if settings.cache_dir is None:  # in the dataset's folder, which a stranger may have made
+        refuse_linked_folders(cache_dir)
     table, dropped, without_coarse, row_count = _locate_rows(folder, domain, cache_dir)
     probes = Probes(cache_dir)
     probes.probe_missing(folder, (file for row in range(len(table)) for file in table.files(row)))

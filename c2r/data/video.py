@@ -4,6 +4,7 @@ Times count from a file's first shown frame, because the clocks of two files may
 """
 
 import threading
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch.utils.data import get_worker_info
 
 from c2r import InputError
 from c2r.data.drop_reasons import DropReason
+from c2r.files import digest
 
 # Playlists, streams and files in parts are refused: they open files outside the dataset's folder, or the network.
 REFERENCING_FORMATS = {"concat", "dash", "hls", "imf", "lavfi", "mlv", "rtp", "rtsp", "sap", "sdp", "vobsub"}
@@ -494,21 +496,28 @@ def write_video(path: str | Path, frames: torch.Tensor | np.ndarray, fps: float)
         raise ValueError(f"yuv420p needs an even height and width, not {height}x{width}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    with av.open(str(partial), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=to_fraction(fps), options={"crf": "16"})
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        # 1 is BT.709 in all three: AVCOL_SPC_BT709, AVCOL_PRI_BT709, AVCOL_TRC_BT709.
-        stream.codec_context.colorspace = stream.codec_context.color_primaries = stream.codec_context.color_trc = 1
-        stream.codec_context.color_range = ColorRange.MPEG
-        for rgb in frames:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24").reformat(
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
-                interpolation=INTERPOLATION,
-                threads=1,
-            )
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    partial.replace(path)
+    key = digest(path.name)[:16]
+    for leftover in path.parent.glob(f".{key}.*.partial.mp4"):
+        leftover.unlink()  # of a killed process
+    # A name that nobody can have prepared as a link to another file.
+    partial = path.with_name(f".{key}.{uuid.uuid4().hex}.partial.mp4")
+    try:
+        with av.open(str(partial), "w", options={"movflags": "faststart"}) as container:
+            stream = container.add_stream("libx264", rate=to_fraction(fps), options={"crf": "16"})
+            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+            # 1 is BT.709 in all three: AVCOL_SPC_BT709, AVCOL_PRI_BT709, AVCOL_TRC_BT709.
+            stream.codec_context.colorspace = stream.codec_context.color_primaries = stream.codec_context.color_trc = 1
+            stream.codec_context.color_range = ColorRange.MPEG
+            for rgb in frames:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24").reformat(
+                    format="yuv420p",
+                    dst_colorspace=Colorspace.ITU709,
+                    dst_color_range=ColorRange.MPEG,
+                    interpolation=INTERPOLATION,
+                    threads=1,
+                )
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

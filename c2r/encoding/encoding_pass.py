@@ -204,6 +204,10 @@ def _encode_prompts(missing, settings, accelerator, watchdog):
         prompt_embeds, _ = pipeline.encode_prompt(
             text, do_classifier_free_guidance=False, max_sequence_length=max_length, device=device
         )  # (1, L, D_text), zeros after the prompt
+        if not prompt_embeds.isfinite().all():
+            raise InputError(
+                f"{settings.base_model}: its text encoder gives embeddings of '{text}' that are not finite; check it"
+            )
         length = len(tokenizer(prompt_clean(text), truncation=True, max_length=max_length).input_ids)
         save_tensors(path, {"prompt_embeds": prompt_embeds[0, :length]}, metadata | {"text": text})
     del pipeline, text_encoder

@@ -19,6 +19,10 @@ from c2r.models.hub import WeightIndex, fingerprint_files, require_class, requir
 from c2r.models.parts import freeze
 from c2r.models.transformer import C2RTransformer
 
+#: Bounds of a backbone's config, far above Wan 2.1 14B: a model of any size would take hours to build, even without
+#: weights.
+LARGEST_SIZES = {"num_layers": 200, "num_attention_heads": 1000, "attention_head_dim": 1000, "ffn_dim": 1_000_000}
+
 
 def load_for_generation(
     folder: str | Path, backbone: str | Path | None = None, torch_dtype: torch.dtype | None = None
@@ -162,6 +166,10 @@ def _read_text_to_video_config(folder):
             f"{folder}: no transformer here; give a Wan 2.1 pipeline folder, or best/ or final/ of phase 1"
         )
     config = require_class(folder, "WanTransformer3DModel")
+    for name, largest in LARGEST_SIZES.items():
+        size = config.get(name)
+        if not isinstance(size, int) or not 0 < size <= largest:
+            raise InputError(f"{folder}: its config has {name} {size}; give an undamaged copy of a Wan 2.1 model")
     if config.get("image_dim") or config.get("added_kv_proj_dim"):
         raise InputError(f"{folder}: this is an image-to-video model; give a text-to-video one (Wan 2.1 T2V)")
     return config

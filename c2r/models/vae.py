@@ -27,15 +27,18 @@ def encode_frames(vae: AutoencoderKLWan, frames: torch.Tensor) -> tuple[torch.Te
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """Decode normalised latents (B, C, T, h, w) to pixel values (B, 3, F, H, W), nominally in [−1, 1]."""
-    latents = latents.to(vae.device, vae.dtype)
+    """Decode normalised latents (B, C, T, h, w) to pixel values (B, 3, F, H, W), nominally in [−1, 1].
+
+    The latents decide the device: an offloaded VAE follows them in its own hook.
+    """
+    latents = latents.to(vae.dtype)
     latents_mean, latents_std = _latent_statistics(vae, latents.device, latents.dtype)
     return vae.decode(latents * latents_std + latents_mean, return_dict=False)[0]
 
 
 def decode_frames(vae: AutoencoderKLWan, latents: torch.Tensor) -> np.ndarray:
     """Decode normalised latents of one clip (C, T, h, w) to frames (F, H, W, 3) uint8."""
-    pixel_values = decode_latents(vae, latents[None])[0]  # (3, F, H, W)
+    pixel_values = decode_latents(vae, latents[None].to(vae.device))[0]  # (3, F, H, W)
     frames = (pixel_values * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     return rearrange(frames, "c f h w -> f h w c").cpu().numpy()
 

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from c2r import InputError, __version__
-from c2r.files import atomic_folder, read_json, sync_file, temporary_folder
+from c2r.files import atomic_folder, read_json, remove_tree, sync_file, temporary_folder
 from c2r.models.adversary import DomainClassifier
 from c2r.models.contract import save_weights
 from c2r.sampler import MixedCGRealSampler
@@ -35,6 +35,9 @@ from c2r.training.logs import tensorboard_writer
 from c2r.training.optimizer import set_schedule
 from c2r.training.resume import STATE, find_damage, list_checkpoints, saved_options
 from c2r.training.run import Run, TrainState
+
+#: Optimizer states that have their parameter's shape, of torch and of bitsandbytes.
+MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")
 
 # ---------------------------------------------------------------------------------------------------------------- save
 
@@ -180,14 +183,14 @@ def _remove(folder):
     # Renamed first: a process that is killed meanwhile leaves nothing that looks like a checkpoint.
     aside = folder.with_name(f".{folder.name}.removed")
     folder.rename(aside)
-    shutil.rmtree(aside)
+    remove_tree(aside)
 
 
 def _remove_leftovers(output_dir):
     """Remove half-written, half-removed and replaced checkpoints that killed runs have left."""
     for pattern in (".checkpoint-*.tmp", ".checkpoint-*.removed", ".checkpoint-*.old"):
         for path in Path(output_dir).glob(pattern):
-            shutil.rmtree(path)
+            remove_tree(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------- load
@@ -208,7 +211,15 @@ def load_checkpoint(run: Run, state: TrainState, sampler: MixedCGRealSampler):
     base.state.clear()
     for key, value in (tensors | numbers).items():
         index, _, name = key.partition(".")
+        if not index.isdecimal() or int(index) >= len(parameters):
+            raise InputError(f"{path}: its optimizer has an unknown state {key}; resume from an earlier checkpoint")
         parameter = parameters[int(index)]
+        if name in MOMENTS and value.shape != _local(parameter).shape:
+            # AdamW's fused kernel would read beyond the end.
+            raise InputError(
+                f"{path}: its optimizer's {key} has shape {tuple(value.shape)}, not {tuple(_local(parameter).shape)}; "
+                "resume from an earlier checkpoint"
+            )
         base.state.setdefault(parameter, {})[name] = _placed(value, parameter)
     if state.ema is not None:
         shadows, _ = _read(path / _shard_name("ema", run.accelerator, engine))
@@ -237,6 +248,10 @@ def _read(file):
             return {key: handle.get_tensor(key) for key in keys}, numbers
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file}: cannot be read ({error}); resume from an earlier checkpoint") from None
+
+
+def _local(parameter):
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _placed(value, parameter):

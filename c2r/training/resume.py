@@ -42,7 +42,7 @@ def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
 
 
 def _is_checkpoint(path):
-    return path.is_dir() and _PATTERN.fullmatch(path.name) is not None
+    return path.is_dir() and not path.is_symlink() and _PATTERN.fullmatch(path.name) is not None
 
 
 def find_damage(path: Path) -> str | None:
@@ -145,7 +145,9 @@ def lock_output_dir(accelerator: Accelerator, output_dir: str | Path) -> TextIO 
     lock = None
     with failing_together(accelerator, output_dir):
         if accelerator.is_main_process:
-            lock = open(Path(output_dir) / ".lock", "w")  # noqa: SIM115
+            # Without following a link, which would empty the file that it leads to.
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+            lock = open(os.open(Path(output_dir) / ".lock", flags, 0o644), "w")  # noqa: SIM115
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -436,6 +436,18 @@ def test_a_vae_that_gives_no_finite_latents_is_named(data, settings, model, proc
     assert len(read(data, broken).clips) == 3
 
 
+def test_prompts_without_finite_embeddings_are_not_cached(data, settings, model, process, tmp_path):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    file = broken / "text_encoder/model.safetensors"
+    weights = load_file(file)
+    weights["shared.weight"] = weights["shared.weight"] * torch.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    settings = replace(settings, base_model=str(broken))
+    with pytest.raises(InputError, match=r"broken: its text encoder gives embeddings of '.*' that are not finite"):
+        encode_missing(read(data, settings).clips, settings, *process)
+    assert not list(settings.cache_folder(data).glob("clips/*/*"))
+
+
 def test_clips_with_non_finite_latents_are_dropped_for_this_vae(data, settings, model, process, tmp_path):
     broken = replace(settings, base_model=break_vae(model, tmp_path / "broken"))
     clips = read(data, broken).clips

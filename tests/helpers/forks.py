@@ -81,9 +81,7 @@ def _run(command, folder, cwd, environment):
     os.setsid()  # a test may signal the command's process group
     for descriptor, name in enumerate(("stdout", "stderr"), start=1):
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    multiprocessing.set_start_method(
-        "fork", force=True
-    )  # for data workers: a forkserver would import again
+    multiprocessing.set_start_method("fork", force=True)  # for data workers: a forkserver would import again
     os.environ.update(environment)
     os.chdir(cwd)
     script = command[0] if command[0] != "-m" else f"{command[1].replace('.', '/')}.py"
