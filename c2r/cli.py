@@ -219,6 +219,8 @@ def run(main: Callable[[], Any]):
         # From a data loader's worker the error comes wrapped in the worker's traceback: its last line is the message.
         _exit(error, re.sub(r"^c2r[.\w]*: ", "", str(error).strip().splitlines()[-1]))
     except (OSError, EOFError, RuntimeError) as error:
+        # A killed data loader worker breaks its connection first; torch's handler would raise a second error here.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         from c2r.files import UNWRITABLE
 
         if _is_lost_worker(error):

@@ -31,7 +31,7 @@ STATE = "state.json"
 _PATTERN = re.compile(r"checkpoint-(\d+)")
 
 _locks: weakref.WeakSet[TextIO] = weakref.WeakSet()
-# Data loader workers live on for seconds when their process is killed: they must not hold its lock.
+# A data loader worker lives for seconds after its process is killed: it must not hold the lock.
 os.register_at_fork(after_in_child=lambda: [lock.close() for lock in _locks])
 
 
