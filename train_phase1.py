@@ -148,7 +148,7 @@ def validate(run: Run, state: TrainState, conditions: PromptConditions, plan: Pl
     """Measure the loss on held-out clips with right and wrong prompts; save best/ if it is the best so far."""
     with evaluating(run, state, "validation"):
         losses = conditions.losses(state.model, run.accelerator, lambda: run.go_on("validation"))
-        if record_validation(run, losses, conditions) and run.progress.is_best():
+        if record_validation(run, losses, conditions) and run.progress.record_best():
             save_model(run, state, "best", phase=1, mixtures=plan.mixtures)
 
 

@@ -240,7 +240,7 @@ def validate(
             return
         if warning := leak_warning(metrics, run.args.control_augmentation):
             run.info(warning)
-        if run.progress.is_best(run.args.best_by):
+        if run.progress.record_best(run.args.best_by):
             save(run, state, plan, "best")
 
 

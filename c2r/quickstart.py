@@ -1,4 +1,4 @@
-"""See the main job work, on a CPU and without downloads: both phases on the toy city, then coarse video to real.
+"""Run both phases on the toy city and turn coarse videos into real-looking ones, on a CPU and without downloads.
 
     python -m c2r.quickstart
 
@@ -16,7 +16,7 @@ from c2r.options import QUICKSTART
 from c2r.toy.commands import LAUNCH, PHASE1, PHASE2, require_clone, run_command
 
 RESUME = ["--resume_from_checkpoint", "latest"]
-# Of the scales tried, these gave the highest people correlation in the report.
+# The guidance scales with the highest people correlation in the report, among those tried.
 SAMPLING = ["--num_inference_steps=20", "--guidance=cfg", "--guidance_scale=2", "--seed=0"]
 CONTROL_SAMPLING = ["--control_guidance_scale=3"]
 
@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None):
     toy = json.loads((toy_dir / "toy.json").read_text())
 
     size = [f"--{name}={toy[name]}" for name in ("height", "width", "num_frames", "fps")]
+    # Both are done if phase 1 has a best/: it starts after them.
     for domain in ("real", "cg"):
         encode = ["-m", "c2r.encode", "--dataset", str(toy_dir / "data" / domain), "--domain", domain, *size]
         encode += ["--pretrained_model_name_or_path", str(toy_dir / "model"), "--dataloader_num_workers", "0"]

@@ -46,7 +46,7 @@ PHASE2_OPTIONS = SHARED_OPTIONS | {
     "cg_ratio": 0.2,
     "num_samples": 4,
     "sample_steps": 150,
-    # Of the scales tried, these gave the highest people correlation in the quickstart.
+    # The scales with the highest people correlation in the quickstart, among those tried.
     "guidance": "cfg",
     "guidance_scale": 2.0,
     "control_guidance_scale": 3.0,

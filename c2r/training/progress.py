@@ -55,8 +55,8 @@ class Progress:
         self.validated_step, self.metrics = self.global_step, metrics
         self.history = [*self.history, {"step": self.global_step} | metrics]
 
-    def is_best(self, criterion: str = "loss") -> bool:
-        """Return True if the last validation is the best so far, and remember it as such.
+    def record_best(self, criterion: str = "loss") -> bool:
+        """Record the last validation as the best if it is; return True if so.
 
         Args:
             criterion: "loss", the lowest is best, or "control_gain", the highest is best. Changing the criterion

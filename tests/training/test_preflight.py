@@ -105,7 +105,7 @@ def test_a_model_too_large_for_the_device_is_refused_and_a_tight_one_warned_abou
     run = run_of(args, accelerator)
     values = {"config": CONFIG, "trainable": 2**27, "frozen": 0}  # 2 GiB
     if message == "refused":
-        with pytest.raises(InputError, match=r"the device has 1.0 GiB: shard it .* --train_batch_size"):
+        with pytest.raises(InputError, match=r"the device has 1.0 GiB; shard the model .* --train_batch_size"):
             preflight(run, [mixture("real", 30)], **values)
         return
     preflight(run, [mixture("real", 30)], **values)
@@ -153,7 +153,7 @@ def test_the_backbone_must_be_what_phase_1_saved(first, tiny_models, tmp_path):
     (folder / "c2r.json").write_text(
         json.dumps(contract | dict.fromkeys(("backbone", "dinov3"), "x") | {"phase": 2, "backbone_sha256": "0"})
     )
-    with pytest.raises(InputError, match="is of phase 2; give best/ or final/ of phase 1"):
+    with pytest.raises(InputError, match="a model of phase 2; give best/ or final/ of phase 1"):
         fingerprint_backbone(accelerator, folder, base)
 
 
