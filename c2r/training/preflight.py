@@ -72,8 +72,8 @@ def fingerprint_backbone(accelerator: Accelerator, name_or_path: str, base_model
                 contract = read_contract(name_or_path)
             if contract is not None and contract.phase != 1:
                 raise InputError(
-                    f"--resume_backbone_from {name_or_path}: a model of phase {contract.phase}; give best/ or final/ of "
-                    "phase 1"
+                    f"--resume_backbone_from {name_or_path}: a model of phase {contract.phase}; give best/ or final/ "
+                    "of phase 1"
                 )
             sha256 = fingerprint_transformer(name_or_path, base_model)
             if contract is not None and contract.weights_sha256 != sha256:
@@ -184,7 +184,8 @@ def _memory_line(run, config, trainable, frozen):
     if estimate > ESTIMATE_MARGIN * total:
         raise InputError(
             f"{about}, but the device has {total / GIB:.1f} GiB; shard the model "
-            "(accelerate_configs/deepspeed_zero3.yaml), lower --train_batch_size or the size of the clips, or give --optimizer adamw8bit"
+            "(accelerate_configs/deepspeed_zero3.yaml), lower --train_batch_size or the size of the clips, or give "
+            "--optimizer adamw8bit"
         )
     remark = "; it may not fit: try --dry_run" if estimate + 3 * GIB > total else ""
     return f"{about}, of {total / GIB:.1f} GiB on the device{remark}"
