@@ -4,6 +4,7 @@ The launcher's configuration chooses the engine (see accelerate_configs/). Under
 that they were loaded in and the forward runs under our own autocast: no engine casts trainable weights to bf16.
 """
 
+import logging
 import os
 from argparse import Namespace
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ from c2r import InputError
 from c2r.files import fingerprint
 from c2r.training.optimizer import adamw_8bit, exact_state_dict
 
+logger = logging.getLogger(__name__)
+
 
 def build_accelerator(args: Namespace) -> Accelerator:
     """Build the Accelerator of a run on the engine that the launcher has chosen, with logs in `output_dir`/logs.
@@ -51,6 +54,7 @@ def build_accelerator(args: Namespace) -> Accelerator:
         raise InputError(
             f"--output_dir {output_dir}: cannot be created ({error.strerror}); choose another folder"
         ) from error
+    _log_ignored_settings(args)
     deepspeed = _launched_with("DEEPSPEED")
     on_cpu = not torch.accelerator.is_available()
     # Well above the watchdog's time-out, whose message names the process, even if that process was late already.
@@ -108,7 +112,18 @@ def _deepspeed_plugin(args):
         raise InputError(
             "the accelerate config asks for DeepSpeed, which is not installed; pip install deepspeed==0.19.8"
         ) from error
-    config = plugin.deepspeed_config
+    _override_deepspeed_config(plugin.deepspeed_config, args)
+    return plugin
+
+
+def _override_deepspeed_config(config, args):
+    """Set the run's options in a DeepSpeed config, in place, and log the numbers that they replace."""
+    for entry in ("optimizer", "scheduler"):
+        if entry in config:
+            raise InputError(
+                f"the DeepSpeed config has its own {entry}; remove that entry: --optimizer, --learning_rate and "
+                "--lr_scheduler decide"
+            )
     for precision in ("fp16", "bf16"):
         if config.get(precision, {}).get("enabled") not in (None, False, "auto"):
             raise InputError(
@@ -116,17 +131,35 @@ def _deepspeed_plugin(args):
                 "which keeps trainable weights in fp32"
             )
         config.pop(precision, None)
-    config |= {
-        "train_micro_batch_size_per_gpu": args.train_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "gradient_clipping": args.max_grad_norm,
-        "train_batch_size": args.train_batch_size
-        * args.gradient_accumulation_steps
-        * int(os.environ.get("WORLD_SIZE", 1)),
-        # torch's fused AdamW also steps on offloaded states, with the same result as on the GPU.
-        "zero_force_ds_cpu_optimizer": False,
+    per_process = args.train_batch_size * args.gradient_accumulation_steps
+    numbers = {
+        "train_micro_batch_size_per_gpu": (args.train_batch_size, "--train_batch_size"),
+        "gradient_accumulation_steps": (args.gradient_accumulation_steps, "--gradient_accumulation_steps"),
+        "gradient_clipping": (args.max_grad_norm, "--max_grad_norm"),
+        "train_batch_size": (per_process * int(os.environ.get("WORLD_SIZE", 1)), "--train_batch_size"),
     }
-    return plugin
+    for entry, (value, option) in numbers.items():
+        if config.get(entry, "auto") not in ("auto", value):
+            logger.warning("the DeepSpeed config's %s %s is replaced by %s: %s", entry, config[entry], option, value)
+        config[entry] = value
+    # torch's fused AdamW also steps on offloaded states, with the same result as on the GPU.
+    config["zero_force_ds_cpu_optimizer"] = False
+
+
+def _log_ignored_settings(args):
+    """Log settings of the launcher that the options replace."""
+    settings = {
+        "ACCELERATE_MIXED_PRECISION": ("mixed_precision", args.mixed_precision, "no"),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+            "gradient_accumulation_steps",
+            str(args.gradient_accumulation_steps),
+            "1",
+        ),
+    }
+    for variable, (name, value, default) in settings.items():
+        given = os.environ.get(variable, default)
+        if given not in (default, value):
+            logger.warning("the accelerate config's %s %s is ignored: --%s %s decides", name, given, name, value)
 
 
 _ENGINE_NAMES = {"zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3", "fsdp2": "FSDP2"}
