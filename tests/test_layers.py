@@ -10,7 +10,7 @@ from tests.helpers.source import ROOT, require_none
 
 #: From the top down. A module imports from its own layer and from those below. A package stands for all its modules.
 LAYERS = (
-    ("train_phase1", "train_phase2", "c2r.encode", "c2r.generate", "c2r.quickstart", "c2r.study"),
+    ("train_phase1", "train_phase2", "c2r.__main__", "c2r.encode", "c2r.generate", "c2r.quickstart", "c2r.study"),
     ("c2r.toy",),
     ("c2r.evaluation",),
     ("c2r.training",),

@@ -26,6 +26,8 @@ class LocalFolder:
 
     def __init__(self, address: str | Path):
         path = Path(address)
+        if path.is_file():
+            raise InputError(f"{path}: a file, not a dataset; give the folder that holds it and its metadata")
         if not path.is_dir():
             raise InputError(f"{path}: no such dataset folder; check the path")
         self.address = str(path.resolve())

@@ -1,6 +1,7 @@
 """The metadata of a dataset, read by the `datasets` library, which keeps large tables on disk."""
 
 import csv
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -122,6 +123,13 @@ def _read(folder: DatasetFolder, name: str, cache_dir: str | Path) -> Dataset:
             ) from error
         if "corresponds to no data" in str(error):
             raise InputError(f"{folder.address}/{name}: has no rows; list the videos in it") from error
+        if fields := re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(cause)):
+            raise InputError(
+                f"{folder.address}/{name}: line {fields[2]} has {fields[3]} fields, the header {fields[1]}; put "
+                "captions with a comma in double quotes"
+            ) from error
+        if "No columns to parse" in str(cause):
+            raise InputError(f"{folder.address}/{name}: is empty; write a header and list the videos in it") from error
         reason = " ".join(str(cause).split())
         raise InputError(f"{folder.address}/{name}: cannot be read ({reason}); correct the file") from error
     finally:

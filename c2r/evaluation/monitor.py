@@ -150,6 +150,8 @@ class CGLook:
         return {name: value for name, value in named.items() if isfinite(value)}
 
     def __str__(self):
+        if len(self.uninformative) == len(self.measures):
+            return "CG look unknown: no measure tells the real clips from the CG clips; train on more clips of both"
         parts = []
         for name, score in self.measures.items():
             remark = " (uninformative)" if name in self.uninformative else ""

@@ -132,6 +132,8 @@ def read_contract(folder: str | Path) -> PhaseContract:
     """
     folder = complete_folder(folder)
     path = folder / CONTRACT
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give best/ or final/ of a phase")
     if not path.is_file():
         raise InputError(f"{folder}: has no {CONTRACT}; give best/ or final/ of a phase, or check the path")
     stored = read_json(path)

@@ -76,6 +76,7 @@ def test_every_measure_is_uninformative_if_both_domains_look_alike(seed):
     look = judge(monitor, 0.0)
     assert isnan(look.look.mean)
     assert "cg_look" not in look.scalars()
+    assert str(look).startswith("CG look unknown: no measure tells the real clips from the CG clips")
     assert look.scalars()["cg_dinov3_accuracy"] == monitor.accuracy["dinov3"]
 
 
