@@ -44,8 +44,6 @@ def run_command(command: Sequence[str], output: TextIO | None = None, **variable
     if command[:2] == ["accelerate", "launch"]:
         command = ["python", "-m", "accelerate.commands.launch", *command[2:]]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    # OpenMP's threads otherwise spin while they wait, and starve each other where other work shares the cores.
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return subprocess.run(
         [sys.executable, *command[1:]],
         stdout=output,
