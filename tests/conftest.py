@@ -9,6 +9,7 @@ import signal
 
 import pytest
 import torch
+from hypothesis import settings
 
 from c2r.cli import log_to_stdout
 from tests.helpers.commands import SIZE, phase1, phase2, succeed
@@ -17,6 +18,8 @@ from tests.helpers.forks import fork
 from tests.helpers.tiny import save_tiny_dinov3, save_tiny_pipeline
 from tests.helpers.videos import encode_video
 
+settings.register_profile("no deadline", deadline=None)  # a busy machine would miss hypothesis' 200 ms
+settings.load_profile("no deadline")
 log_to_stdout()
 torch.set_num_threads(1)  # as in the commands: more threads would compete for the cores
 
