@@ -70,11 +70,11 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
         resume_from_checkpoint: None, "latest", a path, or the name of a folder in `output_dir`.
 
     Returns:
-        The checkpoint's path, or None to start at step 0: without the option, or where "latest" finds no complete
-        checkpoint. And a line for each later checkpoint that "latest" has passed over because it is damaged.
+        The checkpoint's path, or None to start at step 0: without the option, or where "latest" finds no checkpoint.
+        And a line for each later checkpoint that "latest" has passed over because it is damaged.
 
     Raises:
-        InputError: the named checkpoint is missing or damaged, or without one the run would overwrite an earlier run.
+        InputError: the named checkpoint is missing, all are damaged, or the run would overwrite an earlier one.
     """
     if resume_from_checkpoint is None:
         _require_no_run(output_dir)
@@ -86,7 +86,12 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
             if damage is None:
                 return path, skipped
             skipped.append(f"{path}: incomplete ({damage}); skipped")
-        return None, skipped
+        if skipped:  # at step 0 the run would overwrite what is left of it
+            raise InputError(
+                f"--resume_from_checkpoint latest: no checkpoint in {output_dir} is complete, the last one is "
+                f"{skipped[0].removesuffix('; skipped')}; restore one, or delete them to start at step 0"
+            )
+        return None, []
     option = f"--resume_from_checkpoint {resume_from_checkpoint}"
     for path in (Path(resume_from_checkpoint), Path(output_dir) / resume_from_checkpoint):
         if _is_checkpoint(path):

@@ -174,6 +174,13 @@ def test_latest_skips_a_damaged_checkpoint_and_names_it(damage, reason, two_chec
         find_checkpoint(two_checkpoints, "checkpoint-20")
 
 
+def test_a_run_with_damaged_checkpoints_alone_does_not_start_again(two_checkpoints):
+    for name in ("checkpoint-5", "checkpoint-20"):
+        (two_checkpoints / name / STATE).unlink()
+    with pytest.raises(InputError, match=r"no checkpoint in .* is complete, the last one is .*checkpoint-20"):
+        find_checkpoint(two_checkpoints, "latest")
+
+
 @pytest.mark.parametrize("name", ["checkpoint-5", "best", "final"])
 def test_an_earlier_run_is_not_overwritten(name, tmp_path):
     (tmp_path / "logs").mkdir()
