@@ -287,5 +287,5 @@ def test_offloading_from_no_gpu_is_refused(folder, tmp_path):
 
 
 def test_the_command_ends_with_one_line(tmp_path):
-    with pytest.raises(SystemExit, match=r"^error: .*phase2: has no c2r\.json"):
+    with pytest.raises(SystemExit, match=r"^error: .*phase2: no such folder; give best/ or final/"):
         cli.run(lambda: main(options(tmp_path, output=tmp_path / "out.mp4")))
