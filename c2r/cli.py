@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from c2r import InputError
-from c2r.options import COMMANDS, Command, Flag, Option, Switch
+from c2r.option_types import Flag, Switch
+from c2r.options import COMMANDS, Command, Option
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -3,7 +3,6 @@
 `python -m c2r.options` prints all of them as Markdown: docs/options.md.
 """
 
-import math
 import os
 from argparse import Namespace
 from collections.abc import Callable
@@ -12,131 +11,30 @@ from pathlib import Path
 from typing import Any
 
 from c2r import InputError
-from c2r.data.buckets import Bucket, check_num_frames, check_pixels, parse_bucket
+from c2r.data.buckets import Bucket
 from c2r.data.settings import ClipSettings
-
-# --------------------------------------------------------------------------------------------------------------- types
-# A type reads one value from text. It raises ValueError("what is wrong; what to do"); `c2r.cli` names the option.
-
-
-@dataclass(frozen=True)
-class Number:
-    """A finite number within bounds.
-
-    Args:
-        above: exclusive lower bound.
-        least, most: inclusive bounds.
-        below: exclusive upper bound.
-        whole: only whole numbers.
-    """
-
-    above: float = -math.inf
-    least: float = -math.inf
-    most: float = math.inf
-    below: float = math.inf
-    whole: bool = False
-
-    def __call__(self, text: str) -> float:
-        try:
-            value = int(text) if self.whole else float(text)
-        except ValueError:
-            raise ValueError(f"not a {'whole ' * self.whole}number; give {self}") from None
-        if not (math.isfinite(value) and self.above < value < self.below and self.least <= value <= self.most):
-            raise ValueError(f"out of range; give {self}")
-        return value
-
-    def __str__(self):
-        kind = "a whole number" if self.whole else "a number"
-        if math.isfinite(self.least) and math.isfinite(self.most):
-            return f"{kind} from {self.least:g} to {self.most:g}"
-        if math.isfinite(self.above) and math.isfinite(self.below):
-            return f"{kind} between {self.above:g} and {self.below:g}"
-        bounds = (("above", self.above), ("of at least", self.least), ("of at most", self.most), ("below", self.below))
-        limits = [f"{words} {bound:g}" for words, bound in bounds if math.isfinite(bound)]
-        return " and ".join([f"{kind} {limits[0]}", *limits[1:]]) if limits else kind
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of several words."""
-
-    words: tuple[str, ...]
-
-    def __call__(self, text: str) -> str:
-        if text not in self.words:
-            raise ValueError(f"not one of the choices; give {self}")
-        return text
-
-    def __str__(self):
-        return f"{', '.join(self.words[:-1])} or {self.words[-1]}"
-
-
-@dataclass(frozen=True)
-class Text:
-    """Any text; `description` is shown in messages and in docs/options.md."""
-
-    description: str = "text"
-
-    def __call__(self, text: str) -> str:
-        return text
-
-    def __str__(self):
-        return self.description
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A value that `read` reads from text or refuses by ValueError."""
-
-    read: Callable[[str], Any]
-    description: str
-
-    def __call__(self, text: str) -> Any:
-        return self.read(text)
-
-    def __str__(self):
-        return self.description
-
-
-@dataclass(frozen=True)
-class Flag:
-    """An option without a value: off unless it is given."""
-
-    def __str__(self):
-        return "no value"
-
-
-@dataclass(frozen=True)
-class Switch:
-    """An option that is switched on by --name and off by --no-name."""
-
-    def __str__(self):
-        return "no value; --no-… switches it off"
-
-
-def _duration(text):
-    number, unit = text[:-1], text[-1:]
-    try:
-        return {"s": 1, "m": 60, "h": 3600}[unit] * POSITIVE(number)
-    except (KeyError, ValueError):
-        raise ValueError("not a duration; give one such as 90s, 5m or 1h") from None
-
-
-COUNT = Number(least=1, whole=True)
-COUNT_OR_ZERO = Number(least=0, whole=True)
-WHOLE = Number(whole=True)
-POSITIVE = Number(above=0)
-NOT_NEGATIVE = Number(least=0)
-SHARE = Number(least=0, most=1)
-ANY_NUMBER = Number()
-FOLDER = Text("a folder")
-FILE = Text("a file")
-MODEL = Text("a folder or hub name")
-PIXELS = Checked(check_pixels, "pixels, divisible by 16")
-FRAMES = Checked(check_num_frames, "frames, 4k + 1")
-BUCKET = Checked(parse_bucket, "frames x height x width")
-DURATION = Checked(_duration, "a duration such as 90s, 5m or 1h")
-
+from c2r.option_types import (
+    ANY_NUMBER,
+    ANY_TEXT,
+    BUCKET,
+    COUNT,
+    COUNT_OR_ZERO,
+    DURATION,
+    FILE,
+    FOLDER,
+    FRAMES,
+    MODEL,
+    NOT_NEGATIVE,
+    PIXELS,
+    POSITIVE,
+    SHARE,
+    WHOLE,
+    Choice,
+    Flag,
+    Number,
+    Switch,
+    Text,
+)
 
 #: Values of `Option.on_resume`.
 FROM_COMMAND_LINE = "from the command line"
@@ -163,7 +61,7 @@ class Option:
 
     name: str
     help: str
-    type: Any = Text()
+    type: Any = ANY_TEXT
     default: Any = None
     metavar: str | None = None
     several: bool = False

@@ -16,6 +16,7 @@ LAYERS = (
     ("c2r.training",),
     ("c2r.cli",),
     ("c2r.options",),
+    ("c2r.option_types",),
     ("c2r.encoding",),
     ("c2r.data",),
     ("c2r.pipeline",),
@@ -26,7 +27,7 @@ SCRIPTS = ("train_phase1", "train_phase2")
 #: Rooms whose functions take values by name, never the parsed options of a command.
 WITHOUT_OPTIONS = ("c2r.data", "c2r.encoding", "c2r.flow_matching", "c2r.models", "c2r.pipeline", "c2r.sampler")
 #: Imported before a command has answered --help: they must load within a moment.
-LIGHT = ("c2r", "c2r.cli", "c2r.data.buckets", "c2r.data.settings", "c2r.options")
+LIGHT = ("c2r", "c2r.cli", "c2r.data.buckets", "c2r.data.settings", "c2r.option_types", "c2r.options")
 HEAVY = {"torch", "numpy", "diffusers", "transformers", "accelerate", "datasets", "av", "pyarrow", "matplotlib"}
 
 

@@ -10,18 +10,8 @@ from diffusers.optimization import SchedulerType
 from tqdm import tqdm
 
 from c2r import InputError, cli, flow_matching, pipeline
-from c2r.options import (
-    COMMANDS,
-    GENERATE,
-    GUIDANCE_SCALES,
-    LR_SCHEDULERS,
-    PHASE1,
-    PHASE2,
-    WEIGHTING_SCHEMES,
-    Choice,
-    Number,
-    markdown,
-)
+from c2r.option_types import Choice, Number
+from c2r.options import COMMANDS, GENERATE, GUIDANCE_SCALES, LR_SCHEDULERS, PHASE1, PHASE2, WEIGHTING_SCHEMES, markdown
 from tests.helpers.commands import ENVIRONMENT, ROOT
 from tests.helpers.options import options
 

@@ -69,11 +69,8 @@ def _can_replace(clip, other, differ):
     return other.text != clip.text if differ == "text" else other.target_file != clip.target_file
 
 
-class PromptConditions:
-    """The held-out clips of phase 1 with their own prompt and with a wrong one.
-
-    right            the clip's own prompt
-    other_prompt     the prompt of another clip of its domain
+class _HeldOutClips:
+    """The validation clips, each with another clip whose prompt is wrong for it.
 
     Args:
         clips: the validation clips.
@@ -99,13 +96,23 @@ class PromptConditions:
 
     @property
     def to_encode(self) -> list[Clip]:
-        """The clips that must be in the cache."""
+        """The clips that must be in the cache. The clips of wrong controls need not be: their videos are decoded."""
         return [*self.clips, *self.other_prompt_clips]
 
     @property
     def domains(self) -> list[str]:
         """The domain of each validation clip, "real" or "cg"."""
         return [clip.domain for clip in self.clips]
+
+
+class PromptConditions(_HeldOutClips):
+    """The held-out clips of phase 1 with their own prompt and with a wrong one.
+
+    right            the clip's own prompt
+    other_prompt     the prompt of another clip of its domain
+
+    Its arguments are those of `_HeldOutClips`: clips, spare, settings, flow_shift and batch_size.
+    """
 
     @property
     def setting(self) -> str:
@@ -133,7 +140,7 @@ class PromptConditions:
         return {name: partial(_predict, model, (embeds.to(device),)) for name, embeds in prompts.items()}
 
 
-class ControlConditions:
+class ControlConditions(_HeldOutClips):
     """The held-out clips of phase 2 with their own control and prompt and with wrong ones.
 
     right            the clip's own control and prompt
@@ -162,21 +169,9 @@ class ControlConditions:
         batch_size: int,
         conditioning_scale: float,
     ):
-        self.clips, self.settings = clips, settings
-        self.flow_shift, self.batch_size, self.conditioning_scale = flow_shift, batch_size, conditioning_scale
-        self.other_prompt_clips = other_clips(clips, spare, "text")
-        self.other_prompt = ClipDataset(self.other_prompt_clips, settings)
+        super().__init__(clips, spare, settings, flow_shift=flow_shift, batch_size=batch_size)
+        self.conditioning_scale = conditioning_scale
         self.other_control = ClipDataset(other_clips(clips, spare, "file"), settings)
-
-    @property
-    def to_encode(self) -> list[Clip]:
-        """The clips that must be in the cache. The clips of wrong controls need not be: their videos are decoded."""
-        return [*self.clips, *self.other_prompt_clips]
-
-    @property
-    def domains(self) -> list[str]:
-        """The domain of each validation clip, "real" or "cg"."""
-        return [clip.domain for clip in self.clips]
 
     @property
     def setting(self) -> str:
