@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None):
     import torch
     from diffusers.utils.torch_utils import get_device
 
-    from c2r.data.video import write_video
+    from c2r.data.video_writer import write_video
     from c2r.models.contract import read_contract
     from c2r.pipeline import Sampling, encode_prompts, load_pipeline
 

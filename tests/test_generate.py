@@ -9,7 +9,8 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from c2r import InputError, cli
-from c2r.data.video import probe, read_window, write_video
+from c2r.data.video import probe, read_window
+from c2r.data.video_writer import write_video
 from c2r.generate import complete_options, main, read_control
 from c2r.models.assembly import fingerprint_transformer
 from c2r.models.contract import PhaseContract, read_contract, save_phase

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from c2r import InputError, cli
 from c2r.data.manifest import read_manifest
-from c2r.data.video import write_video
+from c2r.data.video_writer import write_video
 from c2r.files import MAX_JSON_BYTES, atomic_folder, read_json, refuse_linked_folders, remove_tree
 from c2r.generate import output_paths
 from c2r.models.assembly import read_transformer_config

@@ -21,7 +21,7 @@ from torch import nn
 from c2r.data.clips import Clip, Clips
 from c2r.data.contact_sheet import draw_contact_sheet, image_bytes
 from c2r.data.settings import ClipSettings
-from c2r.data.video import write_video
+from c2r.data.video_writer import write_video
 from c2r.encoding.cache import CacheSettings
 from c2r.encoding.dataset import ClipDataset
 from c2r.evaluation.shares import equal_share

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from c2r.data.video import write_video
+from c2r.data.video_writer import write_video
 from c2r.toy import city
 
 HEIGHT, WIDTH, NUM_FRAMES, FPS = 96, 160, 9, 8

@@ -13,7 +13,7 @@ from c2r.data.clips import Clips
 from c2r.data.drop_reasons import DropReason
 from c2r.data.manifest import read_manifest
 from c2r.data.mixture import read_mixture
-from c2r.data.video import write_video
+from c2r.data.video_writer import write_video
 from tests.helpers.clips import clip, clips_of
 from tests.helpers.settings import clip_settings
 from tests.helpers.videos import counter_frames

@@ -18,7 +18,7 @@ from c2r import InputError
 from c2r.data.buckets import Bucket
 from c2r.data.drop_reasons import DropReason
 from c2r.data.manifest import is_held_out, read_manifest
-from c2r.data.video import write_video
+from c2r.data.video_writer import write_video
 from tests.helpers.commands import ROOT
 from tests.helpers.settings import clip_settings
 from tests.helpers.videos import counter_frames, encode_video

@@ -24,7 +24,8 @@ from c2r.data.buckets import Bucket
 from c2r.data.folders import read_frames
 from c2r.data.manifest import read_manifest
 from c2r.data.remote import RemoteFolder, RemoteStream, is_remote
-from c2r.data.video import UnusableVideo, write_video
+from c2r.data.video import UnusableVideo
+from c2r.data.video_writer import write_video
 from tests.helpers.settings import clip_settings
 from tests.helpers.videos import counter_frames, encode_video, read_counter
 

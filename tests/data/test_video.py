@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from c2r import InputError
-from c2r.data.video import UnusableVideo, nearest_frames, open_video, probe, read_window, to_rgb, write_video
+from c2r.data.video import UnusableVideo, nearest_frames, open_video, probe, read_window, to_rgb
+from c2r.data.video_writer import write_video
 from tests.helpers.commands import ENVIRONMENT, ROOT
 from tests.helpers.videos import corner_frames, counter_frames, encode_video, read_counter
 

@@ -9,7 +9,8 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from c2r import InputError
 from c2r.data.manifest import read_manifest
-from c2r.data.video import read_window, write_video
+from c2r.data.video import read_window
+from c2r.data.video_writer import write_video
 from c2r.encoding.cache import clip_path, current_encoders
 from c2r.encoding.dataset import ClipDataset
 from c2r.encoding.encoding_pass import encode_missing

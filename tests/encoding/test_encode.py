@@ -23,7 +23,8 @@ from c2r import InputError
 from c2r.cli import run
 from c2r.data.buckets import Bucket
 from c2r.data.manifest import read_manifest
-from c2r.data.video import read_window, write_video
+from c2r.data.video import read_window
+from c2r.data.video_writer import write_video
 from c2r.encoding.cache import CLIP_TENSORS, CacheSettings, clip_path, current_encoders, prompt_path
 from c2r.encoding.encoding_pass import encode_missing
 from c2r.encoding.missing import find_missing

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from c2r.data.video import write_video
+from c2r.data.video_writer import write_video
 from tests.helpers.commands import ENVIRONMENT, ROOT, succeed
 from tests.helpers.forks import fork, forked_twice, statuses
 from tests.helpers.videos import counter_frames, encode_video

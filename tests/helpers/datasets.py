@@ -4,7 +4,7 @@ import csv
 
 import numpy as np
 
-from c2r.data.video import write_video
+from c2r.data.video_writer import write_video
 from tests.helpers.commands import SIZE
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from c2r import InputError
 from c2r.data.manifest import read_manifest
-from c2r.data.video import write_video
+from c2r.data.video_writer import write_video
 from c2r.encoding.encoding_pass import encode_missing
 from c2r.files import load_tensors, save_tensors
 from c2r.models.controlnet import C2RControlNet
