@@ -115,8 +115,8 @@ def train(run: Run) -> Plan:
     log, guard = StepLog(accelerator), StepGuard(accelerator, progress, args.max_skipped_steps)
     for _ in run.steps("phase 1"):
         log.start()
-        for micro_step, batch in batches.of_one_step():
-            noisy = make_noisy_batch(batch, noise, micro_step, dataset.empty_prompt_embeds, run.device)
+        for draw, batch in batches.of_one_step():
+            noisy = make_noisy_batch(batch, noise, draw, dataset.empty_prompt_embeds, run.device)
             with accelerator.accumulate(state.model):
                 velocity_pred = state.model(noisy.noisy_latents, noisy.timesteps, noisy.prompt_embeds).sample
                 losses = noisy.weights * flow_matching.velocity_loss(velocity_pred, noisy.velocity_target)  # (B,)

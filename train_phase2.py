@@ -170,15 +170,15 @@ def train(run: Run) -> Plan:
     log, guard = StepLog(accelerator, progress.logs), StepGuard(accelerator, progress, args.max_skipped_steps)
     for _ in run.steps("phase 2"):
         log.start()
-        for micro_step, batch in batches.of_one_step():
-            noisy = make_noisy_batch(batch, noise, micro_step, real.empty_prompt_embeds, device)
+        for draw, batch in batches.of_one_step():
+            noisy = make_noisy_batch(batch, noise, draw, real.empty_prompt_embeds, device)
             domains = batch["domain"].to(device)  # (B,) 0 real, 1 CG
             if args.cache_control_features:
                 control_features = batch["control_features"].to(device)  # (B, F, h, w, Dd)
             else:
                 control_frames = batch["control_frames"].to(device).float() / 255  # (B, F, 3, H, W)
                 control_features = dinov3(
-                    augment_real_control(control_frames, batch["domain"], args.control_augmentation, noise, micro_step)
+                    augment_real_control(control_frames, batch["domain"], args.control_augmentation, args.seed, draw)
                 )
             # A dropped control is zero features, not a branch left out: guidance must know what no control looks like.
             control_features[noisy.dropped_control] = 0

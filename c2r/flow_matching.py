@@ -42,44 +42,6 @@ class SigmaDensity:
             )
 
 
-@dataclass(frozen=True)
-class BatchPlace:
-    """The place of one micro-batch of one process in the global batch of an optimizer step.
-
-    Args:
-        batch_size: B, samples in the micro-batch.
-        num_processes, process_index: number of processes, and index of this one.
-        num_micro_batches, micro_batch_index: this micro-batch among those accumulated into the step.
-
-    Raises:
-        ValueError: if a size is below 1 or an index is out of its range.
-    """
-
-    batch_size: int
-    num_processes: int = 1
-    process_index: int = 0
-    num_micro_batches: int = 1
-    micro_batch_index: int = 0
-
-    def __post_init__(self):
-        for name in ("batch_size", "num_processes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name, size in (("process_index", self.num_processes), ("micro_batch_index", self.num_micro_batches)):
-            if not 0 <= getattr(self, name) < size:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be in 0..{size - 1}")
-
-    @property
-    def global_batch_size(self) -> int:
-        """Samples of all processes and micro-batches of the step."""
-        return self.batch_size * self.num_processes * self.num_micro_batches
-
-    @property
-    def first_index(self) -> int:
-        """Index of the micro-batch's first sample in the global batch."""
-        return (self.micro_batch_index * self.num_processes + self.process_index) * self.batch_size
-
-
 # σ' = s·σ / (1 + (s − 1)·σ). Source: Esser et al. 2024 (SD3), eq. 23
 def shift_sigmas(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
     """Move sigmas towards noise for shift > 1, as Wan's schedulers do; 0, 1 and the order are kept.
@@ -192,25 +154,24 @@ def timesteps_from_sigmas(sigmas: torch.Tensor) -> torch.Tensor:
     return 1000 * sigmas
 
 
-def stratified_uniform(place: BatchPlace, generator: torch.Generator) -> torch.Tensor:
-    """Draw uniform numbers, one per stratum of the global batch, and return this micro-batch's part.
+def stratified_uniform(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw uniform numbers, one per stratum.
 
-    [0, 1) is cut into as many equal strata as the global batch has samples. Every sample gets its own stratum, in
-    shuffled order, and a uniform place within it. So each sample's u is uniform, and the step's sigmas cover the range
-    evenly: the loss varies less from step to step than with independent draws.
+    [0, 1) is cut into `count` equal strata. Every sample gets its own stratum, in shuffled order, and a uniform place
+    within it. So each sample's u is uniform, and the numbers cover the range evenly: the loss varies less from step to
+    step than with independent draws.
 
     Args:
-        place: place of the micro-batch in the global batch.
+        count: N, samples of an optimizer step: of all processes and micro-batches.
         generator: CPU generator. It must be in the same state in every process and for every micro-batch of the step
-            (seed it from the run's seed and the step): each call draws the whole global batch.
+            (seed it from the run's seed and the step): each draws all numbers, and takes those of its own samples.
 
     Returns:
-        (B,) float64 in [0, 1), on CPU.
+        (N,) float64 in [0, 1), on CPU.
     """
     # Shuffled: otherwise a process would see the same noise levels in every step.
-    strata = torch.randperm(place.global_batch_size, generator=generator)
-    offsets = torch.rand(place.global_batch_size, generator=generator, dtype=torch.float64)
-    return ((strata + offsets) / place.global_batch_size)[place.first_index : place.first_index + place.batch_size]
+    strata = torch.randperm(count, generator=generator)
+    return (strata + torch.rand(count, generator=generator, dtype=torch.float64)) / count
 
 
 # logit_normal: σ = sigmoid(m + s·Φ⁻¹(u)), mode: σ = 1 − u − s·(cos²(πu/2) − 1 + u). Source: SD3, eq. 19 and 20
@@ -238,20 +199,20 @@ def density_from_uniform(uniform: torch.Tensor, density: SigmaDensity) -> torch.
     return uniform
 
 
-def sample_sigmas(place: BatchPlace, density: SigmaDensity, generator: torch.Generator) -> torch.Tensor:
-    """Draw the sigmas of one micro-batch: stratified over the global batch, of the given density, shifted.
+def sample_sigmas(count: int, density: SigmaDensity, generator: torch.Generator) -> torch.Tensor:
+    """Draw the sigmas of an optimizer step: stratified, of the given density, shifted.
 
     Args:
-        place, generator: see `stratified_uniform`.
+        count, generator: see `stratified_uniform`.
         density: see `SigmaDensity`.
 
     Returns:
-        (B,) fp32 in [MIN_SIGMA shifted, 1], on CPU.
+        (N,) fp32 in [MIN_SIGMA shifted, 1], on CPU.
 
     Raises:
         ValueError: if the shift is not positive.
     """
-    sigmas = density_from_uniform(stratified_uniform(place, generator), density)
+    sigmas = density_from_uniform(stratified_uniform(count, generator), density)
     return shift_sigmas(sigmas.clamp(MIN_SIGMA, 1), density.shift).float()
 
 

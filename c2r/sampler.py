@@ -103,8 +103,8 @@ class MixedCGRealSampler:
             raise ValueError(f"{len(self._buckets)} buckets for {self.num_real} real and {self.num_cg} CG samples")
 
         self._consumed = _Position(drawn=(0,) * len(self._parts), queues={})
-        # Positions after the batches that were drawn but not yet consumed, oldest first.
-        self._in_flight: deque[_Position] = deque()
+        # Batches that were drawn but not yet consumed, oldest first: their samples' numbers, and the position after.
+        self._in_flight: deque[tuple[list[int], _Position]] = deque()
         # {first batch: share of CG from it on}. A change while batches are in flight must keep its number: a resume
         # draws these batches again, and they had the old share.
         self._ratios = {0: self._checked_ratio(cg_ratio)}
@@ -113,8 +113,8 @@ class MixedCGRealSampler:
     def __iter__(self) -> Iterator[list[int]]:
         self._in_flight.clear()
         while True:
-            indices, position = self._draw(self.batch_size)
-            self._in_flight.append(position)
+            indices, numbers, position = self._draw(self.batch_size)
+            self._in_flight.append((numbers, position))
             yield indices
 
     def sample_batch(self, batch_size: int) -> list[int]:
@@ -133,19 +133,26 @@ class MixedCGRealSampler:
             raise RuntimeError(
                 f"{len(self._in_flight)} batches are in flight: do not mix sample_batch and a DataLoader"
             )
-        indices, position = self._draw(_checked_batch_size(batch_size))
+        indices, _, position = self._draw(_checked_batch_size(batch_size))
         self._set_consumed(position)
         return indices
 
-    def mark_consumed(self):
+    def mark_consumed(self) -> list[int]:
         """Record that the training loop has taken the next batch from its DataLoader.
+
+        Returns:
+            The numbers of the batch's samples, counted from the start of training over all processes. The batches of
+            an optimizer step hold consecutive numbers. With one bucket a number names the same sample for every
+            batch size and number of processes.
 
         Raises:
             RuntimeError: if no drawn batch is left to consume.
         """
         if not self._in_flight:
             raise RuntimeError("mark_consumed was called more often than batches were drawn")
-        self._set_consumed(self._in_flight.popleft())
+        numbers, position = self._in_flight.popleft()
+        self._set_consumed(position)
+        return numbers
 
     def set_cg_ratio(self, cg_ratio: float | str, ahead: int = 0):
         """Change the share of CG from the next drawn batch on; batches in flight keep theirs.
@@ -172,9 +179,14 @@ class MixedCGRealSampler:
         return float(self._ratio_of(self._drawn.batches))
 
     @property
+    def num_consumed(self) -> int:
+        """Number of samples that all processes have consumed."""
+        return self._consumed.emitted
+
+    @property
     def realised_cg_share(self) -> float:
         """The share of CG in all samples that the processes have consumed, in [0, 1]; 0 before the first."""
-        samples = self._consumed.emitted
+        samples = self.num_consumed
         waiting = sum(index >= self.num_real for queue in self._consumed.queues.values() for index in queue)
         drawn = sum(count for part, count in zip(self._parts, self._consumed.drawn) if part.is_cg)
         return (drawn - waiting) / samples if samples else 0.0
@@ -253,7 +265,7 @@ class MixedCGRealSampler:
 
     @property
     def _drawn(self):
-        return self._in_flight[-1] if self._in_flight else self._consumed
+        return self._in_flight[-1][1] if self._in_flight else self._consumed
 
     def _set_consumed(self, position):
         self._consumed = position
@@ -266,7 +278,7 @@ class MixedCGRealSampler:
         return self._ratios[max(first_batch for first_batch in self._ratios if first_batch <= batch)]
 
     def _draw(self, batch_size):
-        """Return this process's slice of the next global batch, and the position after it."""
+        """Return this process's slice of the next global batch, its samples' numbers, and the position after it."""
         start = self._drawn
         needed, ratio = batch_size * self.num_processes, self._ratio_of(start.batches)
         drawn, queues = list(start.drawn), {bucket: list(queue) for bucket, queue in start.queues.items()}
@@ -285,13 +297,15 @@ class MixedCGRealSampler:
             queue = queues.setdefault(bucket, [])
             queue.append(index)
             full = bucket if len(queue) == needed else None
-        indices, queues[full] = queues[full][:needed], queues[full][needed:]
-        indices.sort(key=lambda index: index >= self.num_real)
+        samples = list(zip(queues[full], range(start.emitted, start.emitted + needed)))  # (index, number)
+        queues[full] = queues[full][needed:]
+        samples.sort(key=lambda sample: sample[0] >= self.num_real)
         # Seeded by the number of samples in earlier batches, not of batches: the same for every batch size.
-        self._random("batch", start.emitted).shuffle(indices)
+        self._random("batch", start.emitted).shuffle(samples)
+        own = samples[self.process_index * batch_size : (self.process_index + 1) * batch_size]
         waiting = {bucket: tuple(queue) for bucket, queue in queues.items() if queue}
         end = _Position(tuple(drawn), waiting, start.batches + 1, Fraction(due, unit))
-        return indices[self.process_index * batch_size : (self.process_index + 1) * batch_size], end
+        return [index for index, _ in own], [number for _, number in own], end
 
     def _next_sample(self, drawn, is_cg):
         """Return the index of the stream's next sample of a domain, and count it in `drawn`."""

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from c2r import flow_matching as fm
-from c2r.flow_matching import BatchPlace, SigmaDensity
+from c2r.flow_matching import SigmaDensity
 
 SHAPE = (3, 4, 2, 6, 8)
 
@@ -105,26 +105,15 @@ def test_shift_keeps_ends_and_order_and_has_an_inverse(shift, low, high):
     torch.testing.assert_close(fm.shift_sigmas(shifted, 1 / shift), sigmas)
 
 
-@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**32))
-def test_every_sample_of_the_global_batch_has_its_own_stratum(batch_size, num_processes, num_micro_batches, seed):
-    parts = [
-        fm.stratified_uniform(
-            BatchPlace(batch_size, num_processes, process, num_micro_batches, micro_batch), step_generator(seed)
-        )
-        for micro_batch in range(num_micro_batches)
-        for process in range(num_processes)
-    ]
-    assert {part.shape for part in parts} == {(batch_size,)}
-    uniform = torch.cat(parts)
-    strata = (uniform * len(uniform)).floor().long()
-    assert sorted(strata.tolist()) == list(range(len(uniform)))
-    assert torch.equal(uniform, fm.stratified_uniform(BatchPlace(len(uniform)), step_generator(seed))), (
-        "the same step on one process must draw the same numbers"
-    )
+@given(st.integers(1, 60), st.integers(0, 2**32))
+def test_every_sample_of_a_step_has_its_own_stratum(count, seed):
+    uniform = fm.stratified_uniform(count, step_generator(seed))
+    assert uniform.shape == (count,)
+    assert sorted((uniform * count).floor().long().tolist()) == list(range(count))
 
 
 def test_noise_levels_are_uniform_at_every_place_of_the_batch():
-    draws = torch.stack([fm.stratified_uniform(BatchPlace(4), step_generator(seed)) for seed in range(2000)])
+    draws = torch.stack([fm.stratified_uniform(4, step_generator(seed)) for seed in range(2000)])
     quantiles = draws.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), dim=0)
     expected = torch.tensor([[0.1], [0.5], [0.9]], dtype=torch.float64).expand_as(quantiles)
     torch.testing.assert_close(quantiles, expected, rtol=0, atol=0.05)
@@ -144,8 +133,7 @@ def test_densities_and_shift_keep_one_sample_per_stratum(scheme):
     density = SigmaDensity(scheme, shift=3.0)
     edges = fm.density_from_uniform(torch.linspace(0, 1, 9, dtype=torch.float64), density).clamp(fm.MIN_SIGMA, 1)
     edges = fm.shift_sigmas(edges, 3.0).sort().values.float()
-    parts = [fm.sample_sigmas(BatchPlace(2, 4, process), density, step_generator()) for process in range(4)]
-    sigmas = torch.cat(parts)
+    sigmas = fm.sample_sigmas(8, density, step_generator())
     assert sigmas.dtype == torch.float32
     assert sorted(torch.bucketize(sigmas, edges[1:-1]).tolist()) == list(range(8))
 
@@ -153,15 +141,14 @@ def test_densities_and_shift_keep_one_sample_per_stratum(scheme):
 def test_positive_logit_mean_means_more_noise():
     def mean(logit_mean):
         density = SigmaDensity("logit_normal", logit_mean, shift=1.0)
-        return fm.sample_sigmas(BatchPlace(512), density, step_generator()).mean()
+        return fm.sample_sigmas(512, density, step_generator()).mean()
 
     assert mean(1.0) > mean(0.0) + 0.1 > mean(-1.0) + 0.2
 
 
 def test_sigmas_never_fall_below_the_trained_schedule():
     lowest = min(
-        fm.sample_sigmas(BatchPlace(20000), SigmaDensity(shift=shift), step_generator()).min().item()
-        for shift in (1.0, 3.0)
+        fm.sample_sigmas(20000, SigmaDensity(shift=shift), step_generator()).min().item() for shift in (1.0, 3.0)
     )
     assert lowest == pytest.approx(fm.MIN_SIGMA)
 
@@ -188,9 +175,6 @@ def test_half_precision_latents_are_noised_in_full_precision():
         (lambda x: fm.timesteps_from_sigmas(x.bfloat16()), "keep them in torch.float32"),
         (lambda x: fm.velocity_target(x, x[:1]), "noise"),
         (lambda x: fm.velocity_loss(x, x[:1]), "velocity_target"),
-        (lambda x: BatchPlace(0), "batch_size is 0"),
-        (lambda x: BatchPlace(1, num_processes=2, process_index=2), "process_index is 2"),
-        (lambda x: BatchPlace(1, num_micro_batches=2, micro_batch_index=-1), "micro_batch_index"),
         (lambda x: SigmaDensity("uniform"), "weighting_scheme is 'uniform'"),
     ],
 )

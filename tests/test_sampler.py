@@ -478,6 +478,37 @@ def test_a_resume_with_other_batches_and_processes_loses_no_sample(mix, consumed
     assert abs(cg_drawn - Fraction(str(mix["cg_ratio"])) * sum(stream.values())) <= Fraction(1, 2)
 
 
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4))
+def test_a_number_names_the_same_sample_for_every_batch_size(batch_size, num_processes, batches):
+    def named(batch_size, num_processes, batches):
+        found = {}
+        for process in range(num_processes):
+            sampler = MixedCGRealSampler(
+                17, 5, 0.3, batch_size, num_processes=num_processes, process_index=process, seed=3
+            )
+            for indices in itertools.islice(sampler, batches):
+                found |= dict(zip(sampler.mark_consumed(), indices, strict=True))
+        return found
+
+    count = batch_size * num_processes * batches
+    alone = named(1, 1, count)
+    assert sorted(alone) == list(range(count))
+    assert named(batch_size, num_processes, batches) == alone
+
+
+@settings(deadline=None)
+@given(mixes(), st.integers(1, 3), st.integers(0, 20))
+def test_the_numbers_of_a_global_batch_are_consecutive(mix, num_processes, skipped):
+    samplers = [MixedCGRealSampler(num_processes=num_processes, process_index=p, **mix) for p in range(num_processes)]
+    iterators, size = [iter(sampler) for sampler in samplers], mix["batch_size"] * num_processes
+    for batch in range(skipped + 1):
+        assert {sampler.num_consumed for sampler in samplers} == {batch * size}
+        for iterator in iterators:
+            next(iterator)
+        numbers = flat(sampler.mark_consumed() for sampler in samplers)
+    assert sorted(numbers) == list(range(skipped * size, (skipped + 1) * size))
+
+
 def test_queues_that_are_full_for_smaller_batches_come_before_new_draws():
     mix = {"real_dataset": 40, "cg_dataset": 0, "cg_ratio": 0, "buckets": [0, 1] * 20}
     before = MixedCGRealSampler(**mix, batch_size=8)

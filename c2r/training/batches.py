@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -10,6 +11,18 @@ from c2r.sampler import MixedCGRealSampler
 from c2r.training.run import Run
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which samples of the run a micro-batch of this process holds: all its randomness follows from these numbers.
+
+    One GPU with two micro-batches and two GPUs with one draw the same: they have the same numbers.
+    """
+
+    numbers: list[int]  #: of its samples, counted from the start of training over all processes
+    first_of_step: int  #: lowest number in the optimizer step
+    samples_per_step: int  #: over all processes and micro-batches
 
 
 class TrainBatches:
@@ -34,17 +47,18 @@ class TrainBatches:
         self._batches: Iterator[dict] | None = None
         _log_small_buckets(sampler, run.settings.buckets)
 
-    def of_one_step(self) -> Iterator[tuple[int, dict]]:
-        """Yield (micro_step, batch) for each micro-step of the next optimizer step."""
+    def of_one_step(self) -> Iterator[tuple[Draw, dict]]:
+        """Yield each micro-batch of the next optimizer step and which samples it holds."""
         if self._batches is None:  # not earlier: a resumed sampler must be at its position when loading starts
             self._batches = iter(self._loader)
         step = self._run.progress.global_step + 1
-        for micro_step in self._run.micro_steps:
+        first = self._sampler.num_consumed
+        for _ in range(self._run.args.gradient_accumulation_steps):
             self._run.watchdog.beat(f"step {step}: data")
             batch = next(self._batches)
-            self._sampler.mark_consumed()
+            numbers = self._sampler.mark_consumed()
             self._run.watchdog.beat(f"step {step}: forward and backward")
-            yield micro_step, batch
+            yield Draw(numbers, first, self._run.samples_per_step), batch
 
 
 def _log_small_buckets(sampler, buckets):

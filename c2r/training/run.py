@@ -70,12 +70,6 @@ class Run:
         args = self.args
         return args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
 
-    @property
-    def micro_steps(self) -> range:
-        """Numbers of the micro-steps of the next optimizer step, counted from the start of training."""
-        count = self.args.gradient_accumulation_steps
-        return range(self.progress.global_step * count, (self.progress.global_step + 1) * count)
-
     def start_training(self):
         """Open the logs and take over signals, once everything that can be refused has been checked."""
         # A run that was killed may have logged this step's validation without saving it.

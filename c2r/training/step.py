@@ -6,8 +6,9 @@ import torch
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 
 from c2r import flow_matching
-from c2r.flow_matching import BatchPlace, SigmaDensity
+from c2r.flow_matching import SigmaDensity
 from c2r.training.augmentation import augment_control_frames
+from c2r.training.batches import Draw
 from c2r.training.guard import StepGuard
 from c2r.training.logs import StepLog
 from c2r.training.run import Run, TrainState
@@ -22,9 +23,6 @@ class NoiseSettings:
     density: SigmaDensity
     prompt_dropout: float = 0.0  #: share of samples trained with the empty prompt
     control_dropout: float = 0.0  #: share of samples trained with a blank control
-    num_micro_batches: int = 1  #: micro-batches of one optimizer step, per process
-    num_processes: int = 1
-    process_index: int = 0
 
     @classmethod
     def of(cls, run: Run) -> "NoiseSettings":
@@ -41,9 +39,6 @@ class NoiseSettings:
             ),
             prompt_dropout=args.prompt_dropout,
             control_dropout=getattr(args, "control_dropout", 0.0),  # phase 1 has no control
-            num_micro_batches=args.gradient_accumulation_steps,
-            num_processes=run.accelerator.num_processes,
-            process_index=run.accelerator.process_index,
         )
 
 
@@ -61,39 +56,31 @@ class NoisyBatch:
 
 
 def make_noisy_batch(
-    batch: dict, settings: NoiseSettings, micro_step: int, empty_prompt_embeds: torch.Tensor, device: torch.device
+    batch: dict, settings: NoiseSettings, draw: Draw, empty_prompt_embeds: torch.Tensor, device: torch.device
 ) -> NoisyBatch:
     """Draw latents, noise levels, noise and dropped conditions for one micro-batch.
 
-    All randomness comes from the seed, the micro-step and the sample's place in the micro-batch of all processes, see
-    `seeded_generator`: two processes with a batch of 2 draw what one process with a batch of 4 draws.
+    All randomness comes from the seed and the sample's number, see `seeded_generator`: two processes with a batch of 2
+    draw what one process with a batch of 4 draws, or with two micro-batches of 2.
 
     Args:
         batch: from the data loader: `latents_mean`, `latents_logvar` (B, C, T, h, w), `prompt_embeds` (B, L, D_text).
         settings: see `NoiseSettings`.
-        micro_step: micro-steps done since the start of training. The noise levels of one optimizer step are stratified
-            over its micro-batches and all processes.
+        draw: the samples in the batch. The noise levels of an optimizer step are stratified over its micro-batches and
+            all processes.
         empty_prompt_embeds: (L, D_text), replaces dropped prompts.
         device: device of the result.
     """
     mean, logvar = batch["latents_mean"], batch["latents_logvar"]
-    batch_size = len(mean)
-    first = settings.process_index * batch_size
-    generators = [seeded_generator(settings.seed, "sample", micro_step, first + i) for i in range(batch_size)]
+    generators = [seeded_generator(settings.seed, "sample", number) for number in draw.numbers]
     posterior_noise, noise = (
         torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]) for _ in range(2)
     )
     prompt_draws, control_draws = (torch.stack([torch.rand((), generator=g) for g in generators]) for _ in range(2))
     latents = mean + torch.exp(0.5 * logvar) * posterior_noise
-    step, micro_batch_index = divmod(micro_step, settings.num_micro_batches)
-    place = BatchPlace(
-        batch_size=batch_size,
-        num_processes=settings.num_processes,
-        process_index=settings.process_index,
-        num_micro_batches=settings.num_micro_batches,
-        micro_batch_index=micro_batch_index,
-    )
-    sigmas = flow_matching.sample_sigmas(place, settings.density, seeded_generator(settings.seed, "sigmas", step))
+    generator = seeded_generator(settings.seed, "sigmas", draw.first_of_step)
+    sigmas = flow_matching.sample_sigmas(draw.samples_per_step, settings.density, generator)
+    sigmas = sigmas[[number - draw.first_of_step for number in draw.numbers]]
     prompt_embeds = torch.where(
         (prompt_draws < settings.prompt_dropout)[:, None, None], empty_prompt_embeds, batch["prompt_embeds"]
     )
@@ -125,26 +112,27 @@ def domain_weights(domains: torch.Tensor, real_weight: float, cg_ratio: float) -
 
 
 def augment_real_control(
-    control_frames: torch.Tensor, domains: torch.Tensor, share: float, settings: NoiseSettings, micro_step: int
+    control_frames: torch.Tensor, domains: torch.Tensor, share: float, seed: int, draw: Draw
 ) -> torch.Tensor:
     """Alter the look of the control of some real clips by `augment_control_frames`.
 
-    As in `make_noisy_batch`, the randomness comes from the seed, the micro-step and the sample's place.
+    As in `make_noisy_batch`, the randomness comes from the seed and the sample's number.
 
     Args:
         control_frames: (B, F, 3, H, W) floats in [0, 1].
         domains: (B,) 0 real, 1 CG. CG pairs stay as they are.
         share: share of real clips that are altered, in [0, 1].
-        settings, micro_step: see `make_noisy_batch`.
+        seed: the run's.
+        draw: the samples in the batch.
 
     Returns:
         (B, F, 3, H, W) in [0, 1]; with a share of 0 `control_frames` itself.
     """
     if share == 0:
         return control_frames
-    clips, first = [], settings.process_index * len(domains)
-    for i, (frames, domain) in enumerate(zip(control_frames, domains.tolist())):
-        generator = seeded_generator(settings.seed, "augmentation", micro_step, first + i)
+    clips = []
+    for frames, domain, number in zip(control_frames, domains.tolist(), draw.numbers):
+        generator = seeded_generator(seed, "augmentation", number)
         chosen = torch.rand((), generator=generator) < share
         clips.append(augment_control_frames(frames, generator) if chosen and domain == 0 else frames)
     return torch.stack(clips)

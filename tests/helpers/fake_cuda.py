@@ -208,10 +208,11 @@ def training_step(model, dinov3, optimizer, batch, device, misplaced=None):
 
     from c2r.flow_matching import SigmaDensity, velocity_loss
     from c2r.models.adversary import domain_loss
+    from c2r.training.batches import Draw
     from c2r.training.step import NoiseSettings, domain_weights, make_noisy_batch
 
     settings = NoiseSettings(seed=0, density=SigmaDensity(), prompt_dropout=0.1, control_dropout=0.1)
-    noisy = make_noisy_batch(batch, settings, 0, torch.zeros(512, 4096), device)
+    noisy = make_noisy_batch(batch, settings, Draw([0], 0, 1), torch.zeros(512, 4096), device)
     if hasattr(noisy, misplaced or ""):
         setattr(noisy, misplaced, getattr(noisy, misplaced).cpu())
     inputs = [noisy.noisy_latents, noisy.timesteps, noisy.prompt_embeds]

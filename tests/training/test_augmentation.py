@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from c2r.flow_matching import SigmaDensity
 from c2r.training.augmentation import KINDS, augment_control_frames
-from c2r.training.step import NoiseSettings, augment_real_control
+from c2r.training.batches import Draw
+from c2r.training.step import augment_real_control
 
 
 def scene(num_frames=3, height=48, width=80):
@@ -100,9 +100,9 @@ def test_frames_of_another_shape_or_dtype_are_refused():
             augment_control_frames(frames, generator())
 
 
-def augmented(share, clips, domains, micro_step=5, process_index=0):
-    settings = NoiseSettings(seed=0, density=SigmaDensity(), process_index=process_index)
-    return augment_real_control(clips, domains, share, settings, micro_step)
+def augmented(share, clips, domains, first=20):
+    numbers = list(range(first, first + len(clips)))
+    return augment_real_control(clips, domains, share, 0, Draw(numbers, first_of_step=16, samples_per_step=8))
 
 
 def test_cg_pairs_and_runs_without_augmentation_stay_unchanged():
@@ -113,21 +113,21 @@ def test_cg_pairs_and_runs_without_augmentation_stay_unchanged():
     assert not torch.equal(changed[0], changed[2])
 
 
-def test_augmentation_depends_on_step_and_place_alone():
+def test_augmentation_depends_on_the_number_of_the_sample_alone():
     clips, domains = torch.rand(4, 2, 3, 16, 16), torch.zeros(4, dtype=torch.long)
     state = torch.get_rng_state()
     alone = augmented(0.5, clips, domains)
-    halves = [augmented(0.5, clips[2 * p : 2 * p + 2], domains[:2], process_index=p) for p in range(2)]
+    halves = [augmented(0.5, clips[p : p + 2], domains[:2], first=20 + p) for p in (0, 2)]
     assert torch.equal(torch.cat(halves), alone)
     assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(augmented(0.5, clips, domains, micro_step=6), alone)
+    assert not torch.equal(augmented(0.5, clips, domains, first=24), alone)
 
 
 def test_control_augmentation_is_the_share_of_real_clips():
     clips, domains = torch.rand(64, 1, 3, 16, 16), torch.zeros(64, dtype=torch.long)
     changed = sum(
         not torch.equal(a, b)
-        for step in range(4)
-        for a, b in zip(augmented(0.3, clips, domains, micro_step=step), clips)
+        for first in range(0, 256, 64)
+        for a, b in zip(augmented(0.3, clips, domains, first), clips)
     )
     assert 0.2 < changed / 256 < 0.4

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from itertools import islice
 
 import pytest
 import torch
@@ -83,12 +84,13 @@ def generator_of(*parts):
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def uniform_numbers(step, micro_batch):
-    """One number per stratum of the optimizer step's six samples; those of one micro-batch."""
-    generator, count = generator_of(SEED, "sigmas", step), BATCH * MICRO_STEPS
+def uniform_numbers(numbers):
+    """One number per stratum of the optimizer step's six samples; those of the samples with these numbers."""
+    count = BATCH * MICRO_STEPS
+    generator = generator_of(SEED, "sigmas", numbers[0] // count * count)
     strata = torch.randperm(count, generator=generator)
-    numbers = (strata + torch.rand(count, generator=generator, dtype=torch.float64)) / count
-    return numbers[micro_batch * BATCH : (micro_batch + 1) * BATCH]
+    uniform = (strata + torch.rand(count, generator=generator, dtype=torch.float64)) / count
+    return uniform[[number % count for number in numbers]]
 
 
 def shifted(sigmas):
@@ -96,10 +98,16 @@ def shifted(sigmas):
     return (SHIFT * sigmas / (1 + (SHIFT - 1) * sigmas)).float()
 
 
-def noisy_samples(items, sigmas, micro_step, empty_prompt):
+def micro_batches(sampler):
+    """Yield (indices, numbers): what a loop reads, and which samples of the run they are."""
+    for indices in sampler:
+        yield indices, sampler.mark_consumed()
+
+
+def noisy_samples(items, sigmas, numbers, empty_prompt):
     """Yield, for each sample, (noisy latents, velocity, prompt, is its control dropped)."""
-    for place, (item, sigma) in enumerate(zip(items, sigmas)):
-        generator, mean = generator_of(SEED, "sample", micro_step, place), item["latents_mean"]
+    for number, item, sigma in zip(numbers, items, sigmas):
+        generator, mean = generator_of(SEED, "sample", number), item["latents_mean"]
         spread, noise = (torch.randn(mean.shape, generator=generator) for _ in range(2))
         drop_prompt, drop_control = (torch.rand((), generator=generator).item() for _ in range(2))
         latents = mean + (item["latents_logvar"] / 2).exp() * spread
@@ -143,13 +151,14 @@ def test_a_step_of_phase_1(tiny_models, small_datasets, tmp_path, signal_handler
     dataset = ClipDataset(real.train, clip_settings(args))
     sampler = MixedCGRealSampler(dataset, [], cg_ratio=0, batch_size=BATCH, seed=SEED)
     transformer = WanTransformer3DModel.from_pretrained(tiny_models / "pipeline/transformer").train()
-    for step, (values, grads) in enumerate(steps):
+    batches = micro_batches(sampler)
+    for values, grads in steps:
         parameters = fill([transformer], values)
         loss = 0
-        for micro_batch in range(MICRO_STEPS):
-            items = [dataset[index] for index in sampler.sample_batch(BATCH)]
-            sigmas = shifted(uniform_numbers(step, micro_batch))
-            samples = noisy_samples(items, sigmas, step * MICRO_STEPS + micro_batch, dataset.empty_prompt_embeds)
+        for indices, numbers in islice(batches, MICRO_STEPS):
+            items = [dataset[index] for index in indices]
+            sigmas = shifted(uniform_numbers(numbers))
+            samples = noisy_samples(items, sigmas, numbers, dataset.empty_prompt_embeds)
             for sigma, (noisy, velocity, prompt, _) in zip(sigmas, samples):
                 predicted = transformer(noisy[None], 1000 * sigma[None], prompt[None], return_dict=False)[0][0]
                 loss = loss + sigma**-2 * (predicted - velocity).square().mean() / (BATCH * MICRO_STEPS)
@@ -250,15 +259,14 @@ def test_a_step_of_phase_2(phase2_steps, tiny_models):
     controlnet = C2RControlNet.from_transformer(backbone, 2, 2, feature_dim=dinov3.feature_dim)
     classifier = DomainClassifier(LATENT_CHANNELS)
     seen = set()
-    for step, (values, grads) in enumerate(steps):
+    batches = micro_batches(sampler)
+    for values, grads in steps:
         parameters = fill([controlnet, classifier], values)
         loss, domain_loss, reversed_loss = 0, 0, 0
-        for micro_batch in range(MICRO_STEPS):
-            indices = sampler.sample_batch(BATCH)
+        for indices, numbers in islice(batches, MICRO_STEPS):
             items = [real[index] if index < len(real) else cg[index - len(real)] for index in indices]
-            numbers = torch.special.ndtri(uniform_numbers(step, micro_batch))
-            sigmas = shifted(torch.sigmoid(0.5 + 1.5 * numbers))
-            samples = noisy_samples(items, sigmas, step * MICRO_STEPS + micro_batch, real.empty_prompt_embeds)
+            sigmas = shifted(torch.sigmoid(0.5 + 1.5 * torch.special.ndtri(uniform_numbers(numbers))))
+            samples = noisy_samples(items, sigmas, numbers, real.empty_prompt_embeds)
             for item, sigma, (noisy, velocity, prompt, dropped) in zip(items, sigmas, samples):
                 features = dinov3(item["control_frames"][None].float() / 255)[0] * (not dropped)
                 predicted = joined_forward(backbone, controlnet, noisy, sigma, prompt, features)

@@ -1,10 +1,9 @@
-from dataclasses import replace
-
 import pytest
 import torch
 from accelerate import Accelerator
 
 from c2r import flow_matching
+from c2r.training.batches import Draw
 from c2r.training.logs import StepLog
 from c2r.training.seeds import seeded_generator
 from c2r.training.step import NoiseSettings, domain_weights, make_noisy_batch
@@ -30,10 +29,10 @@ def batch(size, seed=0):
     }
 
 
-def draw(args, size=2, micro_step=6, process_index=0, num_processes=2, clips=None):
-    settings = replace(NoiseSettings.of(run_of(args)), process_index=process_index, num_processes=num_processes)
-    clips = batch(size) if clips is None else clips
-    return make_noisy_batch(clips, settings, micro_step, torch.zeros(5, 3), torch.device("cpu"))
+def draw(args, numbers=(24, 25), first_of_step=24, samples_per_step=8, clips=None):
+    clips = batch(len(numbers)) if clips is None else clips
+    draw = Draw(list(numbers), first_of_step, samples_per_step)
+    return make_noisy_batch(clips, NoiseSettings.of(run_of(args)), draw, torch.zeros(5, 3), torch.device("cpu"))
 
 
 def test_a_noisy_batch_is_consistent_and_repeatable():
@@ -50,34 +49,36 @@ def test_a_noisy_batch_is_consistent_and_repeatable():
     assert torch.equal(draw(args).noisy_latents, noisy.noisy_latents)
 
 
-@pytest.mark.parametrize("changed", [{"process_index": 1}, {"micro_step": 7}, {"micro_step": 8}])
-def test_noise_differs_between_processes_and_steps(changed):
-    args = options()
-    assert not torch.equal(draw(args, **changed).noisy_latents, draw(args).noisy_latents)
+def test_noise_differs_between_samples_and_steps():
+    args, same = options(), {name: tensor[:1].expand(2, *tensor.shape[1:]) for name, tensor in batch(1).items()}
+    noisy = draw(args, clips=same).noisy_latents
+    assert not torch.equal(noisy[0], noisy[1])
+    for changed in ({"numbers": (26, 27)}, {"numbers": (32, 33), "first_of_step": 32}):
+        assert not torch.equal(draw(args, clips=same, **changed).noisy_latents, noisy)
 
 
-def test_the_number_of_processes_does_not_change_the_draw():
-    """One process with a batch of 4 draws what two with a batch of 2 draw."""
+def test_processes_and_micro_batches_do_not_change_the_draw():
+    """Four samples at once draw what they draw in two micro-batches, or on two processes, in any order."""
     args, whole = options(), batch(4)
-    alone = draw(args, clips=whole, micro_step=7, num_processes=1)
-    halves = [
-        draw(
-            args,
-            clips={name: tensor[2 * p : 2 * p + 2] for name, tensor in whole.items()},
-            micro_step=7,
-            process_index=p,
-        )
-        for p in range(2)
-    ]
-    for name, tensor in vars(alone).items():
-        assert torch.equal(torch.cat([getattr(half, name) for half in halves]), tensor), name
+    alone = draw(args, numbers=(24, 25, 26, 27), clips=whole)
+    for parts in ([[0, 1], [2, 3]], [[3], [1], [0, 2]]):
+        drawn = [
+            draw(
+                args,
+                numbers=[24 + place for place in places],
+                clips={name: tensor[places] for name, tensor in whole.items()},
+            )
+            for places in parts
+        ]
+        order = torch.tensor([place for places in parts for place in places])
+        for name, tensor in vars(alone).items():
+            assert torch.equal(torch.cat([getattr(part, name) for part in drawn]), tensor[order]), name
     assert not torch.equal(*alone.velocity_target[2:])
 
 
 def test_sigmas_of_a_global_step_are_stratified():
     args = options()
-    parts = [draw(args, process_index=p, micro_step=6 + m).sigmas for p in range(2) for m in range(2)]
-    shifted = torch.cat(parts).double()
+    shifted = torch.cat([draw(args, numbers=(n, n + 1)).sigmas for n in range(24, 32, 2)]).double()
     uniform = shifted / (3 - 2 * shifted)  # undo shift 3
     assert sorted((uniform * 8).long().tolist()) == list(range(8))
 
@@ -91,7 +92,7 @@ def test_prompt_dropout_replaces_by_the_empty_prompt(share, expected):
 def test_dropouts_are_drawn_at_each_step_and_have_their_share():
     args = options()
     args.control_dropout = 0.3
-    drawn = [draw(args, size=8, micro_step=2 * i) for i in range(200)]
+    drawn = [draw(args, range(8 * i, 8 * i + 8), 8 * i) for i in range(200)]
     prompts = torch.cat([noisy.prompt_embeds[:, 0, 0] == 0 for noisy in drawn]).float().mean()
     controls = torch.cat([noisy.dropped_control for noisy in drawn]).float().mean()
     assert 0.07 < prompts < 0.13
