@@ -81,12 +81,19 @@ def test_a_video_is_not_written_through_a_prepared_link(outside, tmp_path):
     assert [path.name for path in tmp_path.glob("*.partial.mp4")] == [".a.partial.mp4"]
 
 
+MOMENT = "model.control_adapter.norm.bias:0:exp_avg"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: tensors | {"0.exp_avg": tensors["0.exp_avg"][:1].clone()}, "0.exp_avg has shape"),
-        (lambda tensors: tensors | {"9999.exp_avg": torch.zeros(1)}, "unknown state 9999.exp_avg"),
-        (lambda tensors: tensors | {"x.exp_avg": torch.zeros(1)}, "unknown state x.exp_avg"),
+        (lambda tensors: tensors | {MOMENT: tensors[MOMENT][:1].clone()}, "exp_avg of .* does not have 32 elements"),
+        (lambda tensors: tensors | {MOMENT: tensors[MOMENT].repeat(2)}, "exp_avg of .* does not have 32 elements"),
+        (lambda tensors: tensors | {MOMENT: tensors[MOMENT].view(2, 16)}, r"is F32 \(2, 16\), not flat fp32"),
+        (lambda tensors: tensors | {MOMENT: tensors[MOMENT].half()}, r"is F16 \(32,\), not flat fp32"),
+        (lambda tensors: {key: t for key, t in tensors.items() if key != MOMENT}, "does not have 32 elements"),
+        (lambda tensors: {key: t for key, t in tensors.items() if not key.endswith(":step")}, "step of .* is missing"),
+        (lambda tensors: tensors | {"x.exp_avg": torch.zeros(1)}, "unknown tensor x.exp_avg"),
     ],
 )
 def test_moments_of_another_shape_are_refused(change, message, tmp_path):
@@ -95,7 +102,7 @@ def test_moments_of_another_shape_are_refused(change, message, tmp_path):
     save(built)
     checkpoint = tmp_path / "out/checkpoint-1"
     file = checkpoint / "optimizer-00000-of-00001.safetensors"
-    save_file(change(load_file(file)), file, metadata={"numbers": "{}"})
+    save_file(change(load_file(file)), file)
     with pytest.raises(InputError, match=message):
         load(build_run(tmp_path / "resumed", checkpoint=checkpoint))
 

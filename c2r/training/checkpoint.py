@@ -3,7 +3,7 @@
     outputs/phase2/checkpoint-2000/
         model/                                the trainable weights in fp32, a folder that from_pretrained loads
         domain_classifier/                    with --adversarial_weight, likewise
-        optimizer-00000-of-00001.safetensors  moments; one file per process where the engine shards them
+        optimizer-00000-of-00001.safetensors  moments; one file per process where the engine splits them
         ema-00000-of-00001.safetensors        with --ema_decay, likewise
         state.json                            step, schedule, sampler, scores, and the size of every other file
 
@@ -15,29 +15,22 @@ place alone decide what is drawn for a sample. It is complete or absent: it is w
 import json
 import shutil
 from argparse import Namespace
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 
 from c2r import InputError, __version__
 from c2r.files import atomic_folder, read_json, remove_tree, sync_file, temporary_folder
 from c2r.models.adversary import DomainClassifier
 from c2r.models.contract import save_weights
 from c2r.sampler import MixedCGRealSampler
-from c2r.training.engine import failing_together, gathered_state_dict, sharding, stepped_parameters
+from c2r.training.engine import failing_together, gathered_state_dict, sharding
 from c2r.training.logs import tensorboard_writer
 from c2r.training.optimizer import set_schedule
 from c2r.training.resume import STATE, find_damage, list_checkpoints, saved_options
 from c2r.training.run import Run, TrainState
-
-#: Optimizer states that have their parameter's shape, of torch and of bitsandbytes.
-MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")
+from c2r.training.shards import ema_shard, load_ema, load_optimizer, optimizer_shard
 
 # ---------------------------------------------------------------------------------------------------------------- save
 
@@ -85,11 +78,29 @@ def _write_parts(folder, run, state):
             for name, model in models.items():
                 _require_finite(weights[name], folder)
                 save_weights(folder / name, model, weights[name])
-        for kind, tensors, numbers in _optimizer_states(state.optimizer, state.ema):
-            if accelerator.is_main_process or _is_split(kind, engine):
-                file = folder / _shard_name(kind, accelerator, engine)
-                save_file(tensors, file, metadata={"numbers": json.dumps(numbers)})
-                sync_file(file)
+        if accelerator.is_main_process or _is_split("optimizer", engine):
+            shard = optimizer_shard(state.optimizer, _trained_parameters(state))
+            _write_shard(folder / _shard_name("optimizer", accelerator, engine), shard)
+        if state.ema is not None and (accelerator.is_main_process or _is_split("ema", engine)):
+            shard = ema_shard(state.ema, dict(state.trainable.named_parameters()))
+            _write_shard(folder / _shard_name("ema", accelerator, engine), shard)
+
+
+def _write_shard(file, tensors):
+    save_file(tensors, file)
+    sync_file(file)
+
+
+def _trained_parameters(state):
+    """Return {name: parameter} of all that the optimizer steps on."""
+    models = {"model": state.trainable, "domain_classifier": state.domain_classifier}
+    return {
+        f"{folder}.{name}": parameter
+        for folder, model in models.items()
+        if model is not None
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def _write_state(folder, run, state, sampler):
@@ -112,26 +123,6 @@ def _require_finite(weights, folder):
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise InputError(f"{folder}: not written, {name} is not finite; resume from the last checkpoint")
-
-
-def _optimizer_states(optimizer, ema) -> Iterator[tuple[str, dict[str, torch.Tensor], dict[str, Any]]]:
-    """Return (kind, {key: tensor}, {key: number}) of this process, for the files of the optimizer and the average."""
-    base, parameters = stepped_parameters(optimizer)
-    values = {
-        f"{i}.{key}": value
-        for i, parameter in enumerate(parameters)
-        for key, value in base.state.get(parameter, {}).items()
-    }
-    tensors = {key: _stored(value) for key, value in values.items() if isinstance(value, torch.Tensor)}
-    yield "optimizer", tensors, {key: value for key, value in values.items() if key not in tensors}
-    if ema is not None:
-        yield "ema", {str(i): _stored(shadow) for i, shadow in enumerate(ema.shadow_params)}, {}
-
-
-def _stored(tensor):
-    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    # Copied: bitsandbytes gives all states the same tables, and safetensors refuses tensors that share memory.
-    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _is_split(kind, engine):
@@ -204,27 +195,10 @@ def load_checkpoint(run: Run, state: TrainState, sampler: MixedCGRealSampler):
     Raises:
         InputError: a file is damaged.
     """
-    path, engine = run.checkpoint, sharding(run.accelerator)
-    content = read_json(path / STATE)
-    base, parameters = stepped_parameters(state.optimizer)
-    tensors, numbers = _read(path / _shard_name("optimizer", run.accelerator, engine))
-    base.state.clear()
-    for key, value in (tensors | numbers).items():
-        index, _, name = key.partition(".")
-        if not index.isdecimal() or int(index) >= len(parameters):
-            raise InputError(f"{path}: its optimizer has an unknown state {key}; resume from an earlier checkpoint")
-        parameter = parameters[int(index)]
-        if name in MOMENTS and value.shape != _local(parameter).shape:
-            # AdamW's fused kernel would read beyond the end.
-            raise InputError(
-                f"{path}: its optimizer's {key} has shape {tuple(value.shape)}, not {tuple(_local(parameter).shape)}; "
-                "resume from an earlier checkpoint"
-            )
-        base.state.setdefault(parameter, {})[name] = _placed(value, parameter)
+    path, content = run.checkpoint, read_json(run.checkpoint / STATE)
+    load_optimizer(path, state.optimizer, _trained_parameters(state))
     if state.ema is not None:
-        shadows, _ = _read(path / _shard_name("ema", run.accelerator, engine))
-        for i, shadow in enumerate(state.ema.shadow_params):
-            (shadow.to_local() if isinstance(shadow, DTensor) else shadow).copy_(shadows[str(i)])
+        load_ema(path, state.ema, dict(state.trainable.named_parameters()))
         state.ema.optimization_step = content["ema"]["optimization_step"]
     sampler.load_state_dict(content["sampler"])
     run.progress.load_state_dict(content["progress"])
@@ -239,32 +213,3 @@ def load_domain_classifier(path: Path, domain_classifier: DomainClassifier):
     """
     saved = type(domain_classifier).from_pretrained(path / "domain_classifier", use_safetensors=True)
     domain_classifier.load_state_dict(saved.state_dict())
-
-
-def _read(file):
-    try:
-        with safe_open(file, framework="pt") as handle:
-            keys, numbers = handle.keys(), json.loads(handle.metadata()["numbers"])
-            return {key: handle.get_tensor(key) for key in keys}, numbers
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); resume from an earlier checkpoint") from None
-
-
-def _local(parameter):
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-def _placed(value, parameter):
-    """Return a stored value as the optimizer keeps it: on the parameter's device, and split like the parameter."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    value = value.to(parameter.device)
-    if isinstance(parameter, DTensor) and value.ndim:
-        return DTensor.from_local(
-            value,
-            parameter.device_mesh,
-            parameter.placements,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
-    return value

@@ -162,7 +162,7 @@ def _log_ignored_settings(args):
             logger.warning("the accelerate config's %s %s is ignored: --%s %s decides", name, given, name, value)
 
 
-_ENGINE_NAMES = {"zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3", "fsdp2": "FSDP2"}
+ENGINE_NAMES = {None: "DDP", "zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3", "fsdp2": "FSDP2"}
 
 
 def sharding(accelerator: Accelerator) -> str | None:
@@ -203,7 +203,7 @@ def require_supported(accelerator: Accelerator, args: Namespace):
     if args.weight_storage == "bf16" and engine is not None:
         # ZeRO steps on flat partitions and FSDP2 on DTensors of its own: the low bits beside them would be lost.
         raise InputError(
-            f"--weight_storage bf16: needs whole weights on every device, but {_ENGINE_NAMES[engine]} splits them; "
+            f"--weight_storage bf16: needs whole weights on every device, but {ENGINE_NAMES[engine]} splits them; "
             "give --weight_storage fp32, or single_gpu.yaml or multi_gpu.yaml"
         )
     if args.optimizer == "adamw8bit" and engine == "fsdp2":
@@ -309,19 +309,6 @@ def _gathered(tensor):
             yield tensor
     else:
         yield tensor
-
-
-def stepped_parameters(optimizer: Any) -> tuple[torch.optim.Optimizer, list[torch.Tensor]]:
-    """Return the torch optimizer below Accelerate's and DeepSpeed's wrappers, and the tensors that it steps on.
-
-    The tensors are the module's parameters, their local part as DTensor (FSDP2), or flat partitions of this process
-    (ZeRO). Their order is the same in every run of the same model, configuration and number of processes.
-    """
-    base = optimizer.optimizer  # of AcceleratedOptimizer or DeepSpeedOptimizerWrapper
-    for partitions in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):  # ZeRO-3, ZeRO-2
-        if hasattr(base, partitions):
-            return base.optimizer, list(getattr(base, partitions))
-    return base, [parameter for group in base.param_groups for parameter in group["params"]]
 
 
 @contextmanager

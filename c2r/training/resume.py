@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from c2r import InputError, __version__
 from c2r.files import read_json
 from c2r.options import MUST_NOT_CHANGE, PHASE1, PHASE2
-from c2r.training.engine import failing_together, sharding
+from c2r.training.engine import ENGINE_NAMES, failing_together, sharding
 from c2r.training.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -179,8 +179,8 @@ def require_resumable(
         inputs: {name: fingerprint} of datasets and frozen models.
 
     Raises:
-        InputError: another version, model, dataset, backbone or optimizer, or optimizer states that are split for
-            another engine or number of processes.
+        InputError: another version, model, dataset, backbone or optimizer, or 8-bit optimizer states of another engine
+            or number of processes.
     """
     state = read_json(path / STATE)
     if state.get("progress", {}).keys() != {entry.name for entry in fields(Progress)}:
@@ -216,13 +216,14 @@ def require_resumable(
             f"--adversarial_weight {args.adversarial_weight:g}: {path} has {'a' if has_classifier else 'no'} domain "
             "classifier; resume with the same option, or start a new run with another --output_dir"
         )
-    here, before = sharding(accelerator), state["sharding"]
-    if here != before or (here is not None and accelerator.num_processes != state["num_processes"]):
-        raise InputError(
-            f"{path}: its optimizer states are split for {_engine(before, state['num_processes'])}, but this run has "
-            f"{_engine(here, accelerator.num_processes)}; resume with the same accelerate config, or start a new run "
-            f"from the weights in {path / 'model'}"
-        )
+    if args.optimizer == "adamw8bit":
+        here, before = sharding(accelerator), state["sharding"]
+        if here != before or (here is not None and accelerator.num_processes != state["num_processes"]):
+            raise InputError(
+                f"--optimizer adamw8bit: the states in {path} are quantised in blocks of "
+                f"{_engine(before, state['num_processes'])}, but this run has {_engine_of(accelerator)}; resume with "
+                f"the same accelerate config, or start a new run from the weights in {path / 'model'}"
+            )
 
 
 def saved_options(args: Namespace) -> dict[str, Any]:
@@ -248,5 +249,18 @@ def changed_options(path: Path, args: Namespace) -> list[str]:
     ]
 
 
+def changed_engine(path: Path, accelerator: Accelerator) -> str | None:
+    """Return a line if a resumed run has another engine or number of processes than the run so far."""
+    state = read_json(path / STATE)
+    here, before = _engine_of(accelerator), _engine(state["sharding"], state["num_processes"])
+    return None if here == before else f"{here} (was {before})"
+
+
+def _engine_of(accelerator):
+    return _engine(sharding(accelerator), accelerator.num_processes)
+
+
 def _engine(sharding, num_processes):
-    return f"{sharding} on {num_processes} processes" if sharding else "one process or DDP"
+    if num_processes == 1 and sharding is None:
+        return "one process"
+    return f"{ENGINE_NAMES[sharding]} on {num_processes} process{'es' if num_processes > 1 else ''}"

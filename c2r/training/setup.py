@@ -17,7 +17,7 @@ from c2r.training.engine import prepare
 from c2r.training.optimizer import OptimizerSettings, build_lr_scheduler, build_optimizer
 from c2r.training.precision import disable_autocast, enable_autocast
 from c2r.training.progress import Progress
-from c2r.training.resume import agree_on_checkpoint, changed_options, lock_output_dir
+from c2r.training.resume import agree_on_checkpoint, changed_engine, changed_options, lock_output_dir
 from c2r.training.run import Run, TrainState
 from c2r.training.timings import Timings
 from c2r.training.watchdog import Watchdog
@@ -83,6 +83,8 @@ def resume(run: Run, state: TrainState, sampler: MixedCGRealSampler):
     if run.checkpoint is not None:
         load_checkpoint(run, state, sampler)
         logger.info("resumed from %s at step %d", run.checkpoint, run.progress.global_step)
+        if (line := changed_engine(run.checkpoint, run.accelerator)) is not None:
+            logger.info("resumed on %s", line)
         for line in [] if run.args.dry_run else changed_options(run.checkpoint, run.args):
             logger.info("resumed with %s", line)
     elif run.args.resume_from_checkpoint:

@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from c2r.models.assembly import load_transformer
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.transformer import C2RTransformer
-from c2r.training.engine import local_shard, prepare, reads_weights, stepped_parameters
+from c2r.training.engine import local_shard, prepare, reads_weights
 from c2r.training.optimizer import OptimizerSettings, build_optimizer
+from c2r.training.shards import stepped_ranges
 from tests.helpers.options import options
 
 
@@ -35,7 +36,7 @@ def measure(accelerator: Accelerator, backbone_folder: str, output: str):
         "grown": peak_bytes() - before,
         "frozen_here": sum(local_shard(p).numel() for p in backbone.parameters()),
         "trained_here": sum(local_shard(p).numel() for p in controlnet.parameters()),
-        "stepped_here": sum(local_shard(p).numel() for p in stepped_parameters(optimizer)[1]),
+        "stepped_here": sum(part.length for part in stepped_ranges(optimizer, dict(controlnet.named_parameters()))),
     }
     (Path(output) / f"report-{accelerator.process_index}.json").write_text(json.dumps(report))
     del backbone, controlnet, optimizer, model

@@ -32,6 +32,12 @@ def main():
             if probed:  # first, while these processes hold little memory
                 torch.distributed.all_reduce(torch.ones(1))  # opens the connections
                 engine_probe.measure(accelerator, *probed)
+        accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
+        if (plugin := getattr(accelerator.state, "deepspeed_plugin", None)) is not None:
+            plugin.deepspeed_config |= {
+                "train_micro_batch_size_per_gpu": args.train_batch_size,
+                "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            }
         accelerator.project_configuration.logging_dir = f"{args.output_dir}/logs"
         Path(args.output_dir).mkdir(exist_ok=True)
         if copied and accelerator.is_main_process:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from c2r import InputError, __version__
-from c2r.training.checkpoint import _optimizer_states, checkpoint_bytes
+from c2r.training.checkpoint import checkpoint_bytes
 from c2r.training.resume import (
     STATE,
     find_checkpoint,
@@ -19,6 +19,7 @@ from c2r.training.resume import (
     lock_output_dir,
     require_resumable,
 )
+from c2r.training.shards import optimizer_shard
 from tests.helpers.runs import build_run, load, save, train_one_step
 
 
@@ -89,12 +90,13 @@ def test_a_checkpoint_holds_no_frozen_weights_and_has_the_computed_size(tmp_path
 def test_states_of_8_bit_adamw_that_share_tensors_are_saved(tmp_path):
     optim = pytest.importorskip("bitsandbytes.optim")
     module = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False), torch.nn.Linear(64, 64, bias=False))
-    optimizer = optim.AdamW8bit(module.parameters())
+    optimizer = SimpleNamespace(optimizer=optim.AdamW8bit(module.parameters()))
     module(torch.ones(1, 64)).sum().backward()
-    optimizer.step()
-    _, tensors, _ = next(_optimizer_states(SimpleNamespace(optimizer=optimizer), None))
-    save_file(tensors, tmp_path / "optimizer.safetensors")
-    assert torch.uint8 in {tensor.dtype for tensor in load_file(tmp_path / "optimizer.safetensors").values()}
+    optimizer.optimizer.step()
+    shard = optimizer_shard(optimizer, dict(module.named_parameters()))
+    save_file(shard, tmp_path / "optimizer-00000-of-00001.safetensors")
+    assert torch.uint8 in {tensor.dtype for tensor in shard.values()}
+    assert sum(tensor.numel() for tensor in shard.values() if tensor.dtype == torch.uint8) == 2 * 2 * 64 * 64
 
 
 def test_old_checkpoints_are_pruned_after_the_new_one(tmp_path):
@@ -263,12 +265,15 @@ def test_a_checkpoint_of_another_version_is_refused_before_a_model_is_loaded(two
         resumable(build_run(two_checkpoints), two_checkpoints / "checkpoint-20")
 
 
-def test_another_split_of_the_optimizer_is_refused(two_checkpoints):
-    state = json.loads((two_checkpoints / "checkpoint-20" / STATE).read_text())
+def test_8_bit_states_of_another_engine_are_refused(two_checkpoints):
+    path = two_checkpoints / "checkpoint-20"
+    state = json.loads((path / STATE).read_text())
     state |= {"sharding": "zero3", "num_processes": 8}
-    (two_checkpoints / "checkpoint-20" / STATE).write_text(json.dumps(state))
-    with pytest.raises(InputError, match="split for zero3 on 8 processes, but this run has one process or DDP"):
-        resumable(build_run(two_checkpoints), two_checkpoints / "checkpoint-20")
+    state["options"]["optimizer"] = "adamw8bit"
+    (path / STATE).write_text(json.dumps(state))
+    blocks = "quantised in blocks of DeepSpeed ZeRO-3 on 8 processes, but this run has one process"
+    with pytest.raises(InputError, match=blocks):
+        resumable(build_run(two_checkpoints), path, optimizer="adamw8bit")
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):

@@ -41,6 +41,7 @@ SAVES_MEMORY = {
     "zero3": ["--optimizer=adamw8bit"],
     "ddp": ["--optimizer=adamw8bit", "--weight_storage=bf16", "--mixed_precision=bf16"],
 }
+OTHER_MICRO_BATCHES = ["--train_batch_size=2", "--gradient_accumulation_steps=1"]
 SPLITS_OPTIMIZER = ("zero2", "zero3", "zero3_offload", "fsdp2")
 SPLITS_FROZEN = ("zero3", "fsdp2")  # those that are probed
 
@@ -110,6 +111,7 @@ def runs(command, large_backbone, tmp_path_factory):
 
     Run 1 and run 2 are the phases in fp32, STEPS steps without interruption; (1, "resumed") and (2, "resumed")
     continue from their checkpoints SAVED. The latter tolerates no skipped step and trains until it draws BAD_CLIP.
+    (2, "from one process") continues from that run's checkpoint, with another split of a step into micro-batches.
     (2, "bf16") is short, in the default precision; (1, "saves memory") is short, with the options of SAVES_MEMORY.
     Besides, "errors" are the error lines of the launch, and "reports" what `engine_probe` reports of each process.
     """
@@ -130,12 +132,17 @@ def runs(command, large_backbone, tmp_path_factory):
         ]
         if engine == "one process":
             legs = {1: [], 2: [], (2, "bf16"): bf16}
+        else:
+            legs = {(2, "from one process"): [*resume, *OTHER_MICRO_BATCHES], **legs}
         outs = {leg: folder / str(i) for i, leg in enumerate(legs)}
         arguments = [json.dumps([str(large_backbone), str(folder)] if engine in SPLITS_FROZEN else [])]
         for leg, more in legs.items():
             phase = leg if isinstance(leg, int) else leg[0]
             script, *rest = command(phase, engine, outs[leg], *more)
-            copied = [f"{outs[phase]}/checkpoint-{SAVED}", str(outs[leg])] if "resumed" in str(leg) else []
+            copied = []
+            if "--resume_from_checkpoint=latest" in more:
+                source = runs("one process")[2][0] if "from one process" in leg else outs[phase]
+                copied = [f"{source}/checkpoint-{SAVED}", str(outs[leg])]
             arguments.append(json.dumps([copied, script.removesuffix(".py"), *map(str, rest)]))
         done = launched(engine, "-m", "tests.helpers.engine_runs", *arguments, folder=folder)
         texts = re.split(r"== run \d\n", done.stdout)[1:]
@@ -278,22 +285,49 @@ def test_too_many_skipped_steps_end_the_run(engine, runs):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_ddp_resumes_in_one_process(runs, command, tmp_path):
-    out, expected = runs("ddp")[1][0], runs("one process")[1][0]
-    shutil.copytree(out / f"checkpoint-{SAVED}", tmp_path / f"checkpoint-{SAVED}")
-    succeed(*command(1, "one process", tmp_path, "--resume_from_checkpoint=latest"), by=fork)
-    for name, tensor in weights(tmp_path / "final").items():
-        torch.testing.assert_close(tensor, weights(expected / "final")[name], **WEIGHT)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_checkpoint_of_one_process_resumes_on_every_engine(engine, runs):
+    out, text = runs(engine)[2, "from one process"]
+    assert "on 2 processes (was one process)" in text
+    assert "resumed with --gradient_accumulation_steps 1 (was 2): from the command line" in text
+    assert_goes_on_like(runs("one process")[2][0], out)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_split_for_another_engine_is_refused(runs, command, tmp_path):
-    shutil.copytree(runs("zero3")[1][0] / f"checkpoint-{SAVED}", tmp_path / f"checkpoint-{SAVED}")
-    done = fork(*command(1, "one process", tmp_path, "--resume_from_checkpoint=latest"))
-    assert done.returncode != 0
-    (line,) = error_lines(done)
-    assert "split for zero3 on 2 processes, but this run has one process or DDP; resume with the same" in line
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_checkpoint_of_every_engine_resumes_in_one_process(engine, runs, command, tmp_path):
+    out = runs(engine)[2][0]
+    shutil.copytree(out / f"checkpoint-{SAVED}", tmp_path / f"checkpoint-{SAVED}")
+    done = succeed(*command(2, "one process", tmp_path, "--resume_from_checkpoint=latest"), by=fork)
+    assert "resumed on one process (was" in done.stdout
+    assert_goes_on_like(out, tmp_path)
+
+
+def assert_goes_on_like(whole, resumed):
+    """A run that goes on on another engine has the losses, weights, moments and average of the uninterrupted one."""
+    logged, expected = scalars(resumed), scalars(whole)
+    for name, bounds in {"train/loss": LOSS, "validation/loss": LOSS, "train/grad_norm": NORM}.items():
+        values, others = logged[name], expected[name][-len(logged[name]) :]
+        assert len(values) == (1 if "validation" in name else STEPS - SAVED)
+        torch.testing.assert_close(torch.tensor(values), torch.tensor(others), **bounds)
+    found, wanted = (states_of(out / f"checkpoint-{STEPS}") for out in (resumed, whole))
+    assert found.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(found[key], tensor, **WEIGHT)
+
+
+def states_of(checkpoint):
+    """Return weights, moments and average of a checkpoint, joined from the files of all processes."""
+    states = {f"weight {name}": tensor for name, tensor in weights(checkpoint / "model").items()}
+    ranges = {}
+    for file in [*checkpoint.glob("optimizer-*"), *checkpoint.glob("ema-*")]:
+        for key, tensor in load_file(file).items():
+            name, start, state = key.split(":")
+            ranges.setdefault(f"{state} {name}", {})[int(start)] = tensor
+    for key, tensors in ranges.items():
+        parts = [tensors[start] for start in sorted(tensors)]
+        states[key] = parts[0] if key.startswith("step ") else torch.cat(parts)
+    return states
 
 
 # --------------------------------------------------------------------------------------------------- optimizer options
