@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Draw:
-    """Which samples of the run a micro-batch of this process holds: all its randomness follows from these numbers.
+    """The samples of the run that a micro-batch of this process holds: all its randomness follows from their numbers.
 
     One GPU with two micro-batches and two GPUs with one draw the same: they have the same numbers.
     """
