@@ -234,6 +234,8 @@ def run(main: Callable[[], Any]):
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             verb = "opened" if error.errno == errno.EACCES else "written"
             _exit(error, f"{error.filename or 'output'}: cannot be {verb} ({error.strerror}); fix it and restart")
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            _exit(error, f"{str(error.filename)[:80]}…: {error.strerror}; give a shorter path")
         for hook in failure_hooks:
             hook()
         raise

@@ -27,7 +27,8 @@ from torch.distributed.tensor import DTensor
 
 from c2r import InputError, __version__
 from c2r.files import atomic_folder, read_json, remove_tree, sync_file, temporary_folder
-from c2r.models.adversary import DomainClassifier
+from c2r.models.adversary import DomainClassifier, DomainClassifierConfig
+from c2r.models.assembly import load_own_model
 from c2r.models.contract import save_weights
 from c2r.sampler import MixedCGRealSampler
 from c2r.training.engine import failing_together, gathered_state_dict, sharding, stepped_parameters
@@ -237,7 +238,7 @@ def load_domain_classifier(path: Path, domain_classifier: DomainClassifier):
     The weights are copied: tensors read in place lie at unaligned addresses, for which convolutions on a CPU round
     differently, and the resumed run would not be the same bit for bit.
     """
-    saved = type(domain_classifier).from_pretrained(path / "domain_classifier", use_safetensors=True)
+    saved = load_own_model(path / "domain_classifier", type(domain_classifier), DomainClassifierConfig)
     domain_classifier.load_state_dict(saved.state_dict())
 
 
