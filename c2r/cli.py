@@ -23,8 +23,10 @@ from c2r.options import COMMANDS, Command, Option
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-#: Far above a file that sets every option.
-MAX_CONFIG_BYTES = 1_000_000
+#: Above a file that sets every option; a YAML file of a megabyte would take a minute to read.
+MAX_CONFIG_BYTES = 30_000
+#: Longer messages, such as of an option with a million values, are shortened in the middle.
+MAX_MESSAGE = 2000
 #: Functions called before an unexpected error is raised; the watchdog adds one that names a dead process.
 failure_hooks: list[Callable[[], None]] = []
 #: Seconds that the other processes wait with an error, so that the main process reports bad input first.
@@ -166,7 +168,14 @@ def _read_config(path, command):
         if Path(path).stat().st_size > MAX_CONFIG_BYTES:
             raise InputError(f"{where}: larger than {MAX_CONFIG_BYTES} bytes; give a file of options")
         # BaseLoader keeps every value as text, to be read as on the command line: `no` is not False, 1e-5 is a number.
-        loader = yaml.BaseLoader(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        depth = 0
+        for event in yaml.parse(text):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            # A few aliases can stand for gigabytes, and the time to read nested lists grows with their square.
+            if isinstance(event, yaml.AliasEvent) or depth > 5:
+                raise InputError(f"{where}: uses an alias (*name) or nested lists; write options and plain values")
+        loader = yaml.BaseLoader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise InputError(f"{where}: not a list of options; write lines of the form 'option: value'")
@@ -234,8 +243,6 @@ def run(main: Callable[[], Any]):
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             verb = "opened" if error.errno == errno.EACCES else "written"
             _exit(error, f"{error.filename or 'output'}: cannot be {verb} ({error.strerror}); fix it and restart")
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            _exit(error, f"{str(error.filename)[:80]}…: {error.strerror}; give a shorter path")
         for hook in failure_hooks:
             hook()
         raise
@@ -249,6 +256,8 @@ def check_command_line(command: Command):
 def _exit(error, message):
     """Exit with status 1 and one line."""
     traceback.clear_frames(error.__traceback__)  # closes progress bars, which would share the line
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[: MAX_MESSAGE // 2]} … {message[-MAX_MESSAGE // 2 :]}"
     sys.exit(f"error: {printable(message)}")
 
 

@@ -58,18 +58,24 @@ def parse_json(text: str | bytes, kind: Any, where: str | Path, extra: Literal["
     try:
         return _adapter(kind).validate_json(text, strict=True, extra=extra)
     except ValidationError as error:
-        first, *others = error.errors(include_url=False)
-        problem = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "json_invalid":
-            raise InputError(f"{where}: not valid JSON ({problem}); replace it by an undamaged copy") from None
-        entry = ".".join(str(key)[:80] for key in first["loc"])
-        found = repr(first["input"])
-        found = found if len(found) <= 80 else f"{found[:80]}…"
-        more = f", and {len(others)} more" if others else ""
-        raise InputError(
-            f"{where}: {f'entry {entry} is {found}' if entry else found[:80]}: {problem}{more}; replace it by an "
-            "undamaged copy"
-        ) from None
+        raise InputError(f"{where}: {_reason(error)}; replace it by an undamaged copy") from None
+
+
+def _reason(error):
+    """Return what is wrong in one line: the first fault, and how many others there are."""
+    first, *others = error.errors(include_url=False)
+    entry = ".".join(str(key)[:80] for key in first["loc"])
+    found = repr(first["input"])
+    found = found if len(found) <= 80 else f"{found[:80]}…"
+    more = f", and {len(others)} more" if others else ""
+    match first["type"]:
+        case "json_invalid":
+            return f"not valid JSON ({first['ctx']['error']})"
+        case "missing":
+            return f"has no entry {entry}{more}"
+        case "extra_forbidden" | "unexpected_keyword_argument":
+            return f"has an unknown entry {entry}{more}"
+    return f"{entry and f'entry {entry}: '}{first['msg'].removeprefix('Value error, ')}, not {found}{more}"
 
 
 #: Builds the validator of a type once: it takes longer than to read a file.
@@ -295,8 +301,11 @@ def fingerprint_sorted(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str
 
 # ---------------------------------------------------------------------------------------------------------------- disk
 
-#: Errors of writing a file that no second attempt would repair.
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+#: Errors of writing a file that no second attempt would repair: of the disk, of permissions and of the path itself.
+UNWRITABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),
+)
 
 
 def existing_parent(path: str | Path) -> Path:

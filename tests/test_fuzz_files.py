@@ -1,7 +1,8 @@
 """Mutated JSON and safetensors files and random command lines: each ends in success or in one line.
 
-Subprocesses read them and print each input first, so that a crash or a hang can be traced to its input. The numbers in
-the environment variables FUZZ_FILES and FUZZ_COMMANDS replace those of the short form.
+A subprocess reads them and prints each input first, so that a crash or a hang can be traced to its input. The numbers
+in the environment variables FUZZ_FILES and FUZZ_LINES, of all files and of the lines of each command, replace those of
+the short form.
 """
 
 import copy
@@ -11,8 +12,12 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import traceback
+from contextlib import suppress
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -31,9 +36,12 @@ from c2r.models.controlnet import C2RControlNet
 from c2r.models.dinov3 import DINOv3FeatureExtractor, check_dinov3
 from c2r.models.parts import ENCODERS, check_pipeline_parts, load_pipeline_part
 from c2r.models.vae import decode_latents, encode_frames
-from c2r.options import GENERATE
+from c2r.option_types import Choice, Number
+from c2r.options import ENCODE, GENERATE, PHASE1, PHASE2, QUICKSTART, STUDY, TOY
 from c2r.pipeline import encode_prompts, with_flow_shift
+from c2r.toy.folder import Scene, Toy, read_toy
 from c2r.training.resume import changed_options, find_checkpoint, require_resumable
+from tests.helpers.commands import ENVIRONMENT, ROOT, SIZE
 from tests.helpers.datasets import write_dataset
 from tests.helpers.runs import build_run, load, save, train_one_step
 from tests.helpers.settings import clip_settings as tiny_settings
@@ -142,9 +150,8 @@ def write_originals(folder):
             file.unlink()
         load_part().save_pretrained(folder / "sharded" / part, max_shard_size="10KB")
     backbone = load_transformer(folder / "pipeline")
-    phase1 = PhaseContract(
-        1, str(folder / "pipeline"), 4, 0.5, {"loss": 0.5}, height=32, width=48, num_frames=5, fps=8
-    )
+    size = SIZE | {"fps": float(SIZE["fps"])}
+    phase1 = PhaseContract(1, str(folder / "pipeline"), 4, 0.5, {"loss": 0.5}, **size)
     phase1 = save_phase(folder / "phase1", backbone, phase1)
     phase2 = PhaseContract(
         **vars(phase1)
@@ -170,6 +177,8 @@ def write_originals(folder):
         tensors = {"prompt_embeds": torch.zeros(3, TEXT_DIM)}
         save_tensors(prompt_path(manifest.cache_dir, text, cache), tensors, {"max_sequence_length": 16})
     find_missing(manifest.clips, settings)
+    scene = Scene(seed=0, prompt="a", control_video="a.mp4", truth="a.mp4")
+    write_atomic(folder / "toy/toy.json", json.dumps(Toy(**SIZE, test=[scene])).encode())
     note = {"file": ["c.mp4", 1, 2], "reason": "unreadable", "detail": "c.mp4: broken", "settings": vars(cache)}
     write_atomic(manifest.cache_dir / "failures/a.json", json.dumps(note).encode())
     return folder
@@ -255,6 +264,7 @@ def targets(folder):
         transformer("sharded"): files("sharded/transformer/*.index.json"),
         dinov3: files("dinov3/*"),
         resume: [checkpoint / "state.json", checkpoint / "model/config.json"],
+        lambda: read_toy(folder / "toy"): files("toy/*"),
         dataset: [path for path in sorted(cache.rglob("*")) if path.suffix in (".json", ".safetensors")],
     }
 
@@ -285,39 +295,189 @@ def attempt(call, failures, name):
 
 
 def read_files(folder, count):
-    """Read `count` mutated files, the same number of each kind."""
-    os.chdir(folder)
-    readers = targets(write_originals(folder / "originals"))
+    """Read `count` mutated files, the same number of each kind; return a list of (name, problem)."""
+    readers = targets(folder)
     jobs = [(reader, file) for reader, found in readers.items() for file in found]
     failures, accepted = [], 0
-    for reader, _ in {id(reader): (reader, None) for reader, _ in jobs}.values():
+    for reader in readers:
         announce("intact files")
         reader()
     for number in range(count):
         reader, file = jobs[number % len(jobs)]
         rng, whole = random.Random(number), file.read_bytes()
-        mutate = mutated_safetensors if file.suffix == ".safetensors" else mutated_json
-        content = mutate(whole if file.suffix == ".safetensors" else whole.decode(), rng)
+        if file.suffix == ".safetensors":
+            content = mutated_safetensors(whole, rng)
+        else:
+            content = mutated_json(whole.decode(), rng)
         name = f"{number} {file.relative_to(folder)}"
         announce(name)
-        (folder / "last").write_bytes(content)
         file.write_bytes(content)
         accepted += attempt(reader, failures, name)
         if failures and failures[-1][0] == name:
             write_atomic(folder / "failed" / str(number), content)
         file.parent.mkdir(parents=True, exist_ok=True)  # a cache that a library has replaced
         file.write_bytes(whole)
-    report(count, accepted, failures)
+    signal.alarm(0)
+    print(f"{accepted} of {count} mutated files were accepted")
+    return failures
 
 
-def report(count, accepted, failures):
-    for name, problem in failures:
-        print(f"FAILED {name}: {problem}")
-    print(f"{count} inputs, {accepted} accepted, {len(failures)} failures")
+# ------------------------------------------------------------------------------------------------------- command lines
+
+#: Words that options may or may not expect, some of which a shell would have to be asked for.
+NUMBERS = ["0", "1", "2", "3", "5", "16", "48", "-1", "0.5", "1.5", "1e-9", "1e9", "1e999", "nan", "9" * 5000, "1_0"]
+PATHS = [
+    *(".", "..", "/", "~", "/dev/null", "/dev/zero", "fifo", "loop", "missing", "missing/deep", "a.mp4", "x" * 5000),
+    *("x" * 300, "memory://none", "file:///none", "none://none", "simplecache::file:///none", "://", "a/b", "a/b/c"),
+    *("a.mp4/b", "é", "\ud800", "a\nb", "data=2", "data=nan", "a.yaml", "a.safetensors", "/dev/null/a"),
+]
+WORDS = [
+    *("", " ", "0x1", "--", "-", "---", "=", "{}", "[]", "5x32x48", "1x2", "5x32x48x", "null", "true", "None", "%s"),
+    *NUMBERS,
+    *PATHS,
+]
+
+
+def word_for(option, rng):
+    """Return a word that the option's parser will mostly accept."""
+    if isinstance(option.type, Choice):
+        return rng.choice(option.type.words)
+    return rng.choice(NUMBERS if isinstance(option.type, Number) else PATHS)
+
+
+def command_lines(command, options, rng):
+    """Yield random lines for a command: `options` with some options changed, left out, added or misspelt."""
+    names = list(command.options)
+    while True:
+        line = dict(options)
+        extra = []
+        for _ in range(rng.choice([1, 1, 1, 2, 5])):
+            name, word = rng.choice([*names, *options]), rng.choice([*WORDS, *map(str, options.values())])
+            kind = rng.choice([0, 1, 2, 3, 4, 4, *[5] * 12])
+            if kind == 0:
+                line.pop(rng.choice([*options]), None)
+            elif kind == 1:
+                extra.append(rng.choice([f"--{name[:-1]}", f"--{name}", f"-{name}", word, f"--{name}={word}={word}"]))
+            elif kind == 2:
+                extra += [f"--{name}", word, rng.choice(WORDS)]
+            elif kind == 3:
+                extra.append(f"--no-{name}")
+            else:
+                line[name] = word if kind == 4 else word_for(command.options[name], rng)
+        arguments = [f"--{name}={value}" for name, value in line.items()]
+        rng.shuffle(arguments)
+        yield arguments + extra if rng.random() < 0.5 else extra + arguments
+
+
+def run_lines(folder, count):
+    """Run `count` random lines of each command; return a list of (line, problem).
+
+    Those that pass the parser run as a whole, in a fork, unless the command takes minutes.
+    """
+    import train_phase1
+    import train_phase2
+    from c2r import encode, generate
+    from c2r.toy import __main__ as toy
+
+    os.mkfifo("fifo")
+    Path("loop").symlink_to("loop")
+    shutil.copy(folder / "data/a.mp4", "a.mp4")
+    shutil.copy(next((folder / "phase1").glob("*.safetensors")), "a.safetensors")
+    Path("a.yaml").write_text("seed: 1\nwidth: 48\n")
+    models = {"pretrained_model_name_or_path": folder / "pipeline"}
+    size = {name: str(value) for name, value in SIZE.items()}
+    training = models | size | {"real_dataset": folder / "data", "output_dir": "out", "mixed_precision": "no"}
+    training |= {"train_batch_size": "1", "dataloader_num_workers": "0", "num_validation_clips": "1"}
+    control = {"dinov3": folder / "dinov3", "resume_backbone_from": folder / "phase1", "control_layers": "2"}
+    one_step = ["--max_train_steps=1", "--gradient_accumulation_steps=1", "--dataloader_num_workers=0"]
+    generation = size | {"model": folder / "phase2", "control_video": "a.mp4", "prompt": "a", "output": "o.mp4"}
+    commands = [
+        (PHASE1, train_phase1.main, training, one_step),
+        (PHASE2, train_phase2.main, training | control, [*one_step, "--num_samples=0"]),
+        (ENCODE, encode.main, models | size | {"dataset": folder / "data", "domain": "real"}, ["--dry_run"]),
+        (GENERATE, generate.main, generation, ["--num_inference_steps=1"]),
+        (TOY, toy.main, {"output_dir": "toy", "num_real": "1", "num_cg": "1"}, ["--output_dir=/dev/null/toy"]),
+        (QUICKSTART, None, {"output_dir": "out"}, []),
+        (STUDY, None, {"output_dir": "out"}, []),
+    ]
+    failures, total, whole = [], 0, 0
+    for command, main, options, last in commands:
+        lines = command_lines(command, options, random.Random(command.prog))
+        for line in islice(lines, count):
+            name = f"{command.prog} {line}"
+            announce(ascii(name))
+            parsed = attempt(partial(cli.parse, command, line), failures, name)
+            if main is not None and parsed:
+                whole += 1
+                problem = run_in_fork(main, [command.prog, *line, *last])
+                if problem is not None:
+                    failures.append((name, problem))
+            shutil.rmtree("out", ignore_errors=True)
+            total += 1
+    signal.alarm(0)
+    print(f"{total} command lines, {whole} of them run as a whole")
+    return failures
+
+
+def run_in_fork(main, argv):
+    """Run a command with these arguments in a fork; return what is wrong with its end, or None."""
+    process = os.fork()
+    if process == 0:
+        os.setsid()
+        signal.alarm(SECONDS_PER_INPUT)
+        for descriptor in (1, 2):
+            os.dup2(os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), descriptor)
+        sys.argv, status = argv, 99
+        try:
+            cli.run(main)
+            status = 0
+        except SystemExit as ended:
+            status = ended.code
+            if isinstance(status, str):
+                print(status, file=sys.stderr)
+                status = 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status or 0)
+    signal.alarm(0)
+    _, status, used = os.wait4(process, 0)
+    with suppress(ProcessLookupError):
+        os.killpg(process, signal.SIGKILL)
+    output = Path("output").read_text(errors="replace")
+    last = (output.rstrip("\n").splitlines() or [""])[-1]
+    if used.ru_maxrss * 1024 > MAX_BYTES:
+        return f"{used.ru_maxrss / 2**20:.1f} GiB"
+    if os.WIFSIGNALED(status) and not (os.WTERMSIG(status) == signal.SIGALRM and "preflight: " in output):
+        return f"ended by signal {os.WTERMSIG(status)} at {last[:300]!r}"
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0 and not last.startswith("error: "):
+        return f"ended with {os.WEXITSTATUS(status)}: {output[-1500:]}"
+    return None
+
+
+def test_mutated_files_and_random_command_lines_end_in_success_or_one_line(tmp_path):
+    counts = [os.environ.get("FUZZ_FILES", "150"), os.environ.get("FUZZ_LINES", "12")]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.test_fuzz_files", tmp_path, *counts],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=ENVIRONMENT,
+        cwd=ROOT,
+    )
+    last = (done.stdout.splitlines() or ["nothing"])[-1]
+    assert done.returncode == 0, f"ended with {done.returncode} at {last}: {done.stderr[-3000:]}"
+    print(done.stdout[-300:])
 
 
 if __name__ == "__main__":
-    kind, place, number = sys.argv[1:]
-    {"files": read_files}[kind](Path(place), int(number))
-    signal.alarm(0)
-    print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB at most")
+    place, files, lines = sys.argv[1:]
+    os.chdir(place)
+    originals = write_originals(Path(place) / "originals")
+    found = read_files(originals, int(files)) + run_lines(originals, int(lines))
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"{most / 2**30:.2f} GiB at most")
+    assert most < MAX_BYTES
+    assert not found, "\n".join(f"FAILED {name}: {problem}" for name, problem in found)

@@ -106,14 +106,14 @@ def test_a_config_of_impossible_size_is_refused_at_once(sizes, tiny_models, tmp_
     config = json.loads((folder / "config.json").read_text()) | sizes
     (folder / "config.json").write_text(json.dumps(config))
     (name,) = sizes
-    with pytest.raises(InputError, match=f"its config has {name} {sizes[name]}"):
+    with pytest.raises(InputError, match=f"entry {name}: Input should be .*, not {sizes[name]!r}"):
         read_transformer_config(folder)
 
 
 def test_json_of_any_kind_ends_in_one_line(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("[" * 200_000)
-    with pytest.raises(InputError, match="nested too deeply"):
+    with pytest.raises(InputError, match=r"not valid JSON.*recursion limit"):
         read_json(path)
     with open(path, "wb") as file:
         file.truncate(MAX_JSON_BYTES + 1)  # sparse

@@ -25,7 +25,6 @@ from c2r.models.hub import (
     Width,
     fingerprint_files,
     read_config,
-    require_complete,
     resolve_model_folder,
 )
 from c2r.models.parts import freeze
@@ -252,11 +251,8 @@ def _read_text_to_video_config(folder):
 def _require_fitting_weights(path: Path, model_class: type[ModelMixin], config: dict[str, Any]):
     """Compare names and shapes in the files' headers with those of a model of this config."""
     with library_errors_as_input(path), torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in model_class.from_config(config).state_dict().items()}
-    found = WeightIndex(path).shapes()
-    unfit = [f"{name} {shape}" for name, shape in found.items() if expected.get(name, shape) != shape]
-    unknown = [name for name in found if name not in expected]
-    require_complete(path, [name for name in expected if name not in found], unfit + unknown)
+        model = model_class.from_config(config)
+    WeightIndex(path).require_fit(model)
 
 
 def _require_fitting_base(name_or_path, config, base):

@@ -198,13 +198,22 @@ class WeightIndex:
         """Return {name: shape}."""
         return {name: tuple(self._files[key].get_slice(key).get_shape()) for name, key in self._keys.items()}
 
-    def require_as_many_weights_as(self, model: torch.nn.Module) -> None:
-        """Check that the files are large enough for a model, so that no memory is allocated in vain.
+    def require_fit(self, model: torch.nn.Module, exactly: bool = True) -> None:
+        """Compare names and shapes with those of a model of Diffusers, built without memory on the device "meta".
+
+        Raises:
+            InputError: a weight is missing or of another shape, or `exactly`, and the model has no such weight.
+        """
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        found = self.shapes()
+        unfit = [f"{name} {shape}" for name, shape in found.items() if expected.get(name, shape) != shape]
+        unknown = [name for name in found if exactly and name not in expected]
+        require_complete(self.path, [name for name in expected if name not in found], unfit + unknown)
+
+    def require_enough_for(self, model: torch.nn.Module) -> None:
+        """Check that the files can fill a model of transformers, built without memory on the device "meta".
 
         Names are not compared: transformers renames weights of older files when it loads them.
-
-        Args:
-            model: built without memory, on the device "meta".
 
         Raises:
             InputError: the model has more weights than the files.
