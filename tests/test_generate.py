@@ -226,6 +226,7 @@ def unreadable(folder, tmp_path_factory):
 
 
 BAD_INPUT = [
+    ({}, "{}/base/text_encoder/model.safetensors: cannot be read as safetensors"),
     ({"model": "{}/base"}, "has no c2r.json"),
     ({"model": "{}/absent"}, "{}/absent"),
     ({"control_video": "{}/absent.mp4"}, "{}/absent.mp4"),

@@ -60,7 +60,7 @@ class _TransformerConfig(_BlockConfig):
 
 
 class _ControlNetConfig(_BlockConfig):
-    injection_layers: Annotated[list[int], Field(min_length=1, max_length=200)]
+    injection_layers: Annotated[list[int], Field(min_length=1, max_length=100)]
     feature_dim: Width
     temporal_stride: NotRequired[Count]
 

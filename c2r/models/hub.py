@@ -29,7 +29,7 @@ PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5"]
 REFUSED_ENTRIES = ("auto_map", "quantization_config", "attn_implementation", "_attn_implementation")
 
 # Sizes in configs, bounded far above Wan 2.1 14B: a model of any size would take hours to build, even without weights.
-Layers = Annotated[int, Field(ge=1, le=200)]
+Layers = Annotated[int, Field(ge=1, le=100)]
 Count = Annotated[int, Field(ge=1, le=1000)]
 Width = Annotated[int, Field(ge=1, le=1_000_000)]
 

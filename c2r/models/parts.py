@@ -55,7 +55,7 @@ class VaeConfig(TypedDict):
     base_dim: NotRequired[Count]
     decoder_base_dim: NotRequired[Count | None]
     dim_mult: NotRequired[Annotated[list[Count], Field(min_length=1, max_length=10)]]
-    num_res_blocks: NotRequired[Layers]
+    num_res_blocks: NotRequired[Annotated[int, Field(ge=1, le=10)]]
     temperal_downsample: NotRequired[Annotated[list[bool], Field(max_length=10)]]
     attn_scales: NotRequired[Annotated[list[float], Field(max_length=10)]]
     is_residual: NotRequired[bool]

@@ -53,6 +53,19 @@ class _SamplerState(TypedDict):
     cg_ratios: list[tuple[NonNegativeInt, _Share]]
 
 
+def _check_sampler(state):
+    """Check what `MixedCGRealSampler` would only find out in the middle of an epoch."""
+    position, count = state["position"], state["num_real"] + state["num_cg"]
+    if len(position["drawn"]) != len(state["real_parts"]) + len(state["cg_parts"]):
+        raise ValueError("position.drawn does not have one number per dataset")
+    if any(index >= count for _, queue in position["queues"] for index in queue):
+        raise ValueError(f"position.queues names a sample above {count - 1}")
+    shares = dict(state["cg_ratios"])
+    if 0 not in shares or not all(0 <= Fraction(share) <= 1 for share in shares.values()):
+        raise ValueError("cg_ratios does not give a share in [0, 1] from batch 0 on")
+    return state
+
+
 class _Average(TypedDict):
     optimization_step: NonNegativeInt
 
@@ -60,7 +73,7 @@ class _Average(TypedDict):
 class _State(TypedDict):
     version: str
     progress: Annotated[Progress, BeforeValidator(_require_all_fields)]
-    sampler: _SamplerState
+    sampler: Annotated[_SamplerState, AfterValidator(_check_sampler)]
     options: dict[str, JsonValue]
     ema: _Average | None
     sharding: str | None
