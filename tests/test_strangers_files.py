@@ -260,7 +260,7 @@ def test_an_alias_that_stands_for_gigabytes_is_refused(tmp_path):
 def test_our_own_files_of_another_kind_name_the_entry(tmp_path):
     readers = {"c2r.json": read_contract, "state.json": read_state, "toy.json": read_toy}
     for name, read in readers.items():
-        for text, problem in (("[]", "Input should be an object"), ("{}", "has no entry"), ("NaN", "Input")):
+        for text, problem in (("[]", "Input should be an object"), ("null", "Input"), ("NaN", "Input")):
             (tmp_path / name).write_text(text)
             with pytest.raises(InputError, match=rf"{name}: {problem}"):
                 read(tmp_path)

@@ -61,8 +61,10 @@ def _check_sampler(state):
     if any(index >= count for _, queue in position["queues"] for index in queue):
         raise ValueError(f"position.queues names a sample above {count - 1}")
     shares = dict(state["cg_ratios"])
-    if 0 not in shares or not all(0 <= Fraction(share) <= 1 for share in shares.values()):
-        raise ValueError("cg_ratios does not give a share in [0, 1] from batch 0 on")
+    if not any(first_batch <= position["batches"] for first_batch in shares):
+        raise ValueError("cg_ratios gives no share for the next batch")
+    if not all(0 <= Fraction(share) <= 1 for share in shares.values()):
+        raise ValueError("cg_ratios has a share outside [0, 1]")
     return state
 
 
