@@ -117,6 +117,7 @@ COUNT = Number(least=1, whole=True)
 COUNT_OR_ZERO = Number(least=0, whole=True)
 WHOLE = Number(whole=True)
 POSITIVE = Number(above=0)
+FRAME_RATE = Number(above=0, most=1000)  # a rate of a billion would cut a second of video into millions of clips
 NOT_NEGATIVE = Number(least=0)
 SHARE = Number(least=0, most=1)
 ANY_NUMBER = Number()

@@ -22,6 +22,7 @@ from c2r.option_types import (
     DURATION,
     FILE,
     FOLDER,
+    FRAME_RATE,
     FRAMES,
     MODEL,
     NOT_NEGATIVE,
@@ -132,7 +133,7 @@ CLIP_OPTIONS = [
         several=True,
         common=True,
     ),
-    Option("fps", "frames per second that clips are resampled to", POSITIVE, 16.0, common=True),
+    Option("fps", "frames per second that clips are resampled to", FRAME_RATE, 16.0, common=True),
     Option(
         "max_dropped",
         "stop if more than this share of a dataset's rows is dropped, such as 0.1",
@@ -618,7 +619,7 @@ GENERATE = Command(
             Option("height", "height in pixels, divisible by 16; default: as trained", PIXELS),
             Option("width", "width in pixels, divisible by 16; default: as trained", PIXELS),
             Option("num_frames", "frames, 4k + 1; default: as trained", FRAMES),
-            Option("fps", "frames per second of the output and of the coarse video; default: as trained", POSITIVE),
+            Option("fps", "frames per second of the output and of the coarse video; default: as trained", FRAME_RATE),
             Option("seed", "seed of the noise of each video", WHOLE, 0),
         ),
         "sampling": [

@@ -165,6 +165,7 @@ def write_originals(folder):
     built.run.progress.record_best()
     save(built)
     dataset = write_dataset(folder / "data", ["a.mp4", "b.mp4"], ["a street", "rain"])
+    write_dataset(folder / "cg", ["a.mp4", "b.mp4"], ["a street", "rain"], ["c.mp4", "d.mp4"])
     settings = tiny_settings(base_model=str(folder / "pipeline"))
     manifest = read_manifest(dataset, "real", settings)
     cache = CacheSettings.of(settings)
@@ -389,7 +390,12 @@ def run_lines(folder, count):
     size = {name: str(value) for name, value in SIZE.items()}
     training = models | size | {"real_dataset": folder / "data", "output_dir": "out", "mixed_precision": "no"}
     training |= {"train_batch_size": "1", "dataloader_num_workers": "0", "num_validation_clips": "1"}
-    control = {"dinov3": folder / "dinov3", "resume_backbone_from": folder / "phase1", "control_layers": "2"}
+    control = {
+        "cg_dataset": folder / "cg",
+        "dinov3": folder / "dinov3",
+        "resume_backbone_from": folder / "phase1",
+        "control_layers": "2",
+    }
     one_step = ["--max_train_steps=1", "--gradient_accumulation_steps=1", "--dataloader_num_workers=0"]
     generation = size | {"model": folder / "phase2", "control_video": "a.mp4", "prompt": "a", "output": "o.mp4"}
     commands = [
