@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -135,11 +136,23 @@ def _typed(option: Option, given: Any) -> Any:
     if isinstance(option.type, Flag | Switch):
         return given
     if isinstance(given, list):
+        if not given:  # argparse drops the value of --name=--
+            raise InputError(f"--{option.name}: has no value; give {option.type}")
         return [_typed(option, text) for text in given]
+    if not given.isascii() or "\0" in given:
+        _require_encodable(option, given)
     try:
         return option.type(given)
     except ValueError as error:
         raise InputError(f"--{option.name} {given}: {error}") from None
+
+
+def _require_encodable(option, text):
+    """Refuse text that cannot be part of a path: YAML can spell characters that do not exist."""
+    with suppress(UnicodeEncodeError):
+        if b"\0" not in os.fsencode(text):
+            return
+    raise InputError(f"--{option.name} {text}: has a character that no text has; write it out again")
 
 
 def _unknown_option(text, command):

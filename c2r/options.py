@@ -28,8 +28,8 @@ from c2r.option_types import (
     NOT_NEGATIVE,
     PIXELS,
     POSITIVE,
+    SEED,
     SHARE,
-    WHOLE,
     Choice,
     Flag,
     Number,
@@ -237,7 +237,7 @@ def _training_groups(before_data, after_data, **defaults):
             Option(
                 "seed",
                 "seed of everything that is random in the run",
-                WHOLE,
+                SEED,
                 0,
                 common=True,
                 on_resume=MUST_NOT_CHANGE,
@@ -620,7 +620,7 @@ GENERATE = Command(
             Option("width", "width in pixels, divisible by 16; default: as trained", PIXELS),
             Option("num_frames", "frames, 4k + 1; default: as trained", FRAMES),
             Option("fps", "frames per second of the output and of the coarse video; default: as trained", FRAME_RATE),
-            Option("seed", "seed of the noise of each video", WHOLE, 0),
+            Option("seed", "seed of the noise of each video", SEED, 0),
         ),
         "sampling": [
             *_sampling_options(num_inference_steps=50, common=True),

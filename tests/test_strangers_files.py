@@ -246,6 +246,13 @@ def test_a_pipe_or_device_in_a_model_folder_is_refused(tiny_models, tmp_path):
             load_pipeline_part(folder, part)
 
 
+@pytest.mark.parametrize("text", [r"\ud800", r"a\0b"])
+def test_text_that_cannot_be_a_path_is_refused(text, tmp_path):
+    (tmp_path / "a.yaml").write_text(f'output_dir: "{text}"')
+    with pytest.raises(InputError, match="has a character that no text has"):
+        cli.parse(PHASE1, [f"--config={tmp_path / 'a.yaml'}"])
+
+
 def test_an_alias_that_stands_for_gigabytes_is_refused(tmp_path):
     lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
     lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefghij")]
