@@ -226,6 +226,7 @@ def unreadable(folder, tmp_path_factory):
 
 
 BAD_INPUT = [
+    ({}, "{}/base/text_encoder/model.safetensors: cannot be read as safetensors"),
     ({"model": "{}/base"}, "has no c2r.json"),
     ({"model": "{}/absent"}, "{}/absent"),
     ({"control_video": "{}/absent.mp4"}, "{}/absent.mp4"),
@@ -233,7 +234,7 @@ BAD_INPUT = [
     ({"control_video": "{}/short.mp4"}, "{}/short.mp4: gives 3 frames at 8 fps, but --num_frames is 5"),
     ({"num_frames": 13}, "coarse0.mp4: gives 12 frames"),
     ({"phase": 1}, "phase 1 has no control"),
-    ({"pretrained_model_name_or_path": "{}/dinov3"}, "has no tokenizer/"),
+    ({"pretrained_model_name_or_path": "{}/dinov3"}, "has no vae/"),
     ({"dinov3": "{}/absent"}, "{}/absent"),
     ({"backbone": "{}/absent"}, "{}/absent"),
     ({"backbone": "{}/dinov3"}, "{}/dinov3"),
