@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from c2r import InputError
 from c2r.files import fingerprint
 from c2r.training.optimizer import adamw_8bit, exact_state_dict
+from c2r.training.watchdog import joining
 
 logger = logging.getLogger(__name__)
 
@@ -62,21 +63,25 @@ def build_accelerator(args: Namespace) -> Accelerator:
     if deepspeed and on_cpu:
         os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
         group["backend"] = "gloo"
-    accelerator = Accelerator(
-        # The options decide, not the launcher's configuration.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
-        mixed_precision="no",
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
-        deepspeed_plugin=_deepspeed_plugin(args) if deepspeed else None,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(**group),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # otherwise DDP keeps every gradient twice
-        ],
-        cpu=on_cpu and not deepspeed,
-        # The schedulers here count optimizer steps; Accelerate would advance a prepared one once per process.
-        step_scheduler_with_optimizer=False,
-    )
+    with joining(60 * args.distributed_timeout_minutes):
+        accelerator = Accelerator(
+            # The options decide, not the launcher's configuration.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
+            mixed_precision="no",
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+            deepspeed_plugin=_deepspeed_plugin(args) if deepspeed else None,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(**group),
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True
+                ),  # otherwise DDP keeps every gradient twice
+            ],
+            cpu=on_cpu and not deepspeed,
+            # The schedulers here count optimizer steps; Accelerate would advance a prepared one once per process.
+            step_scheduler_with_optimizer=False,
+        )
+        accelerator.wait_for_everyone()  # NCCL connects at the first collective
     if _launched_with("FSDP") and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # Accelerate shards on accelerators only, but FSDP2 itself runs on gloo too.
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
