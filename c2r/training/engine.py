@@ -33,7 +33,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from c2r import InputError
-from c2r.files import fingerprint
+from c2r.files import fingerprint, write_problem
 from c2r.training.optimizer import adamw_8bit, exact_state_dict
 from c2r.training.watchdog import joining
 
@@ -55,7 +55,7 @@ def build_accelerator(args: Namespace) -> Accelerator:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"--output_dir {output_dir}: cannot be created ({error.strerror}); choose another folder"
+            f"--output_dir {output_dir}: cannot be created ({write_problem(error, output_dir)}); choose another folder"
         ) from error
     require_known_settings()
     _log_ignored_settings(args)
@@ -384,7 +384,7 @@ def failing_together(accelerator: Accelerator, path: str | Path) -> Iterator[Non
         failure = str(error)
     except (OSError, SafetensorError) as error:
         failure = (
-            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); earlier checkpoints are kept; "
+            f"{path}: cannot be written ({write_problem(error, path)}); earlier checkpoints are kept; "
             "fix it and restart with --resume_from_checkpoint latest"
         )
     failures = [failure for failure in gather_object([failure]) if failure is not None]
