@@ -244,8 +244,21 @@ def run(main: Callable[[], Any]):
     except (OSError, EOFError, RuntimeError) as error:
         # A killed data loader worker breaks its connection first; torch's handler would raise a second error here.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        from c2r.files import UNWRITABLE
+        from c2r.files import UNWRITABLE, write_problem
 
+        if _shared_memory_is_full(error):
+            sys.unraisablehook = lambda unraisable: (
+                None
+            )  # a data loader that was not completed raises when it is freed
+            _exit(
+                error,
+                "/dev/shm: full, and data loader workers need it; make it larger (docker run --shm-size 8g), or give "
+                "--dataloader_num_workers 0",
+            )
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            _exit(
+                error, f"too many open files ({error.filename or 'ulimit -n'}); raise the limit, as by ulimit -n 4096"
+            )
         if _is_lost_worker(error):
             first_line = str(error).partition("\n")[0]
             _exit(
@@ -255,7 +268,8 @@ def run(main: Callable[[], Any]):
             )
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             verb = "opened" if error.errno == errno.EACCES else "written"
-            _exit(error, f"{error.filename or 'output'}: cannot be {verb} ({error.strerror}); fix it and restart")
+            name = error.filename or "output"
+            _exit(error, f"{name}: cannot be {verb} ({write_problem(error, name)}); fix it and restart")
         for hook in failure_hooks:
             hook()
         raise
@@ -285,6 +299,14 @@ def _is_lost_worker(error):
     """Return True if a data loader has lost a worker, rather than passed on an error that a worker raised."""
     frames = traceback.extract_tb(error.__traceback__)
     return str(error).startswith("DataLoader worker") or any(frame.name == "_try_get_data" for frame in frames)
+
+
+def _shared_memory_is_full(error):
+    """Return True if a worker found no room for a batch in /dev/shm, or a data loader none for its semaphores."""
+    if isinstance(error, OSError):
+        frames = traceback.extract_tb(error.__traceback__)
+        return error.errno == errno.ENOSPC and Path(frames[-1].filename).name == "synchronize.py"
+    return "unable to allocate shared memory" in str(error)
 
 
 def stop_on_signals():

@@ -308,6 +308,21 @@ UNWRITABLE = (
 )
 
 
+def write_problem(error: Exception, path: str | Path) -> str:
+    """Return in a few words why a path cannot be written.
+
+    Args:
+        error: OSError or SafetensorError of the attempt. For a disk without free inodes it says "no space" too.
+        path: need not exist.
+    """
+    problem = getattr(error, "strerror", None) or str(error)
+    if os.strerror(errno.ENOSPC) in problem:
+        disk = os.statvfs(existing_parent(path))
+        if disk.f_files and not disk.f_favail and disk.f_bavail:
+            return "No inodes left on device: it has room, but holds too many files"
+    return problem
+
+
 def existing_parent(path: str | Path) -> Path:
     """Return the nearest existing folder above a path, or the path itself: its disk is the one to be written to."""
     path = Path(path).absolute()

@@ -141,7 +141,12 @@ CLIP_OPTIONS = [
         metavar="SHARE",
     ),
     Option("video_cache_gb", "GB of disk for videos fetched from remote datasets", POSITIVE, 50.0),
-    Option("dataloader_num_workers", "data loader workers per process; 0 loads in the main process", COUNT_OR_ZERO, 4),
+    Option(
+        "dataloader_num_workers",
+        "data loader workers per process, at most as many as it has cores; 0 loads in the main process",
+        COUNT_OR_ZERO,
+        4,
+    ),
 ]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.utils.data import DataLoader, Dataset
 
-from c2r.data.workers import shield_worker
+from c2r.data.workers import shield_worker, usable_workers
 from c2r.sampler import MixedCGRealSampler
 from c2r.training.run import Run
 
@@ -37,10 +37,11 @@ class TrainBatches:
 
     def __init__(self, run: Run, dataset: Dataset, sampler: MixedCGRealSampler):
         self._run, self._sampler = run, sampler
+        micro_steps = run.args.max_train_steps * run.args.gradient_accumulation_steps
         self._loader = DataLoader(
             dataset,
             batch_sampler=sampler,
-            num_workers=run.settings.num_workers,
+            num_workers=usable_workers(run.settings.num_workers, micro_steps),
             worker_init_fn=shield_worker,
             pin_memory=run.device.type == "cuda",
         )
