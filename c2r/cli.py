@@ -298,7 +298,9 @@ def _wait_for_the_main_process():
 def _is_lost_worker(error):
     """Return True if a data loader has lost a worker, rather than passed on an error that a worker raised."""
     frames = traceback.extract_tb(error.__traceback__)
-    return str(error).startswith("DataLoader worker") or any(frame.name == "_try_get_data" for frame in frames)
+    return str(error).startswith(("DataLoader worker", "DataLoader timed out")) or any(
+        frame.name == "_try_get_data" for frame in frames
+    )
 
 
 def _shared_memory_is_full(error):

@@ -38,10 +38,13 @@ class TrainBatches:
     def __init__(self, run: Run, dataset: Dataset, sampler: MixedCGRealSampler):
         self._run, self._sampler = run, sampler
         micro_steps = run.args.max_train_steps * run.args.gradient_accumulation_steps
+        num_workers = usable_workers(run.settings.num_workers, micro_steps)
         self._loader = DataLoader(
             dataset,
             batch_sampler=sampler,
-            num_workers=usable_workers(run.settings.num_workers, micro_steps),
+            num_workers=num_workers,
+            # A worker that fails while it sends a batch drops it and goes on, and the loop would wait without end.
+            timeout=60 * run.args.distributed_timeout_minutes if num_workers else 0,
             worker_init_fn=shield_worker,
             pin_memory=run.device.type == "cuda",
         )

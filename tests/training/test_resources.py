@@ -5,12 +5,14 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from c2r import InputError
+from c2r.cli import run
 from c2r.data import workers
 from c2r.data.workers import usable_workers
 from c2r.sampler import MixedCGRealSampler
@@ -107,14 +109,32 @@ def test_workers_beyond_cores_and_batches_are_not_started(monkeypatch, capsys):
     assert usable_workers(4, 1000) == 1
 
 
+class Slow:
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        time.sleep(60)
+
+
+def test_a_batch_that_never_arrives_ends_the_run(signal_handlers):
+    args = options(["--dataloader_num_workers=1", "--distributed_timeout_minutes=0.02"])
+    sampler = MixedCGRealSampler(4, 0, cg_ratio=0, batch_size=2)
+    batches = TrainBatches(run_of(args), Slow(), sampler)
+    with pytest.raises(
+        SystemExit, match=r"^error: a data loader worker .*\(DataLoader timed out after 1\.2 seconds\)"
+    ):
+        run(lambda: next(batches.of_one_step()))
+
+
 def loaded(count, steps, state=None):
     """Return the batches of some steps, which `count` workers load, and the sampler's state after each step."""
-    run = run_of(options([f"--dataloader_num_workers={count}"]))
+    run_of_count = run_of(options([f"--dataloader_num_workers={count}"]))
     clips = [{"index": i} for i in range(7)]
     sampler = MixedCGRealSampler(clips, [], cg_ratio=0, batch_size=2)
     if state is not None:
         sampler.load_state_dict(state)
-    batches, found, states = TrainBatches(run, clips, sampler), [], []
+    batches, found, states = TrainBatches(run_of_count, clips, sampler), [], []
     for _ in range(steps):
         found.append([batch["index"].tolist() for _, batch in batches.of_one_step()])
         states.append(sampler.state_dict())
