@@ -76,9 +76,8 @@ def build_accelerator(args: Namespace) -> Accelerator:
             deepspeed_plugin=_deepspeed_plugin(args) if deepspeed else None,
             kwargs_handlers=[
                 InitProcessGroupKwargs(**group),
-                DistributedDataParallelKwargs(
-                    gradient_as_bucket_view=True
-                ),  # otherwise DDP keeps every gradient twice
+                # Otherwise DDP keeps every gradient twice.
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
             cpu=on_cpu and not deepspeed,
             # The schedulers here count optimizer steps; Accelerate would advance a prepared one once per process.
