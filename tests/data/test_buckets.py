@@ -37,6 +37,11 @@ def test_a_bucket_is_parsed_as_it_is_written():
             parse_bucket(wrong)
 
 
+def test_the_latent_grid_has_a_fourth_of_the_frames_and_an_eighth_of_the_pixels():
+    assert WIDE.latent_grid == (21, 60, 104)
+    assert IMAGE.latent_grid == (1, 60, 104)
+
+
 @pytest.mark.parametrize(
     ("check", "value", "message"),
     [

@@ -6,13 +6,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import WanTransformer3DModel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train_phase1
 import train_phase2
-from c2r import cli
 from c2r.data.mixture import read_mixture
 from c2r.encoding.dataset import ClipDataset
 from c2r.models.adversary import DomainClassifier
@@ -20,9 +18,8 @@ from c2r.models.controlnet import C2RControlNet
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.options import PHASE1, PHASE2, clip_settings
 from c2r.sampler import MixedCGRealSampler
-from c2r.training.engine import build_accelerator
-from c2r.training.setup import start_run
 from tests.helpers.commands import SIZE
+from tests.helpers.scripts import run_script
 from tests.helpers.tiny import LATENT_CHANNELS
 
 BATCH, MICRO_STEPS, SEED, SHIFT = 2, 3, 7, 2.5
@@ -41,12 +38,9 @@ def record_steps(script, command, argv):
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
         steps.append(([p.detach().clone() for p in parameters], grads))
 
-    args = cli.parse(command, argv)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
     hook = register_optimizer_step_pre_hook(record)
     try:
-        script.train(start_run(args, build_accelerator(args)))
+        args = run_script(script, command, argv)
     finally:
         hook.remove()
     return args, steps
@@ -135,7 +129,7 @@ def assert_same_gradients(found, expected):
 # ------------------------------------------------------------------------------------------------------------ phase 1
 
 
-def test_a_step_of_phase_1(tiny_models, small_datasets, tmp_path, signal_handlers):
+def test_a_step_of_phase_1(tiny_models, small_datasets, tmp_path):
     """Weight σ⁻² of the loss: `--weighting_scheme sigma_sqrt`."""
     argv = [*shared_options(tiny_models, small_datasets, tmp_path), "--weighting_scheme=sigma_sqrt"]
     args, steps = record_steps(train_phase1, PHASE1, argv)
@@ -215,7 +209,7 @@ def domain_logit(classifier, latents, sigma):
 
 
 @pytest.fixture
-def phase2_steps(tiny_models, small_datasets, tmp_path, signal_handlers):
+def phase2_steps(tiny_models, small_datasets, tmp_path):
     options = {
         "resume_backbone_from": tiny_models / "pipeline",
         "cg_dataset": small_datasets / "cg",
