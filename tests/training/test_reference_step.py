@@ -18,12 +18,14 @@ from c2r.models.controlnet import C2RControlNet
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.options import PHASE1, PHASE2, clip_settings
 from c2r.sampler import MixedCGRealSampler
+from c2r.training.augmentation import augment_control_frames
 from tests.helpers.commands import SIZE
 from tests.helpers.scripts import run_script
 from tests.helpers.tiny import LATENT_CHANNELS
 
 BATCH, MICRO_STEPS, SEED, SHIFT = 2, 3, 7, 2.5
 PROMPT_DROPOUT = CONTROL_DROPOUT = 0.4
+CONTROL_AUGMENTATION = 0.5
 CONDITIONING_SCALE, CG_RATIO, REAL_WEIGHT, ADVERSARIAL_WEIGHT = 0.7, 0.4, 2.5, 0.3
 MAX_GRAD_NORM = 0.05  # below the norms of these gradients, so that clipping acts
 OWN_GRADIENT_SCALE = 0.01  # of the domain classifier
@@ -99,6 +101,13 @@ def noisy_samples(items, sigmas, micro_step, empty_prompt):
         latents = mean + (item["latents_logvar"] / 2).exp() * spread
         prompt = empty_prompt if drop_prompt < PROMPT_DROPOUT else item["prompt_embeds"]
         yield (1 - sigma) * latents + sigma * noise, noise - latents, prompt, drop_control < CONTROL_DROPOUT
+
+
+def control_of(item, micro_step, place):
+    """Return the control of a sample, (F, 3, H, W) in [0, 1], and whether its look is altered."""
+    frames, generator = item["control_frames"].float() / 255, generator_of(SEED, "augmentation", micro_step, place)
+    altered = torch.rand((), generator=generator).item() < CONTROL_AUGMENTATION and not item["domain"]
+    return augment_control_frames(frames, generator) if altered else frames, altered
 
 
 def clip_together(grads):
@@ -219,6 +228,7 @@ def phase2_steps(tiny_models, small_datasets, tmp_path):
         "cg_ratio": CG_RATIO,
         "conditioning_scale": CONDITIONING_SCALE,
         "control_dropout": CONTROL_DROPOUT,
+        "control_augmentation": CONTROL_AUGMENTATION,
         "real_weight": REAL_WEIGHT,
         "adversarial_weight": ADVERSARIAL_WEIGHT,
         "num_samples": 0,
@@ -252,13 +262,15 @@ def test_a_step_of_phase_2(phase2_steps, tiny_models):
             items = [real[index] if index < len(real) else cg[index - len(real)] for index in indices]
             numbers = torch.special.ndtri(uniform_numbers(step, micro_batch))
             sigmas = shifted(torch.sigmoid(0.5 + 1.5 * numbers))
-            samples = noisy_samples(items, sigmas, step * MICRO_STEPS + micro_batch, real.empty_prompt_embeds)
-            for item, sigma, (noisy, velocity, prompt, dropped) in zip(items, sigmas, samples):
-                features = dinov3(item["control_frames"][None].float() / 255)[0] * (not dropped)
+            micro_step = step * MICRO_STEPS + micro_batch
+            samples = enumerate(noisy_samples(items, sigmas, micro_step, real.empty_prompt_embeds))
+            for item, sigma, (place, (noisy, velocity, prompt, dropped)) in zip(items, sigmas, samples):
+                frames, altered = control_of(item, micro_step, place)
+                features = dinov3(frames[None])[0] * (not dropped)
                 predicted = joined_forward(backbone, controlnet, noisy, sigma, prompt, features)
                 weight = (1 if item["domain"] else REAL_WEIGHT) / (CG_RATIO + REAL_WEIGHT * (1 - CG_RATIO))
                 loss = loss + weight * (predicted - velocity).square().mean() / (BATCH * MICRO_STEPS)
-                seen.add((item["domain"], dropped))
+                seen.add((item["domain"], dropped, altered))
                 if dropped:
                     continue
                 latents = noisy - sigma * predicted
@@ -278,5 +290,6 @@ def test_a_step_of_phase_2(phase2_steps, tiny_models):
         control_grads = torch.autograd.grad(loss + reversed_loss, parameters[: -len(list(classifier.parameters()))])
         own_grads = torch.autograd.grad(OWN_GRADIENT_SCALE * domain_loss, [*classifier.parameters()])
         assert_same_gradients(grads, clip_together([*control_grads, *own_grads]))
-    assert {(0, True), (0, False), (1, False)} <= seen
+    assert {(0, True), (0, False), (1, False)} <= {kind[:2] for kind in seen}
+    assert {(0, False, True), (0, False, False)} <= seen
     assert all(grad.norm() > 0 for grad in steps[1][1])

@@ -7,15 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import train_phase1
 import train_phase2
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.transformer import C2RTransformer
-from c2r.options import PHASE2
-from tests.helpers.commands import phase2, same, weights
+from c2r.options import PHASE1, PHASE2
+from tests.helpers.commands import phase1, phase2, same, weights
 from tests.helpers.datasets import flat_video, write_dataset
 from tests.helpers.scripts import run_script
 
@@ -114,6 +116,20 @@ def test_best_and_final_hold_the_averaged_weights(whole):
     for name, checkpoint in (("best", f"checkpoint-{step}"), ("final", f"checkpoint-{STEPS}")):
         assert same(weights(whole.out / name), averaged(whole.out / checkpoint))
         assert not same(weights(whole.out / name), weights(whole.out / checkpoint / "model"))
+
+
+def test_phase_1_averages_too(tiny_models, small_datasets, tmp_path):
+    options = ["--max_train_steps=3", "--ema_decay=0.9", "--learning_rate=1e-2", "--dataloader_num_workers=0"]
+    _, *argv = phase1(tiny_models, small_datasets, tmp_path, *options, "--checkpointing_steps=3", launcher=())
+    run_script(train_phase1, PHASE1, argv)
+    average = load_file(tmp_path / "checkpoint-3/ema-00000-of-00001.safetensors")
+    trained, final = (
+        dict(WanTransformer3DModel.from_pretrained(tmp_path / name).named_parameters())
+        for name in ("checkpoint-3/model", "final")
+    )
+    for i, (name, parameter) in enumerate(final.items()):
+        assert torch.equal(parameter, average[str(i)])
+        assert not torch.equal(parameter, trained[name])
 
 
 # -------------------------------------------------------------------------------------------------------------- resume
