@@ -1,0 +1,192 @@
+"""Plant each fault of `tests.mutations` in a copy of the project and see whether the tests notice it.
+
+    python -m tests.mutate [-j JOBS] [NAME …]
+
+Each fault is planted alone, and the tests that should notice it run until the first failure. Before the first fault
+they must all pass. A run of all faults writes tests/mutations.md. The exit code is 1 if fewer than 95 % are found.
+"""
+
+import argparse
+import compileall
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from platform import python_version
+from queue import SimpleQueue
+
+import diffusers
+import torch
+
+from tests.helpers.source import ROOT
+from tests.mutations import MUTATIONS, Mutation
+
+RECORD = ROOT / "tests/mutations.md"
+REQUIRED_SHARE = 0.95
+SECONDS = 300  # for the tests of one fault
+PASSED, FAILED = 0, 1  # exit codes of pytest; all others mean that the tests could not run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of the tests of one fault."""
+
+    mutation: Mutation
+    found_by: str | None  #: the first failing test; None if all passed
+    seconds: float
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutate", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="faults to plant; default: all")
+    parser.add_argument("-j", "--jobs", type=int, default=1, help="faults at a time, each in a copy of its own")
+    args = parser.parse_args(argv)
+    if unknown := set(args.names) - {mutation.name for mutation in MUTATIONS}:
+        parser.error(f"no such fault: {', '.join(sorted(unknown))}")
+    chosen = [mutation for mutation in MUTATIONS if not args.names or mutation.name in args.names]
+
+    with tempfile.TemporaryDirectory() as folder:
+        copies: SimpleQueue[Path] = SimpleQueue()
+        for number in range(args.jobs):
+            copies.put(copy_project(Path(folder, str(number))))
+        first = copies.get()
+        status, output = run_tests(first, dict.fromkeys(test for mutation in chosen for test in mutation.tests))
+        if status != PASSED:
+            sys.exit(f"without a fault the tests do not pass:\n{output}")
+        copies.put(first)
+
+        def run(mutation):
+            copy = copies.get()
+            try:
+                outcome = try_mutation(copy, mutation)
+            finally:
+                copies.put(copy)
+            print(f"{outcome.seconds:5.1f} s  {mutation.name}: {outcome.found_by or 'SURVIVED'}", flush=True)
+            return outcome
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            outcomes = list(pool.map(run, chosen))
+    found = sum(outcome.found_by is not None for outcome in outcomes)
+    print(f"{found} of {len(outcomes)} faults found ({found / len(outcomes):.1%})")
+    if not args.names:
+        RECORD.write_text(record(outcomes), encoding="utf-8")
+    return 0 if found >= REQUIRED_SHARE * len(outcomes) else 1
+
+
+def copy_project(folder: Path) -> Path:
+    """Copy the files that git tracks; return the folder."""
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
+    compileall.compile_dir(folder, quiet=1)
+    return folder
+
+
+def mutated(text: str, mutation: Mutation) -> str:
+    """Return a file's text with the fault in it.
+
+    Raises:
+        ValueError: the text to replace does not occur exactly once.
+    """
+    if (count := text.count(mutation.old)) != 1:
+        raise ValueError(f"{mutation.name}: its old text occurs {count} times in {mutation.file}")
+    return text.replace(mutation.old, mutation.new)
+
+
+@contextmanager
+def planted(copy: Path, mutation: Mutation):
+    """Plant a fault in a copy of the project within the body."""
+    path = copy / mutation.file
+    text = mutated(path.read_text(encoding="utf-8"), mutation)
+    try:
+        path.write_text(text, encoding="utf-8")
+        yield
+    finally:
+        shutil.copy2(ROOT / mutation.file, path)  # with its time of change, so that its compiled form stays valid
+
+
+def try_mutation(copy: Path, mutation: Mutation) -> Outcome:
+    """Run the tests that should notice a fault.
+
+    Raises:
+        RuntimeError: they could not run.
+    """
+    started = time.perf_counter()
+    with planted(copy, mutation):
+        status, output = run_tests(copy, mutation.tests, SECONDS)
+    seconds = time.perf_counter() - started
+    if status == PASSED:
+        return Outcome(mutation, None, seconds)
+    if status is None:
+        return Outcome(mutation, f"no end after {SECONDS} s", seconds)
+    failure = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    if status != FAILED or failure is None:
+        raise RuntimeError(f"{mutation.name}: pytest ended with {status}:\n{output[-3000:]}")
+    return Outcome(mutation, failure[1].partition("[")[0], seconds)
+
+
+def run_tests(copy: Path, tests: Iterable[str], limit: float | None = None) -> tuple[int | None, str]:
+    """Run tests in a copy of the project up to the first failure.
+
+    Returns:
+        pytest's exit code, None if the tests took longer than `limit` seconds; its output.
+    """
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", *tests]
+    # The compiled files stay those without a fault: Python could not tell two faults of one second and size apart.
+    environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    process = subprocess.Popen(
+        command,
+        cwd=copy,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return None, process.communicate()[0]
+    return process.returncode, output
+
+
+def record(outcomes: list[Outcome]) -> str:
+    """Return the page with the outcome of all faults."""
+    found = sum(outcome.found_by is not None for outcome in outcomes)
+    minutes = sum(outcome.seconds for outcome in outcomes) / 60
+    lines = [
+        "# Faults that the tests notice",
+        "",
+        f"{found} of {len(outcomes)} faults were found ({found / len(outcomes):.1%}) on {date.today()}, with Python "
+        f"{python_version()}, PyTorch {torch.__version__} and Diffusers {diffusers.__version__}, in {minutes:.0f} "
+        "minutes of tests. Each fault of `tests/mutations.py` was planted alone, and the tests named there ran until "
+        "the first failure. This page is written by `python -m tests.mutate`.",
+        "",
+        "| fault | file | found by | seconds |",
+        "|---|---|---|---|",
+    ]
+    for outcome in outcomes:
+        mutation = outcome.mutation
+        found_by = f"`{outcome.found_by}`" if outcome.found_by else "**survived**"
+        lines.append(f"| {mutation.name} | `{mutation.file}` | {found_by} | {outcome.seconds:.0f} |")
+    survivors = [outcome.mutation for outcome in outcomes if outcome.found_by is None]
+    lines += ["", *(f"- {mutation.name}: {mutation.remark}" for mutation in survivors)] if survivors else []
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
