@@ -8,6 +8,7 @@ they must all pass. A run of all faults writes tests/mutations.md. The exit code
 
 import argparse
 import compileall
+import multiprocessing
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from platform import python_version
 from queue import SimpleQueue
 
 import diffusers
+import pytest
 import torch
 
 from tests.helpers.source import ROOT
@@ -35,6 +37,24 @@ RECORD = ROOT / "tests/mutations.md"
 REQUIRED_SHARE = 0.95
 SECONDS = 300  # for the tests of one fault
 PASSED, FAILED = 0, 1  # exit codes of pytest; all others mean that the tests could not run
+
+
+#: Forked for each fault with the libraries that most tests import, which takes longer than most tests.
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(
+    [
+        "accelerate",
+        "av",
+        "datasets",
+        "diffusers.pipelines.wan.pipeline_wan",
+        "matplotlib.pyplot",
+        "pyarrow",
+        "tensorboard.backend.event_processing.event_accumulator",
+        "torch.utils.tensorboard",
+        "transformers.models.dinov3_vit.modeling_dinov3_vit",
+        "transformers.models.umt5.modeling_umt5",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         for number in range(args.jobs):
             copies.put(copy_project(Path(folder, str(number))))
         first = copies.get()
-        status, output = run_tests(first, dict.fromkeys(test for mutation in chosen for test in mutation.tests))
+        status, output = run_tests(first, dict.fromkeys(mutation.tests for mutation in chosen))
         if status != PASSED:
             sys.exit(f"without a fault the tests do not pass:\n{output}")
         copies.put(first)
@@ -125,7 +145,7 @@ def try_mutation(copy: Path, mutation: Mutation) -> Outcome:
     """
     started = time.perf_counter()
     with planted(copy, mutation):
-        status, output = run_tests(copy, mutation.tests, SECONDS)
+        status, output = run_tests(copy, [mutation.tests], SECONDS)
     seconds = time.perf_counter() - started
     if status == PASSED:
         return Outcome(mutation, None, seconds)
@@ -143,25 +163,31 @@ def run_tests(copy: Path, tests: Iterable[str], limit: float | None = None) -> t
     Returns:
         pytest's exit code, None if the tests took longer than `limit` seconds; its output.
     """
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", *tests]
-    # The compiled files stay those without a fault: Python could not tell two faults of one second and size apart.
-    environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    process = subprocess.Popen(
-        command,
-        cwd=copy,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
+    output = copy / "output.txt"
+    process = _server.Process(target=_run_pytest, args=(copy, ["-x", "-q", "-n0", "-p", "no:cacheprovider", *tests]))
+    process.start()
+    process.join(limit)
+    status = process.exitcode
+    if status is None:
         os.killpg(process.pid, signal.SIGKILL)
-        return None, process.communicate()[0]
-    return process.returncode, output
+        process.join()
+    return status, output.read_text(errors="replace")
+
+
+def _run_pytest(copy, arguments):
+    """Run pytest in a fork of the server, whose output goes into output.txt."""
+    os.setsid()
+    with open(copy / "output.txt", "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]  # those of the copy are imported instead
+    sys.path[:] = [str(copy), *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
+    os.environ |= {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    # The compiled files stay those without a fault: Python could not tell two faults of one second and size apart.
+    sys.dont_write_bytecode = True
+    os.chdir(copy)
+    sys.exit(int(pytest.main(arguments)))
 
 
 def record(outcomes: list[Outcome]) -> str:

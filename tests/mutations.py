@@ -11,7 +11,7 @@ class Mutation:
         name: what is wrong, in words with hyphens.
         file: the file that has the fault.
         old, new: the text of the file that is replaced, which occurs once in it, and the faulty text.
-        tests: arguments for pytest.
+        tests: the test that should notice it, or a file of tests: an argument for pytest.
         remark: why no test notices the fault.
     """
 
@@ -19,43 +19,43 @@ class Mutation:
     file: str
     old: str
     new: str
-    tests: tuple[str, ...]
+    tests: str
     remark: str = ""
 
 
-PHASE1_STEP = ("tests/training/test_reference_step.py::test_a_step_of_phase_1",)
-PHASE2_STEP = ("tests/training/test_reference_step.py::test_a_step_of_phase_2",)
-RESUME = ("tests/training/test_resume.py",)
-STEP = ("tests/training/test_step.py",)
-SETUP = ("tests/training/test_setup.py",)
-AUGMENTATION = ("tests/training/test_augmentation.py",)
-GUARD = ("tests/training/test_guard.py",)
-PROGRESS = ("tests/training/test_progress.py",)
-OPTIMIZER = ("tests/training/test_optimizer.py",)
-FLOW = ("tests/test_flow_matching.py",)
-SAMPLER = ("tests/test_sampler.py",)
-PIPELINE = ("tests/test_pipeline.py",)
-GENERATE = ("tests/test_generate.py",)
-OPTIONS = ("tests/test_options.py",)
-FILES = ("tests/test_files.py",)
-ADAPTER = ("tests/models/test_control_adapter.py",)
-CONTROLNET = ("tests/models/test_controlnet.py",)
-TRANSFORMER = ("tests/models/test_transformer.py",)
-ADVERSARY = ("tests/models/test_adversary.py",)
-DINOV3 = ("tests/models/test_dinov3.py",)
-BUCKETS = ("tests/data/test_buckets.py",)
-MANIFEST = ("tests/data/test_manifest.py",)
-VIDEO = ("tests/data/test_video.py",)
-CACHE = ("tests/encoding/test_cache.py",)
-DATASET = ("tests/encoding/test_dataset.py",)
-ENCODE = ("tests/encoding/test_encode.py",)
-VALIDATION = ("tests/evaluation/test_validation.py",)
-CONDITIONS = ("tests/evaluation/test_conditions.py",)
-MONITOR = ("tests/evaluation/test_monitor.py",)
-DISCRIMINANTS = ("tests/evaluation/test_discriminants.py",)
-CONTROLLER = ("tests/evaluation/test_ratio_controller.py",)
-CG_MEASURES = ("tests/evaluation/test_cg_measures.py",)
-TOY = ("tests/toy/test_toy.py",)
+PHASE1_STEP = "tests/training/test_reference_step.py::test_a_step_of_phase_1"
+PHASE2_STEP = "tests/training/test_reference_step.py::test_a_step_of_phase_2"
+RESUME = "tests/training/test_resume.py"
+STEP = "tests/training/test_step.py"
+SETUP = "tests/training/test_setup.py"
+AUGMENTATION = "tests/training/test_augmentation.py"
+GUARD = "tests/training/test_guard.py"
+PROGRESS = "tests/training/test_progress.py"
+OPTIMIZER = "tests/training/test_optimizer.py"
+FLOW = "tests/test_flow_matching.py"
+SAMPLER = "tests/test_sampler.py"
+PIPELINE = "tests/test_pipeline.py"
+GENERATE = "tests/test_generate.py"
+OPTIONS = "tests/test_options.py"
+FILES = "tests/test_files.py"
+ADAPTER = "tests/models/test_control_adapter.py"
+CONTROLNET = "tests/models/test_controlnet.py"
+TRANSFORMER = "tests/models/test_transformer.py"
+ADVERSARY = "tests/models/test_adversary.py"
+DINOV3 = "tests/models/test_dinov3.py"
+BUCKETS = "tests/data/test_buckets.py"
+MANIFEST = "tests/data/test_manifest.py"
+VIDEO = "tests/data/test_video.py"
+CACHE = "tests/encoding/test_cache.py"
+DATASET = "tests/encoding/test_dataset.py"
+ENCODE = "tests/encoding/test_encode.py"
+VALIDATION = "tests/evaluation/test_validation.py"
+CONDITIONS = "tests/evaluation/test_conditions.py"
+MONITOR = "tests/evaluation/test_monitor.py"
+DISCRIMINANTS = "tests/evaluation/test_discriminants.py"
+CONTROLLER = "tests/evaluation/test_ratio_controller.py"
+CG_MEASURES = "tests/evaluation/test_cg_measures.py"
+TOY = "tests/toy/test_toy.py"
 
 SCRIPTS = [
     Mutation(
@@ -91,7 +91,7 @@ SCRIPTS = [
         "train_phase1.py",
         "if guard.may_step(grad_norm):",
         "if guard.may_step(grad_norm) or True:",
-        ("tests/training/test_faults.py::test_a_clip_of_nan_is_skipped_and_named_and_too_many_end_the_run",),
+        "tests/training/test_faults.py::test_a_clip_of_nan_is_skipped_and_named_and_too_many_end_the_run",
     ),
     Mutation(
         "the-control-is-never-blank",
@@ -258,49 +258,49 @@ THE_SAMPLER = [
         "c2r/sampler.py",
         "(2 * due + unit) // (2 * unit) > cg_drawn",
         "due // unit > cg_drawn",
-        SAMPLER,
+        f"{SAMPLER}::test_the_share_is_never_more_than_half_a_sample_off",
     ),
     Mutation(
         "the-places-of-a-batch-are-not-shuffled",
         "c2r/sampler.py",
         'self._random("batch", start.emitted).shuffle(indices)',
         "pass",
-        SAMPLER,
+        f"{SAMPLER}::test_cg_reaches_every_process_and_place_of_the_batch_equally",
     ),
     Mutation(
         "all-epochs-have-one-order",
         "c2r/sampler.py",
         "self._random(part.name, epoch).shuffle(order)",
         "self._random(part.name, 0).shuffle(order)",
-        SAMPLER,
+        f"{SAMPLER}::test_epochs_have_different_orders",
     ),
     Mutation(
         "all-processes-take-the-first-slice",
         "c2r/sampler.py",
         "indices[self.process_index * batch_size : (self.process_index + 1) * batch_size]",
         "indices[:batch_size]",
-        SAMPLER,
+        f"{SAMPLER}::test_processes_share_the_batch_of_one_process",
     ),
     Mutation(
         "the-samplers-state-loses-its-rounding",
         "c2r/sampler.py",
         'cg_due=Fraction(position["cg_due"])',
         "cg_due=Fraction(sum(position['drawn'][1:]))",
-        SAMPLER,
+        f"{SAMPLER}::test_resume_at_any_step_gives_the_uninterrupted_batches",
     ),
     Mutation(
         "the-state-counts-batches-in-flight",
         "c2r/sampler.py",
         "        position = self._consumed\n        return {\n",
         "        position = self._drawn\n        return {\n",
-        SAMPLER,
+        f"{SAMPLER}::test_share_and_state_count_only_consumed_batches",
     ),
     Mutation(
         "the-weights-of-datasets-are-ignored",
         "c2r/sampler.py",
         "self._parts[i].weight * total - ",
         "total - ",
-        SAMPLER,
+        f"{SAMPLER}::test_weights_are_shares_independent_of_the_lengths",
     ),
 ]
 
@@ -310,70 +310,70 @@ THE_PIPELINE = [
         "c2r/pipeline.py",
         "(control_guidance_scale - guidance_scale, predict_with_control)",
         "(guidance_scale - control_guidance_scale, predict_with_control)",
-        PIPELINE,
+        f"{PIPELINE}::test_predictions_of_weight_zero_are_skipped",
     ),
     Mutation(
         "the-momentum-starts-again-at-each-step",
         "c2r/pipeline.py",
         "                momentum_buffer,\n            )",
         "                momentum_buffer and MomentumBuffer(APG_MOMENTUM),\n            )",
-        PIPELINE,
+        f"{PIPELINE}::test_apg_keeps_its_momentum_from_step_to_step",
     ),
     Mutation(
         "the-latents-are-in-the-weights-dtype",
         "c2r/pipeline.py",
         "            torch.float32,\n            device,\n            generator,",
         "            dtype,\n            device,\n            generator,",
-        PIPELINE,
+        f"{PIPELINE}::test_half_precision_weights_give_finite_fp32_latents",
     ),
     Mutation(
         "guidance-compares-with-the-backbone-alone",
         "c2r/pipeline.py",
         "(control_features, blank_features) if control_on",
         "(control_features, None) if control_on",
-        PIPELINE,
+        f"{PIPELINE}::test_each_forward_pass_gets_its_conditions",
     ),
     Mutation(
         "the-control-ends-a-step-late",
         "c2r/pipeline.py",
         "(step + 1) / num_steps <= end",
         "step / num_steps <= end",
-        PIPELINE,
+        f"{PIPELINE}::test_control_is_on_in_its_part_of_the_steps_only",
     ),
     Mutation(
         "generation-ignores-the-conditioning-scale",
         "c2r/pipeline.py",
         "inputs += [control_features, conditioning_scale]",
         "inputs += [control_features, 1.0]",
-        PIPELINE,
+        f"{PIPELINE}::test_each_forward_pass_gets_its_conditions",
     ),
     Mutation(
         "generate-ignores-the-shift-of-training",
         "c2r/generate.py",
         "args.flow_shift or contract.flow_shift or 3.0",
         "args.flow_shift or 3.0",
-        GENERATE,
+        f"{GENERATE}::test_options_not_given_are_those_of_training",
     ),
     Mutation(
         "generate-ignores-the-negative-prompt",
         "c2r/generate.py",
         '[args.negative_prompt or "", *args.prompt]',
         '["", *args.prompt]',
-        GENERATE,
+        f"{GENERATE}::test_seed_control_and_scales_determine_the_video",
     ),
     Mutation(
         "generate-ignores-the-seed",
         "c2r/generate.py",
         "manual_seed(args.seed)",
         "manual_seed(0)",
-        GENERATE,
+        f"{GENERATE}::test_seed_control_and_scales_determine_the_video",
     ),
     Mutation(
         "generate-writes-frames-that-are-not-finite",
         "c2r/generate.py",
         "if not np.isfinite(video).all():",
         "if False:",
-        GENERATE,
+        f"{GENERATE}::test_a_video_that_is_not_finite_is_not_written",
     ),
 ]
 
@@ -516,42 +516,42 @@ TRAINING = [
         "c2r/training/run.py",
         "return step % interval == 0 or step == self.args.max_train_steps",
         "return step % interval == 0",
-        ("tests/training/test_run.py",),
+        "tests/training/test_run.py",
     ),
     Mutation(
         "a-validation-that-was-cut-off-is-not-repeated",
         "c2r/training/run.py",
         "done = self.progress.validated_step == self.progress.global_step",
         "done = self.progress.validated_step is not None and self.progress.global_step == 0",
-        ("tests/training/test_run.py",),
+        "tests/training/test_run.py",
     ),
     Mutation(
         "batches-are-not-counted-as-consumed",
         "c2r/training/batches.py",
         "self._sampler.mark_consumed()",
         "pass",
-        ("tests/training/test_batches.py",),
+        "tests/training/test_batches.py",
     ),
     Mutation(
         "a-warm-up-starts-at-zero",
         "c2r/training/optimizer.py",
         "return (steps_done + 1) / warmup",
         "return steps_done / warmup",
-        OPTIMIZER,
+        f"{OPTIMIZER}::test_step_n_of_a_warm_up_of_w_has_rate_n_over_w",
     ),
     Mutation(
         "a-split-weight-is-cut-off-not-rounded",
         "c2r/training/optimizer.py",
         "return ((bits - low) >> 16)",
         "return (bits >> 16)",
-        OPTIMIZER,
+        f"{OPTIMIZER}::test_splitting_a_weight_loses_no_bit",
     ),
     Mutation(
         "damaged-checkpoints-count-when-pruning",
         "c2r/training/checkpoint.py",
         "if find_damage(path) is None][-limit:]",
         "][-limit:]",
-        ("tests/training/test_faults.py::test_damaged_checkpoints_do_not_count_among_those_that_are_kept",),
+        "tests/training/test_faults.py::test_damaged_checkpoints_do_not_count_among_those_that_are_kept",
     ),
     Mutation(
         "the-averages-age-restarts-at-resume",
@@ -603,70 +603,70 @@ MODELS = [
         "c2r/models/transformer.py",
         "(conditioning_scale * residual).type_as",
         "residual.type_as",
-        TRANSFORMER,
+        f"{TRANSFORMER}::test_residuals_are_added_after_their_blocks",
     ),
     Mutation(
         "residuals-follow-the-first-blocks-at-any-stride",
         "c2r/models/transformer.py",
         "dict(zip(self.controlnet.config.injection_layers, self.controlnet.control_blocks))",
         "dict(enumerate(self.controlnet.control_blocks))",
-        TRANSFORMER,
+        f"{TRANSFORMER}::test_residuals_are_added_after_their_blocks",
     ),
     Mutation(
         "the-backbone-enters-training-mode",
         "c2r/models/transformer.py",
         "        self.transformer.eval()\n",
         "",
-        TRANSFORMER,
+        f"{TRANSFORMER}::test_train_leaves_the_backbone_in_eval_mode",
     ),
     Mutation(
         "patches-are-put-together-in-another-order",
         "c2r/models/transformer.py",
         "(pt ph pw c) -> b c",
         "(pt pw ph c) -> b c",
-        TRANSFORMER,
+        f"{TRANSFORMER}::test_fresh_control_keeps_the_backbones_output_bit_for_bit",
     ),
     Mutation(
         "the-projector-does-not-start-at-zero",
         "c2r/models/controlnet.py",
         "nn.init.zeros_(self.projector[2].weight)",
         "nn.init.normal_(self.projector[2].weight)",
-        CONTROLNET,
+        f"{CONTROLNET}::test_a_fresh_projector_gives_zero_from_a_nonzero_first_layer",
     ),
     Mutation(
         "the-last-control-block-is-missing",
         "c2r/models/controlnet.py",
         "range(0, last + 1, control_stride)",
         "range(0, max(last, 1), control_stride)",
-        CONTROLNET,
+        f"{CONTROLNET}::test_injection_layers_follow_stride_and_number",
     ),
     Mutation(
         "all-control-blocks-are-clones-of-one-block",
         "c2r/models/controlnet.py",
         "control_block.block.load_state_dict(block.state_dict())",
         "control_block.block.load_state_dict(transformer.blocks[0].state_dict())",
-        CONTROLNET,
+        f"{CONTROLNET}::test_from_transformer_clones_the_first_blocks_in_fp32",
     ),
     Mutation(
         "the-gradient-is-not-reversed",
         "c2r/models/adversary.py",
         "-reversal_strength / OWN_GRADIENT_SCALE",
         "reversal_strength / OWN_GRADIENT_SCALE",
-        ADVERSARY,
+        f"{ADVERSARY}::test_the_latents_gradient_is_reversed_and_the_weights_is_scaled",
     ),
     Mutation(
         "the-classifiers-own-gradient-is-not-scaled",
         "c2r/models/adversary.py",
         "torch.full_like(domain_logits, OWN_GRADIENT_SCALE)",
         "torch.ones_like(domain_logits)",
-        ADVERSARY,
+        f"{ADVERSARY}::test_the_latents_gradient_is_reversed_and_the_weights_is_scaled",
     ),
     Mutation(
         "the-rarer-domain-has-the-smaller-weight",
         "c2r/models/adversary.py",
         "torch.tensor([1 - cg_ratio, cg_ratio]",
         "torch.tensor([cg_ratio, 1 - cg_ratio]",
-        ADVERSARY,
+        f"{ADVERSARY}::test_both_domains_have_half_of_the_loss",
     ),
     Mutation(
         "the-classifiers-kernels-are-not-normalised",
@@ -701,14 +701,14 @@ MODELS = [
         "c2r/models/vae.py",
         "- 2 * latents_std.log()",
         "- latents_std.log()",
-        ENCODE,
+        f"{ENCODE}::test_encode_frames_normalises_each_channel",
     ),
     Mutation(
         "latents-are-shifted-before-they-are-scaled",
         "c2r/models/vae.py",
         "latents * latents_std + latents_mean",
         "(latents + latents_mean) * latents_std",
-        ENCODE,
+        f"{ENCODE}::test_the_pipeline_decodes_cached_latents_to_the_vaes_video",
     ),
 ]
 
@@ -753,42 +753,42 @@ DATA = [
         "c2r/data/manifest.py",
         "{c.control_name, c.control_size, c.control_mtime_ns}",
         "{c.control_name}",
-        MANIFEST,
+        f"{MANIFEST}::test_a_replaced_coarse_file_changes_the_fingerprint",
     ),
     Mutation(
         "pairs-of-different-length-are-kept",
         "c2r/data/manifest.py",
         "max(fine.interval, coarse.interval) * Fraction(3, 2)",
         "max(fine.interval, coarse.interval) * Fraction(300, 2)",
-        MANIFEST,
+        f"{MANIFEST}::test_cg_pairs_that_disagree_are_dropped",
     ),
     Mutation(
         "all-rows-but-a-few-are-held-out",
         "c2r/data/manifest.py",
         "return _hash_position(name) < fraction",
         "return _hash_position(name) > fraction",
-        MANIFEST,
+        f"{MANIFEST}::test_held_out_names_grow_with_the_fraction_from_none_to_all",
     ),
     Mutation(
         "of-two-equally-near-frames-the-later-is-taken",
         "c2r/data/video.py",
         "wanted[served] - before <= time - wanted[served]",
         "wanted[served] - before < time - wanted[served]",
-        VIDEO,
+        f"{VIDEO}::test_nearest_frames_equal_a_brute_force_search",
     ),
     Mutation(
         "the-crop-is-at-the-top-left",
         "c2r/data/video.py",
         "(covering_height - h) // 2, (covering_width - w) // 2",
         "0, 0",
-        VIDEO,
+        f"{VIDEO}::test_the_crop_is_central_and_has_no_border",
     ),
     Mutation(
         "a-picture-is-flipped-along-the-wrong-axis",
         "c2r/data/video.py",
         "rgb = rgb[::-1] if flip_vertically",
         "rgb = rgb[:, ::-1] if flip_vertically",
-        VIDEO,
+        f"{VIDEO}::test_rotation_metadata_turns_the_video_upright",
     ),
 ]
 
@@ -819,14 +819,14 @@ ENCODING = [
         "c2r/encoding/encoders.py",
         "torch.cat([frames, black])",
         "torch.cat([black, frames])",
-        ENCODE,
+        f"{ENCODE}::test_the_pipeline_decodes_cached_latents_to_the_vaes_video",
     ),
     Mutation(
         "a-damaged-cache-file-counts-as-complete",
         "c2r/encoding/cache.py",
         "if not is_complete(path, CLIP_TENSORS):",
         "if False:",
-        ENCODE,
+        f"{ENCODE}::test_a_damaged_cache_file_is_reported_and_encoded_again",
     ),
     Mutation(
         "a-file-is-renamed-before-it-is-on-the-disk",
@@ -962,14 +962,14 @@ EVALUATION = [
         "c2r/evaluation/cg_measures.py",
         "share, -entropy]).mean(1)",
         "share, entropy]).mean(1)",
-        CG_MEASURES,
+        f"{CG_MEASURES}::test_measures_separate_real_and_cg_renderings_of_other_scenes",
     ),
     Mutation(
         "even-light-looks-less-like-cg",
         "c2r/evaluation/cg_measures.py",
         "return -(torch.stack(values) + 1e-3).log()",
         "return (torch.stack(values) + 1e-3).log()",
-        CG_MEASURES,
+        f"{CG_MEASURES}::test_an_artifact_raises_its_measure",
     ),
 ]
 
@@ -979,28 +979,28 @@ COMMANDS = [
         "c2r/cli.py",
         "values[name] = _typed(options[name], text)",
         "values[name] = values[name] or _typed(options[name], text)",
-        OPTIONS,
+        f"{OPTIONS}::test_command_line_wins_over_config_over_defaults",
     ),
     Mutation(
         "an-exclusive-bound-is-inclusive",
         "c2r/option_types.py",
         "self.above < value < self.below",
         "self.above <= value < self.below",
-        OPTIONS,
+        f"{OPTIONS}::test_a_bad_value_is_answered_with_option_value_reason_and_remedy",
     ),
     Mutation(
         "a-share-of-cg-is-allowed-without-pairs",
         "c2r/options.py",
         "if args.cg_ratio > 0 and args.cg_dataset is None:",
         "if False:",
-        OPTIONS,
+        f"{OPTIONS}::test_a_share_of_cg_needs_cg_pairs",
     ),
     Mutation(
         "an-adversary-is-allowed-with-one-domain",
         "c2r/options.py",
         "if args.adversarial_weight > 0 and not 0 < args.cg_ratio < 1:",
         "if args.adversarial_weight > 0 and not 0 <= args.cg_ratio <= 1:",
-        OPTIONS,
+        "tests/test_commands.py::test_an_adversary_needs_both_domains",
     ),
 ]
 
@@ -1010,28 +1010,28 @@ THE_TOY = [
         "c2r/toy/city.py",
         "_segment_distance(u, v, (0, 0.16), (0, 0.83)) < 0.165",
         "_segment_distance(u, v, (0.3, 0.16), (0.3, 0.83)) < 0.165",
-        TOY,
+        f"{TOY}::test_the_three_looks_show_the_same_people",
     ),
     Mutation(
         "the-frame-rate-is-ignored",
         "c2r/toy/city.py",
         "/ np.float32(fps)",
         "/ np.float32(8)",
-        TOY,
+        f"{TOY}::test_people_move_and_frames_keep_their_time",
     ),
     Mutation(
         "a-correlation-depends-on-the-scale",
         "c2r/toy/layout.py",
         "(a.norm() * b.norm())",
         "(b.norm() * b.norm())",
-        TOY,
+        f"{TOY}::test_correlation_is_one_for_equal_maps_up_to_scale_and_offset",
     ),
     Mutation(
         "a-scene-counts-among-the-other-scenes",
         "c2r/toy/layout.py",
         "for j in range(len(table)) if i != j]",
         "for j in range(len(table))]",
-        TOY,
+        f"{TOY}::test_edges_correlate_most_within_their_own_scene",
     ),
 ]
 

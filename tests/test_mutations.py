@@ -30,7 +30,7 @@ def test_each_fault_is_python_and_changes_its_file():
 
 
 def test_the_tests_of_each_fault_exist():
-    for test in {test for mutation in MUTATIONS for test in mutation.tests}:
+    for test in {mutation.tests for mutation in MUTATIONS}:
         path, _, name = test.partition("::")
         assert (ROOT / path).is_file(), test
         assert not name or re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.MULTILINE), test
