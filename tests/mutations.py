@@ -150,6 +150,13 @@ SCRIPTS = [
         PHASE2_STEP,
     ),
     Mutation(
+        "the-two-scales-of-samples-change-places",
+        "train_phase2.py",
+        "        args.guidance_scale,\n        args.control_guidance_scale,\n",
+        "        args.control_guidance_scale,\n        args.guidance_scale,\n",
+        RESUME,
+    ),
+    Mutation(
         "phase-2-does-not-update-the-average",
         "train_phase2.py",
         "step_ema(state.ema, controlnet)",
@@ -359,7 +366,21 @@ THE_PIPELINE = [
         "c2r/generate.py",
         '[args.negative_prompt or "", *args.prompt]',
         '["", *args.prompt]',
-        f"{GENERATE}::test_seed_control_and_scales_determine_the_video",
+        f"{GENERATE}::test_each_sampling_option_reaches_the_video",
+    ),
+    Mutation(
+        "generate-ignores-the-scale-of-the-control",
+        "c2r/generate.py",
+        "control_guidance_scale=args.control_guidance_scale,",
+        "",
+        f"{GENERATE}::test_each_sampling_option_reaches_the_video",
+    ),
+    Mutation(
+        "generate-ignores-the-end-of-the-control",
+        "c2r/generate.py",
+        "control_guidance_end=args.control_guidance_end,",
+        "",
+        f"{GENERATE}::test_each_sampling_option_reaches_the_video",
     ),
     Mutation(
         "generate-ignores-the-seed",
@@ -554,6 +575,13 @@ TRAINING = [
         "tests/training/test_faults.py::test_damaged_checkpoints_do_not_count_among_those_that_are_kept",
     ),
     Mutation(
+        "the-average-restarts-at-resume",
+        "c2r/training/checkpoint.py",
+        ".copy_(shadows[str(i)])",
+        ".copy_(shadow)",
+        RESUME,
+    ),
+    Mutation(
         "the-averages-age-restarts-at-resume",
         "c2r/training/checkpoint.py",
         'state.ema.optimization_step = content["ema"]["optimization_step"]',
@@ -708,7 +736,7 @@ MODELS = [
         "c2r/models/vae.py",
         "latents * latents_std + latents_mean",
         "(latents + latents_mean) * latents_std",
-        f"{ENCODE}::test_the_pipeline_decodes_cached_latents_to_the_vaes_video",
+        f"{PIPELINE}::test_without_control_it_agrees_with_a_wan_pipeline",
     ),
 ]
 

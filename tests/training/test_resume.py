@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -22,6 +21,7 @@ from tests.helpers.datasets import flat_video, write_dataset
 from tests.helpers.scripts import run_script
 
 STEPS = 4
+SAMPLING_PASSES = 2  # with control, and with control and prompt
 OPTIONS = [
     f"--max_train_steps={STEPS}",
     "--learning_rate=1e-2",
@@ -31,6 +31,8 @@ OPTIONS = [
     "--sample_steps=1",
     "--num_samples=1",
     "--num_inference_steps=1",
+    "--guidance_scale=3",
+    "--conditioning_scale=0.8",
     "--ema_decay=0.9",
     "--adversarial_weight=0.1",
     "--cg_ratio=0.5",
@@ -58,12 +60,12 @@ def train(tiny_models, small_datasets, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(train, tmp_path_factory):
-    """Train without interruption; return the folder, and the projector's weights in each evaluation by step."""
+    """Train without interruption; return the folder, and (projector's weights, inputs) of each evaluation by step."""
     out, evaluated, done = tmp_path_factory.mktemp("run") / "whole", {}, []
 
     def look(module, args):
         if isinstance(module, C2RTransformer) and not module.training:
-            evaluated.setdefault(len(done), []).append(projector_weight(module.controlnet))
+            evaluated.setdefault(len(done), []).append((projector_weight(module.controlnet), args))
 
     hooks = [
         register_module_forward_pre_hook(look),
@@ -95,6 +97,16 @@ def averaged(checkpoint):
     return {name: average[str(i)] for i, name in enumerate(names)}
 
 
+def average_by_hand(out, steps):
+    """Return the average of the weights in a run's checkpoints, of which there is one for each step."""
+    average = weights(out / "checkpoint-1/model")  # the first step keeps nothing of the initial weights
+    for step in range(2, steps + 1):
+        decay = min(0.9, step / (step + 9))
+        trained = weights(out / f"checkpoint-{step}/model")
+        average = {name: decay * tensor + (1 - decay) * trained[name] for name, tensor in average.items()}
+    return average
+
+
 # ------------------------------------------------------------------------------------------------------------- average
 
 
@@ -105,9 +117,18 @@ def test_validation_and_samples_come_from_the_averaged_weights(whole):
         average, trained = averaged(checkpoint)[name], weights(checkpoint / "model")[name]
         assert not torch.equal(average, trained)
         seen = whole.evaluated[step]
-        # Sampling takes two forward passes a step: with control, and with control and prompt.
-        assert (len(seen) > 2) == is_validated
-        assert all(torch.equal(weight, average) for weight in seen)
+        assert (len(seen) > SAMPLING_PASSES) == is_validated
+        assert all(torch.equal(weight, average) for weight, _ in seen)
+
+
+def test_samples_are_made_with_the_scales_of_the_options(whole):
+    passes = [inputs for _, inputs in whole.evaluated[3]]
+    assert len(passes) == SAMPLING_PASSES
+    assert all(control_features.any() and scale == 0.8 for *_, control_features, scale in passes)
+
+
+def test_the_average_is_that_of_the_formula(whole):
+    torch.testing.assert_close(averaged(whole.out / f"checkpoint-{STEPS}"), average_by_hand(whole.out, STEPS))
 
 
 def test_best_and_final_hold_the_averaged_weights(whole):
@@ -120,16 +141,11 @@ def test_best_and_final_hold_the_averaged_weights(whole):
 
 def test_phase_1_averages_too(tiny_models, small_datasets, tmp_path):
     options = ["--max_train_steps=3", "--ema_decay=0.9", "--learning_rate=1e-2", "--dataloader_num_workers=0"]
-    _, *argv = phase1(tiny_models, small_datasets, tmp_path, *options, "--checkpointing_steps=3", launcher=())
+    _, *argv = phase1(tiny_models, small_datasets, tmp_path, *options, "--checkpointing_steps=1", launcher=())
     run_script(train_phase1, PHASE1, argv)
-    average = load_file(tmp_path / "checkpoint-3/ema-00000-of-00001.safetensors")
-    trained, final = (
-        dict(WanTransformer3DModel.from_pretrained(tmp_path / name).named_parameters())
-        for name in ("checkpoint-3/model", "final")
-    )
-    for i, (name, parameter) in enumerate(final.items()):
-        assert torch.equal(parameter, average[str(i)])
-        assert not torch.equal(parameter, trained[name])
+    average, final = average_by_hand(tmp_path, 3), weights(tmp_path / "final")
+    torch.testing.assert_close(final, average)
+    assert not same(final, weights(tmp_path / "checkpoint-3/model"))
 
 
 # -------------------------------------------------------------------------------------------------------------- resume
