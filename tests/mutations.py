@@ -802,7 +802,7 @@ DATA = [
         "c2r/data/video.py",
         "wanted[served] - before <= time - wanted[served]",
         "wanted[served] - before < time - wanted[served]",
-        f"{VIDEO}::test_nearest_frames_equal_a_brute_force_search",
+        f"{VIDEO}::test_resampling_takes_the_nearest_frame",
     ),
     Mutation(
         "the-crop-is-at-the-top-left",
