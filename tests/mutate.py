@@ -3,7 +3,8 @@
     python -m tests.mutate [-j JOBS] [NAME …]
 
 Each fault is planted alone, and the tests that should notice it run until the first failure. Before the first fault
-they must all pass. A run of all faults writes tests/mutations.md. The exit code is 1 if fewer than 95 % are found.
+they must all pass. The outcomes go into tests/mutations.md; a run of some faults replaces their rows there. The exit
+code is 1 if fewer than 95 % are found.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from tests.mutations import MUTATIONS, Mutation
 
 RECORD = ROOT / "tests/mutations.md"
 REQUIRED_SHARE = 0.95
+SURVIVED = "**survived**"
 SECONDS = 300  # for the tests of one fault
 PASSED, FAILED = 0, 1  # exit codes of pytest; all others mean that the tests could not run
 
@@ -99,8 +101,8 @@ def main(argv: list[str] | None = None) -> int:
             outcomes = list(pool.map(run, chosen))
     found = sum(outcome.found_by is not None for outcome in outcomes)
     print(f"{found} of {len(outcomes)} faults found ({found / len(outcomes):.1%})")
-    if not args.names:
-        RECORD.write_text(record(outcomes), encoding="utf-8")
+    earlier = RECORD.read_text(encoding="utf-8") if RECORD.exists() else ""
+    RECORD.write_text(record(outcomes, earlier), encoding="utf-8")
     return 0 if found >= REQUIRED_SHARE * len(outcomes) else 1
 
 
@@ -190,26 +192,34 @@ def _run_pytest(copy, arguments):
     sys.exit(int(pytest.main(arguments)))
 
 
-def record(outcomes: list[Outcome]) -> str:
-    """Return the page with the outcome of all faults."""
-    found = sum(outcome.found_by is not None for outcome in outcomes)
-    minutes = sum(outcome.seconds for outcome in outcomes) / 60
+def record(outcomes: list[Outcome], earlier: str = "") -> str:
+    """Return the page of outcomes, in the order of the list of faults.
+
+    Args:
+        outcomes: those of this run.
+        earlier: the page of an earlier run, whose other rows are kept.
+    """
+    rows = {match[1]: match[0] for match in re.finditer(r"^\| ([a-z0-9-]+) \| `.*$", earlier, re.MULTILINE)}
+    for outcome in outcomes:
+        mutation = outcome.mutation
+        found_by = f"`{outcome.found_by}`" if outcome.found_by else SURVIVED
+        rows[mutation.name] = f"| {mutation.name} | `{mutation.file}` | {found_by} | {outcome.seconds:.0f} |"
+    known = [mutation for mutation in MUTATIONS if mutation.name in rows]
+    survivors = [mutation for mutation in known if SURVIVED in rows[mutation.name]]
+    found = len(known) - len(survivors)
     lines = [
         "# Faults that the tests notice",
         "",
-        f"{found} of {len(outcomes)} faults were found ({found / len(outcomes):.1%}) on {date.today()}, with Python "
-        f"{python_version()}, PyTorch {torch.__version__} and Diffusers {diffusers.__version__}, in {minutes:.0f} "
-        "minutes of tests. Each fault of `tests/mutations.py` was planted alone, and the tests named there ran until "
-        "the first failure. This page is written by `python -m tests.mutate`.",
+        f"{found} of {len(known)} faults were found ({found / len(known):.1%}). Each fault of `tests/mutations.py` "
+        "was planted alone, and the test named there, or the tests of the file, ran until the first failure. The "
+        "seconds are those of a busy machine, and most of them start pytest. This page is written by "
+        f"`python -m tests.mutate`, last on {date.today()} with Python {python_version()}, PyTorch "
+        f"{torch.__version__} and Diffusers {diffusers.__version__}.",
         "",
         "| fault | file | found by | seconds |",
         "|---|---|---|---|",
+        *(rows[mutation.name] for mutation in known),
     ]
-    for outcome in outcomes:
-        mutation = outcome.mutation
-        found_by = f"`{outcome.found_by}`" if outcome.found_by else "**survived**"
-        lines.append(f"| {mutation.name} | `{mutation.file}` | {found_by} | {outcome.seconds:.0f} |")
-    survivors = [outcome.mutation for outcome in outcomes if outcome.found_by is None]
     lines += ["", *(f"- {mutation.name}: {mutation.remark}" for mutation in survivors)] if survivors else []
     return "\n".join(lines) + "\n"
 

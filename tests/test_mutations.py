@@ -43,10 +43,14 @@ def test_a_text_that_does_not_occur_exactly_once_is_refused():
             mutated(text, mutation)
 
 
-def test_a_fault_that_survives_is_in_the_record_with_its_remark():
+def test_the_record_keeps_the_rows_of_other_faults_and_counts_all():
     found, survived = MUTATIONS[0], replace(MUTATIONS[1], remark="because it is harmless")
-    text = record([Outcome(found, "tests/test_a.py::test_b", 7.4), Outcome(survived, None, 5.0)])
+    first = record([Outcome(found, "tests/test_a.py::test_b", 7.4), Outcome(MUTATIONS[1], "tests/test_c.py", 3.0)])
+    assert "2 of 2 faults were found (100.0%)" in first
+    text = record([Outcome(survived, None, 5.0)], first)
     assert "1 of 2 faults were found (50.0%)" in text
-    assert f"| {found.name} | `{found.file}` | `tests/test_a.py::test_b` | 7 |" in text
-    assert f"| {survived.name} | `{survived.file}` | **survived** | 5 |" in text
-    assert f"- {survived.name}: because it is harmless" in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert rows[1:] == [
+        f"| {found.name} | `{found.file}` | `tests/test_a.py::test_b` | 7 |",
+        f"| {survived.name} | `{survived.file}` | **survived** | 5 |",
+    ]
