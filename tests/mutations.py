@@ -888,6 +888,13 @@ EVALUATION = [
         f"{RESUME}::test_validation_and_samples_come_from_the_averaged_weights",
     ),
     Mutation(
+        "all-samples-have-one-seed",
+        "c2r/evaluation/samples.py",
+        "manual_seed(number)",
+        "manual_seed(0)",
+        f"{RESUME}::test_the_number_of_a_sample_is_the_seed_of_its_noise",
+    ),
+    Mutation(
         "all-noise-levels-have-one-noise",
         "c2r/evaluation/validation.py",
         'seeded_generator("validation", name, quantile)',

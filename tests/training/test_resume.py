@@ -21,7 +21,7 @@ from tests.helpers.datasets import flat_video, write_dataset
 from tests.helpers.scripts import run_script
 
 STEPS = 4
-SAMPLING_PASSES = 2  # with control, and with control and prompt
+SAMPLING_PASSES = 4  # of each of two samples: with control, and with control and prompt
 OPTIONS = [
     f"--max_train_steps={STEPS}",
     "--learning_rate=1e-2",
@@ -29,7 +29,7 @@ OPTIONS = [
     "--dataloader_num_workers=0",
     "--checkpointing_steps=1",
     "--sample_steps=1",
-    "--num_samples=1",
+    "--num_samples=2",
     "--num_inference_steps=1",
     "--guidance_scale=3",
     "--conditioning_scale=0.8",
@@ -125,6 +125,12 @@ def test_samples_are_made_with_the_scales_of_the_options(whole):
     passes = [inputs for _, inputs in whole.evaluated[3]]
     assert len(passes) == SAMPLING_PASSES
     assert all(control_features.any() and scale == 0.8 for *_, control_features, scale in passes)
+
+
+def test_the_number_of_a_sample_is_the_seed_of_its_noise(whole):
+    for number, (noise, *_) in enumerate(inputs for _, inputs in whole.evaluated[3][::2]):
+        generator = torch.Generator().manual_seed(number)
+        assert torch.equal(noise, torch.randn(noise.shape, generator=generator))
 
 
 def test_the_average_is_that_of_the_formula(whole):
