@@ -96,6 +96,12 @@ def loaded(folder, dtype=torch.float32, control=True, **options):
     return load_pipeline(folder / "phase2", folder / "base", dinov3=dinov3, **options)
 
 
+@pytest.fixture(scope="module")
+def standard(folder, tmp_path_factory):
+    """A video at the default options."""
+    return generated(folder, tmp_path_factory.mktemp("standard") / "out.mp4")
+
+
 def distance(a, b):
     return (a - b).abs().mean().item()
 
@@ -112,6 +118,23 @@ def test_seed_control_and_scales_determine_the_video(folder, tmp_path):
         "shift": {"flow_shift": 9},
     }.items():
         assert distance(video, generated(folder, tmp_path / f"{name}.mp4", **changed)) > 0.5, name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_inference_steps", 3),
+        ("guidance", "cfg"),
+        ("guidance_scale", 3.0),
+        ("control_guidance_scale", 3.0),
+        ("control_guidance_start", 0.5),
+        ("control_guidance_end", 0.5),
+        ("negative_prompt", "rain"),
+    ],
+)
+def test_each_sampling_option_reaches_the_video(folder, tmp_path, standard, name, value):
+    changed = {"guidance_scale": 10.0, name: value}
+    assert distance(standard, generated(folder, tmp_path / "out.mp4", **changed)) > 0
 
 
 def test_the_control_is_the_start_of_the_video_at_the_given_rate(folder):
