@@ -459,7 +459,7 @@ def run_in_fork(main, argv):
         return f"{used.ru_maxrss / 2**20:.1f} GiB"
     if os.WIFSIGNALED(status) and not (os.WTERMSIG(status) == signal.SIGALRM and "preflight: " in output):
         return f"ended by signal {os.WTERMSIG(status)} at {last[:300]!r}"
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0 and not last.startswith("error: "):
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0 and ("error: " not in output or "Traceback" in output):
         return f"ended with {os.WEXITSTATUS(status)}: {output[-1500:]}"
     return None
 
