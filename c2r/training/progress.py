@@ -17,7 +17,7 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)  #: numbers of the last validation
     history: list[dict[str, float]] = field(default_factory=list)  #: numbers of all validations, each with its `step`
     best: dict[str, float] = field(default_factory=dict)  #: {criterion of best/: its value}
-    logs: dict[str, float] = field(default_factory=dict)  #: numbers logged at the last step
+    logs: dict[str, float | bool] = field(default_factory=dict)  #: numbers logged at the last step
     inputs: dict[str, str] = field(default_factory=dict)  #: fingerprints of datasets and frozen models
     skipped_in_a_row: NonNegativeInt = 0  #: consecutive steps skipped up to now
     log_losses: list[FiniteFloat] = field(default_factory=list)  #: logarithms of the last steps' losses
