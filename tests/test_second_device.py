@@ -1,0 +1,194 @@
+"""Every command, whole, on a device that is not the CPU (tests/helpers/simulated_device.py)."""
+
+import json
+import shutil
+
+import pytest
+
+from c2r.data.video import read_window
+from tests.helpers.commands import SIZE, launch, phase1, phase2, same, scalars, succeed, weights
+from tests.helpers.datasets import flat_video, write_dataset
+from tests.helpers.device_mistakes import MISTAKES, RUN
+from tests.helpers.forks import fork
+from tests.helpers.sample_videos import difference, row_of
+
+ON_DEVICE = "tests/helpers/on_simulated_device.py"
+
+#: Largest relative difference of sums that two devices compute in another order, after four steps.
+ROUNDING = 1e-3
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The cache of all runs on the device, which encode on it too."""
+    return f"--cache_dir={tmp_path_factory.mktemp('cache')}"
+
+
+def assert_close(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        difference = (ours[name] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-6)
+        print(name, float(difference))
+        assert difference < ROUNDING, (name, difference)
+
+
+@pytest.fixture(scope="module")
+def first_on_device(tiny_models, small_datasets, cache, tmp_path_factory):
+    """The run `first`, launched as on a machine with one GPU."""
+    out = tmp_path_factory.mktemp("run") / "phase1"
+    launcher = [*launch("single_gpu.yaml", 1), ON_DEVICE]
+    succeed(*phase1(tiny_models, small_datasets, out, "--max_train_steps=4", cache, launcher=launcher))
+    return out
+
+
+def test_phase_1_trains_to_the_cpus_weights(first, first_on_device):
+    assert_close(weights(first_on_device / "final"), weights(first[0] / "final"))
+    ours, theirs = (scalars(out) for out in (first_on_device, first[0]))
+    assert ours["validation/loss"] == pytest.approx(theirs["validation/loss"], rel=ROUNDING)
+    assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=ROUNDING)
+
+
+def test_phase_2_trains_and_samples_as_the_cpu_does(first, second, tiny_models, small_datasets, cache, tmp_path):
+    command = phase2(
+        tiny_models, small_datasets, first[0] / "final", tmp_path, "--max_train_steps=4", cache, launcher=[ON_DEVICE]
+    )
+    succeed(*command, by=fork)
+    assert_close(weights(tmp_path / "final"), weights(second[0] / "final"))
+    for number in range(2):
+        assert difference(*(row_of(out / f"samples/step-4/{number}.mp4") for out in (tmp_path, second[0]))) < 0.5
+
+
+@pytest.fixture(scope="module")
+def monitored_datasets(small_datasets, tmp_path_factory):
+    """Enough CG pairs for the CG monitor."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "real").symlink_to(small_datasets / "real")
+    fine, coarse = ([f"{kind}{i}.mp4" for i in range(5)] for kind in "fc")
+    return write_dataset(folder / "cg", fine, ["a street"] * 5, coarse, video=flat_video).parent
+
+
+#: Everything in phase 2 that may be switched on with the others.
+EVERYTHING = [
+    "--mixed_precision=bf16",
+    "--ema_decay=0.9",
+    "--adversarial_weight=0.1",
+    "--control_augmentation=0.5",
+    "--real_weight=2",
+    "--cg_ratio=0.5",
+    "--cg_ratio_min=0.2",
+    "--monitor_bound=-9",
+    "--monitor_patience=1",
+    "--sample_steps=2",
+    "--control_guidance_scale=1.5",
+    "--weighting_scheme=cosmap",
+    "--max_train_steps=3",
+]
+
+
+def test_a_run_with_everything_on_resumes_bit_for_bit(first, tiny_models, monitored_datasets, cache, tmp_path):
+    def run(out, *more):
+        command = phase2(
+            tiny_models, monitored_datasets, first[0] / "final", out, *EVERYTHING, cache, *more, launcher=[ON_DEVICE]
+        )
+        return succeed(*command, by=fork).stdout
+
+    assert "CG look" in run(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "halves/checkpoint-2")
+    assert "checkpoint-2 at step 2" in run(tmp_path / "halves", "--resume_from_checkpoint=latest")
+    assert same(weights(tmp_path / "halves/final"), weights(tmp_path / "whole/final"))
+
+
+def test_a_dry_run_with_bf16_weights_and_cached_features(first, tiny_models, small_datasets, cache, tmp_path):
+    options = [
+        "--dry_run",
+        "--mixed_precision=bf16",
+        "--weight_storage=bf16",
+        "--cache_control_features",
+        "--no-gradient_checkpointing",
+    ]
+    command = phase2(
+        tiny_models, small_datasets, first[0] / "final", tmp_path / "out", *options, cache, launcher=[ON_DEVICE]
+    )
+    assert "dry run: passed" in succeed(*command, by=fork).stdout
+
+
+def test_encode_fills_previews_and_estimates(tiny_models, small_datasets, tmp_path):
+    def encode(*options):
+        size = [f"--{name}={value}" for name, value in SIZE.items()]
+        models = [f"--pretrained_model_name_or_path={tiny_models / 'pipeline'}", f"--dinov3={tiny_models / 'dinov3'}"]
+        dataset = [f"--dataset={small_datasets / 'cg'}", "--domain=cg", "--dataloader_num_workers=1"]
+        command = [ON_DEVICE, "c2r/encode.py", *dataset, *models, *size, f"--cache_dir={tmp_path}", *options]
+        return succeed(*command, by=fork).stdout
+
+    assert "6 clips and 4 captions to encode" in encode("--dry_run")
+    assert "preview-cg-5x32x48.png" in encode(f"--preview={tmp_path / 'preview'}")
+    assert "latents of 6 of 6 clips" in encode()
+    assert "control features of 4 of 4 clips" in encode("--control_only")
+
+
+# ---------------------------------------------------------------------------------------------------------- generation
+
+
+def generate_options(model, output, control=None):
+    options = ["--prompt=rain", "--num_inference_steps=3", "--seed=3", f"--model={model}", f"--output={output}"]
+    return [*options, *([f"--control_video={control}"] if control else [])]
+
+
+def video(path):
+    return read_window(path, 0.0, *SIZE_OF_WINDOW)
+
+
+SIZE_OF_WINDOW = (SIZE["num_frames"], SIZE["fps"], SIZE["height"], SIZE["width"])
+
+
+@pytest.fixture(scope="module")
+def on_cpu(second, small_datasets, tmp_path_factory):
+    """A video of phase 2, generated on the CPU."""
+    output = tmp_path_factory.mktemp("videos") / "cpu.mp4"
+    options = generate_options(second[0] / "final", output, small_datasets / "cg/c0.mp4")
+    succeed("c2r/generate.py", *options, "--control_guidance_scale=2", by=fork)
+    return video(output)
+
+
+@pytest.mark.parametrize("options", [[], ["--cpu_offload"], ["--vae_tiling", "--cpu_offload"]])
+def test_generate_makes_the_cpus_video(on_cpu, second, small_datasets, tmp_path, options):
+    output = tmp_path / "out.mp4"
+    given = generate_options(second[0] / "final", output, small_datasets / "cg/c0.mp4")
+    succeed(ON_DEVICE, "c2r/generate.py", *given, "--control_guidance_scale=2", "--dtype=fp32", *options, by=fork)
+    assert difference(video(output), on_cpu) < 0.5
+
+
+def test_generate_in_bf16_without_control(first, tmp_path):
+    output = tmp_path / "out.mp4"
+    succeed(ON_DEVICE, "c2r/generate.py", *generate_options(first[0] / "final", output), "--guidance=cfg", by=fork)
+    assert video(output).shape == (SIZE["num_frames"], 3, SIZE["height"], SIZE["width"])
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.fixture(scope="module")
+def outcomes(first, second, tiny_models, small_datasets, cache, tmp_path_factory):
+    """{mistake, or command without one: its error, or None}"""
+    folder = tmp_path_factory.mktemp("mistakes")
+    short = ["--max_train_steps=1", "--num_samples=1", "--num_inference_steps=1", "--num_validation_clips=1"]
+    short += ["--dataloader_num_workers=0", "--report_to=none", "--adversarial_weight=0.1"]
+    short += ["--guidance=cfg", "--gradient_accumulation_steps=1"]
+    train = phase2(tiny_models, small_datasets, first[0] / "final", "{}", *short, launcher=[])[1:]
+    generate = generate_options(second[0] / "final", "{}/out.mp4", small_datasets / "cg/c0.mp4")
+    encode = ["--cache_control_features", "--cache_dir={}"]
+    commands = [[*train, cache], [*train, *encode], [*generate, "--cpu_offload"]]
+    (folder / "commands.json").write_text(json.dumps(dict(zip(RUN, commands, strict=True))))
+    succeed(ON_DEVICE, "tests/helpers/device_mistakes.py", folder / "commands.json", folder / "outcomes.json", by=fork)
+    return json.loads((folder / "outcomes.json").read_text())
+
+
+@pytest.mark.parametrize("command", RUN)
+def test_the_code_as_it_is_makes_no_mistake(outcomes, command):
+    assert outcomes[command] is None
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_is_noticed(outcomes, mistake):
+    assert outcomes[mistake] is not None
+    assert "MixedDevices" in outcomes[mistake] or ".numpy() is not supported" in outcomes[mistake]
