@@ -4,11 +4,12 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from c2r.data.video import read_window
 from tests.helpers.commands import SIZE, launch, phase1, phase2, same, scalars, succeed, weights
 from tests.helpers.datasets import flat_video, write_dataset
-from tests.helpers.device_mistakes import MISTAKES, RUN
+from tests.helpers.device_mistakes import EXPRESSIONS, MISTAKES, RUN, refuses
 from tests.helpers.forks import fork
 from tests.helpers.sample_videos import difference, row_of
 
@@ -27,9 +28,7 @@ def cache(tmp_path_factory):
 def assert_close(ours, theirs):
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        difference = (ours[name] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-6)
-        print(name, float(difference))
-        assert difference < ROUNDING, (name, difference)
+        assert (ours[name] - tensor).abs().max() < ROUNDING * tensor.abs().max(), name
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +134,7 @@ def generate_options(model, output, control=None):
 
 
 def video(path):
-    return read_window(path, 0.0, *SIZE_OF_WINDOW)
-
-
-SIZE_OF_WINDOW = (SIZE["num_frames"], SIZE["fps"], SIZE["height"], SIZE["width"])
+    return read_window(path, 0.0, SIZE["num_frames"], SIZE["fps"], SIZE["height"], SIZE["width"])
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +164,8 @@ def test_generate_in_bf16_without_control(first, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def outcomes(first, second, tiny_models, small_datasets, cache, tmp_path_factory):
-    """{mistake, or command without one: its error, or None}"""
+def recorded(first, second, tiny_models, small_datasets, cache, tmp_path_factory):
+    """Return what `tests.helpers.device_mistakes` has recorded."""
     folder = tmp_path_factory.mktemp("mistakes")
     short = ["--max_train_steps=1", "--num_samples=1", "--num_inference_steps=1", "--num_validation_clips=1"]
     short += ["--dataloader_num_workers=0", "--report_to=none", "--adversarial_weight=0.1"]
@@ -184,11 +180,19 @@ def outcomes(first, second, tiny_models, small_datasets, cache, tmp_path_factory
 
 
 @pytest.mark.parametrize("command", RUN)
-def test_the_code_as_it_is_makes_no_mistake(outcomes, command):
-    assert outcomes[command] is None
+def test_the_code_as_it_is_makes_no_mistake(recorded, command):
+    assert recorded["outcomes"][command] is None
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_planted_mistake_is_noticed(outcomes, mistake):
-    assert outcomes[mistake] is not None
-    assert "MixedDevices" in outcomes[mistake] or ".numpy() is not supported" in outcomes[mistake]
+def test_a_planted_mistake_is_noticed(recorded, mistake):
+    error = recorded["outcomes"][mistake]
+    assert error is not None
+    assert "MixedDevices" in error or ".numpy() is not supported" in error
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_the_device_refuses_what_cuda_refuses(recorded, expression):
+    assert (expression in recorded["refused"]) == EXPRESSIONS[expression]
+    if torch.cuda.is_available():
+        assert refuses(expression, "cuda") == EXPRESSIONS[expression]

@@ -1,4 +1,4 @@
-"""Plant mistakes with devices in the code, one after another, and record what the simulated device makes of them.
+"""Plant mistakes with devices in the code, one after another, and record what the simulated device does.
 
     python tests/helpers/on_simulated_device.py tests/helpers/device_mistakes.py COMMANDS.json OUTCOMES.json
 
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate.state import AcceleratorState, GradientState
 
 import c2r.generate
@@ -28,6 +29,7 @@ from c2r.pipeline import guided_velocity
 from c2r.training.engine import build_accelerator
 from c2r.training.setup import start_run
 from c2r.training.step import domain_weights, make_noisy_batch
+from tests.helpers.simulated_device import NAME
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,36 @@ MISTAKES = {
         decode_latents, "latents.to(vae.dtype)", "latents.to(vae.device, vae.dtype)", "generate with offloading"
     ),
 }
+
+
+#: Expressions of a CPU tensor and one on another device, and whether CUDA refuses them.
+EXPRESSIONS = {
+    "device + cpu": True,
+    "device * torch.tensor(2.0)": False,
+    "cpu * torch.tensor(2.0, device=device.device)": True,
+    "torch.stack([device.sum(), cpu.sum()])": True,
+    "torch.where(device > 0, device, cpu)": True,
+    "device[cpu.long()]": False,
+    "cpu[device.long()]": True,
+    "device[cpu > 0]": False,
+    "device.index_select(0, cpu.long())": True,
+    "device.index_put((cpu.long(),), cpu)": True,
+    "device.copy_(cpu)": False,
+    "device.numpy()": True,
+    "torch.nn.functional.mse_loss(device, cpu)": True,
+    "torch.randn(3, device=device.device, generator=torch.Generator())": True,
+    "torch.cat([device, cpu])": True,
+}
+
+
+def refuses(expression: str, device: str) -> bool:
+    """Return True if a device refuses an expression, see EXPRESSIONS."""
+    tensors = {"cpu": torch.ones(3), "device": torch.ones(3).to(device)}
+    try:
+        eval(expression, {"torch": torch}, tensors)
+    except (RuntimeError, TypeError):
+        return True
+    return False
 
 
 @contextmanager
@@ -125,7 +157,8 @@ def main():
     for number, (name, mistake) in enumerate(MISTAKES.items(), start=len(RUN)):
         with planted(mistake):
             outcomes[name] = outcome(mistake.command, argv(mistake.command, number))
-    output.write_text(json.dumps(outcomes))
+    refused = [expression for expression in EXPRESSIONS if refuses(expression, NAME)]
+    output.write_text(json.dumps({"outcomes": outcomes, "refused": refused}))
 
 
 if __name__ == "__main__":
