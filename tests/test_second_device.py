@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from c2r.data.video import read_window
 from tests.helpers.commands import SIZE, launch, phase1, phase2, same, scalars, succeed, weights
@@ -15,8 +16,8 @@ from tests.helpers.sample_videos import difference, row_of
 
 ON_DEVICE = "tests/helpers/on_simulated_device.py"
 
-#: Largest relative difference of sums that two devices compute in another order, after four steps.
-ROUNDING = 1e-3
+#: Largest relative difference between two devices in fp32, after four steps: they compute sums in another order.
+ROUNDING = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +26,20 @@ def cache(tmp_path_factory):
     return f"--cache_dir={tmp_path_factory.mktemp('cache')}"
 
 
-def assert_close(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert (ours[name] - tensor).abs().max() < ROUNDING * tensor.abs().max(), name
+def assert_close(ours, theirs, tolerance=ROUNDING):
+    # Single weights may differ more: AdamW makes full steps of gradients that are nothing but rounding.
+    assert (ours.float() - theirs.float()).abs().mean() <= tolerance * theirs.float().abs().mean()
+
+
+def assert_same_training(ours, theirs):
+    """Check the weights, losses and gradients of two runs."""
+    our_weights, their_weights = weights(ours / "final"), weights(theirs / "final")
+    assert our_weights.keys() == their_weights.keys()
+    for name, weight in their_weights.items():
+        assert_close(our_weights[name], weight)
+    ours, theirs = scalars(ours), scalars(theirs)
+    for tag in ("validation/loss", "train/loss", "train/grad_norm"):
+        assert ours[tag] == pytest.approx(theirs[tag], rel=ROUNDING)
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +52,7 @@ def first_on_device(tiny_models, small_datasets, cache, tmp_path_factory):
 
 
 def test_phase_1_trains_to_the_cpus_weights(first, first_on_device):
-    assert_close(weights(first_on_device / "final"), weights(first[0] / "final"))
-    ours, theirs = (scalars(out) for out in (first_on_device, first[0]))
-    assert ours["validation/loss"] == pytest.approx(theirs["validation/loss"], rel=ROUNDING)
-    assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=ROUNDING)
+    assert_same_training(first_on_device, first[0])
 
 
 def test_phase_2_trains_and_samples_as_the_cpu_does(first, second, tiny_models, small_datasets, cache, tmp_path):
@@ -52,7 +60,7 @@ def test_phase_2_trains_and_samples_as_the_cpu_does(first, second, tiny_models, 
         tiny_models, small_datasets, first[0] / "final", tmp_path, "--max_train_steps=4", cache, launcher=[ON_DEVICE]
     )
     succeed(*command, by=fork)
-    assert_close(weights(tmp_path / "final"), weights(second[0] / "final"))
+    assert_same_training(tmp_path, second[0])
     for number in range(2):
         assert difference(*(row_of(out / f"samples/step-4/{number}.mp4") for out in (tmp_path, second[0]))) < 0.5
 
@@ -78,6 +86,7 @@ EVERYTHING = [
     "--monitor_bound=-9",
     "--monitor_patience=1",
     "--sample_steps=2",
+    "--num_validation_clips=1",
     "--control_guidance_scale=1.5",
     "--weighting_scheme=cosmap",
     "--max_train_steps=3",
@@ -97,32 +106,41 @@ def test_a_run_with_everything_on_resumes_bit_for_bit(first, tiny_models, monito
     assert same(weights(tmp_path / "halves/final"), weights(tmp_path / "whole/final"))
 
 
-def test_a_dry_run_with_bf16_weights_and_cached_features(first, tiny_models, small_datasets, cache, tmp_path):
-    options = [
-        "--dry_run",
-        "--mixed_precision=bf16",
-        "--weight_storage=bf16",
-        "--cache_control_features",
-        "--no-gradient_checkpointing",
-    ]
-    command = phase2(
-        tiny_models, small_datasets, first[0] / "final", tmp_path / "out", *options, cache, launcher=[ON_DEVICE]
-    )
+def test_a_dry_run_of_phase_1_in_bf16_with_an_average(tiny_models, small_datasets, cache, tmp_path):
+    options = ["--dry_run", "--mixed_precision=bf16", "--ema_decay=0.9", "--num_validation_clips=1", cache]
+    command = phase1(tiny_models, small_datasets, tmp_path / "out", *options, launcher=[ON_DEVICE])
     assert "dry run: passed" in succeed(*command, by=fork).stdout
 
 
-def test_encode_fills_previews_and_estimates(tiny_models, small_datasets, tmp_path):
-    def encode(*options):
+def test_a_dry_run_of_phase_2_with_bf16_weights_and_cached_features(
+    first, tiny_models, small_datasets, cache, tmp_path
+):
+    options = ["--dry_run", "--mixed_precision=bf16", "--weight_storage=bf16", "--cache_control_features"]
+    options += ["--no-gradient_checkpointing", "--num_validation_clips=1", "--num_samples=0", cache]
+    backbone = first[0] / "final"
+    command = phase2(tiny_models, small_datasets, backbone, tmp_path / "out", *options, launcher=[ON_DEVICE])
+    assert "dry run: passed" in succeed(*command, by=fork).stdout
+
+
+def test_encode_fills_the_cpus_cache(tiny_models, small_datasets, tmp_path):
+    def encode(cache, *options, on=(ON_DEVICE,)):
         size = [f"--{name}={value}" for name, value in SIZE.items()]
         models = [f"--pretrained_model_name_or_path={tiny_models / 'pipeline'}", f"--dinov3={tiny_models / 'dinov3'}"]
         dataset = [f"--dataset={small_datasets / 'cg'}", "--domain=cg", "--dataloader_num_workers=1"]
-        command = [ON_DEVICE, "c2r/encode.py", *dataset, *models, *size, f"--cache_dir={tmp_path}", *options]
+        command = [*on, "c2r/encode.py", *dataset, *models, *size, f"--cache_dir={tmp_path / cache}", *options]
         return succeed(*command, by=fork).stdout
 
-    assert "6 clips and 4 captions to encode" in encode("--dry_run")
-    assert "preview-cg-5x32x48.png" in encode(f"--preview={tmp_path / 'preview'}")
-    assert "latents of 6 of 6 clips" in encode()
-    assert "control features of 4 of 4 clips" in encode("--control_only")
+    assert "6 clips and 4 captions to encode" in encode("device", "--dry_run")
+    assert "preview-cg-5x32x48.png" in encode("device", f"--preview={tmp_path / 'preview'}")
+    for options in ([], ["--control_only"]):
+        encode("device", *options)
+        encode("cpu", *options, on=())
+    files = sorted((tmp_path / "cpu").rglob("*.safetensors"))
+    assert len(files) == 6 + 4 + 4  # clips, captions, controls of the clips to train on
+    for file in files:
+        ours = load_file(tmp_path / "device" / file.relative_to(tmp_path / "cpu"))
+        for name, tensor in load_file(file).items():
+            assert_close(ours[name], tensor, 2**-7 if tensor.dtype == torch.bfloat16 else ROUNDING)
 
 
 # ---------------------------------------------------------------------------------------------------------- generation

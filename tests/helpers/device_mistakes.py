@@ -128,6 +128,7 @@ def train(argv: list[str]):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     run = start_run(args, build_accelerator(args))
+    run.progress.validated_step = 0  # that validation would cost more than all the rest; the one at the end remains
     try:
         train_phase2.train(run)
     finally:
