@@ -135,7 +135,7 @@ def test_encode_fills_the_cpus_cache(tiny_models, small_datasets, tmp_path):
     for options in ([], ["--control_only"]):
         encode("device", *options)
         encode("cpu", *options, on=())
-    files = sorted((tmp_path / "cpu").rglob("*.safetensors"))
+    files = sorted((tmp_path / "cpu").glob("*/*/*.safetensors"))
     assert len(files) == 6 + 4 + 4  # clips, captions, controls of the clips to train on
     for file in files:
         ours = load_file(tmp_path / "device" / file.relative_to(tmp_path / "cpu"))
