@@ -93,6 +93,7 @@ EVERYTHING = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_on_resumes_bit_for_bit(first, tiny_models, monitored_datasets, cache, tmp_path):
     def run(out, *more):
         command = phase2(
