@@ -571,7 +571,7 @@ TRAINING = [
         "batches-are-not-counted-as-consumed",
         "c2r/training/batches.py",
         "self._sampler.mark_consumed()",
-        "pass",
+        "[0] * self._sampler.batch_size",
         "tests/training/test_batches.py",
     ),
     Mutation(
