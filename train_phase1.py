@@ -102,7 +102,7 @@ def train(run: Run) -> Plan:
     # ------------------------------------------------------------------------------------------------------ 4. resume
     # The checkpoint decides over weights (read above), moments, sampler and step; the command line over everything
     # else, the learning rate and its schedule included (`Option.on_resume`). check_phase1 has refused another dataset,
-    # engine, or option that must not change.
+    # or option that must not change.
     resume(run, state, sampler)
     run.start_training()
 

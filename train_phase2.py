@@ -145,7 +145,7 @@ def train(run: Run) -> Plan:
     # ------------------------------------------------------------------------------------------------------ 4. resume
     # The checkpoint decides over weights (read above), moments, sampler and step; the command line over everything
     # else, the learning rate, its schedule and --cg_ratio included (`Option.on_resume`). check_phase2 has refused
-    # another dataset, backbone, DINOv3, engine, or option that must not change.
+    # another dataset, backbone or DINOv3, or option that must not change.
     controller = RatioController(args.monitor_bound, args.monitor_patience, args.cg_ratio_min)
     progress.inputs, progress.controller = plan.inputs, controller.state_dict()
     progress.cg_ratio = progress.requested_cg_ratio = args.cg_ratio

@@ -76,13 +76,19 @@ def train(work_dir: Path, engine: str, legs: list[tuple[int, Path, Path | None]]
 
 
 def differences(whole: Path, resumed: Path) -> tuple[float, float]:
-    """Return the largest relative difference of a loss or norm, and the largest difference of a weight."""
+    """Return the largest relative difference of a loss or norm, and the largest difference of a weight.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
     logged, expected = scalars(resumed), scalars(whole)
     pairs = [
         pair
         for name in ("train/loss", "train/grad_norm", "validation/loss")
         for pair in zip(logged[name], expected[name][-len(logged[name]) :], strict=True)
     ]
+    if not all(math.isfinite(number) for pair in pairs for number in pair):
+        raise ValueError(f"{resumed}: a loss or norm is not finite")
     relative = max(abs(a - b) / b for a, b in pairs)
     last = f"checkpoint-{STEPS}/model"
     found, wanted = weights(resumed / last), weights(whole / last)
@@ -121,8 +127,6 @@ def main():
                 largest = [max(pair) for pair in zip(largest, found)]
                 cells.append(f"{source} {found[0]:.0e} {found[1]:.0e}")
             print(f"phase {phase} on {engine} from: " + ", ".join(cells), flush=True)
-    if not all(map(math.isfinite, largest)):
-        raise SystemExit("a loss is not finite")
     print(f"largest difference: {largest[0]:.1e} of a loss or norm, {largest[1]:.1e} in a weight")
 
 

@@ -140,19 +140,19 @@ def _typed(option: Option, given: Any) -> Any:
             raise InputError(f"--{option.name}: has no value; give {option.type}")
         return [_typed(option, text) for text in given]
     if not given.isascii() or "\0" in given:
-        _require_encodable(option, given)
+        _require_unicode(option, given)
     try:
         return option.type(given)
     except ValueError as error:
         raise InputError(f"--{option.name} {given}: {error}") from None
 
 
-def _require_encodable(option, text):
-    """Refuse text that cannot be part of a path: YAML can spell characters that do not exist."""
+def _require_unicode(option, text):
+    """Refuse a NUL, which no path can have, and bytes that are not UTF-8, which no JSON can hold."""
     with suppress(UnicodeEncodeError):
-        if b"\0" not in os.fsencode(text):
+        if b"\0" not in text.encode():
             return
-    raise InputError(f"--{option.name} {text}: has a character that no text has; write it out again")
+    raise InputError(f"--{option.name} {text}: is not valid UTF-8; rename the file, or write the value out again")
 
 
 def _unknown_option(text, command):
@@ -247,9 +247,7 @@ def run(main: Callable[[], Any]):
         from c2r.files import UNWRITABLE, write_problem
 
         if _shared_memory_is_full(error):
-            sys.unraisablehook = lambda unraisable: (
-                None
-            )  # a data loader that was not completed raises when it is freed
+            sys.unraisablehook = _ignore  # a data loader that was not completed raises when it is freed
             _exit(
                 error,
                 "/dev/shm: full, and data loader workers need it; make it larger (docker run --shm-size 8g), or give "
@@ -258,6 +256,12 @@ def run(main: Callable[[], Any]):
         if isinstance(error, OSError) and error.errno == errno.EMFILE:
             _exit(
                 error, f"too many open files ({error.filename or 'ulimit -n'}); raise the limit, as by ulimit -n 4096"
+            )
+        if str(error).startswith("DataLoader timed out"):
+            _exit(
+                error,
+                f"no batch has arrived ({str(error).partition(chr(10))[0]}): the storage is slow, or a worker has "
+                "failed; raise --distributed_timeout_minutes, or give --dataloader_num_workers 0",
             )
         if _is_lost_worker(error):
             first_line = str(error).partition("\n")[0]
@@ -288,6 +292,10 @@ def _exit(error, message):
     sys.exit(f"error: {printable(message)}")
 
 
+def _ignore(unraisable):
+    pass
+
+
 def _wait_for_the_main_process():
     """Give the main process time to report input that is bad for all processes; the launcher then ends this one."""
     if int(os.environ.get("RANK", 0)) > 0:
@@ -298,9 +306,7 @@ def _wait_for_the_main_process():
 def _is_lost_worker(error):
     """Return True if a data loader has lost a worker, rather than passed on an error that a worker raised."""
     frames = traceback.extract_tb(error.__traceback__)
-    return str(error).startswith(("DataLoader worker", "DataLoader timed out")) or any(
-        frame.name == "_try_get_data" for frame in frames
-    )
+    return str(error).startswith("DataLoader worker") or any(frame.name == "_try_get_data" for frame in frames)
 
 
 def _shared_memory_is_full(error):

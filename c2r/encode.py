@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     from c2r.encoding.encoding_pass import control_job, latent_job
     from c2r.models.dinov3 import check_dinov3
     from c2r.models.parts import check_pipeline_parts
-    from c2r.training.engine import require_joined
-    from c2r.training.watchdog import Watchdog
+    from c2r.training.engine import require_joined, require_known_settings
+    from c2r.training.watchdog import Watchdog, joining
 
     settings = clip_settings(args)
     if args.control_only:
@@ -50,7 +50,10 @@ def main(argv: list[str] | None = None) -> None:
     else:
         check_pipeline_parts(settings.base_model)
         job = latent_job(settings)
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    require_known_settings()
+    with joining(60 * args.distributed_timeout_minutes):
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+        accelerator.wait_for_everyone()  # NCCL connects at the first collective
     require_joined(accelerator)
     watchdog = Watchdog(accelerator, 60 * args.distributed_timeout_minutes)
     read = partial(read_dataset, args.dataset, args.domain, settings, accelerator, watchdog)

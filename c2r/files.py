@@ -25,8 +25,8 @@ from c2r import InputError, __version__
 
 # ---------------------------------------------------------------------------------------------------------------- JSON
 
-#: Far above the index of any model's weights and the state of any run.
-MAX_JSON_BYTES = 64 * 2**20
+#: Far above the index of any model's weights and the state of any run. To check more would take gigabytes.
+MAX_JSON_BYTES = 4 * 2**20
 
 
 def read_json(path: str | Path, kind: Any = dict[str, Any], extra: Literal["forbid", "allow"] = "forbid") -> Any:

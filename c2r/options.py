@@ -111,7 +111,7 @@ TIMEOUT = Option(
     "distributed_timeout_minutes",
     "minutes without progress after which a process counts as hung and the command ends; set it above the longest "
     "load, step, fetch or save",
-    POSITIVE,
+    Number(above=0, most=30_000),  # three weeks; a data loader takes little more
     10.0,
 )
 CLIP_OPTIONS = [

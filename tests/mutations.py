@@ -598,7 +598,7 @@ TRAINING = [
     Mutation(
         "the-average-restarts-at-resume",
         "c2r/training/checkpoint.py",
-        "load_ema(path, state.ema, dict(state.trainable.named_parameters()))",
+        "load_ema(files, state.ema, dict(state.trainable.named_parameters()))",
         "pass",
         "tests/training/test_resume.py::test_a_resumed_run_restores_the_average",
     ),

@@ -156,7 +156,6 @@ SHARDS = [
     "../other.safetensors",
     "/dev/zero",
     "x/../../a.safetensors",
-    "out.safetensors",
     "pipe.safetensors",
     5,
     "a.bin",
@@ -168,13 +167,12 @@ def test_an_index_names_no_file_outside_its_folder(name, tiny_models, tmp_path):
     folder = shutil.copytree(tiny_models / "pipeline/transformer", tmp_path / "transformer")
     file = folder / "diffusion_pytorch_model.safetensors"
     shutil.copy(file, tmp_path / "other.safetensors")
-    (folder / "out.safetensors").symlink_to(tmp_path / "other.safetensors")
     os.mkfifo(folder / "pipe.safetensors")
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": file.name}}))
     assert WeightIndex(folder).shapes()
     index.write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(InputError, match=r"leads out of its folder|no such file|entry weight_map\.a: "):
+    with pytest.raises(InputError, match=r"no such file|entry weight_map\.a: "):
         WeightIndex(folder)
 
 
@@ -253,10 +251,10 @@ def test_a_pipe_or_device_in_a_model_folder_is_refused(tiny_models, tmp_path):
             load_pipeline_part(folder, part)
 
 
-@pytest.mark.parametrize("text", [r"\ud800", r"a\0b"])
+@pytest.mark.parametrize("text", [r"\ud800", r"caf\udce9", r"a\0b"])
 def test_text_that_cannot_be_a_path_is_refused(text, tmp_path):
     (tmp_path / "a.yaml").write_text(f'output_dir: "{text}"')
-    with pytest.raises(InputError, match="has a character that no text has"):
+    with pytest.raises(InputError, match="is not valid UTF-8; rename the file"):
         cli.parse(PHASE1, [f"--config={tmp_path / 'a.yaml'}"])
 
 

@@ -22,6 +22,8 @@ OTHER_FILES = 64
 class Heartbeat(Protocol):
     """Signs of life of a process and barriers without a time limit, as the run's `Watchdog` gives them."""
 
+    timeout_seconds: float  #: above the longest time between two calls of `beat`
+
     def beat(self, what: str) -> None:
         """Record that this process makes progress, and at what."""
 
@@ -48,7 +50,9 @@ def usable_workers(wanted: int, batches: int) -> int:
         InputError: the process may not open enough files. Workers that cannot open one drop their batch, for which
             the process would wait without end.
     """
-    cores = max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cores = _cores()
+    if cores == os.cpu_count():  # otherwise the launcher, such as srun, has given each process its own
+        cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     count = min(wanted, cores, batches)
     if count < wanted:
         limit = "batches to load" if batches == count else "cores for each process"

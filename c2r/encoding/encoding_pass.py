@@ -281,11 +281,14 @@ def _encode_clips(missing, encoder, share, settings, accelerator, watchdog):
     """Encode the clips of this process and record the outcome in `share`."""
     device = accelerator.device
     batches = _Batches(missing.clips, type(encoder), settings)
+    num_workers = usable_workers(settings.num_workers, len(batches))
     loader = DataLoader(
         batches,
         batch_size=1,
         collate_fn=_first,
-        num_workers=usable_workers(settings.num_workers, len(batches)),
+        num_workers=num_workers,
+        # A worker that fails while it sends a batch drops it and goes on, and the loop would wait without end.
+        timeout=watchdog.timeout_seconds if num_workers else 0,
         worker_init_fn=shield_worker,
         pin_memory=device.type == "cuda",
     )

@@ -44,7 +44,7 @@ class TrainBatches:
             batch_sampler=sampler,
             num_workers=num_workers,
             # A worker that fails while it sends a batch drops it and goes on, and the loop would wait without end.
-            timeout=60 * run.args.distributed_timeout_minutes if num_workers else 0,
+            timeout=run.watchdog.timeout_seconds if num_workers else 0,
             worker_init_fn=shield_worker,
             pin_memory=run.device.type == "cuda",
         )

@@ -31,7 +31,7 @@ from c2r.training.logs import tensorboard_writer
 from c2r.training.optimizer import set_schedule
 from c2r.training.resume import find_damage, list_checkpoints, saved_options
 from c2r.training.run import Run, TrainState
-from c2r.training.shards import ema_shard, load_ema, load_optimizer, optimizer_shard
+from c2r.training.shards import ema_shard, has_states, load_ema, load_optimizer, optimizer_shard, shard_files
 from c2r.training.state_file import STATE, read_state
 
 # ---------------------------------------------------------------------------------------------------------------- save
@@ -114,6 +114,7 @@ def _write_state(folder, run, state, sampler):
         "ema": None if state.ema is None else {"optimization_step": state.ema.optimization_step},
         "sharding": sharding(run.accelerator),
         "num_processes": run.accelerator.num_processes,
+        "has_moments": has_states(state.optimizer),
         "files": {
             str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()
         },
@@ -198,10 +199,15 @@ def load_checkpoint(run: Run, state: TrainState, sampler: MixedCGRealSampler):
         InputError: a file is damaged.
     """
     path, content = run.checkpoint, read_state(run.checkpoint)
-    load_optimizer(path, state.optimizer, _trained_parameters(state))
-    if state.ema is not None:
-        load_ema(path, state.ema, dict(state.trainable.named_parameters()))
-        state.ema.optimization_step = content["ema"]["optimization_step"]
+    # A process reads its own ranges alone, so damage may be seen by one of many.
+    with failing_together(run.accelerator, path):
+        if content["has_moments"]:
+            files = shard_files(path, content["files"], "optimizer")
+            load_optimizer(files, state.optimizer, _trained_parameters(state))
+        if state.ema is not None:
+            files = shard_files(path, content["files"], "ema")
+            load_ema(files, state.ema, dict(state.trainable.named_parameters()))
+            state.ema.optimization_step = content["ema"]["optimization_step"]
     sampler.load_state_dict(content["sampler"])
     run.progress.load_state_dict(content["progress"])
     set_schedule(state.lr_scheduler, run.progress.global_step)

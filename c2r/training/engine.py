@@ -122,7 +122,7 @@ def require_known_settings():
         )
     # Accelerate's launcher of one process sets the latter two if it was asked for several, but passes on no number.
     several = {"ACCELERATE_USE_CPU", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    if several and get_cpu_distributed_information().world_size == 1:
+    if several and "WORLD_SIZE" not in os.environ and get_cpu_distributed_information().world_size == 1:
         raise InputError(
             "`accelerate launch` was asked for several processes, but has started 1, as it does on the CPU and with "
             f"distributed_type: 'NO'; start two on the CPU by `torchrun --nproc_per_node 2 {sys.argv[0]} …`, several "

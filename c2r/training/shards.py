@@ -8,7 +8,7 @@ beginning of each tensor, so that only the same engine on the same number of pro
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,10 +95,15 @@ def optimizer_shard(optimizer: Any, parameters: Parameters) -> dict[str, torch.T
     Args:
         optimizer: prepared.
         parameters: {name: parameter} of all that it steps on.
+
+    Raises:
+        RuntimeError: the optimizer has states, but none of a parameter.
     """
     base, shard = _base(optimizer), {}
-    for part in stepped_ranges(optimizer, parameters):
-        for name, value in base.state.get(part.held, {}).items():
+    for part in stepped_ranges(optimizer, parameters) if has_states(optimizer) else []:
+        if part.held not in base.state:
+            raise RuntimeError(f"the optimizer has no states of {part.name}")
+        for name, value in base.state[part.held].items():
             if name in MOMENTS:
                 if part.length == 0:  # of a parameter with fewer elements than processes
                     continue
@@ -109,11 +114,21 @@ def optimizer_shard(optimizer: Any, parameters: Parameters) -> dict[str, torch.T
     return shard
 
 
-def load_optimizer(path: Path, optimizer: Any, parameters: Parameters):
+def has_states(optimizer: Any) -> bool:
+    """Return True if a prepared optimizer has taken a step."""
+    return bool(_base(optimizer).state)
+
+
+def shard_files(checkpoint: Path, names: Iterable[str], kind: str) -> list[Path]:
+    """Return the files of a kind, "optimizer" or "ema", among the names of a checkpoint's files."""
+    return [checkpoint / name for name in sorted(names) if name.startswith(f"{kind}-")]
+
+
+def load_optimizer(files: list[Path], optimizer: Any, parameters: Parameters):
     """Fill an optimizer's states from a checkpoint.
 
     Args:
-        path: the checkpoint.
+        files: those of all processes that saved it.
         optimizer, parameters: see `optimizer_shard`.
 
     Raises:
@@ -121,8 +136,8 @@ def load_optimizer(path: Path, optimizer: Any, parameters: Parameters):
     """
     base = _base(optimizer)
     base.state.clear()
-    with _Shards(path, "optimizer") as shards:
-        for part in stepped_ranges(optimizer, parameters) if shards.found else []:
+    with _Shards(files) as shards:
+        for part in stepped_ranges(optimizer, parameters):
             if _quantises(base):
                 if part.offset == 0:
                     base.init_state(base.param_groups[0], part.held, 0, 0)
@@ -153,17 +168,17 @@ def ema_shard(ema: EMAModel, parameters: Parameters) -> dict[str, torch.Tensor]:
     }
 
 
-def load_ema(path: Path, ema: EMAModel, parameters: Parameters):
+def load_ema(files: list[Path], ema: EMAModel, parameters: Parameters):
     """Fill the average from a checkpoint.
 
     Args:
-        path: the checkpoint.
+        files: those of all processes that saved it.
         ema, parameters: see `ema_shard`.
 
     Raises:
         InputError: a file is damaged, or its average does not fit the parameters.
     """
-    with _Shards(path, "ema") as shards:
+    with _Shards(files) as shards:
         for part in _averaged_ranges(ema, parameters):
             _flat(part.held)[: part.length].copy_(shards.range(part, "average"))
 
@@ -190,14 +205,23 @@ def _stored(value):
 
 
 class _Shards:
-    """The tensors in all files of a kind in a checkpoint."""
+    """The tensors in some files of a checkpoint."""
 
-    def __init__(self, path, kind):
-        self._path, self._kind, self._stack = path, kind, ExitStack()
+    def __init__(self, files):
+        self._files, self._stack = files, ExitStack()
         self.found = defaultdict(list)  # {(parameter, state): [(start, tensor to be read), ...], by start}
 
     def __enter__(self):
-        for path in sorted(self._path.glob(f"{self._kind}-*-of-*.safetensors")):
+        with self._stack:
+            self._open_files()
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *exception):
+        self._stack.close()
+
+    def _open_files(self):
+        for path in self._files:
             try:
                 file = self._stack.enter_context(safe_open(path, framework="pt"))
             except (OSError, SafetensorError) as error:
@@ -209,10 +233,6 @@ class _Shards:
                 self.found[name, state].append((int(start), file.get_slice(key)))
         for stored in self.found.values():
             stored.sort(key=lambda entry: entry[0])
-        return self
-
-    def __exit__(self, *exception):
-        self._stack.close()
 
     def range(self, part, state):
         """Return a range of a state in fp32, joined from the ranges stored."""
@@ -242,6 +262,6 @@ class _Shards:
 
     def _unfit(self, part, state, problem):
         return InputError(
-            f"{self._path}: its {self._kind} does not fit the model, {state} of {part.name} {problem}; "
-            "resume from an earlier checkpoint"
+            f"{self._files[0].parent if self._files else 'the checkpoint'}: does not fit the model, {state} of "
+            f"{part.name} {problem}; resume from an earlier checkpoint"
         )

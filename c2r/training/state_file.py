@@ -80,6 +80,7 @@ class _State(TypedDict):
     ema: _Average | None
     sharding: Literal["zero2", "zero3", "fsdp2"] | None
     num_processes: PositiveInt
+    has_moments: bool  # False before the first optimizer step
     files: dict[_FileName, NonNegativeInt]
 
 

@@ -56,7 +56,6 @@ class Watchdog:
         # Not judged before the first beat: downloads and the first probe of all files may take any time.
         self._state: dict[str, Any] = {"count": 0, "what": "start", "waiting": True}
         self._beat_at = time.monotonic()
-        self._answered_at = time.monotonic()  # when the store last answered
         self._closed = threading.Event()
         self._barriers = 0
         global _current
@@ -75,6 +74,7 @@ class Watchdog:
         )
         self._publish(0)
         accelerator.wait_for_everyone()
+        self._answered_at = time.monotonic()  # when the store last answered
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
         threading.Thread(target=self._watch_store, daemon=True, name="watchdog of the store").start()
@@ -143,7 +143,9 @@ class Watchdog:
         ranks = range(self.accelerator.num_processes)
         heard = {rank: (None, time.monotonic()) for rank in ranks}  # number of the last message, and its time
         number = 0
-        while not self._closed.wait(INTERVAL):
+        while not self._closed.is_set():
+            if self._was_suspended():
+                heard = {rank: (None, time.monotonic()) for rank in ranks}
             number += 1
             try:
                 self._publish(number)
@@ -166,9 +168,17 @@ class Watchdog:
 
     def _watch_store(self):
         # Where the link between two machines is cut, a call of the store does not return.
-        while not self._closed.wait(INTERVAL):
+        while not self._closed.is_set():
+            if self._was_suspended():
+                self._answered_at = time.monotonic()
             if time.monotonic() - self._answered_at > self.gone_after:
                 self._end_without_store()
+
+    def _was_suspended(self):
+        """Wait for an interval; return True if it took so long that the whole job has been suspended meanwhile."""
+        began = time.monotonic()
+        self._closed.wait(INTERVAL)
+        return time.monotonic() - began > 5 * INTERVAL
 
     def _end_without_store(self):
         """End this process because process 0 does not answer; print it once on every machine."""
@@ -201,7 +211,7 @@ def joining(timeout_seconds: float) -> Iterator[None]:
         yield
     except RuntimeError as error:
         # Gloo has no error class of its own.
-        if isinstance(error, DistError) or "connect" in str(error):
+        if isinstance(error, DistError) or "connectFullMesh" in str(error):
             reason = str(error).partition("\n")[0]
             raise InputError(f"the launched processes cannot connect ({reason}); check that {_CONNECTION}") from error
         raise

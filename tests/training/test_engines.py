@@ -313,7 +313,11 @@ def assert_goes_on_like(whole, resumed):
     found, wanted = (states_of(out / f"checkpoint-{STEPS}") for out in (resumed, whole))
     assert found.keys() == wanted.keys()
     for key, tensor in wanted.items():
-        torch.testing.assert_close(found[key], tensor, **WEIGHT)
+        if key.startswith("exp_avg"):  # moments are far smaller than weights
+            difference = (found[key] - tensor).abs().max()
+            assert difference <= 1e-3 * tensor.abs().max(), key
+        else:
+            torch.testing.assert_close(found[key], tensor, **WEIGHT)
 
 
 def states_of(checkpoint):

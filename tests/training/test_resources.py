@@ -118,12 +118,13 @@ class Slow:
 
 
 def test_a_batch_that_never_arrives_ends_the_run(signal_handlers):
-    args = options(["--dataloader_num_workers=1", "--distributed_timeout_minutes=0.02"])
-    sampler = MixedCGRealSampler(4, 0, cg_ratio=0, batch_size=2)
-    batches = TrainBatches(run_of(args), Slow(), sampler)
-    with pytest.raises(
-        SystemExit, match=r"^error: a data loader worker .*\(DataLoader timed out after 1\.2 seconds\)"
-    ):
+    training = run_of(options(["--dataloader_num_workers=1"]))
+    training.watchdog.timeout_seconds = 1.2
+    batches = TrainBatches(training, Slow(), MixedCGRealSampler(4, 0, cg_ratio=0, batch_size=2))
+    message = (
+        r"^error: no batch has arrived \(DataLoader timed out after 1\.2 seconds\): .*raise --distributed_timeout_m"
+    )
+    with pytest.raises(SystemExit, match=message):
         run(lambda: next(batches.of_one_step()))
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from c2r import InputError
-from c2r.training.shards import MOMENTS, ema_shard, load_ema, load_optimizer, optimizer_shard
+from c2r.training.shards import MOMENTS, ema_shard, load_ema, load_optimizer, optimizer_shard, shard_files
 
 
 def stepped():
@@ -40,6 +40,10 @@ def cut(shard, cuts, path, kind):
         save_file(file, path / f"{kind}-{i:05d}-of-{len(files):05d}.safetensors")
 
 
+def files_of(path, kind):
+    return shard_files(path, [file.name for file in path.iterdir()], kind)
+
+
 @given(st.lists(st.floats(0, 1), max_size=4))
 def test_states_are_joined_however_they_were_cut(tmp_path_factory, cuts):
     path = tmp_path_factory.mktemp("checkpoint")
@@ -49,13 +53,13 @@ def test_states_are_joined_however_they_were_cut(tmp_path_factory, cuts):
     cut(optimizer_shard(optimizer, parameters), cuts, path, "optimizer")
     cut(ema_shard(ema, parameters), cuts, path, "ema")
     resumed = SimpleNamespace(optimizer=torch.optim.AdamW(model.parameters(), fused=True))
-    load_optimizer(path, resumed, parameters)
+    load_optimizer(files_of(path, "optimizer"), resumed, parameters)
     for parameter in parameters.values():
         states = [of.optimizer.state[parameter] for of in (optimizer, resumed)]
         assert [set(state) for state in states] == [{*MOMENTS, "step"}] * 2
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     other = EMAModel([torch.zeros_like(p).requires_grad_() for p in model.parameters()], decay=0.5)
-    load_ema(path, other, parameters)
+    load_ema(files_of(path, "ema"), other, parameters)
     assert all(torch.equal(a, b) for a, b in zip(other.shadow_params, ema.shadow_params, strict=True))
 
 
@@ -65,11 +69,24 @@ def test_a_gap_between_ranges_is_refused(tmp_path):
     cut(optimizer_shard(optimizer, parameters), [0.3, 0.6], tmp_path, "optimizer")
     (tmp_path / "optimizer-00001-of-00003.safetensors").unlink()
     with pytest.raises(InputError, match=r"exp_avg of 0\.weight does not have 15 elements; resume from an earlier"):
-        load_optimizer(tmp_path, optimizer, parameters)
+        load_optimizer(files_of(tmp_path, "optimizer"), optimizer, parameters)
 
 
-def test_a_checkpoint_before_the_first_step_has_no_states(tmp_path):
+def test_states_that_are_missing_are_named(tmp_path):
     model, optimizer = stepped()
+    parameters = dict(model.named_parameters())
     save_file({}, tmp_path / "optimizer-00000-of-00001.safetensors")
-    load_optimizer(tmp_path, optimizer, dict(model.named_parameters()))
-    assert not optimizer.optimizer.state
+    with pytest.raises(InputError, match=r"exp_avg of 0\.weight does not have 15 elements"):
+        load_optimizer(files_of(tmp_path, "optimizer"), optimizer, parameters)
+    model, optimizer = stepped()
+    parameters = dict(model.named_parameters())
+    with pytest.raises(RuntimeError, match="no states of another"):
+        optimizer_shard(optimizer, parameters | {"another": torch.nn.Parameter(torch.zeros(3))})
+    del optimizer.optimizer.state[next(model.parameters())]
+    with pytest.raises(RuntimeError, match=r"no states of 0\.weight"):
+        optimizer_shard(optimizer, parameters)
+
+
+def test_files_that_the_state_does_not_list_are_not_read(tmp_path):
+    names = ["optimizer-00000-of-00001.safetensors", "ema-00000-of-00001.safetensors", "model/config.json"]
+    assert shard_files(tmp_path, names, "optimizer") == [tmp_path / names[0]]
