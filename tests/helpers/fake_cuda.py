@@ -209,7 +209,7 @@ def training_step(model, dinov3, optimizer, batch, device):
     from c2r.training.step import NoiseSettings, domain_weights, make_noisy_batch
 
     settings = NoiseSettings(seed=0, density=SigmaDensity(), prompt_dropout=0.1, control_dropout=0.1)
-    noisy = make_noisy_batch(batch, settings, Draw([0], 0, 1), torch.zeros(512, 4096), device)
+    noisy = make_noisy_batch(batch, settings, Draw([0, 1], 0, 2), torch.zeros(512, 4096), device)
     inputs = [noisy.noisy_latents, noisy.timesteps, noisy.prompt_embeds]
     if dinov3 is not None:
         control_features = dinov3(batch["control_frames"].to(device).float() / 255)
