@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from c2r import InputError
-from c2r.training.shards import MOMENTS, ema_shard, load_ema, load_optimizer, optimizer_shard, shard_files
+from c2r.training.shards import (
+    MOMENTS,
+    Range,
+    _Shards,
+    ema_shard,
+    load_ema,
+    load_optimizer,
+    optimizer_shard,
+    shard_files,
+)
 
 
 def stepped():
@@ -61,6 +70,18 @@ def test_states_are_joined_however_they_were_cut(tmp_path_factory, cuts):
     other = EMAModel([torch.zeros_like(p).requires_grad_() for p in model.parameters()], decay=0.5)
     load_ema(files_of(path, "ema"), other, parameters)
     assert all(torch.equal(a, b) for a, b in zip(other.shadow_params, ema.shadow_params, strict=True))
+
+
+@given(st.lists(st.floats(0, 1), max_size=4), st.integers(0, 15), st.integers(0, 15))
+def test_a_process_reads_any_range(tmp_path_factory, cuts, a, b):
+    path = tmp_path_factory.mktemp("checkpoint")
+    model, optimizer = stepped()
+    whole = optimizer_shard(optimizer, dict(model.named_parameters()))
+    cut(whole, cuts, path, "optimizer")
+    start, stop = sorted((a, b))
+    with _Shards(files_of(path, "optimizer")) as shards:
+        found = shards.range(Range("0.weight", 15, start, stop - start, held=None), "exp_avg")
+    assert torch.equal(found, whole["0.weight:0:exp_avg"][start:stop])
 
 
 def test_a_gap_between_ranges_is_refused(tmp_path):
