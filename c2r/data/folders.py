@@ -2,9 +2,10 @@
 
 import os
 import stat
+import unicodedata
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -62,6 +63,17 @@ class LocalFolder:
             raise DropRow(DropReason.OUTSIDE_FOLDER, f"{name} leads to {os.path.realpath(path)}")
         return DatasetFile(self.address, path[len(self.address) + 1 :], status.st_size, status.st_mtime_ns)
 
+    @cached_property
+    def names_by_spelling(self) -> dict[str, str]:
+        """All file names in the folder by their `spelling`. Links to folders are not followed."""
+        found: dict[str, str] = {}
+        for parent, folders, files in os.walk(self.address):
+            folders[:] = [folder for folder in folders if not folder.startswith(".")]
+            inside = os.path.relpath(parent, self.address)
+            names = (os.path.normpath(os.path.join(inside, name)) for name in files)
+            found |= {spelling(name): name for name in names}
+        return found
+
     def _contains_uncached(self, path):
         inside = self.address.rstrip("/") + "/"
         return all(p == self.address or p.startswith(inside) for p in (path, os.path.realpath(path)))
@@ -95,6 +107,10 @@ class RemoteDataset:
             raise DropRow(DropReason.OUTSIDE_FOLDER, name)
         return file and DatasetFile(self.address, name, file.size, file.version)
 
+    @cached_property
+    def names_by_spelling(self) -> dict[str, str]:
+        return {spelling(name): name for name in self._folder.files}
+
     def local_copy(self, file: DatasetFile) -> AbstractContextManager[Path]:
         return self._folder.fetch(file.name, file.size, file.mtime_ns)
 
@@ -109,6 +125,15 @@ class RemoteDataset:
 
 
 DatasetFolder = LocalFolder | RemoteDataset
+
+
+def spelling(name: str) -> str:
+    """Return a name in the form in which names that look alike are equal.
+
+    Upper and lower case, the two ways of Unicode to write an accent (macOS uses another than most), back-slashes and
+    spaces at the ends make no difference.
+    """
+    return unicodedata.normalize("NFC", name.replace("\\", "/").strip()).casefold()
 
 
 def open_folder(address: str | Path, settings: ClipSettings) -> DatasetFolder:

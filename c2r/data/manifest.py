@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import logging
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +22,7 @@ from c2r.data.buckets import Bucket, cut_into_windows, nearest_buckets
 from c2r.data.clips import ENTRY, Clip, Clips, DatasetFile, FileTable
 from c2r.data.drop_reasons import DropReason, DropRow
 from c2r.data.failures import noted_failures
-from c2r.data.folders import DatasetFolder, open_folder
+from c2r.data.folders import DatasetFolder, open_folder, spelling
 from c2r.data.metadata import find_metadata, rows_of
 from c2r.data.probes import Probes
 from c2r.data.settings import ClipSettings
@@ -343,7 +344,26 @@ def _locate(folder: DatasetFolder, bases: list[str], name: str) -> DatasetFile:
     for base in bases:
         if (file := folder.locate(f"{base}/{name}" if base else name)) is not None:
             return file
-    raise DropRow(DropReason.MISSING_FILE, name)
+    raise DropRow(DropReason.MISSING_FILE, name + _near_match(folder, bases, name))
+
+
+def _near_match(folder: DatasetFolder, bases: list[str], name: str) -> str:
+    """Return a hint at a file whose name differs in spelling alone; "" if there is none."""
+    for base in bases:
+        key = spelling(f"{base}/{name.strip()}" if base else name)
+        if (found := folder.names_by_spelling.get(key)) is not None:
+            found = found.removeprefix(f"{base}/") if base else found
+            return f"; there is {found!a}: its name differs in {_difference(name, found)}; correct the row"
+    return ""
+
+
+def _difference(name, found):
+    if "\\" in name:
+        return "back-slashes"
+    if name.strip() != name:
+        return "spaces at its ends"
+    composed = unicodedata.normalize("NFC", name), unicodedata.normalize("NFC", found)
+    return "the way in which accents are stored" if composed[0] == composed[1] else "upper and lower case"
 
 
 def _cut(infos: Sequence[VideoInfo | UnusableVideo], settings: ClipSettings) -> list[tuple[int, int]]:

@@ -1,7 +1,5 @@
 """The metadata of a dataset, read by the `datasets` library, which keeps large tables on disk."""
 
-import csv
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -11,13 +9,13 @@ from datasets import Dataset
 
 from c2r import InputError
 from c2r.data.folders import DatasetFolder
+from c2r.data.table_checks import check_csv, check_jsonl, check_parquet
 from c2r.files import UNWRITABLE, digest
 
 READERS = {
-    # Captions such as "NA" and "007" stay text; utf-8-sig because spreadsheet programs write a byte order mark.
+    # Captions such as "NA" and "007" stay text.
     "metadata.csv": lambda path, **kwargs: Dataset.from_csv(
         path,
-        encoding="utf-8-sig",
         na_filter=False,
         converters=dict.fromkeys(("file_name", "text", "control_name"), str),
         **kwargs,
@@ -25,6 +23,7 @@ READERS = {
     "metadata.jsonl": Dataset.from_json,
     "metadata.parquet": Dataset.from_parquet,
 }
+CHECKS = {"metadata.csv": check_csv, "metadata.jsonl": check_jsonl, "metadata.parquet": check_parquet}
 COLUMNS = ("file_name", "text", "control_name")
 ROWS_AT_ONCE = 10_000
 
@@ -109,9 +108,9 @@ def _read(folder: DatasetFolder, name: str, cache_dir: str | Path) -> Dataset:
     try:
         arrow_dir.parent.mkdir(parents=True, exist_ok=True)
         with folder.local_copy(file) as path:
-            if name.endswith(".csv"):
-                _require_quoted(path, f"{folder.address}/{name}")
-            return READERS[PurePosixPath(name).name](str(path), cache_dir=str(arrow_dir), keep_in_memory=False)
+            kind = PurePosixPath(name).name
+            options = CHECKS[kind](path, f"{folder.address}/{name}") or {}
+            return READERS[kind](str(path), cache_dir=str(arrow_dir), keep_in_memory=False, **options)
     except InputError:
         raise
     except Exception as error:  # pandas, pyarrow and datasets raise many types
@@ -123,31 +122,9 @@ def _read(folder: DatasetFolder, name: str, cache_dir: str | Path) -> Dataset:
             ) from error
         if "corresponds to no data" in str(error):
             raise InputError(f"{folder.address}/{name}: has no rows; list the videos in it") from error
-        if fields := re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(cause)):
-            raise InputError(
-                f"{folder.address}/{name}: line {fields[2]} has {fields[3]} fields, the header {fields[1]}; put "
-                "captions with a comma in double quotes"
-            ) from error
-        if "No columns to parse" in str(cause):
-            raise InputError(f"{folder.address}/{name}: is empty; write a header and list the videos in it") from error
         reason = " ".join(str(cause).split())
         raise InputError(f"{folder.address}/{name}: cannot be read ({reason}); correct the file") from error
     finally:
         datasets.logging.set_verbosity(verbosity)
         if not bars_were_disabled:
             datasets.enable_progress_bars()
-
-
-def _require_quoted(path: Path, name: str) -> None:
-    """Raise InputError if the first row has more fields than the header, as a caption with an unquoted comma has.
-
-    pandas would take the first field as the row's label, and the caption as the file name.
-    """
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = csv.reader(file)
-        header, row = next(rows, []), next(rows, [])
-    if len(row) > len(header) > 0:
-        raise InputError(
-            f"{name}: its first row has {len(row)} fields, its header {len(header)}; put captions with a comma in "
-            "double quotes"
-        )

@@ -110,6 +110,26 @@ def test_a_byte_order_mark_is_ignored_and_numbers_stay_text(tmp_path, video):
     ]
 
 
+@pytest.mark.parametrize(
+    ("written", "differs_in"),
+    [
+        ("sub\\Stra\u00dfe.mp4", "back-slashes"),
+        ("sub/Stra\u00dfe.mp4 ", "spaces at its ends"),
+        ("sub/stra\u00dfe.MP4", "upper and lower case"),
+        ("sub/Cafe\u0301.mp4", "the way in which accents are stored"),
+    ],
+)
+@pytest.mark.parametrize("base", ["", "train"])
+def test_a_missing_file_names_one_that_is_spelled_otherwise(base, written, differs_in, tmp_path, video):
+    for name in ("sub/Stra\u00dfe.mp4", "sub/Caf\u00e9.mp4"):
+        add(tmp_path / base, video, name)
+    write_metadata(tmp_path / base, [{"file_name": n, "text": "a"} for n in ("sub/Caf\u00e9.mp4", written, "x.mp4")])
+    missing, other = read_manifest(tmp_path, "real", SETTINGS).dropped
+    assert f"{written}; there is 'sub/" in missing.detail
+    assert f"its name differs in {differs_in}; correct the row" in missing.detail
+    assert other.detail == "x.mp4"
+
+
 def test_edited_metadata_is_read_again_and_home_is_not_written(tmp_path, video, monkeypatch):
     monkeypatch.setenv("HOME", "/nonexistent")
     add(tmp_path, video, "a.mp4", "b.mp4")
@@ -261,7 +281,7 @@ def test_real_rows_kept_without_their_coarse_version_are_reported(tmp_path, vide
         (lambda d: d.mkdir() or (d / "metadata.csv").write_text("a,b\n1,2,3\n4\n5,6,7,8\n"), r"metadata\.csv: "),
         (
             lambda d: d.mkdir() or (d / "metadata.csv").write_text("file_name,text\na.mp4,a street, rain\n"),
-            r"metadata\.csv: its first row has 3 fields, its header 2; put captions with a comma in double quotes",
+            r"metadata\.csv: line 2 has 3 fields, the header 2; put captions with a comma in double quotes",
         ),
         (lambda d: d.mkdir() or (d / "metadata.csv").write_bytes(b"file_name,text\n\xff\xfe,b\n"), r"csv: cannot be"),
         (lambda d: d.mkdir() or (d / "metadata.jsonl").write_text("{'file_name': 1}\n"), r"jsonl: cannot be read"),
