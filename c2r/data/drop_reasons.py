@@ -10,6 +10,7 @@ class DropReason(StrEnum):
     EMPTY_CAPTION = "empty caption"  #: the row has no text, or only spaces
     DUPLICATE_ROW = "duplicate row"  #: an earlier row names the same files with the same caption
     MISSING_FILE = "missing file"  #: there is no file of this name, or the row names none
+    BAD_PART = "no part of the file"  #: start and end are no times, or the end is not after the start
     OUTSIDE_FOLDER = "path outside the folder"  #: the name, or a link, leads out of the dataset's folder
 
     # One file.

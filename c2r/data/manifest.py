@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import logging
+import math
 import unicodedata
 from array import array
 from collections import Counter
@@ -26,7 +27,7 @@ from c2r.data.folders import DatasetFolder, open_folder, spelling
 from c2r.data.metadata import find_metadata, rows_of
 from c2r.data.probes import Probes
 from c2r.data.settings import ClipSettings
-from c2r.data.video import UnusableVideo, VideoInfo
+from c2r.data.video import UnusableVideo, VideoInfo, to_fraction
 from c2r.files import digest, refuse_linked_folders, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -190,13 +191,17 @@ class _TableBuilder:
         self.texts: list[str] = []
         self.control_names: list[str | None] = []
         self.numbers = {name: array("q") for name in ("sizes", "mtimes", "control_sizes", "control_mtimes")}
+        self.parts: list[tuple[float, float] | None] = []  # start and end in seconds; None: the whole file
         self.windows = {name: array("q") for name in ("row", "window", "first_frame", "bucket")}
 
     def __len__(self):
         return len(self.names)
 
-    def add(self, text: str, target: DatasetFile, coarse: DatasetFile | None = None) -> None:
+    def add(
+        self, text: str, part: tuple[float, float] | None, target: DatasetFile, coarse: DatasetFile | None = None
+    ) -> None:
         """Add a row of the table."""
+        self.parts.append(part)
         self.names.append(target.name)
         self.texts.append(text)
         self.control_names.append(coarse and coarse.name)
@@ -269,27 +274,27 @@ def read_manifest(
     probes = Probes(cache_dir)
     probes.probe_missing(folder, (file for row in range(len(table)) for file in table.files(row)))
     failures = noted_failures(cache_dir, current_encoders)
-    windows_of_infos: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    windows_of_infos: dict[tuple, list[tuple[int, int]]] = {}
 
-    def windows_of(files):
+    def windows_of(files, part):
         infos = [probes.of(file) for file in files]
-        key = tuple(map(id, infos))  # `probes` keeps one object for all files that are alike
+        key = (part, *map(id, infos))  # `probes` keeps one object for all files that are alike
         if key not in windows_of_infos:
-            windows_of_infos[key] = _cut(infos, settings)
+            windows_of_infos[key] = _cut(infos, settings, part)
         for file in files:
             if file[1:] in failures:
                 raise DropRow(*failures[file[1:]])
         return windows_of_infos[key]
 
     for row in range(len(table)):
-        files = table.files(row)
+        files, part = table.files(row), table.parts[row]
         try:
             try:
-                windows = windows_of(files)
+                windows = windows_of(files, part)
             except DropRow as drop:
                 if domain == "cg" or len(files) == 1:
                     raise
-                windows = windows_of(files[:1])
+                windows = windows_of(files[:1], part)
                 table.control_names[row] = None
                 without_coarse.append(DroppedRow(files[0].name, drop.reason, drop.detail))
             table.add_windows(row, windows)
@@ -316,9 +321,9 @@ def _locate_rows(
     for metadata_folder, rows in find_metadata(folder, domain, cache_dir):
         row_count += len(rows)
         bases = [base for base in dict.fromkeys((metadata_folder, "", "train")) if folder.has_folder(base)]
-        for name, text, control_name in rows_of(rows, f"{folder.address}/{metadata_folder}".rstrip("/")):
+        for name, text, control_name, start, end in rows_of(rows, f"{folder.address}/{metadata_folder}".rstrip("/")):
             try:
-                files = [_locate(folder, bases, name)]
+                files, part = [_locate(folder, bases, name)], _part(start, end)
                 if not text.strip():
                     raise DropRow(DropReason.EMPTY_CAPTION)
                 if domain == "cg" or control_name:
@@ -328,10 +333,10 @@ def _locate_rows(
                         if domain == "cg":
                             raise
                         without_coarse.append(DroppedRow(files[0].name, drop.reason, drop.detail))
-                if (key := hash((text, *files))) in seen:
+                if (key := hash((text, part, *files))) in seen:
                     raise DropRow(DropReason.DUPLICATE_ROW)
                 seen.add(key)
-                table.add(text, *files)
+                table.add(text, part, *files)
             except DropRow as drop:
                 dropped.append(DroppedRow(name, drop.reason, drop.detail))
     return table, dropped, without_coarse, row_count
@@ -366,8 +371,27 @@ def _difference(name, found):
     return "the way in which accents are stored" if composed[0] == composed[1] else "upper and lower case"
 
 
-def _cut(infos: Sequence[VideoInfo | UnusableVideo], settings: ClipSettings) -> list[tuple[int, int]]:
-    """Cut a file, or a pair of files, into windows, see `cut_into_windows`.
+def _part(start: str, end: str) -> tuple[float, float] | None:
+    """Return the part of a file that a row names, in seconds; None: the whole file.
+
+    Raises:
+        DropRow: they are no times, or the end is not after the start.
+    """
+    if not start and not end:
+        return None
+    try:
+        part = float(start or 0), float(end or "inf")
+    except ValueError:
+        part = (math.nan, math.nan)
+    if not 0 <= part[0] < part[1]:
+        raise DropRow(DropReason.BAD_PART, f"start {start or 0!r}, end {end!r}: give seconds, the end after the start")
+    return part
+
+
+def _cut(
+    infos: Sequence[VideoInfo | UnusableVideo], settings: ClipSettings, part: tuple[float, float] | None = None
+) -> list[tuple[int, int]]:
+    """Cut a file or a pair of files, or a part of it, into windows, see `cut_into_windows`.
 
     Raises:
         DropRow: there is no window.
@@ -380,17 +404,40 @@ def _cut(infos: Sequence[VideoInfo | UnusableVideo], settings: ClipSettings) -> 
     if len(usable) == 2:
         _require_pair(*usable)
     fps, buckets, target = settings.fps, settings.buckets, usable[0]
-    frames = min(info.frames_at(fps) for info in usable)
+    frames, first = min(info.frames_at(fps) for info in usable), 0
+    if part is not None and not target.is_image:
+        first, frames = _frames_of_part(part, frames, fps, max(info.interval for info in usable))
     windows = cut_into_windows(frames, target, buckets)
     if windows:
-        return windows
+        return [(first + frame, bucket) for frame, bucket in windows]
     if target.is_image:
         raise DropRow(DropReason.IMAGE, "no bucket has one frame")
     least = min(bucket.num_frames for bucket in nearest_buckets(target, buckets))
     detail = f"{frames} frames at {fps:g} fps, {target.duration:.2f} s; a clip takes {least}"
-    if min(info.native_frames for info in usable) < least:
+    native = min(info.native_frames for info in usable)
+    if part is not None:
+        native = min(native, round((min(part[1], target.duration) - part[0]) * target.rate))
+    if native < least:
         raise DropRow(DropReason.TOO_SHORT, detail)
     raise DropRow(DropReason.TOO_FEW_RESAMPLED_FRAMES, detail)
+
+
+def _frames_of_part(part: tuple[float, float], frames: int, fps: float, interval: Fraction) -> tuple[int, int]:
+    """Return the first frame of a part and the number of its frames, at the frame rate of the clips.
+
+    Args:
+        part: start and end in seconds: the times of the first frame in the part, and of the first frame after it.
+        frames: the whole file's, at `fps`.
+        fps: frame rate of the clips.
+        interval: seconds between two frames of the file. From half of it before the end on, the nearest frame would be
+            the one after the part.
+    """
+    start, end = part
+    rate = to_fraction(fps)
+    first = math.ceil(to_fraction(start) * rate)
+    if end < math.inf:
+        frames = min(frames, math.floor((to_fraction(end) - interval / 2) * rate) + 1)
+    return first, max(0, frames - first)
 
 
 def _require_pair(fine: VideoInfo, coarse: VideoInfo) -> None:

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import datasets
 from datasets import Dataset
@@ -12,19 +13,20 @@ from c2r.data.folders import DatasetFolder
 from c2r.data.table_checks import check_csv, check_jsonl, check_parquet
 from c2r.files import UNWRITABLE, digest
 
+COLUMNS = ("file_name", "text", "control_name", "start", "end")
+
 READERS = {
     # Captions such as "NA" and "007" stay text.
     "metadata.csv": lambda path, **kwargs: Dataset.from_csv(
         path,
         na_filter=False,
-        converters=dict.fromkeys(("file_name", "text", "control_name"), str),
+        converters=dict.fromkeys(COLUMNS, str),
         **kwargs,
     ),
     "metadata.jsonl": Dataset.from_json,
     "metadata.parquet": Dataset.from_parquet,
 }
 CHECKS = {"metadata.csv": check_csv, "metadata.jsonl": check_jsonl, "metadata.parquet": check_parquet}
-COLUMNS = ("file_name", "text", "control_name")
 ROWS_AT_ONCE = 10_000
 
 
@@ -50,7 +52,7 @@ def find_metadata(folder: DatasetFolder, domain: str, cache_dir: str | Path) -> 
     tables = []
     for name in filter(None, (main, _find(folder, "validation"))):
         table = _read(folder, name, cache_dir)
-        for column in COLUMNS if domain == "cg" else COLUMNS[:2]:
+        for column in COLUMNS[:3] if domain == "cg" else COLUMNS[:2]:
             if column not in table.column_names:
                 raise InputError(
                     f"{folder.address}/{name}: has no column {column} (its columns: "
@@ -62,8 +64,18 @@ def find_metadata(folder: DatasetFolder, domain: str, cache_dir: str | Path) -> 
     return tables
 
 
-def rows_of(table: Dataset, address: str) -> Iterator[tuple[str, str, str]]:
-    """Yield the rows of a table as (file_name, text, control_name); "" for a missing value.
+class Row(NamedTuple):
+    """A row of the metadata; "" for a missing value."""
+
+    file_name: str
+    text: str
+    control_name: str
+    start: str
+    end: str
+
+
+def rows_of(table: Dataset, address: str) -> Iterator[Row]:
+    """Yield the rows of a table.
 
     Args:
         table: one of the tables of `find_metadata`.
@@ -77,9 +89,8 @@ def rows_of(table: Dataset, address: str) -> Iterator[tuple[str, str, str]]:
             columns = [batch[name].to_pylist() if name in batch.column_names else None for name in COLUMNS]
         except UnicodeDecodeError as error:
             raise InputError(f"{address}: its metadata is not UTF-8 ({error.reason}); correct the file") from error
-        names, texts, control_names = (column or [None] * batch.num_rows for column in columns)
-        for name, text, control_name in zip(names, texts, control_names):
-            yield _as_text(name), _as_text(text), _as_text(control_name)
+        for values in zip(*(column or [None] * batch.num_rows for column in columns)):
+            yield Row(*map(_as_text, values))
 
 
 def _as_text(value: object) -> str:

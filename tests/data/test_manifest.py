@@ -17,11 +17,12 @@ from PIL import Image
 from c2r import InputError
 from c2r.data.buckets import Bucket
 from c2r.data.drop_reasons import DropReason
+from c2r.data.folders import read_frames
 from c2r.data.manifest import is_held_out, read_manifest
 from c2r.data.video_writer import write_video
 from tests.helpers.commands import ROOT
 from tests.helpers.settings import clip_settings
-from tests.helpers.videos import counter_frames, encode_video
+from tests.helpers.videos import counter_frames, encode_video, read_counter
 
 SETTINGS = clip_settings(buckets=(Bucket(9, 48, 64),), fps=16)
 
@@ -128,6 +129,30 @@ def test_a_missing_file_names_one_that_is_spelled_otherwise(base, written, diffe
     assert f"{written}; there is 'sub/" in missing.detail
     assert f"its name differs in {differs_in}; correct the row" in missing.detail
     assert other.detail == "x.mp4"
+
+
+def test_rows_of_parts_give_windows_within_them(tmp_path):
+    """48 numbered frames at 16 fps, cut at frames 20 and 21: no window holds frames of two parts."""
+    encode_video(tmp_path / "a.mp4", counter_frames(48))
+    rows = [("", 1.25), (1.25, 1.3125), ("1.3125", ""), (2.0, 2.5625), (1.0, 0.5), ("x", "")]
+    write_metadata(
+        tmp_path, [{"file_name": "a.mp4", "text": f"part {i}", "start": a, "end": b} for i, (a, b) in enumerate(rows)]
+    )
+    manifest = read_manifest(tmp_path, "real", SETTINGS)
+    frames = {}
+    for clip in manifest.clips:
+        window = read_frames(clip.target_file, clip, SETTINGS)
+        frames.setdefault(clip.text, []).append(read_counter(window))
+    expected = {"part 0": [0, 9], "part 2": [21, 30, 39], "part 3": [32]}  # first frames; counted modulo 27
+    assert frames == {
+        part: [[frame % 27 for frame in range(first, first + 9)] for first in firsts]
+        for part, firsts in expected.items()
+    }
+    assert [(row.reason, row.detail) for row in manifest.dropped] == [
+        ("no part of the file", "start '1.0', end '0.5': give seconds, the end after the start"),
+        ("no part of the file", "start 'x', end '': give seconds, the end after the start"),
+        ("too short", "1 frames at 16 fps, 3.00 s; a clip takes 9"),
+    ]
 
 
 def test_edited_metadata_is_read_again_and_home_is_not_written(tmp_path, video, monkeypatch):
