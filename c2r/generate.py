@@ -26,6 +26,28 @@ if TYPE_CHECKING:
 DEFAULT_FORMAT = {"height": 480, "width": 832, "num_frames": 81, "fps": 16.0}
 
 
+def name_controls(args: Namespace):
+    """Check that the coarse videos exist; name image sequences by pattern and rate. Changes `args` in place.
+
+    Raises:
+        InputError: one is missing or incomplete.
+    """
+    from c2r.data.drop_reasons import DropRow
+    from c2r.data.sequences import find_sequence, is_pattern
+
+    for i, path in enumerate(args.control_video or []):
+        if Path(path).is_file():
+            continue
+        if not Path(path).is_dir() and not is_pattern(path):
+            raise InputError(f"--control_video {path}: no such file; give a video, or a folder or pattern of pictures")
+        try:
+            sequence = find_sequence(path)
+        except DropRow as drop:
+            raise InputError(f"--control_video {drop.detail}; give a complete sequence") from None
+        rate = args.sequence_fps or args.fps
+        args.control_video[i] = f"{sequence.folder}/{sequence.pattern}@{rate:.10g}"
+
+
 def check_options(args: Namespace):
     """Raise InputError for options that do not fit each other."""
     if not args.control_guidance_start < args.control_guidance_end:
@@ -104,8 +126,6 @@ def check_files(args: Namespace, contract: "PhaseContract"):
     if contract.phase == 1 and args.control_video:
         raise InputError(f"--model {args.model}: phase 1 has no control; leave --control_video out, or give phase 2")
     for path in args.control_video or []:
-        if not Path(path).is_file():
-            raise InputError(f"--control_video {path}: not a file; give a video")
         available = probe(path).frames_at(args.fps)
         if available < args.num_frames:
             raise InputError(
@@ -148,6 +168,7 @@ def main(argv: list[str] | None = None):
         raise InputError("--cpu_offload: there is no GPU to offload from; leave it out")
     contract = read_contract(args.model)
     complete_options(args, contract)
+    name_controls(args)
     check_files(args, contract)
 
     # 2. Encode the prompts, then load the other models.

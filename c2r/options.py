@@ -133,6 +133,7 @@ CLIP_OPTIONS = [
         common=True,
     ),
     Option("fps", "frames per second that clips are resampled to", POSITIVE, 16.0, common=True),
+    Option("sequence_fps", "frames per second of image sequences whose row has no fps", POSITIVE),
     Option(
         "max_dropped",
         "stop if more than this share of a dataset's rows is dropped, such as 0.1",
@@ -157,6 +158,7 @@ def clip_settings(args: Namespace) -> ClipSettings:
     return ClipSettings(
         buckets=buckets,
         fps=args.fps,
+        sequence_fps=args.sequence_fps,
         base_model=args.pretrained_model_name_or_path,
         cache_dir=Path(args.cache_dir) if args.cache_dir else None,
         max_dropped=args.max_dropped,
@@ -612,7 +614,13 @@ GENERATE = Command(
         ),
         "what to generate": _all_common(
             Option("prompt", "prompt of a video; repeatable", repeatable=True, required=True),
-            Option("control_video", "coarse video whose start is the control; repeatable", FILE, repeatable=True),
+            Option(
+                "control_video",
+                "coarse video whose start is the control, or folder or pattern (a_####.png) of pictures; repeatable",
+                FILE,
+                repeatable=True,
+            ),
+            Option("sequence_fps", "frames per second of a --control_video of pictures; default: --fps", POSITIVE),
             Option("output", ".mp4 file to write; several videos are numbered", FILE, required=True),
             Option("negative_prompt", "prompt to guide away from; default: the empty prompt, as in training"),
             Option("height", "height in pixels, divisible by 16; default: as trained", PIXELS),

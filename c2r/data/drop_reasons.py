@@ -13,6 +13,10 @@ class DropReason(StrEnum):
     BAD_PART = "no part of the file"  #: start and end are no times, or the end is not after the start
     OUTSIDE_FOLDER = "path outside the folder"  #: the name, or a link, leads out of the dataset's folder
 
+    # An image sequence.
+    MISSING_FRAMES = "missing frames"  #: numbers are absent between the first and the last picture
+    NO_RATE = "sequence without a rate"  #: neither the row nor --sequence_fps gives one
+
     # One file.
     UNREADABLE = "unreadable"  #: the file cannot be opened or decoded, or was cut off
     NO_VIDEO_STREAM = "no video stream"  #: the file holds no video, perhaps only sound

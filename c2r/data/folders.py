@@ -14,6 +14,7 @@ from c2r import InputError
 from c2r.data.clips import Clip, DatasetFile
 from c2r.data.drop_reasons import DropReason, DropRow
 from c2r.data.remote import RemoteFolder, is_remote
+from c2r.data.sequences import find_sequence, is_pattern
 from c2r.data.settings import ClipSettings
 from c2r.data.video import UnusableVideo, VideoInfo, probe, read_window
 
@@ -63,6 +64,27 @@ class LocalFolder:
             raise DropRow(DropReason.OUTSIDE_FOLDER, f"{name} leads to {os.path.realpath(path)}")
         return DatasetFile(self.address, path[len(self.address) + 1 :], status.st_size, status.st_mtime_ns)
 
+    def locate_sequence(self, name: str, fps: float | None) -> DatasetFile | None:
+        """Return the image sequence of this name, named by its pattern and rate; None if there is none.
+
+        Args:
+            name: a folder or a pattern, see `c2r.data.sequences`.
+            fps: its rate.
+
+        Raises:
+            DropRow: it is outside the folder or incomplete, or has no rate.
+        """
+        path = os.path.normpath(os.path.join(self.address, name))
+        if not os.path.isdir(path if not is_pattern(path) else os.path.dirname(path)):
+            return None
+        if not self._contains(path if os.path.isdir(path) else os.path.dirname(path)):
+            raise DropRow(DropReason.OUTSIDE_FOLDER, f"{name} leads to {os.path.realpath(path)}")
+        if fps is None:
+            raise DropRow(DropReason.NO_RATE, f"{name}: give the row an fps, or --sequence_fps")
+        sequence = find_sequence(path, self._contains_uncached)
+        pattern = os.path.join(os.path.relpath(sequence.folder, self.address), sequence.pattern)
+        return DatasetFile(self.address, f"{os.path.normpath(pattern)}@{fps:.10g}", sequence.size, sequence.mtime_ns)
+
     @cached_property
     def names_by_spelling(self) -> dict[str, str]:
         """All file names in the folder by their `spelling`. Links to folders are not followed."""
@@ -106,6 +128,13 @@ class RemoteDataset:
         if file is None and name.startswith(("/", "..")):
             raise DropRow(DropReason.OUTSIDE_FOLDER, name)
         return file and DatasetFile(self.address, name, file.size, file.version)
+
+    def locate_sequence(self, name: str, fps: float | None) -> DatasetFile | None:
+        if is_pattern(name) or self.has_folder(os.path.normpath(name)):
+            raise DropRow(
+                DropReason.MISSING_FILE, f"{name}: image sequences are read from folders of this machine only"
+            )
+        return None
 
     @cached_property
     def names_by_spelling(self) -> dict[str, str]:

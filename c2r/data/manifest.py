@@ -270,7 +270,7 @@ def read_manifest(
     cache_dir = settings.cache_folder(folder.address)
     if settings.cache_dir is None:  # in the dataset's folder, which a stranger may have made
         refuse_linked_folders(cache_dir)
-    table, dropped, without_coarse, row_count = _locate_rows(folder, domain, cache_dir)
+    table, dropped, without_coarse, row_count = _locate_rows(folder, domain, cache_dir, settings.sequence_fps)
     probes = Probes(cache_dir)
     probes.probe_missing(folder, (file for row in range(len(table)) for file in table.files(row)))
     failures = noted_failures(cache_dir, current_encoders)
@@ -308,7 +308,7 @@ def read_manifest(
 
 
 def _locate_rows(
-    folder: DatasetFolder, domain: str, cache_dir: Path
+    folder: DatasetFolder, domain: str, cache_dir: Path, sequence_fps: float | None
 ) -> tuple[_TableBuilder, list[DroppedRow], list[DroppedRow], int]:
     """Find the files of each metadata row.
 
@@ -321,14 +321,16 @@ def _locate_rows(
     for metadata_folder, rows in find_metadata(folder, domain, cache_dir):
         row_count += len(rows)
         bases = [base for base in dict.fromkeys((metadata_folder, "", "train")) if folder.has_folder(base)]
-        for name, text, control_name, start, end in rows_of(rows, f"{folder.address}/{metadata_folder}".rstrip("/")):
+        for row in rows_of(rows, f"{folder.address}/{metadata_folder}".rstrip("/")):
+            name, text, control_name = row[:3]
             try:
-                files, part = [_locate(folder, bases, name)], _part(start, end)
+                fps, part = _rate(row.fps) or sequence_fps, _part(row.start, row.end)
+                files = [_locate(folder, bases, name, fps)]
                 if not text.strip():
                     raise DropRow(DropReason.EMPTY_CAPTION)
                 if domain == "cg" or control_name:
                     try:
-                        files.append(_locate(folder, bases, control_name))
+                        files.append(_locate(folder, bases, control_name, fps))
                     except DropRow as drop:
                         if domain == "cg":
                             raise
@@ -342,12 +344,13 @@ def _locate_rows(
     return table, dropped, without_coarse, row_count
 
 
-def _locate(folder: DatasetFolder, bases: list[str], name: str) -> DatasetFile:
-    """Return the file that a row names, relative to the first base that has it."""
+def _locate(folder: DatasetFolder, bases: list[str], name: str, fps: float | None) -> DatasetFile:
+    """Return the file or image sequence that a row names, relative to the first base that has it."""
     if not name:
         raise DropRow(DropReason.MISSING_FILE, "the row names none")
     for base in bases:
-        if (file := folder.locate(f"{base}/{name}" if base else name)) is not None:
+        path = f"{base}/{name}" if base else name
+        if (file := folder.locate(path) or folder.locate_sequence(path, fps)) is not None:
             return file
     raise DropRow(DropReason.MISSING_FILE, name + _near_match(folder, bases, name))
 
@@ -369,6 +372,23 @@ def _difference(name, found):
         return "spaces at its ends"
     composed = unicodedata.normalize("NFC", name), unicodedata.normalize("NFC", found)
     return "the way in which accents are stored" if composed[0] == composed[1] else "upper and lower case"
+
+
+def _rate(fps: str) -> float | None:
+    """Return the rate of a row's image sequences; None if the row gives none.
+
+    Raises:
+        DropRow: it is no number above 0.
+    """
+    if not fps:
+        return None
+    try:
+        rate = float(fps)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise DropRow(DropReason.NO_RATE, f"fps {fps!r}: give a number above 0")
+    return rate
 
 
 def _part(start: str, end: str) -> tuple[float, float] | None:

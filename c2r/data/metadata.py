@@ -13,7 +13,7 @@ from c2r.data.folders import DatasetFolder
 from c2r.data.table_checks import check_csv, check_jsonl, check_parquet
 from c2r.files import UNWRITABLE, digest
 
-COLUMNS = ("file_name", "text", "control_name", "start", "end")
+COLUMNS = ("file_name", "text", "control_name", "start", "end", "fps")
 
 READERS = {
     # Captions such as "NA" and "007" stay text.
@@ -72,6 +72,7 @@ class Row(NamedTuple):
     control_name: str
     start: str
     end: str
+    fps: str
 
 
 def rows_of(table: Dataset, address: str) -> Iterator[Row]:

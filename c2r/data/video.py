@@ -21,7 +21,8 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 
 from c2r import InputError
-from c2r.data.drop_reasons import DropReason
+from c2r.data.drop_reasons import DropReason, DropRow
+from c2r.data.sequences import find_sequence, split_rate
 
 # Playlists, streams and files in parts are refused: they open files outside the dataset's folder, or the network.
 REFERENCING_FORMATS = {"concat", "dash", "hls", "imf", "lavfi", "mlv", "rtp", "rtsp", "sap", "sdp", "vobsub"}
@@ -137,15 +138,19 @@ def open_video(
     """Open a file and its main picture stream (not cover art).
 
     Args:
-        path: the file; only for messages if there is a file object.
+        path: the file, or the name of an image sequence, see `c2r.data.sequences`; only for messages if there is a
+            file object.
         file: a seekable binary file object to read instead.
 
     Raises:
         UnusableVideo: it has no such stream, exceeds a limit, or the body raises a decoder's error.
         InputError: the system fails to read it.
     """
+    source: Any = {"file": file or str(path), "options": OPEN_OPTIONS}
+    if file is None and (named := split_rate(str(path))) is not None:
+        source = _sequence_source(*named)
     try:
-        with av.open(file or str(path), "r", options=OPEN_OPTIONS) as container:
+        with av.open(mode="r", **source) as container:
             stream = cast(av.VideoStream | None, container.streams.best("video"))
             if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
                 raise unusable_video(path, "it has no video stream", DropReason.NO_VIDEO_STREAM)
@@ -172,6 +177,16 @@ def open_video(
                 path, f"it declares more than {MAX_PIXELS} pixels", DropReason.BEYOND_LIMITS
             ) from error
         raise unusable_video(path, getattr(error, "strerror", None) or error) from error
+
+
+def _sequence_source(pattern, fps):
+    """Return the arguments of `av.open` for the pictures of a sequence."""
+    try:
+        sequence = find_sequence(pattern)
+    except DropRow as drop:
+        raise UnusableVideo(f"{drop.detail}; correct the sequence, or remove its row", drop.reason) from None
+    options = {"pattern_type": "sequence", "start_number": str(sequence.first), "framerate": str(to_fraction(fps))}
+    return {"file": sequence.escaped_path, "format": "image2", "options": OPEN_OPTIONS | options}
 
 
 def _require_readable(path: str | Path) -> None:
@@ -226,6 +241,8 @@ def first_frame(
 
 def is_image(container: av.container.InputContainer) -> bool:
     """Return True if the file is a still image."""
+    if container.options.get("pattern_type") == "sequence":
+        return False
     return container.format.name == "image2" or container.format.name.endswith("_pipe")
 
 
