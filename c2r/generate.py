@@ -9,6 +9,7 @@ Modules that take seconds to import are imported inside functions: --help and ba
 """
 
 import errno
+import logging
 import tempfile
 from argparse import Namespace
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING
 
 from c2r import InputError, cli
 from c2r.options import GENERATE
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     import torch
@@ -113,12 +116,27 @@ def complete_options(args: Namespace, contract: "PhaseContract"):
     args.dinov3 = args.dinov3 or contract.dinov3
 
 
+def follow_control(args: Namespace):
+    """Set height and width to those that crop least from the first coarse video. Changes `args` in place.
+
+    Raises:
+        InputError: no coarse video is given, or its shape cannot be read.
+    """
+    from c2r.data.buckets import fitting_size
+    from c2r.data.video import probe
+
+    if not args.control_video:
+        raise InputError("--follow_control: needs the shape of a --control_video; give one, or --height and --width")
+    args.height, args.width = fitting_size(probe(args.control_video[0]).aspect, args.height * args.width)
+
+
 def check_files(args: Namespace, contract: "PhaseContract"):
     """Check the files and models that the options name, reading headers only.
 
     Raises:
         InputError: one is missing or does not fit.
     """
+    from c2r.data.buckets import MUCH_CROPPED, cropped_share, fitting_size
     from c2r.data.video import probe
     from c2r.models.assembly import check_transformer
     from c2r.models.hub import resolve_model_folder
@@ -126,7 +144,16 @@ def check_files(args: Namespace, contract: "PhaseContract"):
     if contract.phase == 1 and args.control_video:
         raise InputError(f"--model {args.model}: phase 1 has no control; leave --control_video out, or give phase 2")
     for path in args.control_video or []:
-        available = probe(path).frames_at(args.fps)
+        info = probe(path)
+        cropped = cropped_share(info.aspect, args.width / args.height)
+        if cropped > MUCH_CROPPED:
+            height, width = fitting_size(info.aspect, args.height * args.width)
+            logger.warning(
+                "--control_video %s: %.0f %% of its picture is cropped away at %dx%d; to keep it, give --height %d "
+                "--width %d, or --follow_control",
+                *(path, 100 * cropped, args.height, args.width, height, width),
+            )
+        available = info.frames_at(args.fps)
         if available < args.num_frames:
             raise InputError(
                 f"{path}: gives {available} frames at {args.fps:g} fps, but --num_frames is {args.num_frames}; "
@@ -169,6 +196,8 @@ def main(argv: list[str] | None = None):
     contract = read_contract(args.model)
     complete_options(args, contract)
     name_controls(args)
+    if args.follow_control:
+        follow_control(args)
     check_files(args, contract)
 
     # 2. Encode the prompts, then load the other models.

@@ -625,6 +625,12 @@ GENERATE = Command(
             Option("negative_prompt", "prompt to guide away from; default: the empty prompt, as in training"),
             Option("height", "height in pixels, divisible by 16; default: as trained", PIXELS),
             Option("width", "width in pixels, divisible by 16; default: as trained", PIXELS),
+            Option(
+                "follow_control",
+                "take the shape of the first coarse video, with about as many pixels as --height and --width give",
+                Flag(),
+                False,
+            ),
             Option("num_frames", "frames, 4k + 1; default: as trained", FRAMES),
             Option("fps", "frames per second of the output and of the coarse video; default: as trained", POSITIVE),
             Option("seed", "seed of the noise of each video", WHOLE, 0),

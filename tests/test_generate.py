@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from c2r import InputError, cli
 from c2r.data.video import probe, read_window
 from c2r.data.video_writer import write_video
-from c2r.generate import complete_options, main, read_control
+from c2r.generate import check_files, complete_options, follow_control, main, read_control
 from c2r.models.assembly import fingerprint_transformer
 from c2r.models.contract import PhaseContract, read_contract, save_phase
 from c2r.models.controlnet import C2RControlNet
@@ -268,6 +268,30 @@ def test_bad_input_is_one_line_before_any_weight_is_read(unreadable, tmp_path, c
         main(options(unreadable, **{"output": tmp_path / "out.mp4"} | changed))
     assert here(message) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_control_of_another_shape_is_named_or_followed(folder, tmp_path, caplog):
+    write_video(tmp_path / "tall.mp4", np.zeros((12, 64, 32, 3), np.uint8), FPS)
+    args = parsed(folder, control_video=tmp_path / "tall.mp4")
+    with caplog.at_level("WARNING"):
+        check_files(args, read_contract(args.model))
+    assert f"67 % of its picture is cropped away at {HEIGHT}x{WIDTH}; to keep it, give --height" in caplog.text
+    caplog.clear()
+    args = parsed(folder, control_video=tmp_path / "tall.mp4", follow_control=True)
+    follow_control(args)
+    assert args.width / args.height < 1
+    check_files(args, read_contract(args.model))
+    assert caplog.text == ""
+    with pytest.raises(InputError, match="--follow_control: needs the shape of a --control_video"):
+        follow_control(parsed(folder, control=False, follow_control=True))
+
+
+def test_a_prompt_that_is_cut_off_is_named(folder, caplog):
+    long = "a rainy street at dusk with three people " * 100
+    with caplog.at_level("WARNING"):
+        encode_prompts(folder / "base", ["a street", long], "cpu", torch.float32)
+    assert "1 prompts are longer than" in caplog.text
+    assert "tokens, their ends are not used: 'a rainy street at dusk with three people a rainy street" in caplog.text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 
 from c2r import InputError
-from c2r.data.buckets import Bucket, cut_into_windows, nearest_buckets
+from c2r.data.buckets import MUCH_CROPPED, Bucket, cut_into_windows, fitting_size, nearest_buckets
 from c2r.data.clips import ENTRY, Clip, Clips, DatasetFile, FileTable
 from c2r.data.drop_reasons import DropReason, DropRow
 from c2r.data.failures import noted_failures
@@ -82,6 +82,8 @@ class Manifest:
     cache_dir: Path
     row_count: int  # rows of the metadata
     without_coarse: list[DroppedRow] = field(default_factory=list)  # real rows that are used without it
+    # Aspect ratio of the file of each row of the clips' table; NaN for rows without clips.
+    aspects: np.ndarray = field(default_factory=lambda: np.empty(0))
 
     @property
     def name(self) -> str:
@@ -118,31 +120,55 @@ class Manifest:
             numbers = Counter(self.clips.bucket_numbers.tolist())
             shares = ", ".join(f"{numbers[i]} of {bucket}" for i, bucket in enumerate(self.clips.buckets))
             logger.info(f"{name}: clips by bucket: {shares}")
+        self._report_cropping(name)
         if self.without_coarse:
             logger.info(
                 f"{name}: kept {len(self.without_coarse)} rows without their coarse version: "
                 f"{_count_reasons(self.without_coarse)}"
             )
 
+    @cached_property
+    def cropped(self) -> np.ndarray:
+        """The share of the picture of each clip's file that its bucket crops away, in [0, 1)."""
+        aspects = self.aspects[self.clips.entries["row"]]
+        wanted = np.array([bucket.aspect for bucket in self.clips.buckets])[self.clips.bucket_numbers]
+        return 1 - np.minimum(aspects, wanted) / np.maximum(aspects, wanted)
+
+    def _report_cropping(self, name):
+        """Log how many files lose much of their picture, and the bucket that would keep it."""
+        much = np.flatnonzero(self.cropped > MUCH_CROPPED)
+        if not len(much):
+            return
+        count = len(np.unique(self.clips.entries["row"][much]))
+        worst = int(np.argmax(self.cropped))
+        clip, aspect = self.clips[worst], self.aspects[self.clips.entries["row"][worst]]
+        height, width = fitting_size(aspect, clip.bucket.height * clip.bucket.width)
+        logger.warning(
+            f"{name}: {count} of {self.clips.file_count} files lose more than {MUCH_CROPPED:.0%} of their picture by "
+            f"cropping, {clip.name} the most, {self.cropped[worst]:.0%} in {clip.bucket}; add a bucket to --buckets, "
+            f"for this file {clip.bucket.num_frames}x{height}x{width}"
+        )
+
     def write(self) -> Path:
         """Write the clips and dropped rows as a CSV file into the cache, and return its path.
 
-        Columns: file_name, window, bucket, use (train, held out, dropped, without coarse version), reason.
+        Columns: file_name, window, bucket, cropped (share of the picture), use (train, held out, dropped, without
+        coarse version), reason.
         """
         # Datasets in one cache may have folders of the same name: the address tells them apart.
         path = self.cache_dir / f"manifest-{self.domain}-{Path(self.folder).name}-{digest(self.folder)[:6]}.csv"
         content = io.StringIO()
         writer = csv.writer(content)
-        writer.writerow(["file_name", "window", "bucket", "use", "reason"])
+        writer.writerow(["file_name", "window", "bucket", "cropped", "use", "reason"])
         for use, rows in (("dropped", self.dropped), ("without coarse version", self.without_coarse)):
             for row in rows:
                 reason = f"{row.reason}: {row.detail}" if row.detail else row.reason
-                writer.writerow([row.file, "", "", use, reason])
+                writer.writerow([row.file, "", "", "", use, reason])
         entries, table = self.clips.entries, self.clips.tables[0]
         names, uses = table.names.to_pylist(), ("train", "held out")
         rows, windows, buckets, held_out = (entries[name].tolist() for name in ("row", "window", "bucket", "held_out"))
-        for row, window, bucket, held in zip(rows, windows, buckets, held_out):
-            writer.writerow([names[row], window, table.buckets[bucket], uses[held], ""])
+        for row, window, bucket, held, cropped in zip(rows, windows, buckets, held_out, self.cropped.tolist()):
+            writer.writerow([names[row], window, table.buckets[bucket], f"{cropped:.2f}", uses[held], ""])
         try:
             write_atomic(path, content.getvalue().encode(errors="replace"))
         except OSError as error:
@@ -274,6 +300,7 @@ def read_manifest(
     probes = Probes(cache_dir)
     probes.probe_missing(folder, (file for row in range(len(table)) for file in table.files(row)))
     failures = noted_failures(cache_dir, current_encoders)
+    aspects = np.full(len(table), np.nan)
     windows_of_infos: dict[tuple, list[tuple[int, int]]] = {}
 
     def windows_of(files, part):
@@ -298,10 +325,11 @@ def read_manifest(
                 table.control_names[row] = None
                 without_coarse.append(DroppedRow(files[0].name, drop.reason, drop.detail))
             table.add_windows(row, windows)
+            aspects[row] = cast(VideoInfo, probes.of(files[0])).aspect
         except DropRow as drop:
             dropped.append(DroppedRow(files[0].name, drop.reason, drop.detail))
     clips = table.clips(domain, settings.fps, settings.buckets)
-    manifest = Manifest(folder.address, domain, clips, dropped, cache_dir, row_count, without_coarse)
+    manifest = Manifest(folder.address, domain, clips, dropped, cache_dir, row_count, without_coarse, aspects)
     manifest.require_kept(settings.max_dropped)
     _hold_out(folder, clips)
     return manifest

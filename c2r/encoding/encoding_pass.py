@@ -39,7 +39,7 @@ from c2r.encoding.missing import (
     prompt_dtype,
 )
 from c2r.files import is_complete, save_tensors
-from c2r.models.parts import load_pipeline_part, max_sequence_length
+from c2r.models.parts import load_pipeline_part, log_long_prompts, max_sequence_length
 from c2r.units import duration_text, size_text
 
 logger = logging.getLogger(__name__)
@@ -193,6 +193,8 @@ def _encode_prompts(missing, settings, accelerator, watchdog):
     tokenizer = load_pipeline_part(settings.base_model, "tokenizer")
     pipeline = WanPipeline(tokenizer=tokenizer, text_encoder=text_encoder, vae=None, scheduler=None)
     max_length = max_sequence_length(tokenizer)
+    if accelerator.is_main_process:
+        log_long_prompts(tokenizer, missing.prompts.values())
     metadata = {
         "encoder": str(settings.base_model),
         "text_encoder": CacheSettings.of(settings).text_encoder,

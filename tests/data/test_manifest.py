@@ -155,6 +155,22 @@ def test_rows_of_parts_give_windows_within_them(tmp_path):
     ]
 
 
+def test_files_that_lose_much_by_cropping_are_named(tmp_path, capsys):
+    encode_video(tmp_path / "wide.mp4", counter_frames(9, 48, 64))
+    encode_video(tmp_path / "tall.mp4", counter_frames(9, 128, 64))
+    write_metadata(tmp_path, [{"file_name": f"{n}.mp4", "text": "a"} for n in ("wide", "tall")])
+    manifest = read_manifest(tmp_path, "real", SETTINGS)
+    assert manifest.cropped.tolist() == [0, pytest.approx(1 - (64 / 128) / (64 / 48))]
+    manifest.report()
+    printed = capsys.readouterr().out
+    assert "1 of 2 files lose more than 25% of their picture by cropping, tall.mp4 the most, 62% in 9x48x64" in printed
+    assert "for this file 9x80x32" in printed
+    with open(manifest.write(), newline="") as file:
+        assert [row["cropped"] for row in csv.DictReader(file)] == ["0.00", "0.62"]
+    read_manifest(tmp_path, "real", clip_settings(buckets=(*SETTINGS.buckets, Bucket(9, 80, 32)), fps=16)).report()
+    assert "cropping" not in capsys.readouterr().out
+
+
 def test_edited_metadata_is_read_again_and_home_is_not_written(tmp_path, video, monkeypatch):
     monkeypatch.setenv("HOME", "/nonexistent")
     add(tmp_path, video, "a.mp4", "b.mp4")
@@ -282,7 +298,7 @@ def test_real_rows_kept_without_their_coarse_version_are_reported(tmp_path, vide
     manifest.report()
     assert "kept 1 rows without their coarse version: 1 pair differs in length" in capsys.readouterr().out
     (table,) = manifest.cache_dir.glob("manifest-real-*.csv")
-    assert 'b.mp4,,,without coarse version,"pair differs in length: 1.25 s, ' in table.read_text()
+    assert 'b.mp4,,,,without coarse version,"pair differs in length: 1.25 s, ' in table.read_text()
 
 
 @pytest.mark.parametrize(
@@ -346,7 +362,7 @@ def test_the_list_is_written_even_if_no_row_can_be_used(tmp_path, video):
             read_manifest(folder, "real", shared)
         lists.add(str(error.value).partition("list in ")[2].partition(";")[0])
     assert len(lists) == 2
-    assert all("gone.mp4,,,dropped,missing file: gone.mp4" in Path(path).read_text() for path in lists)
+    assert all("gone.mp4,,,,dropped,missing file: gone.mp4" in Path(path).read_text() for path in lists)
 
 
 def test_other_files_do_not_change_which_files_are_held_out(tmp_path, video):
