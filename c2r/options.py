@@ -580,6 +580,8 @@ ENCODE = Command(
                 FOLDER,
                 metavar="FOLDER",
             ),
+            Option("preview_count", "clips of each bucket that --preview shows", COUNT, 6),
+            Option("preview_files", "show files whose name matches a pattern alone, such as 'berlin_*'"),
             Option(
                 "control_only",
                 "make the DINOv3 features of the training clips' controls instead of latents, in bf16 as phase 2 "
