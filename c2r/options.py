@@ -703,7 +703,7 @@ PREPARE = Command(
             Option("default_caption", "caption of videos that have none", metavar="TEXT"),
             Option(
                 "fine_pattern",
-                "names of fine videos without their ending, such as final/* ; default: *_fine, or in a folder fine",
+                "names of fine videos without their ending, such as final/*; default: *_fine, or in a folder fine",
                 metavar="PATTERN",
             ),
             Option(

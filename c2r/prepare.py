@@ -302,6 +302,7 @@ def name_each(what: str, names: Sequence[str]) -> None:
 
 def propose(args: Namespace, folder: "LocalFolder", rows: "Sequence[Row]") -> None:
     """Log buckets, what they crop away and which clips they give; draw contact sheets; log the next commands."""
+    from c2r.data.failures import note_failure
     from c2r.data.manifest import read_manifest
     from c2r.data.settings import ClipSettings
     from c2r.preparation.contact_sheets import write_contact_sheets
@@ -313,16 +314,20 @@ def propose(args: Namespace, folder: "LocalFolder", rows: "Sequence[Row]") -> No
 
     buckets = propose_buckets([(row.video.info, frames_of(row)) for row in rows])
     videos = {row.video.name: row.video.info for row in rows}
-    for bucket, crop in crops(list(videos.values()), buckets).items():
+    for (height, width), crop in crops(list(videos.values()), buckets).items():
         logger.info(
-            f"bucket {bucket}: {crop.videos} videos, crops away {crop.mean:.1%} of the picture in the mean and "
+            f"size {height}x{width}: {crop.videos} videos, crops away {crop.mean:.1%} of the picture in the mean and "
             f"{crop.worst:.1%} at worst"
         )
     settings = ClipSettings(buckets=tuple(buckets), fps=args.fps, base_model="")
     manifest = read_manifest(folder.address, args.domain, settings)
     manifest.report()
     sheets = Path(args.output_dir) if args.output_dir else Path(folder.address, ".c2r_cache/prepare")
-    for path in write_contact_sheets(manifest.clips, args.fps, sheets):
+    paths, failures = write_contact_sheets(manifest.clips, args.fps, sheets)
+    for failure in failures:
+        note_failure(manifest.cache_dir, failure)  # the next command drops it
+        logger.warning(f"cannot be used, {failure.reason}: {failure.detail}")
+    for path in paths:
         logger.info(f"contact sheet: {path}")
     for line in next_commands(args, manifest):
         logger.info(line)

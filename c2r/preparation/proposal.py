@@ -20,7 +20,7 @@ CLOSE = log(1.1)
 
 @dataclass(frozen=True)
 class Crop:
-    """The share of the picture that a bucket crops away from the videos that go to it."""
+    """The share of the picture that buckets of one size crop away from the videos that go to them."""
 
     videos: int
     mean: float
@@ -28,22 +28,26 @@ class Crop:
 
 
 def propose_buckets(clips: Sequence[tuple[VideoInfo, int]]) -> list[Bucket]:
-    """Propose one bucket for each group of aspect ratios, at most MAX_GROUPS.
+    """Propose a size for each group of aspect ratios, at most MAX_GROUPS, in one or two lengths.
 
     Args:
         clips: (shape of the video, frames at the frame rate of the clips) of each scene.
     """
-    buckets = [_bucket(group) for group in _groups([clip for clip in clips if not clip[0].is_image])]
-    return sorted(set(buckets), key=lambda bucket: (-bucket.aspect, bucket))
+    buckets = {
+        Bucket(num_frames, *_size([info for info, _ in group]))
+        for group in _groups([clip for clip in clips if not clip[0].is_image])
+        for num_frames in _lengths([frames for _, frames in group])
+    }
+    return sorted(buckets, key=lambda bucket: (-bucket.aspect, -bucket.num_frames))
 
 
-def crops(infos: Sequence[VideoInfo], buckets: Sequence[Bucket]) -> dict[Bucket, Crop]:
-    """Return what each bucket crops away from videos, which go to buckets by the rule of `nearest_buckets`."""
-    shares: dict[Bucket, list[float]] = defaultdict(list)
+def crops(infos: Sequence[VideoInfo], buckets: Sequence[Bucket]) -> dict[tuple[int, int], Crop]:
+    """Return {(height, width): what it crops away} for videos that go to buckets by the rule of `nearest_buckets`."""
+    shares: dict[tuple[int, int], list[float]] = defaultdict(list)
     for info in infos:
         for bucket in nearest_buckets(info, buckets)[:1]:
-            shares[bucket].append(_crop(bucket.aspect, info.aspect))
-    return {bucket: Crop(len(found), mean(found), max(found)) for bucket, found in shares.items()}
+            shares[bucket[1:]].append(_crop(bucket.aspect, info.aspect))
+    return {size: Crop(len(found), mean(found), max(found)) for size, found in shares.items()}
 
 
 def _crop(aspect, other):
@@ -70,8 +74,8 @@ def _groups(clips):
     return groups
 
 
-def _bucket(group):
-    infos = [info for info, _ in group]
+def _size(infos: Sequence[VideoInfo]) -> tuple[int, int]:
+    """Return the height and width that lose least of the videos' pixels by cropping and by being small."""
     # Half of the videos are at least as large as the one in the middle: only smaller ones are enlarged.
     middle = sorted(infos, key=lambda info: info.height**2 * info.aspect)[len(infos) // 2]
     limit = min(AREA, middle.height**2 * middle.aspect)
@@ -82,7 +86,7 @@ def _bucket(group):
         return _crop(width / height, aspect) + 1 - height * width / limit
 
     sizes = list(_sizes(limit, middle.height, middle.height * middle.aspect))
-    return Bucket(_num_frames([frames for _, frames in group]), *min(sizes, key=lost, default=(16, 16)))
+    return min(sizes, key=lost, default=(16, 16))
 
 
 def _sizes(limit: float, max_height: float, max_width: float) -> Iterator[tuple[int, int]]:
@@ -93,8 +97,12 @@ def _sizes(limit: float, max_height: float, max_width: float) -> Iterator[tuple[
                 yield height, width
 
 
-def _num_frames(frames):
-    """Return 4k + 1 frames that three of four clips have, from 5 to NUM_FRAMES; very short clips do not count."""
-    frames = [count for count in frames if count >= SHORT] or frames
-    quarter = quantiles(frames, n=4, method="inclusive")[0] if len(frames) > 1 else frames[0]
-    return max(5, min(NUM_FRAMES, (int(quarter) - 1) // 4 * 4 + 1))
+def _lengths(frames: Sequence[int]) -> set[int]:
+    """Return 4k + 1 frames, from 5 to NUM_FRAMES: a length of three of four clips, and one that fits the others too.
+
+    If the two are close, the shorter serves all. Clips of fewer frames than SHORT have no say.
+    """
+    counted = [count for count in frames if count >= SHORT] or list(frames)
+    quarter = quantiles(counted, n=4, method="inclusive")[0] if len(counted) > 1 else counted[0]
+    long, short = (max(5, min(NUM_FRAMES, (int(count) - 1) // 4 * 4 + 1)) for count in (quarter, min(counted)))
+    return {short} if short >= 0.8 * long else {short, long}
