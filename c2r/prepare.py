@@ -61,23 +61,24 @@ def main(argv: list[str] | None = None) -> None:
     if not sources:
         raise InputError(f"{args.dataset}: holds no videos or image sequences; give the folder that holds them")
     captions = read_captions(args, folder, sources, metadata)
-    rates = {name: float(rows[0].fps) for name, rows in captions.rows.items() if rows[0].fps}
-    rates = {source.name: rates.get(source.name, args.sequence_fps) for source in sources}
+    rates = dict.fromkeys((source.name for source in sources), args.sequence_fps) | captions.rates
     videos, unusable = measure(folder, sources, rates, Probes(cache_dir))
+    report_files(sources, pictures, unusable, captions.remarks)
 
     rows = pair_videos(args, videos, captions) if args.domain == "cg" else single_videos(videos, captions)
     rows = add_captions(rows, captions)
     require_captions(args, rows)
+    damaged: list[DroppedRow] = []
     if args.scenes:
-        rows = split_at_cuts(rows, args.scene_threshold, notes, unusable)
+        rows = split_at_cuts(rows, args.scene_threshold, notes, damaged)
     if args.caption_model is not None:
-        rows = ask_caption_model(rows, args.caption_model, args.caption_prompt, notes, unusable)
+        rows = ask_caption_model(rows, args.caption_model, args.caption_prompt, notes, damaged)
     rows = [
         row if row.text else replace(row, text=args.default_caption, caption_source="--default_caption")
         for row in rows
     ]
 
-    report_files(sources, pictures, unusable, captions.remarks)
+    report_unusable(damaged)
     if not rows:
         raise InputError(f"{args.dataset}: none of its videos can be used; see the reasons above")
     report_rows(rows)
@@ -193,10 +194,10 @@ def require_captions(args: Namespace, rows: "list[Row]") -> None:
 # ---------------------------------------------------------------------------------------------------------- slow steps
 
 
-def split_at_cuts(rows: "list[Row]", threshold: float, notes: "Notes", unusable: "list[DroppedRow]") -> "list[Row]":
+def split_at_cuts(rows: "list[Row]", threshold: float, notes: "Notes", damaged: "list[DroppedRow]") -> "list[Row]":
     """Return a row for each scene. Rows that already are a part of a file stay as they are.
 
-    The cuts of a pair are those of its fine video. Videos that turn out to be damaged are added to `unusable`.
+    The cuts of a pair are those of its fine video. Videos that turn out to be damaged are added to `damaged`.
     """
     from tqdm import tqdm
 
@@ -216,7 +217,7 @@ def split_at_cuts(rows: "list[Row]", threshold: float, notes: "Notes", unusable:
             try:
                 cuts = find_cuts(file.path, threshold)
             except UnusableVideo as error:
-                unusable.append(DroppedRow(row.video.name, error.reason, str(error)))
+                damaged.append(DroppedRow(row.video.name, error.reason, str(error)))
                 continue
             notes.add(cuts, *key)
         interval = max(video.info.interval for video in (row.video, row.control) if video)
@@ -225,7 +226,7 @@ def split_at_cuts(rows: "list[Row]", threshold: float, notes: "Notes", unusable:
 
 
 def ask_caption_model(
-    rows: "list[Row]", model_name: str, prompt: str, notes: "Notes", unusable: "list[DroppedRow]"
+    rows: "list[Row]", model_name: str, prompt: str, notes: "Notes", damaged: "list[DroppedRow]"
 ) -> "list[Row]":
     """Let a model write the captions that are missing, one for each scene.
 
@@ -252,7 +253,7 @@ def ask_caption_model(
             try:
                 text = model.caption(middle_frames(file.path, row.video.info, start, end))
             except UnusableVideo as error:
-                unusable.append(DroppedRow(row.video.name, error.reason, str(error)))
+                damaged.append(DroppedRow(row.video.name, error.reason, str(error)))
                 continue
             if not text:
                 raise InputError(
@@ -277,7 +278,12 @@ def report_files(
         logger.info(f"{pictures} pictures belong to no sequence of at least 5 numbered pictures; not used")
     for remark in remarks:
         logger.warning(remark)
-    for row in unusable:
+    report_unusable(unusable)
+
+
+def report_unusable(rows: "Sequence[DroppedRow]") -> None:
+    """Log videos that cannot be used, with their reasons."""
+    for row in rows:
         logger.warning(f"not used, {row.reason}: {row.detail or row.file}")
 
 

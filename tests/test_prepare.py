@@ -133,6 +133,19 @@ def test_pairs_are_cut_together(names, tmp_path, capsys):
         assert scenes[0] == scenes[1] == [int(clip.start > 0)] * 17
 
 
+def test_pairs_in_containers_of_other_clocks_are_cut_at_one_frame(tmp_path):
+    frames = scene_frames(30, 31, 35, 40)
+    for name in ("s_fine.mp4", "s_coarse.mkv"):  # Matroska rounds 24 frames per second to milliseconds
+        encode_video(tmp_path / name, frames, fps=24)
+    main([str(tmp_path), "--domain=cg", "--default_caption=a street"])
+    settings = clip_settings(cli.parse(ENCODE, ["--dataset=x", "--buckets", "17x48x64", "5x48x64"]))
+    clips = read_manifest(tmp_path, "cg", settings).clips
+    assert len(clips) > 4
+    for clip in clips:
+        scenes = [read_scene(read_frames(file, clip, settings)) for file in (clip.target_file, clip.coarse_file)]
+        assert len({*scenes[0], *scenes[1]}) == 1
+
+
 def test_image_sequences_need_a_rate(tmp_path, capsys):
     for side in ("coarse", "fine"):
         (tmp_path / f"shot_{side}").mkdir()
@@ -285,6 +298,13 @@ def test_bad_input_is_answered_in_one_line(argv, message, videos):
         main([argument.format(videos) for argument in argv])
     assert "\n" not in str(error.value)
     assert not (videos / "metadata.csv").exists()
+
+
+def test_a_folder_of_broken_videos_names_them(tmp_path, capsys):
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    with pytest.raises(InputError, match="none of its videos can be used; see the reasons above"):
+        main([str(tmp_path)])
+    assert "a.mp4: cannot be decoded" in capsys.readouterr().out
 
 
 def test_a_folder_without_videos_and_one_with_metadata_are_refused(tmp_path):

@@ -48,6 +48,12 @@ class Captions:
     texts: dict[str, str] = field(default_factory=dict)  #: of text files, by source
     remarks: list[str] = field(default_factory=list)
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """The rates that a table gives to image sequences and their controls, by source."""
+        rows = [row for rows in self.rows.values() for row in rows if row.fps]
+        return {name: float(row.fps) for row in rows for name in (row.file_name, row.control_name) if name}
+
 
 def decode(content: bytes, name: str) -> tuple[str, str | None]:
     """Decode text of a byte order mark's encoding, UTF-8, UTF-16 without a mark, or Windows-1252.

@@ -121,6 +121,13 @@ def test_rows_find_their_files_by_path_stem_or_end_of_path():
     ]
 
 
+def test_the_rate_of_a_row_is_that_of_both_its_sequences():
+    captions = Captions()
+    rows = [TableRow("f", "rain", "c", fps="24"), TableRow("g", "rain")]
+    match_table(rows, "t.csv", [source(name, True) for name in "cfg"], captions)
+    assert captions.rates == {"f": 24, "c": 24}
+
+
 def test_one_table_of_the_folder_is_used(tmp_path):
     (tmp_path / "sizes.csv").write_text("name,bytes\n")
     (tmp_path / "captions.tsv").write_text("file\ttext\n")
