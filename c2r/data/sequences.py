@@ -61,7 +61,7 @@ def find_sequence(path: str, is_inside: Callable[[str], bool] = lambda link: Tru
     """
     if os.path.isdir(path):
         folder = path
-        found = {key: pictures for key, pictures in _numbered(folder).items() if len(pictures) > 1}
+        found = {key: pictures for key, pictures in numbered_pictures(folder).items() if len(pictures) > 1}
     else:
         folder, name = os.path.split(path)
         match = _PATTERN.fullmatch(name)
@@ -80,9 +80,9 @@ def find_sequence(path: str, is_inside: Callable[[str], bool] = lambda link: Tru
     return _sequence(folder, prefix, suffix, pictures, is_inside)
 
 
-def _numbered(folder):
+def numbered_pictures(folder: str) -> dict[tuple[str, str], dict[str, os.DirEntry]]:
     """Return {(prefix, suffix): {number as written: entry}} of all numbered pictures in a folder."""
-    found = defaultdict(dict)
+    found: dict[tuple[str, str], dict[str, os.DirEntry]] = defaultdict(dict)
     with os.scandir(folder) as entries:
         for entry in entries:
             match = _NUMBERED.fullmatch(entry.name)
