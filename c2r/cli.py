@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from c2r.options import COMMANDS, Command, Option
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-#: Far above a file that sets every option.
-MAX_CONFIG_BYTES = 1_000_000
+#: Above a file that sets every option; a YAML file of a megabyte would take a minute to read.
+MAX_CONFIG_BYTES = 30_000
+#: Longer messages, such as of an option with a million values, are shortened in the middle.
+MAX_MESSAGE = 2000
 #: Functions called before an unexpected error is raised; the watchdog adds one that names a dead process.
 failure_hooks: list[Callable[[], None]] = []
 #: Seconds that the other processes wait with an error, so that the main process reports bad input first.
@@ -133,11 +136,23 @@ def _typed(option: Option, given: Any) -> Any:
     if isinstance(option.type, Flag | Switch):
         return given
     if isinstance(given, list):
+        if not given:  # argparse drops the value of --name=--
+            raise InputError(f"--{option.name}: has no value; give {option.type}")
         return [_typed(option, text) for text in given]
+    if not given.isascii() or "\0" in given:
+        _require_encodable(option, given)
     try:
         return option.type(given)
     except ValueError as error:
         raise InputError(f"--{option.name} {given}: {error}") from None
+
+
+def _require_encodable(option, text):
+    """Refuse text that cannot be part of a path: YAML can spell characters that do not exist."""
+    with suppress(UnicodeEncodeError):
+        if b"\0" not in os.fsencode(text):
+            return
+    raise InputError(f"--{option.name} {text}: has a character that no text has; write it out again")
 
 
 def _unknown_option(text, command):
@@ -166,7 +181,14 @@ def _read_config(path, command):
         if Path(path).stat().st_size > MAX_CONFIG_BYTES:
             raise InputError(f"{where}: larger than {MAX_CONFIG_BYTES} bytes; give a file of options")
         # BaseLoader keeps every value as text, to be read as on the command line: `no` is not False, 1e-5 is a number.
-        loader = yaml.BaseLoader(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        depth = 0
+        for event in yaml.parse(text):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            # A few aliases can stand for gigabytes, and the time to read nested lists grows with their square.
+            if isinstance(event, yaml.AliasEvent) or depth > 5:
+                raise InputError(f"{where}: uses an alias (*name) or nested lists; write options and plain values")
+        loader = yaml.BaseLoader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise InputError(f"{where}: not a list of options; write lines of the form 'option: value'")
@@ -222,8 +244,21 @@ def run(main: Callable[[], Any]):
     except (OSError, EOFError, RuntimeError) as error:
         # A killed data loader worker breaks its connection first; torch's handler would raise a second error here.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        from c2r.files import UNWRITABLE
+        from c2r.files import UNWRITABLE, write_problem
 
+        if _shared_memory_is_full(error):
+            sys.unraisablehook = lambda unraisable: (
+                None
+            )  # a data loader that was not completed raises when it is freed
+            _exit(
+                error,
+                "/dev/shm: full, and data loader workers need it; make it larger (docker run --shm-size 8g), or give "
+                "--dataloader_num_workers 0",
+            )
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            _exit(
+                error, f"too many open files ({error.filename or 'ulimit -n'}); raise the limit, as by ulimit -n 4096"
+            )
         if _is_lost_worker(error):
             first_line = str(error).partition("\n")[0]
             _exit(
@@ -233,7 +268,8 @@ def run(main: Callable[[], Any]):
             )
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             verb = "opened" if error.errno == errno.EACCES else "written"
-            _exit(error, f"{error.filename or 'output'}: cannot be {verb} ({error.strerror}); fix it and restart")
+            name = error.filename or "output"
+            _exit(error, f"{name}: cannot be {verb} ({write_problem(error, name)}); fix it and restart")
         for hook in failure_hooks:
             hook()
         raise
@@ -247,6 +283,8 @@ def check_command_line(command: Command):
 def _exit(error, message):
     """Exit with status 1 and one line."""
     traceback.clear_frames(error.__traceback__)  # closes progress bars, which would share the line
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[: MAX_MESSAGE // 2]} … {message[-MAX_MESSAGE // 2 :]}"
     sys.exit(f"error: {printable(message)}")
 
 
@@ -260,7 +298,17 @@ def _wait_for_the_main_process():
 def _is_lost_worker(error):
     """Return True if a data loader has lost a worker, rather than passed on an error that a worker raised."""
     frames = traceback.extract_tb(error.__traceback__)
-    return str(error).startswith("DataLoader worker") or any(frame.name == "_try_get_data" for frame in frames)
+    return str(error).startswith(("DataLoader worker", "DataLoader timed out")) or any(
+        frame.name == "_try_get_data" for frame in frames
+    )
+
+
+def _shared_memory_is_full(error):
+    """Return True if a worker found no room for a batch in /dev/shm, or a data loader none for its semaphores."""
+    if isinstance(error, OSError):
+        frames = traceback.extract_tb(error.__traceback__)
+        return error.errno == errno.ENOSPC and Path(frames[-1].filename).name == "synchronize.py"
+    return "unable to allocate shared memory" in str(error)
 
 
 def stop_on_signals():

@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from c2r.encoding.encoding_pass import control_job, latent_job
     from c2r.models.dinov3 import check_dinov3
+    from c2r.models.parts import check_pipeline_parts
     from c2r.training.engine import require_joined
     from c2r.training.watchdog import Watchdog
 
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         check_dinov3(args.dinov3, [(bucket.height, bucket.width) for bucket in settings.buckets])
         job = control_job(settings, args.dinov3, torch.bfloat16)  # the dtype of phase 2's default --mixed_precision
     else:
+        check_pipeline_parts(settings.base_model)
         job = latent_job(settings)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     require_joined(accelerator)

@@ -1,6 +1,7 @@
 """Files and folders: JSON, atomic writes, safetensors, fingerprints and disk space.
 
-A file or folder written here is complete or absent, even if the process is killed while it writes.
+A file or folder written here is complete or absent, even if the process is killed while it writes. What is read here
+may come from a stranger: JSON is checked against a type, and a fault is one line that names the file and the entry.
 """
 
 import errno
@@ -11,10 +12,12 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -26,25 +29,76 @@ from c2r import InputError, __version__
 MAX_JSON_BYTES = 64 * 2**20
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, kind: Any = dict[str, Any], extra: Literal["forbid", "allow"] = "forbid") -> Any:
     """Return the content of a JSON file.
 
+    Args:
+        path: the file.
+        kind: type of the content: a dataclass, a TypedDict or a type expression. Types are exact: neither "1" nor True
+            is a number.
+        extra: whether a dict of `kind` may have entries that it does not name: "forbid" for files of this project,
+            "allow" for those of others.
+
     Raises:
-        InputError: the file is missing, too large or not JSON.
+        InputError: the file is missing, too large or not JSON, or an entry is missing, unknown or of another type.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path}: not a file; check that its folder is the right one")
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: not a file; check that its folder is the right one")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise InputError(f"{path}: larger than {MAX_JSON_BYTES} bytes; replace it by an undamaged copy")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes(), kind, path, extra)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check that its folder is the right one and complete") from None
-    except RecursionError:
-        raise InputError(f"{path}: nested too deeply; replace it by an undamaged copy") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); replace it by an undamaged copy") from None
+
+
+def parse_json(text: str | bytes, kind: Any, where: str | Path, extra: Literal["forbid", "allow"] = "forbid") -> Any:
+    """Return the content of a JSON document, see `read_json`; `where` names it in errors."""
+    try:
+        return _adapter(kind).validate_json(text, strict=True, extra=extra)
+    except ValidationError as error:
+        raise InputError(f"{where}: {_reason(error)}; replace it by an undamaged copy") from None
+
+
+def _reason(error):
+    """Return what is wrong in one line: the first fault, and how many others there are."""
+    first, *others = error.errors(include_url=False)
+    entry = ".".join(str(key)[:80] for key in first["loc"])
+    found = repr(first["input"])
+    found = found if len(found) <= 80 else f"{found[:80]}…"
+    more = f", and {len(others)} more" if others else ""
+    match first["type"]:
+        case "json_invalid":
+            return f"not valid JSON ({first['ctx']['error']})"
+        case "missing":
+            return f"has no entry {entry}{more}"
+        case "extra_forbidden" | "unexpected_keyword_argument":
+            return f"has an unknown entry {entry}{more}"
+    return f"{entry and f'entry {entry}: '}{first['msg'].removeprefix('Value error, ')}, not {found}{more}"
+
+
+#: Builds the validator of a type once: it takes longer than to read a file.
+_adapter = cache(TypeAdapter)
+
+
+@contextmanager
+def library_errors_as_input(path: str | Path) -> Iterator[None]:
+    """Turn whatever a library raises about a stranger's file into one InputError line.
+
+    Libraries trust a model's files: a damaged one raises any exception, somewhere.
+
+    Args:
+        path: the file or folder that is read within the context, and nothing else.
+    """
+    try:
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raised = " ".join(f"{type(error).__name__}: {error}".split())
+        raised = raised if len(raised) <= 300 else f"{raised[:300]}…"
+        raise InputError(f"{path}: cannot be loaded ({raised}); replace it by an undamaged copy") from error
 
 
 # -------------------------------------------------------------------------------------------------------- atomic files
@@ -174,19 +228,40 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
     write_atomic(path, save(tensors, metadata={"c2r": text}))
 
 
-def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_tensors(
+    path: Path, names: Iterable[str] | None = None, metadata: Any = dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], Any]:
     """Return the tensors and metadata of a cached file, as `save_tensors` wrote it.
+
+    Args:
+        path: the file.
+        names: of its tensors; None: any.
+        metadata: type of the metadata, which may have more entries.
 
     Raises:
         InputError: the file is missing or damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("c2r", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118, it is no dict
+            text = (file.metadata() or {}).get("c2r", "{}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     except (SafetensorError, OSError) as error:
-        problem = "damaged; delete it" if path.exists() else "missing; run python -m c2r.encode"
-        raise InputError(f"{path}: this cached file is {problem} and start again") from error
+        if not path.exists():
+            raise InputError(
+                f"{path}: this cached file is missing; run python -m c2r.encode and start again"
+            ) from error
+        raise damaged_cache_error(path) from error
+    if names is not None and tensors.keys() != set(names):
+        raise damaged_cache_error(path)
+    try:
+        return tensors, parse_json(text, metadata, path, extra="allow")
+    except InputError as error:
+        raise damaged_cache_error(path) from error
+
+
+def damaged_cache_error(path: Path) -> InputError:
+    """Return the error for a cached file whose content does not fit."""
+    return InputError(f"{path}: this cached file is damaged; delete it and start again")
 
 
 def is_complete(path: str | Path, names: Iterable[str]) -> bool:
@@ -226,8 +301,26 @@ def fingerprint_sorted(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str
 
 # ---------------------------------------------------------------------------------------------------------------- disk
 
-#: Errors of writing a file that no second attempt would repair.
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+#: Errors of writing a file that no second attempt would repair: of the disk, of permissions and of the path itself.
+UNWRITABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),
+)
+
+
+def write_problem(error: Exception, path: str | Path) -> str:
+    """Return in a few words why a path cannot be written.
+
+    Args:
+        error: OSError or SafetensorError of the attempt. For a disk without free inodes it says "no space" too.
+        path: need not exist.
+    """
+    problem = getattr(error, "strerror", None) or str(error)
+    if os.strerror(errno.ENOSPC) in problem:
+        disk = os.statvfs(existing_parent(path))
+        if disk.f_files and not disk.f_favail and disk.f_bavail:
+            return "No inodes left on device: it has room, but holds too many files"
+    return problem
 
 
 def existing_parent(path: str | Path) -> Path:

@@ -104,13 +104,21 @@ def _require_writable(path):
 
 
 def complete_options(args: Namespace, contract: "PhaseContract"):
-    """Take options that were not given from the model's contract. Changes `args` in place."""
-    for name, default in DEFAULT_FORMAT.items():
+    """Take options that were not given from the model's contract. Changes `args` in place.
+
+    Raises:
+        InputError: the contract has a value that the option would refuse.
+    """
+    for name in (*DEFAULT_FORMAT, "flow_shift", "conditioning_scale"):
+        value = getattr(contract, name)
+        if getattr(args, name) is None and value is not None:
+            try:
+                setattr(args, name, GENERATE.options[name].type(str(value)))
+            except ValueError as error:
+                raise InputError(f"--model {args.model}: its contract has {name} {value}: {error}") from None
+    for name, default in (DEFAULT_FORMAT | {"flow_shift": 3.0, "conditioning_scale": 1.0}).items():
         if getattr(args, name) is None:
-            setattr(args, name, getattr(contract, name) or default)
-    args.flow_shift = args.flow_shift or contract.flow_shift or 3.0
-    if args.conditioning_scale is None:
-        args.conditioning_scale = 1.0 if contract.conditioning_scale is None else contract.conditioning_scale
+            setattr(args, name, default)
     args.pretrained_model_name_or_path = args.pretrained_model_name_or_path or contract.base_model
     args.backbone = args.backbone or contract.backbone
     args.dinov3 = args.dinov3 or contract.dinov3
@@ -138,8 +146,9 @@ def check_files(args: Namespace, contract: "PhaseContract"):
     """
     from c2r.data.buckets import MUCH_CROPPED, cropped_share, fitting_size
     from c2r.data.video import probe
-    from c2r.models.assembly import check_transformer
-    from c2r.models.hub import resolve_model_folder
+    from c2r.models.assembly import check_model
+    from c2r.models.dinov3 import check_dinov3
+    from c2r.models.parts import ENCODERS, check_pipeline_parts
 
     if contract.phase == 1 and args.control_video:
         raise InputError(f"--model {args.model}: phase 1 has no control; leave --control_video out, or give phase 2")
@@ -159,12 +168,11 @@ def check_files(args: Namespace, contract: "PhaseContract"):
                 f"{path}: gives {available} frames at {args.fps:g} fps, but --num_frames is {args.num_frames}; "
                 "give a longer video, or lower --num_frames"
             )
-    if contract.phase == 2:
-        check_transformer(args.backbone, contract.base_model)
+    check_model(args.model, contract, args.backbone)
     if args.control_video:
-        resolve_model_folder(args.dinov3)
+        check_dinov3(args.dinov3, [(args.height, args.width)])
     # Last, because the text encoder is the largest download.
-    resolve_model_folder(args.pretrained_model_name_or_path, ["tokenizer", "text_encoder", "vae", "scheduler"])
+    check_pipeline_parts(args.pretrained_model_name_or_path, [*ENCODERS, "scheduler"])
 
 
 def read_control(path: str, num_frames: int, fps: float, height: int, width: int) -> "torch.Tensor":

@@ -39,12 +39,16 @@ class Number:
     def __str__(self):
         kind = "a whole number" if self.whole else "a number"
         if math.isfinite(self.least) and math.isfinite(self.most):
-            return f"{kind} from {self.least:g} to {self.most:g}"
+            return f"{kind} from {_text(self.least)} to {_text(self.most)}"
         if math.isfinite(self.above) and math.isfinite(self.below):
-            return f"{kind} between {self.above:g} and {self.below:g}"
+            return f"{kind} between {_text(self.above)} and {_text(self.below)}"
         bounds = (("above", self.above), ("of at least", self.least), ("of at most", self.most), ("below", self.below))
-        limits = [f"{words} {bound:g}" for words, bound in bounds if math.isfinite(bound)]
+        limits = [f"{words} {_text(bound)}" for words, bound in bounds if math.isfinite(bound)]
         return " and ".join([f"{kind} {limits[0]}", *limits[1:]]) if limits else kind
+
+
+def _text(bound):
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,9 @@ def _duration(text):
 
 COUNT = Number(least=1, whole=True)
 COUNT_OR_ZERO = Number(least=0, whole=True)
-WHOLE = Number(whole=True)
+SEED = Number(least=0, most=2**31 - 1, whole=True)  # numpy takes no others
 POSITIVE = Number(above=0)
+FRAME_RATE = Number(above=0, most=1000)  # a rate of a billion would cut a second of video into millions of clips
 NOT_NEGATIVE = Number(least=0)
 SHARE = Number(least=0, most=1)
 ANY_NUMBER = Number()

@@ -6,7 +6,6 @@ Each step prints and runs a command that a user could type. An interrupted quick
 started again. It ends with report.png and a table, which report.json holds too.
 """
 
-import json
 import shlex
 import time
 from pathlib import Path
@@ -29,7 +28,9 @@ def main(argv: list[str] | None = None):
     toy_dir, phase1, phase2 = out / "toy", out / "outputs/phase1", out / "outputs/phase2"
 
     run_step("toy data", ["python", "-m", "c2r.toy", "--output_dir", str(toy_dir)], toy_dir / "toy.json")
-    toy = json.loads((toy_dir / "toy.json").read_text())
+    from c2r.toy.folder import read_toy
+
+    toy = read_toy(toy_dir)
 
     size = [f"--{name}={toy[name]}" for name in ("height", "width", "num_frames", "fps")]
     # Both are done if phase 1 has a best/: it starts after them.

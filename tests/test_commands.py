@@ -14,7 +14,7 @@ import train_phase2
 from c2r import InputError
 from c2r.cli import run
 from c2r.data.video import probe
-from tests.helpers.commands import SIZE, images, phase2, same, scalars, succeed, weights
+from tests.helpers.commands import LAUNCH, SIZE, images, phase2, same, scalars, succeed, weights
 from tests.helpers.datasets import noise_video, write_dataset
 from tests.helpers.forks import fork
 from tests.helpers.tiny import PROMPT_LENGTH
@@ -119,11 +119,13 @@ def test_phase2_trains_on_cached_control_features(second, first, tiny_models, sm
 
 
 @pytest.mark.slow
-def test_a_resumed_phase2_is_bit_identical(first, second, tiny_models, small_datasets, tmp_path):
-    # As if a run had been killed between steps 2 and 4. This one has a launcher, as a user's run has.
+def test_a_phase2_resumed_on_another_clock_is_bit_identical(first, second, tiny_models, small_datasets, tmp_path):
+    # As if a run had been killed between steps 2 and 4, and its machine replaced by one in another time zone whose
+    # clock is a day slow. This one has a launcher, as a user's run has.
     shutil.copytree(second[0] / "checkpoint-2", tmp_path / "checkpoint-2")
     options = ["--max_train_steps=4", "--resume_from_checkpoint=latest"]
-    done = succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, *options))
+    launcher = [*LAUNCH, "tests/helpers/on_another_clock.py"]
+    done = succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, *options, launcher=launcher))
     assert "resumed from" in done.stdout
     assert same(weights(tmp_path / "final"), weights(second[0] / "final"))
     assert scalars(tmp_path)["train/loss"] == scalars(second[0])["train/loss"][2:]

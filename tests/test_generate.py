@@ -96,6 +96,12 @@ def loaded(folder, dtype=torch.float32, control=True, **options):
     return load_pipeline(folder / "phase2", folder / "base", dinov3=dinov3, **options)
 
 
+@pytest.fixture(scope="module")
+def standard(folder, tmp_path_factory):
+    """A video at the default options."""
+    return generated(folder, tmp_path_factory.mktemp("standard") / "out.mp4")
+
+
 def distance(a, b):
     return (a - b).abs().mean().item()
 
@@ -112,6 +118,23 @@ def test_seed_control_and_scales_determine_the_video(folder, tmp_path):
         "shift": {"flow_shift": 9},
     }.items():
         assert distance(video, generated(folder, tmp_path / f"{name}.mp4", **changed)) > 0.5, name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_inference_steps", 3),
+        ("guidance", "cfg"),
+        ("guidance_scale", 3.0),
+        ("control_guidance_scale", 3.0),
+        ("control_guidance_start", 0.5),
+        ("control_guidance_end", 0.5),
+        ("negative_prompt", "rain"),
+    ],
+)
+def test_each_sampling_option_reaches_the_video(folder, tmp_path, standard, name, value):
+    changed = {"guidance_scale": 10.0, name: value}
+    assert distance(standard, generated(folder, tmp_path / "out.mp4", **changed)) > 0
 
 
 def test_the_control_is_the_start_of_the_video_at_the_given_rate(folder):
@@ -226,6 +249,7 @@ def unreadable(folder, tmp_path_factory):
 
 
 BAD_INPUT = [
+    ({}, "{}/base/text_encoder/model.safetensors: cannot be read as safetensors"),
     ({"model": "{}/base"}, "has no c2r.json"),
     ({"model": "{}/absent"}, "{}/absent"),
     ({"control_video": "{}/absent.mp4"}, "{}/absent.mp4"),
@@ -233,7 +257,7 @@ BAD_INPUT = [
     ({"control_video": "{}/short.mp4"}, "{}/short.mp4: gives 3 frames at 8 fps, but --num_frames is 5"),
     ({"num_frames": 13}, "coarse0.mp4: gives 12 frames"),
     ({"phase": 1}, "phase 1 has no control"),
-    ({"pretrained_model_name_or_path": "{}/dinov3"}, "has no tokenizer/"),
+    ({"pretrained_model_name_or_path": "{}/dinov3"}, "has no vae/"),
     ({"dinov3": "{}/absent"}, "{}/absent"),
     ({"backbone": "{}/absent"}, "{}/absent"),
     ({"backbone": "{}/dinov3"}, "{}/dinov3"),

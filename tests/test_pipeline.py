@@ -154,6 +154,32 @@ def test_text_scale_one_turns_text_guidance_off_also_with_apg():
     assert torch.equal(v.guided(1.0, 1.0, MomentumBuffer(-0.5)), v.with_both)
 
 
+class RecordingScheduler(FlowMatchEulerDiscreteScheduler):
+    """Keeps the velocity and the noisy latents of each step."""
+
+    def set_timesteps(self, *args, **options):
+        self.velocities, self.samples = [], []
+        super().set_timesteps(*args, **options)
+
+    def step(self, velocity, timestep, sample, **options):
+        self.velocities.append(velocity)
+        self.samples.append(sample)
+        return super().step(velocity, timestep, sample, **options)
+
+
+def test_apg_keeps_its_momentum_from_step_to_step(parts):
+    pipeline, predictions, running = pipeline_of(parts), [], 0.0
+    pipeline.scheduler = RecordingScheduler(shift=3.0)
+    handle = pipeline.transformer.register_forward_hook(lambda _, args, output: predictions.append(output.sample))
+    generate(pipeline, control_video=control_video(), num_inference_steps=2, guidance_scale=4.0)
+    handle.remove()
+    assert len(predictions) == 4
+    for velocity, with_control, with_both in zip(pipeline.scheduler.velocities, predictions[::2], predictions[1::2]):
+        running = with_both - with_control - 0.5 * running
+        kept = running - (running * with_both).sum() / (with_both * with_both).sum() * with_both
+        torch.testing.assert_close(velocity, with_control + 4 * kept, rtol=1e-4, atol=1e-4)
+
+
 # ----------------------------------------------------------------------------------------------------- without control
 
 
@@ -303,9 +329,15 @@ def test_the_default_size_is_that_of_the_control_video(pipeline):
 def test_half_precision_weights_give_finite_fp32_latents(parts):
     transformer = controlled_transformer().to(torch.bfloat16)
     dinov3 = DINOv3FeatureExtractor(tiny.tiny_dinov3().to(torch.bfloat16), **IMAGENET)
-    latents = generate(pipeline_of(parts, transformer=transformer, dinov3=dinov3), control_video=control_video())
+    pipeline = pipeline_of(parts, transformer=transformer, dinov3=dinov3)
+    pipeline.scheduler = RecordingScheduler(shift=3.0)
+    noise = torch.randn(1, tiny.LATENT_CHANNELS, 2, HEIGHT // 8, WIDTH // 8)
+    latents = generate(pipeline, control_video=control_video(), latents=noise)
     assert latents.dtype == torch.float32
     assert torch.isfinite(latents).all()
+    # Between the steps too: in bf16 small steps would be lost.
+    assert torch.equal(pipeline.scheduler.samples[0], noise)
+    assert all(not torch.equal(latents, latents.bfloat16().float()) for latents in pipeline.scheduler.samples)
 
 
 def test_offloading_does_not_change_the_video(parts):

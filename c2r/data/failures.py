@@ -1,13 +1,19 @@
 """Notes on files that looked usable but could not be encoded."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from typing_extensions import TypedDict
+
+from c2r import InputError
 from c2r.data.clips import DatasetFile
 from c2r.data.drop_reasons import DropReason
-from c2r.files import digest, write_atomic
+from c2r.files import digest, read_json, write_atomic
+
+logger = logging.getLogger(__name__)
 
 
 class Failure(NamedTuple):
@@ -19,11 +25,25 @@ class Failure(NamedTuple):
     settings: dict[str, Any] | None = None  # the encoders that failed, if other encoders may succeed
 
 
+class _Note(TypedDict):
+    """The content of a note's file."""
+
+    file: tuple[str, int, int]  # name, size and mtime_ns
+    reason: DropReason
+    detail: str
+    settings: dict[str, Any] | None
+
+
 def note_failure(cache_dir: str | Path, failure: Failure) -> None:
     """Note a failure in a dataset's cache: the next `read_manifest` drops the file as long as it does not change."""
     file = failure.file
     key = [file.name, file.size, file.mtime_ns, failure.settings]
-    note = {"file": key[:3], "reason": failure.reason, "detail": failure.detail, "settings": failure.settings}
+    note = _Note(
+        file=(file.name, file.size, file.mtime_ns),
+        reason=failure.reason,
+        detail=failure.detail,
+        settings=failure.settings,
+    )
     write_atomic(Path(cache_dir) / "failures" / f"{digest(key)}.json", json.dumps(note).encode())
 
 
@@ -43,13 +63,13 @@ def noted_failures(
     noted, current = {}, None
     for path in Path(cache_dir).glob("failures/*.json"):
         try:
-            note = json.loads(path.read_text())
-            file, detail, settings = note["file"], note["detail"], note["settings"]
-            reason = DropReason(note["reason"])
-        except (OSError, ValueError, KeyError):  # a file without a legible note is tried again
+            note = read_json(path, _Note)
+        except InputError as error:
+            logger.warning("%s; the note is ignored, and its file tried again", error)
             continue
+        settings = note["settings"]
         if settings is not None and current_encoders is not None:
             current = current or current_encoders()
         if settings in (None, current):
-            noted[tuple(file)] = reason, f"{detail} (noted in {path}; delete this note to try again)"
+            noted[note["file"]] = note["reason"], f"{note['detail']} (noted in {path}; delete this note to try again)"
     return noted

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from c2r.data.clips import DatasetFile
 from c2r.data.folders import DatasetFolder
-from c2r.data.video import UnusableVideo, VideoInfo
+from c2r.data.video import MAX_SECONDS, UnusableVideo, VideoInfo
 from c2r.files import write_atomic
 
 # Smallest number of files for which a progress bar is shown.
@@ -37,11 +37,11 @@ class Probes:
 
     def __init__(self, cache_dir: str | Path):
         self.store = Path(cache_dir) / "probes.safetensors"
-        try:
+        self._keys, self._values = np.empty((0, 16), np.uint8), np.empty((0, 7))
+        with suppress(OSError, SafetensorError, KeyError):  # without them the files are probed again
             stored = load_file(self.store)
-            self._keys, self._values = stored["keys"], stored["values"]
-        except (OSError, SafetensorError, KeyError):
-            self._keys, self._values = np.empty((0, 16), np.uint8), np.empty((0, 7))
+            if _are_probes(stored["keys"], stored["values"]):
+                self._keys, self._values = stored["keys"], stored["values"]
         self._rows = {key.tobytes(): row for row, key in enumerate(self._keys)}
         self._failed: dict[bytes, UnusableVideo] = {}
         # Many files are alike in length, rate and shape: a million files share a few hundred objects.
@@ -110,6 +110,22 @@ class Probes:
         # Probes are a shortcut only: reading goes on without them, and whatever must write the cache raises.
         with suppress(OSError):
             write_atomic(self.store, save({"keys": self._keys, "values": self._values}))
+
+
+def _are_probes(keys, values):
+    """Return True if stored arrays hold what `Probes` writes: the cache may come with a dataset."""
+    if keys.dtype != np.uint8 or keys.shape[1:] != (16,) or values.shape != (len(keys), 7):
+        return False
+    last, last_of, interval, interval_of, aspect, height, is_image = values.T
+    return values.dtype == np.float64 and bool(
+        np.isfinite(values).all()
+        and (np.minimum(last_of, interval_of) >= 1).all()
+        and ((last >= 0) & (last <= MAX_SECONDS * last_of)).all()  # a longer video would be cut into endless windows
+        and (interval >= 1).all()
+        and (aspect > 0).all()
+        and (height >= 0).all()
+        and np.isin(is_image, (0, 1)).all()
+    )
 
 
 def _key(file: DatasetFile) -> bytes:

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 from fsspec import AbstractFileSystem
+from fsspec.implementations.cached import CachingFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from c2r import InputError
@@ -80,7 +81,7 @@ class RemoteFolder:
         with self.raise_input_errors(self.address):
             filesystem, root = self._connect()
             listing = filesystem.find(root, detail=True)
-            real_root = Path(root).resolve() if isinstance(filesystem, LocalFileSystem) else None
+            real_root = Path(root).resolve() if _is_local(filesystem) else None
             found = {}
             for path, info in listing.items():
                 folder, name = path[: len(root) + 1], path[len(root) + 1 :]
@@ -286,6 +287,13 @@ class RemoteStream:
 
     def tell(self) -> int:
         return self._file.tell()
+
+
+def _is_local(filesystem: AbstractFileSystem) -> bool:
+    """Return True if the files are on this machine, also behind a cache such as simplecache::file://."""
+    while isinstance(filesystem, CachingFileSystem):
+        filesystem = filesystem.fs
+    return isinstance(filesystem, LocalFileSystem)
 
 
 def _is_inside(name: str) -> bool:

@@ -58,7 +58,10 @@ def encoder_fingerprint(folder: Path) -> str:
                 file.seek(max(0, size - MIB))
                 content.update(file.read(MIB))
         elif path.suffix in (".json", ".txt"):
-            content.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+            content.update(f"{path.name} {path.stat().st_size}\n".encode())
+            with open(path, "rb") as file:
+                while part := file.read(MIB):
+                    content.update(part)
     return content.hexdigest()
 
 
@@ -147,10 +150,11 @@ class CheckedClips:
     def __init__(self, cache_dir: Path):
         self.cache_dir = cache_dir
         self._store = cache_dir / "checked.safetensors"
-        try:
-            stored = load(self._store.read_bytes())["files"]
-        except (OSError, SafetensorError, KeyError):
-            stored = np.empty((0, 16), np.uint8)
+        stored = np.empty((0, 16), np.uint8)
+        with suppress(OSError, SafetensorError, KeyError):  # without it the files are checked again
+            files = load(self._store.read_bytes())["files"]
+            if files.dtype == np.uint8 and files.shape[1:] == (16,):
+                stored = files
         self._complete = {file.tobytes() for file in stored}
         self._changed = False
 

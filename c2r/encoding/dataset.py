@@ -2,19 +2,36 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch.nn import functional as F
 from torch.utils.data import Dataset, default_collate
+from typing_extensions import TypedDict
 
 from c2r.data.clips import Clip
 from c2r.data.folders import read_frames
 from c2r.data.settings import ClipSettings
-from c2r.encoding.cache import CacheSettings, ControlSettings, clip_path, control_path, prompt_path
-from c2r.files import load_tensors
+from c2r.encoding.cache import (
+    CLIP_TENSORS,
+    CONTROL_TENSORS,
+    PROMPT_TENSORS,
+    CacheSettings,
+    ControlSettings,
+    clip_path,
+    control_path,
+    prompt_path,
+)
+from c2r.files import damaged_cache_error, load_tensors
 
 DOMAINS = {"real": 0, "cg": 1}
+
+
+class _PromptMetadata(TypedDict):
+    """The part of a cached prompt's metadata that is read."""
+
+    max_sequence_length: Annotated[int, Field(ge=1, le=512)]
 
 
 class ClipDataset(Dataset):
@@ -62,18 +79,32 @@ class ClipDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         clip = self.clips[index]
         cache_dir = self.settings.cache_folder(clip.folder)
-        tensors, _ = load_tensors(clip_path(cache_dir, clip, self.cache_settings))
+        path = clip_path(cache_dir, clip, self.cache_settings)
+        tensors, _ = load_tensors(path, CLIP_TENSORS)
+        mean, logvar, prompt_embeds = (tensors[name] for name in ("latents_mean", "latents_logvar", "prompt_embeds"))
+        # A cache may come with a dataset.
+        if (
+            not all(tensor.is_floating_point() for tensor in tensors.values())
+            or mean.shape[1:] != clip.bucket.latent_grid
+            or logvar.shape != mean.shape
+            or prompt_embeds.shape[1:] != self._empty_prompt[0].shape[1:]
+        ):
+            raise damaged_cache_error(path)
         item = {
-            "latents_mean": tensors["latents_mean"].float(),
-            "latents_logvar": tensors["latents_logvar"].float(),
-            "prompt_embeds": self._padded(tensors["prompt_embeds"].float()),
+            "latents_mean": mean.float(),
+            "latents_logvar": logvar.float(),
+            "prompt_embeds": self._padded(prompt_embeds.float()),
             "domain": DOMAINS[clip.domain],
             "name": f"{clip.name}#{clip.window}",
             "index": index,
         }
         if self.with_control and self.control_settings:
-            features, _ = load_tensors(control_path(cache_dir, clip, self.control_settings))
-            item["control_features"] = features["control_features"]
+            path = control_path(cache_dir, clip, self.control_settings)
+            tensors, _ = load_tensors(path, CONTROL_TENSORS)
+            features = tensors["control_features"]
+            if not features.is_floating_point() or features.ndim != 4 or len(features) != clip.bucket.num_frames:
+                raise damaged_cache_error(path)
+            item["control_features"] = features
         elif self.with_control:
             item["control_frames"] = self.control_frames(index)
         return item
@@ -106,8 +137,12 @@ class ClipDataset(Dataset):
     @cached_property
     def _empty_prompt(self):
         cache_dir = self.settings.cache_folder(self.clips[0].folder)
-        tensors, metadata = load_tensors(prompt_path(cache_dir, "", self.cache_settings))
-        return tensors["prompt_embeds"].float(), metadata["max_sequence_length"]
+        path = prompt_path(cache_dir, "", self.cache_settings)
+        tensors, metadata = load_tensors(path, PROMPT_TENSORS, _PromptMetadata)
+        embeds = tensors["prompt_embeds"]
+        if embeds.ndim != 2 or not embeds.is_floating_point():
+            raise damaged_cache_error(path)
+        return embeds.float(), metadata["max_sequence_length"]
 
     def _padded(self, prompt_embeds):
         return F.pad(prompt_embeds, (0, 0, 0, self.max_sequence_length - len(prompt_embeds)))

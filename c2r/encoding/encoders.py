@@ -7,7 +7,14 @@ import torch
 from c2r.data.buckets import Bucket
 from c2r.data.clips import Clip, DatasetFile
 from c2r.data.settings import ClipSettings
-from c2r.encoding.cache import CLIP_TENSORS, CONTROL_TENSORS, CacheSettings, ControlSettings, prompt_path
+from c2r.encoding.cache import (
+    CLIP_TENSORS,
+    CONTROL_TENSORS,
+    PROMPT_TENSORS,
+    CacheSettings,
+    ControlSettings,
+    prompt_path,
+)
 from c2r.files import load_tensors
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.parts import load_pipeline_part
@@ -101,7 +108,7 @@ class LatentEncoder:
     def file_content(self, clip: Clip, encoded: Tensors) -> tuple[Tensors, dict[str, Any]]:
         """Return the clip's latents and prompt embeddings, and the file and caption that they come from."""
         cache_dir = self.settings.cache_folder(clip.folder)
-        prompt, _ = load_tensors(prompt_path(cache_dir, clip.text, self.cache_settings))
+        prompt, _ = load_tensors(prompt_path(cache_dir, clip.text, self.cache_settings), PROMPT_TENSORS)
         return encoded | prompt, _file_identity(clip.target_file) | {"text": clip.text}
 
 

@@ -26,7 +26,7 @@ from c2r.data.folders import read_frames
 from c2r.data.manifest import Manifest
 from c2r.data.settings import ClipSettings
 from c2r.data.video import UnusableVideo
-from c2r.data.workers import Heartbeat, shield_worker
+from c2r.data.workers import Heartbeat, shield_worker, usable_workers
 from c2r.encoding.cache import CacheSettings, current_encoders
 from c2r.encoding.encoders import ControlEncoder, Encoder, LatentEncoder, Tensors
 from c2r.encoding.missing import (
@@ -287,7 +287,7 @@ def _encode_clips(missing, encoder, share, settings, accelerator, watchdog):
         batches,
         batch_size=1,
         collate_fn=_first,
-        num_workers=settings.num_workers,
+        num_workers=usable_workers(settings.num_workers, len(batches)),
         worker_init_fn=shield_worker,
         pin_memory=device.type == "cuda",
     )

@@ -24,8 +24,10 @@ from c2r.encoding.cache import (
     control_path,
     prompt_path,
 )
-from c2r.files import existing_parent, is_complete, read_json
+from c2r.files import existing_parent, is_complete
+from c2r.models.dinov3 import read_dinov3_config
 from c2r.models.hub import resolve_model_folder
+from c2r.models.parts import read_text_encoder_config, read_vae_config
 
 #: The two kinds of cached files.
 LATENTS, CONTROL_FEATURES = "latents", "control features"
@@ -111,8 +113,8 @@ def find_missing(
     """
     cache_settings = CacheSettings.of(settings)
     folder = resolve_model_folder(settings.base_model, ["vae", "text_encoder"])
-    channels = read_json(folder / "vae/config.json")["z_dim"]
-    text_dim = read_json(folder / "text_encoder/config.json")["d_model"]
+    channels = read_vae_config(folder / "vae")["z_dim"]
+    text_dim = read_text_encoder_config(folder / "text_encoder")["d_model"]
 
     missing = MissingFiles(LATENTS)
     checked_clips: dict[str, CheckedClips] = {}  # by the dataset's folder
@@ -167,7 +169,7 @@ def find_missing_control(
         InputError: there is no such DINOv3.
     """
     control_settings = ControlSettings.of(settings, dinov3, dtype)
-    config = read_json(resolve_model_folder(dinov3) / "config.json")
+    config = read_dinov3_config(resolve_model_folder(dinov3))
     missing = MissingFiles(CONTROL_FEATURES)
     seen: set[Path] = set()
     for clip in clips:

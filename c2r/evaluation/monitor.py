@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+from typing_extensions import TypedDict
 
 from c2r import InputError
 from c2r.evaluation.cg_measures import geometry, lighting, texture
@@ -27,7 +28,7 @@ from c2r.evaluation.discriminants import (
     held_out_scores,
     rescale,
 )
-from c2r.files import load_tensors, save_tensors
+from c2r.files import damaged_cache_error, load_tensors, save_tensors
 
 MEASURES = ("texture", "lighting", "geometry", "dinov3")
 
@@ -42,6 +43,18 @@ SCORE_RANGE = (-1.0, 2.0)
 
 #: Bootstrap of the mean score: number of resamples, and confidence of the interval.
 RESAMPLES, CONFIDENCE = 1000, 0.9
+
+
+class _ReferenceFiles(TypedDict):
+    real: list[str]
+    cg: list[str]
+    coarse: list[str]
+
+
+class _ReferenceMetadata(TypedDict):
+    """The part of a stored reference's metadata that is read."""
+
+    files: _ReferenceFiles
 
 
 @torch.no_grad()
@@ -98,12 +111,16 @@ class Reference:
         Raises:
             InputError: the file is missing or damaged.
         """
-        tensors, metadata = load_tensors(Path(path))
+        names = [f"{domain}.{m}" for domain in ("real", "cg") for m in MEASURES] + ["coarse.dinov3"]
+        tensors, metadata = load_tensors(Path(path), names, _ReferenceMetadata)
+        files: dict[str, list[str]] = {**metadata["files"]}
         features: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
             domain, measure = name.split(".")
+            if tensor.ndim != 2 or not tensor.is_floating_point() or len(tensor) != len(files[domain]):
+                raise damaged_cache_error(Path(path))
             features.setdefault(domain, {})[measure] = tensor
-        return cls(features, {domain: tuple(names) for domain, names in metadata["files"].items()})
+        return cls(features, {domain: tuple(names) for domain, names in files.items()})
 
 
 @dataclass

@@ -151,7 +151,7 @@ def make_samples(
             columns = (
                 rearrange(control_frames, "f c h w -> f h w c").numpy(),
                 decode_frames(pipeline.vae, latents),
-                decode_frames(pipeline.vae, load_tensors(paths[number])[0]["latents"]),
+                decode_frames(pipeline.vae, load_tensors(paths[number], ["latents"])[0]["latents"]),
                 rearrange(scenes.target_frames(number), "f c h w -> f h w c").numpy(),
             )
             rows[number] = dict(zip(COLUMNS, columns))

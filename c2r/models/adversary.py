@@ -10,8 +10,10 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
+from typing_extensions import TypedDict
 
 from c2r import flow_matching
+from c2r.models.hub import Count
 from c2r.models.transformer import C2RTransformer
 
 SIGMA_EMBEDDING_DIM = 32
@@ -62,6 +64,13 @@ class _UnitConv3d(nn.Conv3d):
 # SiLU that keeps unit variance. Source: Karras et al. 2024 (EDM2), eq. 81
 def _unit_silu(hidden_states):
     return F.silu(hidden_states) / 0.596
+
+
+class DomainClassifierConfig(TypedDict):
+    """The checked entries of a `DomainClassifier`'s config.json."""
+
+    in_channels: Count
+    width: Count
 
 
 class DomainClassifier(ModelMixin, ConfigMixin):

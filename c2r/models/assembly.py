@@ -6,22 +6,63 @@ or the safetensors header is enough to tell.
 """
 
 from pathlib import Path
+from typing import Annotated, Any, NotRequired, TypeVar
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin, WanTransformer3DModel
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from c2r import InputError
-from c2r.files import complete_folder, read_json
+from c2r.files import complete_folder, library_errors_as_input, read_json
 from c2r.models.contract import PhaseContract, read_contract
 from c2r.models.controlnet import C2RControlNet
-from c2r.models.hub import WeightIndex, fingerprint_files, require_class, require_complete, resolve_model_folder
+from c2r.models.hub import (
+    Count,
+    Layers,
+    WeightIndex,
+    Width,
+    fingerprint_files,
+    read_config,
+    resolve_model_folder,
+)
 from c2r.models.parts import freeze
 from c2r.models.transformer import C2RTransformer
 
-#: Bounds of a backbone's config, far above Wan 2.1 14B: a model of any size would take hours to build, even without
-#: weights.
-LARGEST_SIZES = {"num_layers": 200, "num_attention_heads": 1000, "attention_head_dim": 1000, "ffn_dim": 1_000_000}
+Model = TypeVar("Model", bound=ModelMixin)
+
+_Epsilon = Annotated[float, Field(gt=0, lt=1)]
+
+
+class _BlockConfig(TypedDict):
+    """The checked entries that backbone and control branch share."""
+
+    num_layers: Layers
+    num_attention_heads: Count
+    attention_head_dim: Count
+    ffn_dim: Width
+    cross_attn_norm: bool
+    qk_norm: str | None
+    eps: _Epsilon
+
+
+class _TransformerConfig(_BlockConfig):
+    in_channels: Count
+    out_channels: Count
+    text_dim: Width
+    freq_dim: Width
+    patch_size: NotRequired[Annotated[list[Count], Field(min_length=3, max_length=3)]]
+    rope_max_seq_len: NotRequired[Annotated[int, Field(ge=1, le=16_384)]]  # its table is computed, not loaded
+    image_dim: NotRequired[int | None]
+    added_kv_proj_dim: NotRequired[int | None]
+    pos_embed_seq_len: NotRequired[int | None]
+
+
+class _ControlNetConfig(_BlockConfig):
+    injection_layers: Annotated[list[int], Field(min_length=1, max_length=100)]
+    feature_dim: Width
+    temporal_stride: NotRequired[Count]
 
 
 def load_for_generation(
@@ -72,7 +113,8 @@ def load_transformer(
     path, config = check_transformer(name_or_path, base)
     torch_dtype = torch_dtype or torch.float32
     if path.is_dir() and not empty:
-        return WanTransformer3DModel.from_pretrained(path, torch_dtype=torch_dtype, use_safetensors=True)
+        with library_errors_as_input(path):
+            return WanTransformer3DModel.from_pretrained(path, torch_dtype=torch_dtype, use_safetensors=True)
     # Not by from_single_file: in bf16 it would keep no module in fp32, and in fp32 a 14B file would need 57 GB.
     with init_empty_weights():
         transformer = WanTransformer3DModel.from_config(config)
@@ -95,9 +137,44 @@ def load_controlnet(folder: str | Path, torch_dtype: torch.dtype | None = None) 
     Raises:
         InputError: the folder has no control branch, or its weights do not fit its config.
     """
-    folder = complete_folder(folder)
-    _require_fitting_weights(folder, C2RControlNet, require_class(folder, "C2RControlNet"))
-    return C2RControlNet.from_pretrained(folder, torch_dtype=torch_dtype or torch.float32, use_safetensors=True)
+    return load_own_model(complete_folder(folder), C2RControlNet, _ControlNetConfig, torch_dtype)
+
+
+def check_model(folder: str | Path, contract: PhaseContract, backbone: str | Path | None = None) -> None:
+    """Check the weights that `load_for_generation` reads by configs and headers; fingerprints are not compared.
+
+    Raises:
+        InputError: see `load_for_generation`.
+    """
+    if contract.phase == 1:
+        check_transformer(folder, contract.base_model)
+        return
+    check_transformer(backbone or contract.backbone, contract.base_model)
+    check_own_model(complete_folder(folder), C2RControlNet, _ControlNetConfig)
+
+
+def check_own_model(folder: Path, model_class: type[ModelMixin], kind: type) -> None:
+    """Compare the config of a model of this package with its files' headers, see `load_own_model`."""
+    _require_fitting_weights(folder, model_class, read_config(folder, "_class_name", model_class.__name__, kind))
+
+
+def load_own_model(
+    folder: Path, model_class: type[Model], kind: type, torch_dtype: torch.dtype | None = None
+) -> Model:
+    """Load a model of this package, after comparing its config with its files' headers.
+
+    Args:
+        folder: written by `save_pretrained`.
+        model_class: class of the model.
+        kind: TypedDict of the config's checked entries.
+        torch_dtype: dtype of the weights; None is fp32.
+
+    Raises:
+        InputError: it is of another class or damaged, or its weights do not fit its config.
+    """
+    check_own_model(folder, model_class, kind)
+    with library_errors_as_input(folder):
+        return model_class.from_pretrained(folder, torch_dtype=torch_dtype or torch.float32, use_safetensors=True)
 
 
 def fingerprint_transformer(name_or_path: str | Path, base: str | Path | None = None) -> str:
@@ -165,24 +242,17 @@ def _read_text_to_video_config(folder):
         raise InputError(
             f"{folder}: no transformer here; give a Wan 2.1 pipeline folder, or best/ or final/ of phase 1"
         )
-    config = require_class(folder, "WanTransformer3DModel")
-    for name, largest in LARGEST_SIZES.items():
-        size = config.get(name)
-        if not isinstance(size, int) or not 0 < size <= largest:
-            raise InputError(f"{folder}: its config has {name} {size}; give an undamaged copy of a Wan 2.1 model")
+    config = read_config(folder, "_class_name", "WanTransformer3DModel", _TransformerConfig)
     if config.get("image_dim") or config.get("added_kv_proj_dim"):
         raise InputError(f"{folder}: this is an image-to-video model; give a text-to-video one (Wan 2.1 T2V)")
     return config
 
 
-def _require_fitting_weights(path: Path, model_class: type[ModelMixin], config: dict):
+def _require_fitting_weights(path: Path, model_class: type[ModelMixin], config: dict[str, Any]):
     """Compare names and shapes in the files' headers with those of a model of this config."""
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in model_class.from_config(config).state_dict().items()}
-    found = WeightIndex(path).shapes()
-    unfit = [f"{name} {shape}" for name, shape in found.items() if expected.get(name, shape) != shape]
-    unknown = [name for name in found if name not in expected]
-    require_complete(path, [name for name in expected if name not in found], unfit + unknown)
+    with library_errors_as_input(path), torch.device("meta"):
+        model = model_class.from_config(config)
+    WeightIndex(path).require_fit(model)
 
 
 def _require_fitting_base(name_or_path, config, base):

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import platform
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import accelerate
@@ -13,6 +13,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
+from pydantic import FiniteFloat, NonNegativeInt, PositiveInt
 
 from c2r import InputError, __version__
 from c2r.files import atomic_folder, complete_folder, read_json
@@ -41,18 +42,18 @@ class PhaseContract:
 
     phase: int  #: 1 or 2
     base_model: str  #: the Wan pipeline with VAE, text encoder and scheduler
-    step: int  #: optimizer updates
+    step: NonNegativeInt  #: optimizer updates
     validation_loss: float | None = None
-    metrics: dict = field(default_factory=dict)  #: other numbers of the last validation
-    dataset_fingerprints: dict = field(default_factory=dict)  #: {domain: fingerprint of its mixture}
+    metrics: dict[str, float] = field(default_factory=dict)  #: other numbers of the last validation
+    dataset_fingerprints: dict[str, str] = field(default_factory=dict)  #: {domain: fingerprint of its mixture}
     version: str = __version__  #: version of C2R that wrote the contract
-    versions: dict = field(default_factory=library_versions)  #: {library: version}
-    height: int | None = None  #: pixels in training
-    width: int | None = None
-    num_frames: int | None = None
-    fps: float | None = None
-    flow_shift: float | None = None
-    conditioning_scale: float | None = None  #: phase 2 only
+    versions: dict[str, str] = field(default_factory=library_versions)  #: {library: version}
+    height: PositiveInt | None = None  #: pixels in training
+    width: PositiveInt | None = None
+    num_frames: PositiveInt | None = None
+    fps: FiniteFloat | None = None
+    flow_shift: FiniteFloat | None = None
+    conditioning_scale: FiniteFloat | None = None  #: phase 2 only
     weights_sha256: str | None = None  #: fingerprint of this folder's weights, filled in by `save_phase`
     # Phase 2 only:
     backbone: str | None = None  #: the backbone that the ControlNet was trained on
@@ -136,16 +137,13 @@ def read_contract(folder: str | Path) -> PhaseContract:
         raise InputError(f"{folder}: no such folder; give best/ or final/ of a phase")
     if not path.is_file():
         raise InputError(f"{folder}: has no {CONTRACT}; give best/ or final/ of a phase, or check the path")
-    stored = read_json(path)
-    stored.setdefault("version", "unknown")
-    versions = f"written by version {stored['version']}, this is {__version__}"
-    unknown = sorted(stored.keys() - {entry.name for entry in fields(PhaseContract)})
-    if unknown:
-        raise InputError(f"{path}: unknown entries {', '.join(unknown)} ({versions}); use the version that wrote it")
-    for name in MODEL_ENTRIES:
-        if (stored.get(name) or "").startswith("."):
-            stored[name] = os.path.realpath(folder / stored[name])
+    version = read_json(path).get("version", "unknown")
     try:
-        return PhaseContract(**stored)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: {error} ({versions}); it is damaged, or use the version that wrote it") from None
+        contract = read_json(path, PhaseContract)
+    except InputError as error:
+        raise InputError(f"{error} (written by version {version}, this is {__version__}: use that version)") from None
+    local = {}
+    for name in MODEL_ENTRIES:
+        if (getattr(contract, name) or "").startswith("."):
+            local[name] = os.path.realpath(folder / getattr(contract, name))
+    return replace(contract, version=version, **local)

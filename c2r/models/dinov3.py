@@ -3,16 +3,39 @@
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Annotated, NotRequired
 
 import torch
 from einops import rearrange
+from pydantic import Field, FiniteFloat
 from torch import nn
 from transformers import DINOv3ViTModel
+from typing_extensions import TypedDict
 
 from c2r import InputError
 from c2r.files import read_json
-from c2r.models.hub import WeightIndex, require_complete, resolve_model_folder
-from c2r.models.parts import freeze, load_transformers_model
+from c2r.models.hub import Count, Layers, Width, read_config, require_complete, resolve_model_folder
+from c2r.models.parts import check_transformers_weights, freeze, load_transformers_model
+
+
+class DINOv3Config(TypedDict):
+    """The checked entries of config.json."""
+
+    hidden_size: Width
+    intermediate_size: Width
+    num_hidden_layers: Layers
+    num_attention_heads: Count
+    patch_size: Count
+    num_register_tokens: NotRequired[Annotated[int, Field(ge=0, le=1000)]]
+    num_channels: NotRequired[Annotated[int, Field(ge=3, le=3)]]
+    image_size: NotRequired[Width]
+
+
+class _Preprocessor(TypedDict):
+    """The checked entries of preprocessor_config.json."""
+
+    image_mean: Annotated[list[FiniteFloat], Field(min_length=3, max_length=3)]
+    image_std: Annotated[list[Annotated[FiniteFloat, Field(gt=0)]], Field(min_length=3, max_length=3)]
 
 
 def check_dinov3(name_or_path: str | Path, sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
@@ -29,7 +52,7 @@ def check_dinov3(name_or_path: str | Path, sizes: Iterable[tuple[int, int]]) -> 
         InputError: not found, no access, not a DINOv3 ViT, incomplete, or its patches do not fit the frames.
     """
     folder = resolve_model_folder(name_or_path)
-    config, _ = _read_configs(folder)
+    config, _, index = _check_folder(folder)
     for height, width in sizes:
         for option, pixels in (("height", height), ("width", width)):
             if pixels % config["patch_size"]:
@@ -37,16 +60,19 @@ def check_dinov3(name_or_path: str | Path, sizes: Iterable[tuple[int, int]]) -> 
                     f"--{option} {pixels}: must be divisible by the patch size {config['patch_size']} of {folder}; "
                     "give a multiple of it"
                 )
-    return config["hidden_size"], sum(math.prod(shape) for shape in WeightIndex(folder).shapes().values())
+    return config["hidden_size"], sum(math.prod(shape) for shape in index.shapes().values())
 
 
-def _read_configs(folder):
-    config, preprocessor = (read_json(folder / f"{name}.json") for name in ("config", "preprocessor_config"))
-    if config.get("model_type") != "dinov3_vit":
-        raise InputError(f"{folder}: model type is {config.get('model_type')}, not dinov3_vit; give a DINOv3 ViT")
-    if not {"image_mean", "image_std"} <= preprocessor.keys():
-        raise InputError(f"{folder}/preprocessor_config.json: has no image_mean and image_std; download it again")
-    return config, preprocessor
+def read_dinov3_config(folder: Path) -> DINOv3Config:
+    """Return the checked config.json of a DINOv3, see `read_config`."""
+    return read_config(folder, "model_type", "dinov3_vit", DINOv3Config)
+
+
+def _check_folder(folder):
+    """Return config, preprocessor's config and `WeightIndex` of a DINOv3."""
+    config = read_dinov3_config(folder)
+    preprocessor = read_json(folder / "preprocessor_config.json", _Preprocessor, extra="allow")
+    return config, preprocessor, check_transformers_weights(DINOv3ViTModel, folder, config)
 
 
 class DINOv3FeatureExtractor(nn.Module):
@@ -99,7 +125,7 @@ class DINOv3FeatureExtractor(nn.Module):
             InputError: not found, no access, not a DINOv3 ViT, or incomplete.
         """
         folder = resolve_model_folder(name_or_path)
-        _, preprocessor = _read_configs(folder)
+        _, preprocessor, _ = _check_folder(folder)
         model, info = load_transformers_model(DINOv3ViTModel, folder, torch_dtype)
         require_complete(folder, info["missing_keys"], info["mismatched_keys"])
         return cls(model, preprocessor["image_mean"], preprocessor["image_std"], chunk_size)

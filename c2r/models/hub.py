@@ -1,24 +1,43 @@
 """Find a model in a folder or on the hub, and check it before its weights are read."""
 
+import math
+import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from pydantic import Field, StringConstraints
 from safetensors import SafetensorError, safe_open
+from typing_extensions import TypedDict
 
 from c2r import InputError
-from c2r.files import fingerprint_sorted, read_json
+from c2r.files import fingerprint_sorted, library_errors_as_input, read_json
 
 #: File names of a model's weights, without suffix: Diffusers' and transformers'.
 STEMS = ("diffusion_pytorch_model", "model")
 
 #: Weights in formats other than safetensors, which are never downloaded: a pickle can run code when it is loaded.
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5"]
+
+#: Entries of a config that would run code of a model's author, or load its weights in another way than ours.
+REFUSED_ENTRIES = ("auto_map", "quantization_config", "attn_implementation", "_attn_implementation")
+
+# Sizes in configs, bounded far above Wan 2.1 14B: a model of any size would take hours to build, even without weights.
+Layers = Annotated[int, Field(ge=1, le=100)]
+Count = Annotated[int, Field(ge=1, le=1000)]
+Width = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+class _ShardIndex(TypedDict):
+    """A *.safetensors.index.json: which file holds which weight. The files lie beside it."""
+
+    weight_map: dict[str, Annotated[str, StringConstraints(pattern=r"^[\w.-]+\.safetensors$", max_length=255)]]
 
 
 def resolve_model_folder(name_or_path: str | Path, subfolders: list[str] | None = None) -> Path:
@@ -32,18 +51,27 @@ def resolve_model_folder(name_or_path: str | Path, subfolders: list[str] | None 
         InputError: no such folder or hub model, no access to a gated one, hub out of reach, a part missing.
     """
     name, folder = str(name_or_path), Path(name_or_path)
-    if folder.is_file():
+    if os.path.isfile(folder):  # unlike Path.is_file, no error for a name that no file can have
         raise InputError(f"{name}: this is a file, but a model folder is needed; give the folder that holds it")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         # `outputs/phase1` looks like a hub name too: where its first half is a local folder, it is a mistyped path.
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(".") or folder.parent.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(".") or os.path.isdir(folder.parent):
             raise InputError(f"{name}: no such model folder; check the path")
         patterns = None if subfolders is None else ["*.json", *(f"{subfolder}/*" for subfolder in subfolders)]
         folder = _download(name, patterns)
     for subfolder in subfolders or []:
         if not (folder / subfolder).is_dir():
             raise InputError(f"{name}: has no {subfolder}/; give a Diffusers pipeline folder of Wan 2.1 T2V")
+    for inner in (folder, *(folder / subfolder for subfolder in subfolders or [])):
+        _refuse_special_files(inner)
     return folder
+
+
+def _refuse_special_files(folder):
+    """Refuse pipes and devices, which a library would read without end."""
+    for path in folder.iterdir():
+        if path.exists() and stat.S_IFMT(path.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+            raise InputError(f"{path}: neither a file nor a folder; remove it")
 
 
 def _download(name, patterns):
@@ -64,18 +92,38 @@ def _download(name, patterns):
         ) from None
 
 
-def require_class(folder: str | Path, class_name: str) -> dict:
-    """Check that a Diffusers model folder holds a model of this class; return its config.
+def read_config(folder: str | Path, key: str, needed: str, kind: Any) -> Any:
+    """Read a model's config.json.
+
+    Args:
+        folder: of the model.
+        key: entry that names the model's class: `_class_name` in Diffusers, `model_type` in transformers.
+        needed: its value.
+        kind: TypedDict of the entries that are checked.
+
+    Returns:
+        all entries.
 
     Raises:
-        InputError: it holds another class.
+        InputError: it is missing or damaged, of another class, or has one of REFUSED_ENTRIES.
     """
-    config = read_json(Path(folder) / "config.json")
-    if config.get("_class_name") != class_name:
-        raise InputError(
-            f"{folder}: model class is {config.get('_class_name')}, but a {class_name} is needed; check the path"
-        )
-    return config
+    path = Path(folder) / "config.json"
+    config = read_json(path)
+    if config.get(key) != needed:
+        name = {"_class_name": "class", "model_type": "type"}[key]
+        raise InputError(f"{folder}: model {name} is {config.get(key)}, but {needed} is needed; check the path")
+    refuse_entries(path, config)
+    return read_json(path, kind, extra="allow")
+
+
+def refuse_entries(path: Path, config: dict[str, Any]) -> None:
+    """Raise InputError if a config has one of REFUSED_ENTRIES."""
+    for name in REFUSED_ENTRIES:
+        if config.get(name) is not None:
+            raise InputError(
+                f"{path}: has {name}, which is not supported: only the classes of the installed libraries are used, "
+                "with unquantized weights; remove the entry, or give another copy"
+            )
 
 
 def require_complete(where: str | Path, missing: Iterable, unfit: Iterable):
@@ -113,6 +161,8 @@ class WeightIndex:
         self.path = Path(path)
         self._files: dict[str, Any] = {}  # {name in the file: open file}
         for file in self._find_files():
+            if not file.is_file():
+                raise InputError(f"{file}: no such file; copy or download it again")
             try:
                 handle = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
@@ -120,7 +170,8 @@ class WeightIndex:
                     f"{file}: cannot be read as safetensors ({error}); copy or download it again"
                 ) from None
             self._files |= dict.fromkeys(handle.keys(), handle)
-        self._keys = _diffusers_names(self._files)
+        with library_errors_as_input(self.path):
+            self._keys = _diffusers_names(self._files)
 
     def _find_files(self):
         if self.path.is_file():
@@ -128,14 +179,52 @@ class WeightIndex:
         for stem in STEMS:
             index = self.path / f"{stem}.safetensors.index.json"
             if index.is_file():
-                return [self.path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+                names = sorted(set(read_json(index, _ShardIndex, extra="allow")["weight_map"].values()))
+                return [self._inside(self.path / name) for name in names]
             if (self.path / f"{stem}.safetensors").is_file():
                 return [self.path / f"{stem}.safetensors"]
         raise InputError(f"{self.path}: has no safetensors weights; give a folder that save_pretrained wrote")
 
+    def _inside(self, file):
+        """Return a file that an index names, unless it is a link that leads out of its folder."""
+        folder = self.path.resolve()
+        # In the hub's cache a snapshot's files are links to blobs/ beside snapshots/.
+        homes = [folder, *(above.parent / "blobs" for above in folder.parents if above.name == "snapshots")]
+        if not any(file.resolve().is_relative_to(home) for home in homes):
+            raise InputError(f"{file}: leads out of its folder to {file.resolve()}; copy the file, or link the folder")
+        return file
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return {name: shape}."""
         return {name: tuple(self._files[key].get_slice(key).get_shape()) for name, key in self._keys.items()}
+
+    def require_fit(self, model: torch.nn.Module, exactly: bool = True) -> None:
+        """Compare names and shapes with those of a model of Diffusers, built without memory on the device "meta".
+
+        Raises:
+            InputError: a weight is missing or of another shape, or `exactly`, and the model has no such weight.
+        """
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        found = self.shapes()
+        unfit = [f"{name} {shape}" for name, shape in found.items() if expected.get(name, shape) != shape]
+        unknown = [name for name in found if exactly and name not in expected]
+        require_complete(self.path, [name for name in expected if name not in found], unfit + unknown)
+
+    def require_enough_for(self, model: torch.nn.Module) -> None:
+        """Check that the files can fill a model of transformers, built without memory on the device "meta".
+
+        Names are not compared: transformers renames weights of older files when it loads them.
+
+        Raises:
+            InputError: the model has more weights than the files.
+        """
+        needed = sum(parameter.numel() for parameter in model.parameters())
+        found = sum(math.prod(shape) for shape in self.shapes().values())
+        if found < needed:
+            raise InputError(
+                f"{self.path}: its files have {found:,} weights, but its config.json describes a model of {needed:,}; "
+                "give an undamaged copy"
+            )
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) sorted by name, one at a time."""

@@ -8,11 +8,15 @@ import shutil
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Annotated
 
 import yaml
+from pydantic import Field, NonNegativeInt, PositiveInt
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from c2r.data.video_writer import write_video
+from c2r.files import read_json
 from c2r.toy import city
 
 HEIGHT, WIDTH, NUM_FRAMES, FPS = 96, 160, 9, 8
@@ -55,6 +59,34 @@ PHASE2_OPTIONS = SHARED_OPTIONS | {
 logger = logging.getLogger(__name__)
 
 
+class Scene(TypedDict):
+    """A test scene of the toy; the videos are paths."""
+
+    seed: NonNegativeInt
+    prompt: str
+    control_video: str
+    truth: str
+
+
+class Toy(TypedDict):
+    """The content of toy.json."""
+
+    height: PositiveInt
+    width: PositiveInt
+    num_frames: PositiveInt
+    fps: PositiveInt
+    test: Annotated[list[Scene], Field(min_length=1)]
+
+
+def read_toy(folder: str | Path) -> Toy:
+    """Read toy.json of a complete toy folder.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    return read_json(Path(folder) / "toy.json", Toy)
+
+
 def write_toy(folder: str | Path, num_real: int = 96, num_cg: int = 32):
     """Write the toy: base models, datasets, test scenes and a config for each phase.
 
@@ -87,15 +119,15 @@ def write_toy(folder: str | Path, num_real: int = 96, num_cg: int = 32):
     paths |= {"cg_dataset": str(cg), "sample_dataset": str(test), "dinov3": str(folder / "dinov3")}
     _write_config(folder / "phase2.yaml", paths | PHASE2_OPTIONS)
     scenes = [
-        {
-            "seed": seed,
-            "prompt": city.caption(city.make_scene(seed)),
-            "control_video": str(test / f"{seed}_coarse.mp4"),
-            "truth": str(test / f"{seed}_truth.mp4"),
-        }
+        Scene(
+            seed=seed,
+            prompt=city.caption(city.make_scene(seed)),
+            control_video=str(test / f"{seed}_coarse.mp4"),
+            truth=str(test / f"{seed}_truth.mp4"),
+        )
         for seed in test_seeds
     ]
-    toy = {"height": HEIGHT, "width": WIDTH, "num_frames": NUM_FRAMES, "fps": FPS, "test": scenes}
+    toy = Toy(height=HEIGHT, width=WIDTH, num_frames=NUM_FRAMES, fps=FPS, test=scenes)
     (folder / "toy.json").write_text(json.dumps(toy, indent=2) + "\n")
 
 

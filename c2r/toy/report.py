@@ -2,21 +2,22 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from einops import rearrange
 
 from c2r.data.contact_sheet import draw_contact_sheet
 from c2r.data.video import read_window
+from c2r.models.contract import read_contract
 from c2r.toy import city
+from c2r.toy.folder import Toy
 from c2r.toy.layout import people_correlations
 
 SHOWN_SCENES = 5
 
 
 def write_report(
-    folder: Path, toy: dict[str, Any], phase1: Path, phase2: Path, videos: dict[str, list[Path]]
+    folder: Path, toy: Toy, phase1: Path, phase2: Path, videos: dict[str, list[Path]]
 ) -> dict[str, float]:
     """Write report.png, with the first test scenes, and report.json.
 
@@ -29,12 +30,12 @@ def write_report(
     Returns:
         the content of report.json: {description: value}.
     """
-    coarse = [scene["control_video"] for scene in toy["test"]]
-    truth = [scene["truth"] for scene in toy["test"]]
-    columns = {
+    coarse: list[str | Path] = [scene["control_video"] for scene in toy["test"]]
+    truth: list[str | Path] = [scene["truth"] for scene in toy["test"]]
+    columns: dict[str, list[str | Path]] = {
         "coarse control": coarse,
-        "before phase 2 (no control)": videos["before"],
-        "generated": videos["generated"],
+        "before phase 2 (no control)": list(videos["before"]),
+        "generated": list(videos["generated"]),
         "truth": truth,
     }
     draw_report(folder / "report.png", toy, columns)
@@ -42,7 +43,7 @@ def write_report(
     scenes = [city.make_scene(scene["seed"]) for scene in toy["test"]]
     people = {
         name: people_correlations(scenes, [_read_clip(path, toy).float() for path in paths], toy["fps"])
-        for name, paths in (*videos.items(), ("truth", truth))
+        for name, paths in (videos | {"truth": truth}).items()
     }
     adapted, grounded = _metrics(phase1 / "best"), _metrics(phase2 / "best")
     table = {
@@ -61,7 +62,7 @@ def write_report(
     return table
 
 
-def draw_report(path: Path, toy: dict[str, Any], columns: dict[str, list[str | Path]]):
+def draw_report(path: Path, toy: Toy, columns: dict[str, list[str | Path]]):
     """Draw the contact sheet of the first test scenes.
 
     Args:
@@ -82,4 +83,4 @@ def _read_clip(path, toy) -> torch.Tensor:
 
 
 def _metrics(folder):
-    return json.loads((folder / "c2r.json").read_text())["metrics"]
+    return read_contract(folder).metrics

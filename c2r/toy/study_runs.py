@@ -1,7 +1,6 @@
 """The runs of the study: phase 2 on the toy city in many settings, and what each run is measured by."""
 
 import csv
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,8 +13,10 @@ import yaml
 from c2r import InputError
 from c2r.data.video import read_window
 from c2r.evaluation.samples import COLUMNS
+from c2r.models.contract import read_contract
 from c2r.toy import city
 from c2r.toy.commands import LAUNCH, PHASE1, PHASE2, run_command
+from c2r.toy.folder import Toy, read_toy
 from c2r.toy.layout import correlations, edge_map, people_correlations
 from c2r.toy.pixel_dinov3 import write_pixel_dinov3
 from c2r.toy.study_results import MEASURES, Result
@@ -134,7 +135,7 @@ def run_phase2(out: Path, run: StudyRun, seed: int) -> Result:
         config.write_text(yaml.safe_dump(_phase2_options(out, run, seed), sort_keys=False))
         options = ["--config", str(config), "--seed", str(seed), "--output_dir", str(folder)]
         _train(PHASE2, out / f"logs/{folder.name}.log", options)
-    measured = json.loads((folder / "final/c2r.json").read_text())["metrics"]
+    measured = read_contract(folder / "final").metrics
     measured |= measure_layout(out / "toy", folder / f"samples/step-{OPTIONS['max_train_steps']}")
     values = {measure: measured.get(measure) for measure in MEASURES}
     return Result(run.name, seed, values, seconds=round(time.time() - started))
@@ -183,7 +184,7 @@ def measure_layout(toy_dir: Path, samples: Path) -> dict[str, float]:
     Returns:
         the first four of `MEASURES`.
     """
-    toy = json.loads((toy_dir / "toy.json").read_text())
+    toy = read_toy(toy_dir)
     rows = [_read_row(samples / f"{number}.mp4", toy) for number in range(OPTIONS["num_samples"])]
     generated, truth = ([row[name] for row in rows] for name in ("with control", "truth"))
     scenes = [city.make_scene(scene["seed"]) for scene in toy["test"][: len(rows)]]
@@ -197,7 +198,7 @@ def measure_layout(toy_dir: Path, samples: Path) -> dict[str, float]:
     }
 
 
-def _read_row(path: Path, toy: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _read_row(path: Path, toy: Toy) -> dict[str, torch.Tensor]:
     """Return {column: (F, 3, H, W) float in [0, 255]} of a sample video."""
     row = read_window(path, 0.0, toy["num_frames"], toy["fps"], toy["height"], len(COLUMNS) * toy["width"])
     return dict(zip(COLUMNS, row.float().chunk(len(COLUMNS), dim=-1)))

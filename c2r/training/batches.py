@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.utils.data import DataLoader, Dataset
 
-from c2r.data.workers import shield_worker
+from c2r.data.workers import shield_worker, usable_workers
 from c2r.sampler import MixedCGRealSampler
 from c2r.training.run import Run
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Draw:
-    """Which samples of the run a micro-batch of this process holds: all its randomness follows from these numbers.
+    """The samples of the run that a micro-batch of this process holds: all its randomness follows from their numbers.
 
     One GPU with two micro-batches and two GPUs with one draw the same: they have the same numbers.
     """
@@ -37,10 +37,14 @@ class TrainBatches:
 
     def __init__(self, run: Run, dataset: Dataset, sampler: MixedCGRealSampler):
         self._run, self._sampler = run, sampler
+        micro_steps = run.args.max_train_steps * run.args.gradient_accumulation_steps
+        num_workers = usable_workers(run.settings.num_workers, micro_steps)
         self._loader = DataLoader(
             dataset,
             batch_sampler=sampler,
-            num_workers=run.settings.num_workers,
+            num_workers=num_workers,
+            # A worker that fails while it sends a batch drops it and goes on, and the loop would wait without end.
+            timeout=60 * run.args.distributed_timeout_minutes if num_workers else 0,
             worker_init_fn=shield_worker,
             pin_memory=run.device.type == "cuda",
         )

@@ -21,16 +21,18 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from c2r import InputError, __version__
-from c2r.files import atomic_folder, read_json, remove_tree, sync_file, temporary_folder
-from c2r.models.adversary import DomainClassifier
+from c2r.files import atomic_folder, remove_tree, sync_file, temporary_folder
+from c2r.models.adversary import DomainClassifier, DomainClassifierConfig
+from c2r.models.assembly import load_own_model
 from c2r.models.contract import save_weights
 from c2r.sampler import MixedCGRealSampler
 from c2r.training.engine import failing_together, gathered_state_dict, sharding
 from c2r.training.logs import tensorboard_writer
 from c2r.training.optimizer import set_schedule
-from c2r.training.resume import STATE, find_damage, list_checkpoints, saved_options
+from c2r.training.resume import find_damage, list_checkpoints, saved_options
 from c2r.training.run import Run, TrainState
 from c2r.training.shards import ema_shard, load_ema, load_optimizer, optimizer_shard
+from c2r.training.state_file import STATE, read_state
 
 # ---------------------------------------------------------------------------------------------------------------- save
 
@@ -195,7 +197,7 @@ def load_checkpoint(run: Run, state: TrainState, sampler: MixedCGRealSampler):
     Raises:
         InputError: a file is damaged.
     """
-    path, content = run.checkpoint, read_json(run.checkpoint / STATE)
+    path, content = run.checkpoint, read_state(run.checkpoint)
     load_optimizer(path, state.optimizer, _trained_parameters(state))
     if state.ema is not None:
         load_ema(path, state.ema, dict(state.trainable.named_parameters()))
@@ -211,5 +213,5 @@ def load_domain_classifier(path: Path, domain_classifier: DomainClassifier):
     The weights are copied: tensors read in place lie at unaligned addresses, for which convolutions on a CPU round
     differently, and the resumed run would not be the same bit for bit.
     """
-    saved = type(domain_classifier).from_pretrained(path / "domain_classifier", use_safetensors=True)
+    saved = load_own_model(path / "domain_classifier", type(domain_classifier), DomainClassifierConfig)
     domain_classifier.load_state_dict(saved.state_dict())

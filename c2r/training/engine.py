@@ -6,6 +6,7 @@ that they were loaded in and the forward runs under our own autocast: no engine 
 
 import logging
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,14 +26,16 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     gather_object,
+    get_cpu_distributed_information,
 )
 from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from c2r import InputError
-from c2r.files import fingerprint
+from c2r.files import fingerprint, write_problem
 from c2r.training.optimizer import adamw_8bit, exact_state_dict
+from c2r.training.watchdog import joining
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +55,9 @@ def build_accelerator(args: Namespace) -> Accelerator:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"--output_dir {output_dir}: cannot be created ({error.strerror}); choose another folder"
+            f"--output_dir {output_dir}: cannot be created ({write_problem(error, output_dir)}); choose another folder"
         ) from error
+    require_known_settings()
     _log_ignored_settings(args)
     deepspeed = _launched_with("DEEPSPEED")
     on_cpu = not torch.accelerator.is_available()
@@ -62,21 +66,24 @@ def build_accelerator(args: Namespace) -> Accelerator:
     if deepspeed and on_cpu:
         os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
         group["backend"] = "gloo"
-    accelerator = Accelerator(
-        # The options decide, not the launcher's configuration.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
-        mixed_precision="no",
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
-        deepspeed_plugin=_deepspeed_plugin(args) if deepspeed else None,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(**group),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # otherwise DDP keeps every gradient twice
-        ],
-        cpu=on_cpu and not deepspeed,
-        # The schedulers here count optimizer steps; Accelerate would advance a prepared one once per process.
-        step_scheduler_with_optimizer=False,
-    )
+    with joining(60 * args.distributed_timeout_minutes):
+        accelerator = Accelerator(
+            # The options decide, not the launcher's configuration.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
+            mixed_precision="no",
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+            deepspeed_plugin=_deepspeed_plugin(args) if deepspeed else None,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(**group),
+                # Otherwise DDP keeps every gradient twice.
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
+            cpu=on_cpu and not deepspeed,
+            # The schedulers here count optimizer steps; Accelerate would advance a prepared one once per process.
+            step_scheduler_with_optimizer=False,
+        )
+        accelerator.wait_for_everyone()  # NCCL connects at the first collective
     if _launched_with("FSDP") and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # Accelerate shards on accelerators only, but FSDP2 itself runs on gloo too.
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
@@ -84,6 +91,43 @@ def build_accelerator(args: Namespace) -> Accelerator:
     require_joined(accelerator)
     require_supported(accelerator, args)
     return accelerator
+
+
+#: Settings of the launcher that change how models are built or split, in ways that nothing here is tested with.
+_UNKNOWN_SETTINGS = {
+    "ACCELERATE_USE_MEGATRON_LM": "asks for Megatron-LM; give deepspeed_zero3.yaml or fsdp2.yaml",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "has a parallelism_config{}; remove it, fsdp2.yaml splits over all processes",
+    "FSDP_ACTIVATION_CHECKPOINTING": "sets fsdp_activation_checkpointing; remove it: --gradient_checkpointing decides",
+}
+
+
+def require_known_settings():
+    """Raise InputError for a setting of the launcher that cannot be followed, before a process group is made.
+
+    The launcher passes its settings on as environment variables.
+    """
+    sizes = {
+        size.lower(): os.environ.get(f"PARALLELISM_CONFIG_{size}", "1")
+        for size in ("TP_SIZE", "CP_SIZE", "SP_SIZE", "DP_REPLICATE_SIZE", "DP_SHARD_SIZE")
+    }
+    above_one = ", ".join(f"{name} {size}" for name, size in sizes.items() if size != "1")
+    for variable, problem in _UNKNOWN_SETTINGS.items():
+        if os.environ.get(variable, "false").lower() == "true":
+            raise InputError(f"the accelerate config {problem.format(above_one and f' with {above_one}')}")
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend != "no":
+        raise InputError(
+            f"the accelerate config asks for torch.compile (dynamo_backend {backend}), which training is not tested "
+            "with; remove its dynamo_config"
+        )
+    # Accelerate's launcher of one process sets the latter two if it was asked for several, but passes on no number.
+    several = {"ACCELERATE_USE_CPU", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if several and get_cpu_distributed_information().world_size == 1:
+        raise InputError(
+            "`accelerate launch` was asked for several processes, but has started 1, as it does on the CPU and with "
+            f"distributed_type: 'NO'; start two on the CPU by `torchrun --nproc_per_node 2 {sys.argv[0]} …`, several "
+            "GPUs with multi_gpu.yaml, or one by --num_processes 1 without MASTER_ADDR in the environment"
+        )
 
 
 def require_joined(accelerator: Accelerator):
@@ -326,7 +370,7 @@ def failing_together(accelerator: Accelerator, path: str | Path) -> Iterator[Non
         failure = str(error)
     except (OSError, SafetensorError) as error:
         failure = (
-            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); earlier checkpoints are kept; "
+            f"{path}: cannot be written ({write_problem(error, path)}); earlier checkpoints are kept; "
             "fix it and restart with --resume_from_checkpoint latest"
         )
     failures = [failure for failure in gather_object([failure]) if failure is not None]

@@ -17,12 +17,12 @@ from c2r.models.assembly import check_transformer, read_transformer_config
 from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet, injection_layers
 from c2r.models.dinov3 import check_dinov3
 from c2r.models.hub import resolve_model_folder
+from c2r.models.parts import ENCODERS, check_pipeline_parts
 from c2r.training.preflight import (
     count_parameters,
     fingerprint_backbone,
     preflight,
     require_access,
-    require_encoders,
 )
 from c2r.training.resume import require_resumable
 from c2r.training.run import Run
@@ -61,7 +61,7 @@ def check_phase1(run: Run) -> Plan:
     plan.num_trainable = count_parameters(WanTransformer3DModel, config)
     preflight(run, plan.mixtures, config, plan.num_trainable, frozen=0)
     _check_inputs(run, plan)
-    require_encoders(base_model)
+    check_pipeline_parts(base_model)
     check_transformer(backbone, base_model)
     if run.checkpoint is not None:
         plan.backbone = str(run.checkpoint / "model")
@@ -87,7 +87,7 @@ def check_phase2(run: Run) -> Plan:
     preflight(run, plan.mixtures, backbone_config, plan.num_trainable, num_frozen)
     plan.inputs["DINOv3"] = encoder_fingerprint(resolve_model_folder(args.dinov3))
     _check_inputs(run, plan)
-    require_encoders(base_model)
+    check_pipeline_parts(base_model, [*ENCODERS, "scheduler"])
     check_transformer(plan.backbone, base_model)
     plan.inputs["backbone"] = fingerprint_backbone(run.accelerator, plan.backbone, base_model)
     _check_inputs(run, plan)  # again, with the fingerprint that took long

@@ -20,7 +20,7 @@ from c2r.data.mixture import Mixture
 from c2r.files import complete_folder, existing_parent
 from c2r.models.assembly import fingerprint_transformer
 from c2r.models.contract import CONTRACT, read_contract
-from c2r.models.hub import WeightIndex, resolve_model_folder
+from c2r.models.hub import resolve_model_folder
 from c2r.training.checkpoint import checkpoint_bytes
 from c2r.training.engine import failing_together, sharding
 from c2r.training.memory import estimate_memory
@@ -45,17 +45,6 @@ def require_access(*names: str):
     """
     for name in names:
         resolve_model_folder(name, [])
-
-
-def require_encoders(name: str):
-    """Check that VAE and text encoder are complete; a hub model's are downloaded. Weights are not read.
-
-    Raises:
-        InputError: a part is missing, or a file damaged.
-    """
-    folder = resolve_model_folder(name, ["vae", "text_encoder", "tokenizer"])
-    for part in ("vae", "text_encoder"):
-        WeightIndex(folder / part)
 
 
 def fingerprint_backbone(accelerator: Accelerator, name_or_path: str, base_model: str) -> str:

@@ -4,24 +4,26 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from pydantic import FiniteFloat, NonNegativeInt
+
 
 @dataclass
 class Progress:
     """Progress of a run, saved with every checkpoint."""
 
-    global_step: int = 0  #: optimizer steps done
+    global_step: NonNegativeInt = 0  #: optimizer steps done
     validated_step: int | None = None  #: step of the last validation
     sampled_step: int | None = None  #: step of the last sample videos
     metrics: dict[str, float] = field(default_factory=dict)  #: numbers of the last validation
     history: list[dict[str, float]] = field(default_factory=list)  #: numbers of all validations, each with its `step`
     best: dict[str, float] = field(default_factory=dict)  #: {criterion of best/: its value}
-    logs: dict[str, float] = field(default_factory=dict)  #: numbers logged at the last step
+    logs: dict[str, float | bool] = field(default_factory=dict)  #: numbers logged at the last step
     inputs: dict[str, str] = field(default_factory=dict)  #: fingerprints of datasets and frozen models
-    skipped_in_a_row: int = 0  #: consecutive steps skipped up to now
-    log_losses: list[float] = field(default_factory=list)  #: logarithms of the last steps' losses
-    cg_ratio: float | None = None  #: share of CG samples from here on
+    skipped_in_a_row: NonNegativeInt = 0  #: consecutive steps skipped up to now
+    log_losses: list[FiniteFloat] = field(default_factory=list)  #: logarithms of the last steps' losses
+    cg_ratio: FiniteFloat | None = None  #: share of CG samples from here on
     requested_cg_ratio: float | None = None  #: --cg_ratio of the run that saved the checkpoint
-    controller: dict[str, Any] = field(default_factory=dict)  #: state of the ratio controller
+    controller: dict[str, int] = field(default_factory=dict)  #: state of the ratio controller
     cg_look: dict[str, float] = field(default_factory=dict)  #: last numbers of the CG monitor
     validation_setting: str | None = None  #: fingerprint of the clips and noise levels of the last validation
 

@@ -7,18 +7,17 @@ import os
 import re
 import weakref
 from argparse import Namespace
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from c2r import InputError, __version__
+from c2r import InputError
 from c2r.files import read_json
 from c2r.options import MUST_NOT_CHANGE, PHASE1, PHASE2
 from c2r.training.engine import ENGINE_NAMES, failing_together, sharding
-from c2r.training.progress import Progress
+from c2r.training.state_file import STATE, read_file_sizes, read_state
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +25,6 @@ TRAINING_OPTIONS = PHASE1.options | PHASE2.options
 #: Options that belong to one start and not to the run.
 OF_ONE_START = ("config", "output_dir", "resume_from_checkpoint", "dry_run")
 
-#: Written last into a checkpoint: its state, and the size of every other file.
-STATE = "state.json"
 _PATTERN = re.compile(r"checkpoint-(\d+)")
 
 _locks: weakref.WeakSet[TextIO] = weakref.WeakSet()
@@ -48,11 +45,9 @@ def _is_checkpoint(path):
 def find_damage(path: Path) -> str | None:
     """Return a short reason why a checkpoint cannot be resumed from; None if all its files are complete."""
     try:
-        files = read_json(path / STATE)["files"]
+        files = read_file_sizes(path)
     except InputError as error:
         return str(error)
-    except (KeyError, TypeError):
-        return f"{STATE} lists no files"
     for name, size in files.items():
         file = path / name
         if not file.is_file():
@@ -182,12 +177,7 @@ def require_resumable(
         InputError: another version, model, dataset, backbone or optimizer, or 8-bit optimizer states of another engine
             or number of processes.
     """
-    state = read_json(path / STATE)
-    if state.get("progress", {}).keys() != {entry.name for entry in fields(Progress)}:
-        raise InputError(
-            f"{path}: written by version {state.get('version', 'before 0.1.0')}, this is {__version__}; resume with "
-            "that version, or start a new run with another --output_dir"
-        )
+    state = read_state(path)
     for name, now in saved_options(args).items():
         before = state["options"].get(name)
         if now != before and TRAINING_OPTIONS[name].on_resume == MUST_NOT_CHANGE:
@@ -241,7 +231,7 @@ def changed_options(path: Path, args: Namespace) -> list[str]:
         path: the checkpoint.
         args: the options of the resumed run.
     """
-    before = read_json(path / STATE)["options"]
+    before = read_state(path)["options"]
     return [
         f"--{name} {now} (was {before.get(name)}): {TRAINING_OPTIONS[name].on_resume}"
         for name, now in saved_options(args).items()
@@ -251,7 +241,7 @@ def changed_options(path: Path, args: Namespace) -> list[str]:
 
 def changed_engine(path: Path, accelerator: Accelerator) -> str | None:
     """Return a line if a resumed run has another engine or number of processes than the run so far."""
-    state = read_json(path / STATE)
+    state = read_state(path)
     here, before = _engine_of(accelerator), _engine(state["sharding"], state["num_processes"])
     return None if here == before else f"{here} (was {before})"
 

@@ -100,6 +100,8 @@ def optimizer_shard(optimizer: Any, parameters: Parameters) -> dict[str, torch.T
     for part in stepped_ranges(optimizer, parameters):
         for name, value in base.state.get(part.held, {}).items():
             if name in MOMENTS:
+                if part.length == 0:  # of a parameter with fewer elements than processes
+                    continue
                 value = _flat(value)[part.offset : part.offset + part.length]
             elif _quantises(base) and (part.offset > 0 or name.startswith("qmap")):  # the tables are constants
                 continue
@@ -147,6 +149,7 @@ def ema_shard(ema: EMAModel, parameters: Parameters) -> dict[str, torch.Tensor]:
     return {
         f"{part.name}:{part.start}:average": _stored(_flat(part.held)[: part.length])
         for part in _averaged_ranges(ema, parameters)
+        if part.length > 0
     }
 
 

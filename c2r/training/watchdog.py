@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch.distributed import DistError, TCPStore
 
-from c2r import cli
+from c2r import InputError, cli
 
 EXIT_HUNG = 74  # EX_IOERR of sysexits.h
 
@@ -28,6 +28,12 @@ INTERVAL = 1.0  # seconds between two messages of a process
 
 #: Largest time in seconds without a message before a process counts as dead: a busy machine delays messages.
 GONE_AFTER = 30.0
+
+_GONE = "no longer answers: it has ended, or the network between the machines is down"
+_CONNECTION = (
+    "every machine reaches main_process_ip at all ports, through the network interface that GLOO_SOCKET_IFNAME (CPU) "
+    "or NCCL_SOCKET_IFNAME (GPU) names, such as eth0"
+)
 
 _current: "Watchdog | None" = None  # of this process
 
@@ -50,6 +56,7 @@ class Watchdog:
         # Not judged before the first beat: downloads and the first probe of all files may take any time.
         self._state: dict[str, Any] = {"count": 0, "what": "start", "waiting": True}
         self._beat_at = time.monotonic()
+        self._answered_at = time.monotonic()  # when the store last answered
         self._closed = threading.Event()
         self._barriers = 0
         global _current
@@ -61,7 +68,7 @@ class Watchdog:
         if accelerator.is_main_process:
             self._server = TCPStore(host, 0, is_master=True, wait_for_workers=False)
             port = self._server.port
-        port = broadcast_object_list([port])[0]
+        port, self._main_host = broadcast_object_list([port, socket.gethostname()])
         # One connection for each of the two threads: a call of one must not wait for a call of the other.
         self._store, self._thread_store = (
             TCPStore(host, port, is_master=False, timeout=timedelta(seconds=self.gone_after)) for _ in range(2)
@@ -70,6 +77,7 @@ class Watchdog:
         accelerator.wait_for_everyone()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
+        threading.Thread(target=self._watch_store, daemon=True, name="watchdog of the store").start()
         # A thread that uses the store while Python exits aborts the process.
         atexit.register(self._stop)
 
@@ -142,30 +150,75 @@ class Watchdog:
                 messages = [json.loads(text) for text in self._thread_store.multi_get([f"rank{r}" for r in ranks])]
             except (DistError, RuntimeError):  # the main process holds the store
                 if not self._closed.wait(INTERVAL):
-                    self._end("process 0 no longer answers", prints_line=self.accelerator.process_index == 1)
+                    self._end_without_store()
                 return
-            now = time.monotonic()
+            self._answered_at = now = time.monotonic()
             for rank, message in enumerate(messages):
                 if message["number"] != heard[rank][0]:
                     heard[rank] = (message["number"], now)
             gone = [rank for rank in ranks if now - heard[rank][1] > self.gone_after]
             prints_line = self.accelerator.process_index == min(set(ranks) - set(gone), default=0)
             if gone:
-                self._end(f"{_process_names(gone, messages)} no longer answers", prints_line)
+                _end(f"{_process_names(gone, messages)} {_GONE}", prints_line)
             line = hang_report(messages, self.timeout_seconds)
             if line is not None:
-                self._end(line, prints_line)
+                _end(line, prints_line)
 
-    def _end(self, line, prints_line):
-        if prints_line:
-            print(
-                f"\nerror: {line}; restart, a training run with --resume_from_checkpoint latest",
-                file=sys.stderr,
-                flush=True,
-            )
-        else:
-            time.sleep(2 * INTERVAL)  # otherwise the launcher ends the process that prints the line
-        os._exit(EXIT_HUNG)
+    def _watch_store(self):
+        # Where the link between two machines is cut, a call of the store does not return.
+        while not self._closed.wait(INTERVAL):
+            if time.monotonic() - self._answered_at > self.gone_after:
+                self._end_without_store()
+
+    def _end_without_store(self):
+        """End this process because process 0 does not answer; print it once on every machine."""
+        first_here = self.accelerator.is_local_main_process or self.accelerator.process_index == 1
+        _end(f"process 0 on {self._main_host} {_GONE}", prints_line=first_here)
+
+
+@contextmanager
+def joining(timeout_seconds: float) -> Iterator[None]:
+    """End this process with one line if the body, which connects the launched processes, takes too long.
+
+    Args:
+        timeout_seconds: above the longest difference between the starts of two processes.
+
+    Raises:
+        InputError: the processes cannot connect.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+    line = (
+        f"the launched processes have not connected after {timeout_seconds:.0f} s (--distributed_timeout_minutes): "
+        f"check that the command runs on every machine, and that {_CONNECTION}"
+    )
+    timer = threading.Timer(timeout_seconds, _end, (line, first_here))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except RuntimeError as error:
+        # Gloo has no error class of its own.
+        if isinstance(error, DistError) or "connect" in str(error):
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"the launched processes cannot connect ({reason}); check that {_CONNECTION}") from error
+        raise
+    finally:
+        timer.cancel()
+
+
+def _end(line, prints_line):
+    if prints_line:
+        print(
+            f"\nerror: {line}; restart, a training run with --resume_from_checkpoint latest",
+            file=sys.stderr,
+            flush=True,
+        )
+    else:
+        time.sleep(2 * INTERVAL)  # otherwise the launcher ends the process that prints the line
+    os._exit(EXIT_HUNG)
 
 
 def name_dead_process():

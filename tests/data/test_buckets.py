@@ -45,6 +45,11 @@ def test_a_bucket_is_parsed_as_it_is_written():
             parse_bucket(wrong)
 
 
+def test_the_latent_grid_has_a_fourth_of_the_frames_and_an_eighth_of_the_pixels():
+    assert WIDE.latent_grid == (21, 60, 104)
+    assert IMAGE.latent_grid == (1, 60, 104)
+
+
 @pytest.mark.parametrize(
     ("check", "value", "message"),
     [
@@ -54,6 +59,7 @@ def test_a_bucket_is_parsed_as_it_is_written():
         (check_num_frames, "8.5", r"must be a whole number; write it in digits"),
         (check_pixels, "470", r"must be divisible by 16; try 464"),
         (check_pixels, 473, r"must be divisible by 16; try 480"),
+        (check_pixels, 488, r"must be divisible by 16; try 480"),
         (check_pixels, 0, r"must be divisible by 16; try 16"),
         (check_pixels, "wide", r"must be a whole number; write it in digits"),
         (parse_bucket, "80x480x832", r"its num_frames must be 4k \+ 1; try 81"),

@@ -437,3 +437,16 @@ def test_files_are_probed_again_only_after_a_change(tmp_path, video, monkeypatch
     assert second.fingerprint != first.fingerprint
     (tmp_path / ".c2r_cache/probes.safetensors").write_text('{"trunca')
     assert read_manifest(tmp_path, "real", SETTINGS).fingerprint == second.fingerprint
+
+
+@pytest.mark.parametrize("domain", ["real", "cg"])
+def test_a_replaced_coarse_file_changes_the_fingerprint(tmp_path, video, domain):
+    add(tmp_path, video, "a.mp4", "b.mp4", "coarse.mp4")
+    write_metadata(
+        tmp_path, [{"file_name": name, "text": "a", "control_name": "coarse.mp4"} for name in ("a.mp4", "b.mp4")]
+    )
+    before = read_manifest(tmp_path, domain, SETTINGS)
+    os.utime(tmp_path / "coarse.mp4", (1e9, 1e9))
+    after = read_manifest(tmp_path, domain, SETTINGS)
+    assert len(after.clips) == len(before.clips) == 4
+    assert after.fingerprint != before.fingerprint

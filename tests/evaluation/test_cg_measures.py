@@ -85,6 +85,24 @@ def test_measures_give_as_many_numbers_as_names():
         assert measure(clip).dtype == torch.float32
 
 
+def picture(brightness):
+    """Return two equal frames of (H, W) values in [0, 1]."""
+    return brightness.expand(2, 3, HEIGHT, WIDTH)
+
+
+def test_each_number_rises_with_its_kind_of_a_cg_look():
+    noise = torch.rand(HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
+    y, x = torch.meshgrid(torch.arange(HEIGHT) - HEIGHT / 2, torch.arange(WIDTH) - WIDTH / 2, indexing="ij")
+    assert (texture(blur(picture(noise), 2.0)) > texture(picture(noise))).all()
+    lamp = 0.2 + 0.6 * torch.exp(-(x**2 + y**2) / 400)
+    assert (lighting(picture(0.5 + 0.01 * noise)) > lighting(picture(lamp))).all()
+    stripes, rings = ((distance // 12) % 2 * 0.5 + 0.25 for distance in (x, torch.hypot(x, y)))
+    density, share, orientation = geometry(picture(stripes)) - geometry(picture(rings))
+    assert abs(density) < 0.1
+    assert abs(share) < 0.1
+    assert orientation > 1
+
+
 def test_light_and_geometry_hardly_depend_on_the_size():
     """Tall clips are measured at a small height: line kernels for a height of 480 pixels would take minutes."""
     [clip] = render("cg", range(1))

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from c2r.evaluation.discriminants import accuracy_of, fit_discriminant, fit_probe, folds_of, held_out_scores
+from c2r.evaluation.discriminants import (
+    MAX_DEVIATIONS,
+    accuracy_of,
+    fit_discriminant,
+    fit_probe,
+    folds_of,
+    held_out_scores,
+    rescale,
+)
 
 
 def test_a_feature_that_falls_with_cg_gets_no_weight():
@@ -15,6 +23,35 @@ def test_a_feature_that_falls_with_cg_gets_no_weight():
     assert scorer(cg).mean().item() == pytest.approx(1, abs=1e-5)
     torch.testing.assert_close(scorer(real), scorer(real + torch.tensor([0.0, 100.0])))
     assert fit_discriminant(cg[:, :1], real[:, :1])(real[:, :1]).isnan().all()
+
+
+def test_a_discriminant_shrinks_differences_by_their_standard_error():
+    # Three features of variance 1 within each set. The means differ by 2, by 1 and by less than a standard error.
+    column = torch.tensor([-1.0, 1.0]).repeat(8) * (15 / 16) ** 0.5
+    real = column[:, None].repeat(1, 3)
+    cg = real + torch.tensor([2.0, 1.0, 0.3])
+    error = (1 / 16 + 1 / 16) ** 0.5
+    weights = torch.tensor([2 - error, 1 - error, 0.0])
+    clips = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 5.0], [1.0, 1.0, 1.0]])
+    expected = clips @ weights / (torch.tensor([2.0, 1.0, 0.3]) @ weights)
+    torch.testing.assert_close(fit_discriminant(real, cg)(clips), expected)
+
+
+def test_a_feature_without_variance_is_bounded():
+    """The means differ by 1 where the values do not vary, and by 2 at variance 1."""
+    column = torch.tensor([-1.0, 1.0]).repeat(8) * (15 / 16) ** 0.5
+    real = torch.stack([torch.zeros(16), column], 1)
+    cg = real + torch.tensor([1.0, 2.0])
+    weights = torch.tensor([1 / (1 / MAX_DEVIATIONS) ** 2, 2 - (1 / 8) ** 0.5])
+    expected = torch.tensor([1.0, 0.0]) @ weights / (torch.tensor([1.0, 2.0]) @ weights)
+    torch.testing.assert_close(fit_discriminant(real, cg)(torch.tensor([[1.0, 0.0]])), expected[None])
+
+
+def test_rescaled_scores_place_the_held_out_means_at_zero_and_one():
+    scorer = rescale(lambda clips: clips[:, 0], torch.tensor([0.1, 0.3]), torch.tensor([0.5, 0.7]))
+    torch.testing.assert_close(scorer(torch.tensor([[0.2], [0.6], [0.4], [1.0]])), torch.tensor([0.0, 1.0, 0.5, 2.0]))
+    reversed_order = rescale(lambda clips: clips[:, 0], torch.tensor([0.6]), torch.tensor([0.2]))
+    assert reversed_order(torch.ones(1, 1)).isnan().all()
 
 
 def test_clips_of_a_file_are_in_one_fold():

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from c2r import InputError
-from c2r.evaluation.monitor import MEASURES, MIN_ACCURACY, SCORE_RANGE, CGMonitor, Reference, clip_features
+from c2r.evaluation.discriminants import fit_probe, folds_of, held_out_scores
+from c2r.evaluation.monitor import MEASURES, MIN_ACCURACY, SCORE_RANGE, CGMonitor, Reference, _score, clip_features
 from tests.helpers.tiny import FEATURE_DIM
 
 SIZES = {"texture": 4, "lighting": 4, "geometry": 3, "dinov3": 48}
@@ -54,6 +55,29 @@ def test_scores_run_from_the_real_clips_to_the_cg_clips():
     assert [look.mean for look in looks] == pytest.approx([0, 0.5, 1], abs=0.2)
     for look in looks:
         assert look.low <= look.mean <= look.high
+
+
+def test_the_probe_is_placed_by_the_held_out_clips():
+    """Its values for the clips that it was fitted on are too good: placed by them, samples would look half as CG."""
+    reference = reference_of(0.5)
+    monitor = CGMonitor(reference)
+    real, cg = (reference.features[domain]["dinov3"] for domain in ("real", "cg"))
+    folds = [folds_of(reference.files[domain]) for domain in ("real", "cg")]
+    zero, one = (scores.mean() for scores in held_out_scores(fit_probe, real, cg, *folds))
+    samples = [values for _, values in clips_of(8, 0.3, 77, "s")]
+    raw = fit_probe(real, cg)(torch.stack([values["dinov3"] for values in samples]))
+    expected = ((raw - zero) / (one - zero)).clamp(*SCORE_RANGE)
+    assert (expected.abs() < 1).any()
+    assert monitor.judge(samples).measures["dinov3"].mean == pytest.approx(expected.mean().item(), abs=1e-5)
+
+
+def test_the_interval_is_that_of_a_mean_with_confidence_90_percent():
+    values = torch.tensor([0.0, 1.0]).repeat(200)
+    score = _score(values)
+    assert score.mean == 0.5
+    half_width = 1.645 * 0.5 / len(values) ** 0.5
+    assert score.low == pytest.approx(0.5 - half_width, abs=0.1 * half_width)
+    assert score.high == pytest.approx(0.5 + half_width, abs=0.1 * half_width)
 
 
 def test_the_same_samples_give_the_same_numbers():

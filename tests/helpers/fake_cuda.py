@@ -1,24 +1,22 @@
 """One training step of each phase on fake CUDA tensors, at the real size, on a machine without a GPU.
 
 Fake tensors have a device, a dtype and a shape but no memory. So the 1.3B model runs its whole step (forward under
-bf16 autocast, checkpointed backward, clipping, AdamW) at 480x832x81 within seconds, and a tensor that was left on the
-CPU raises as it would on a GPU.
+bf16 autocast, checkpointed backward, clipping, AdamW) at 480x832x81 within seconds. Whole commands, with true values
+but tiny models, run on the device of `tests.helpers.simulated_device`.
 
 A CPU-only torch refuses CUDA devices in autograd and autocast. A small library with an empty device guard makes it
 accept them. The library must be loaded before torch is imported, so this module runs in a separate process:
 
-    python -m tests.helpers.fake_cuda phase1 phase2 phase2:timesteps
+    python -m tests.helpers.fake_cuda phase1 phase2
 
-Each argument is a case, for which one line of JSON is printed: properties of the step's results, or the error that the
-step raised. After the colon stands the part to leave on the CPU by mistake: "dinov3", a submodule of the model, or a
-field of `NoisyBatch`.
+For each phase one line of JSON is printed: properties of the step's results.
 """
 
-import argparse
 import ctypes
 import importlib.util
 import json
 import subprocess
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,16 +149,16 @@ def to_bf16(model):
     return model
 
 
-def phase1_model(num_layers):
+def phase1_model():
     """Return the bare backbone: fp32, checkpointed, on the CPU."""
     from diffusers import WanTransformer3DModel
 
-    transformer = WanTransformer3DModel(**WAN_1_3B | {"num_layers": num_layers}).train()
+    transformer = WanTransformer3DModel(**WAN_1_3B).train()
     transformer.enable_gradient_checkpointing()
     return transformer
 
 
-def phase2_models(num_layers):
+def phase2_models():
     """Return the joined model with adversary (bf16 backbone, the rest fp32) and DINOv3 ViT-B in bf16, on the CPU."""
     from diffusers import WanTransformer3DModel
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
@@ -171,8 +169,8 @@ def phase2_models(num_layers):
     from c2r.models.dinov3 import DINOv3FeatureExtractor
     from c2r.models.transformer import C2RTransformer
 
-    transformer = to_bf16(WanTransformer3DModel(**WAN_1_3B | {"num_layers": num_layers}))
-    controlnet = C2RControlNet.from_transformer(transformer, min(15, num_layers))
+    transformer = to_bf16(WanTransformer3DModel(**WAN_1_3B))
+    controlnet = C2RControlNet.from_transformer(transformer, 15)
     model = WithAdversary(C2RTransformer(transformer, controlnet), DomainClassifier()).train()
     model.enable_gradient_checkpointing()
     with no_init_weights():  # drawing from a truncated normal reads values, which fake tensors do not have
@@ -196,13 +194,12 @@ def data_batch():
     }
 
 
-def training_step(model, dinov3, optimizer, batch, device, misplaced=None):
+def training_step(model, dinov3, optimizer, batch, device):
     """Train on one micro-batch with one optimizer step, as the scripts' loops do; return the loss.
 
     Args:
         model: `WithAdversary`, or with `dinov3` None the bare backbone of phase 1.
         batch: see `data_batch`.
-        misplaced: the field of `NoisyBatch` to leave on the CPU, if any.
     """
     import torch
 
@@ -213,8 +210,6 @@ def training_step(model, dinov3, optimizer, batch, device, misplaced=None):
 
     settings = NoiseSettings(seed=0, density=SigmaDensity(), prompt_dropout=0.1, control_dropout=0.1)
     noisy = make_noisy_batch(batch, settings, Draw([0], 0, 1), torch.zeros(512, 4096), device)
-    if hasattr(noisy, misplaced or ""):
-        setattr(noisy, misplaced, getattr(noisy, misplaced).cpu())
     inputs = [noisy.noisy_latents, noisy.timesteps, noisy.prompt_embeds]
     if dinov3 is not None:
         control_features = dinov3(batch["control_frames"].to(device).float() / 255)
@@ -233,24 +228,22 @@ def training_step(model, dinov3, optimizer, batch, device, misplaced=None):
     return loss
 
 
-def run(num_layers, phase, misplaced=None):
+def run(phase):
     """Run one step of a phase; return devices, dtypes and sizes of its results."""
     import torch
 
     from c2r.training.precision import disable_autocast
 
     device = torch.device("cuda")
-    model, dinov3 = (phase1_model(num_layers), None) if phase == "phase1" else phase2_models(num_layers)
+    model, dinov3 = (phase1_model(), None) if phase == "phase1" else phase2_models()
     model.to(device)
-    if dinov3 is not None and misplaced != "dinov3":
+    if dinov3 is not None:
         dinov3.to(device)
-    if misplaced in dict(model.named_modules()):
-        model.get_submodule(misplaced).to("cpu")
     backbone = model if dinov3 is None else model.transformer
     disable_autocast(backbone.condition_embedder.time_embedder, device)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
-    loss = training_step(model, dinov3, optimizer, data_batch(), device, misplaced)
+    loss = training_step(model, dinov3, optimizer, data_batch(), device)
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     states = [value for state in optimizer.state.values() for value in state.values()]
     return {
@@ -265,19 +258,11 @@ def run(num_layers, phase, misplaced=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("cases", nargs="+", metavar="PHASE[:MISPLACED]")
-    parser.add_argument("--num_layers", type=int, default=WAN_1_3B["num_layers"], help="of the backbone")
-    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         load_shim(build_shim(folder))
     with fake_cuda():  # once: DINOv3 caches a tensor, which another fake mode could not use
-        for case in args.cases:
-            try:
-                outcome = run(args.num_layers, *case.split(":"))
-            except Exception as error:
-                outcome = {"error": f"{type(error).__name__}: {error}"}
-            print(json.dumps(outcome), flush=True)
+        for phase in sys.argv[1:]:
+            print(json.dumps(run(phase)), flush=True)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def test_pipeline_parts_are_frozen_and_agree_with_a_stock_pipeline(pipeline, dty
 def test_unfit_pipeline_parts_are_refused(pipeline, tmp_path):
     broken = shutil.copytree(pipeline, tmp_path / "broken")
     shutil.copy(pipeline / "vae/config.json", broken / "text_encoder/config.json")
-    assert "not a UMT5 text encoder" in refusal(load_pipeline_part, broken, "text_encoder")
+    assert "model type is None, but umt5 is needed" in refusal(load_pipeline_part, broken, "text_encoder")
     weights = load_file(broken / "vae" / WEIGHTS)
     del weights["quant_conv.bias"]
     save_file(weights, broken / "vae" / WEIGHTS)
@@ -402,7 +402,7 @@ def test_a_contract_that_cannot_be_read_is_refused_in_one_line(phases):
         return refusal(read_contract, phases / "phase2/best")
 
     assert "not valid JSON" in refused("{")
-    assert "unknown entries colour" in refused(stored | {"colour": 1})
+    assert "unknown entry colour" in refused(stored | {"colour": 1})
     older = refused(stored | {"colour": 1, "version": "0.0.9"})
     assert f"written by version 0.0.9, this is {c2r.__version__}" in older
     without_version = {key: value for key, value in stored.items() if key != "version"}

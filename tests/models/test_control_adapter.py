@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from c2r.models.control_adapter import ControlAdapter
 
@@ -66,6 +67,41 @@ def test_features_on_another_grid_are_resampled_with_one_warning(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "control features on a 4x6 grid are resampled to the 2x3 token grid"
     ]
+
+
+def test_tokens_of_a_grid_that_is_not_square_have_the_values_of_the_formula():
+    """With weights that differ for each frame of the kernel and each channel."""
+    torch.manual_seed(0)
+    adapter = ControlAdapter(feature_dim=4, dim=8)
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter)
+    features, grid = torch.randn(2, 5, 2, 6, 4), (2, 4, 3)
+    kernel = adapter.temporal_downsample.conv.weight.view(4, 9).T  # (9, Dd)
+    # Latent frame 0 is centred on frame 0, latent frame 1 on frame 4; frames beyond the ends are zero.
+    frames = [
+        sum(kernel[k] * features[:, centre + k - 4] for k in range(9) if 0 <= centre + k - 4 < 5) for centre in (0, 4)
+    ]
+    resampled = [
+        F.interpolate(frame.movedim(-1, 1), grid[1:], mode="bilinear", align_corners=False).movedim(1, -1)
+        for frame in frames
+    ]
+    tokens = torch.stack([frame[:, row, column] for frame in resampled for row in range(4) for column in range(3)], 1)
+    centred = tokens - tokens.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + adapter.norm.eps).sqrt()
+    expected = (normed * adapter.norm.weight + adapter.norm.bias) @ adapter.proj.weight.T + adapter.proj.bias
+    torch.testing.assert_close(adapter(features, grid), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_norm_computes_in_fp32_with_bf16_weights():
+    adapter = ControlAdapter(feature_dim=64, dim=8)
+    torch.nn.init.normal_(adapter.norm.weight)
+    adapter.to(torch.bfloat16)
+    features = torch.randn(3, 64)
+    expected = F.layer_norm(features, (64,), adapter.norm.weight.float(), adapter.norm.bias.float(), adapter.norm.eps)
+    assert torch.equal(adapter.norm(features), expected)
+    assert torch.equal(
+        adapter.norm(features.bfloat16()).float(), adapter.norm(features.bfloat16().float()).bfloat16().float()
+    )
 
 
 def test_the_same_grid_is_not_resampled(caplog):

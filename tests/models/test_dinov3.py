@@ -112,10 +112,10 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_line(folder, tmp_path):
         return str(error.value)
 
     convnext = json.dumps({"model_type": "dinov3_convnext"})
-    assert "model type is dinov3_convnext, not dinov3_vit" in refused("convnext", config=convnext)
+    assert "model type is dinov3_convnext, but dinov3_vit is needed" in refused("convnext", config=convnext)
     assert "preprocessor_config.json: no such file" in refused("bare", preprocessor_config=None)
-    assert "has no image_mean and image_std" in refused("empty", preprocessor_config="{}")
+    assert "has no entry image_mean, and 1 more" in refused("empty", preprocessor_config="{}")
     assert "not valid JSON" in refused("broken", preprocessor_config="{")
     config = json.loads((folder / "config.json").read_text())
     config["num_hidden_layers"] = 3
-    assert "weights are missing: model.layer.2" in refused("short", config=json.dumps(config))
+    assert "its files have 39,936 weights" in refused("short", config=json.dumps(config))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from c2r.training.augmentation import KINDS, augment_control_frames
+from c2r.training.augmentation import CHUNK_SIZE, KINDS, augment_control_frames
 from c2r.training.batches import Draw
 from c2r.training.step import augment_real_control
 
@@ -61,6 +61,15 @@ def test_all_frames_are_altered_alike(kind):
     assert all(torch.equal(frame, changed[0]) for frame in changed)
     assert not torch.equal(augment_control_frames(frames, generator(4), chance=1.0), changed)
     assert torch.equal(augment_control_frames(frames, generator(3), chance=1.0), changed)
+
+
+def test_more_frames_than_one_chunk_keep_their_order():
+    frames = torch.rand(2 * CHUNK_SIZE + 3, 3, 16, 16, generator=generator())
+    changed = augment_control_frames(frames, generator(3), chance=1.0)
+    assert changed.shape == frames.shape
+    for number, frame in enumerate(frames):
+        alone = augment_control_frames(frame[None], generator(3), chance=1.0)
+        torch.testing.assert_close(changed[number], alone[0])
 
 
 def test_each_kind_has_the_effect_of_its_name(kind):

@@ -161,7 +161,7 @@ def _truncate(path):
         (lambda path: (path / "model/config.json").unlink(), "config.json is missing"),
         (lambda path: (path / STATE).unlink(), "no such file"),
         (lambda path: (path / STATE).write_text("{"), "not valid JSON"),
-        (lambda path: (path / STATE).write_text("{}"), "lists no files"),
+        (lambda path: (path / STATE).write_text("{}"), "has no entry files"),
     ],
 )
 def test_latest_skips_a_damaged_checkpoint_and_names_it(damage, reason, two_checkpoints):

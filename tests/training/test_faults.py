@@ -268,6 +268,16 @@ def test_a_full_disk_ends_encoding_in_one_line_and_a_restart_continues(
     assert all(path.stat().st_mtime_ns == mtime for path, mtime in made.items())
 
 
+def test_damaged_checkpoints_do_not_count_among_those_that_are_kept(tmp_path):
+    run = build_run(tmp_path, "--checkpoints_total_limit=2")
+    for step in (2, 4):
+        save(run, step)
+    (tmp_path / "checkpoint-4/model/config.json").unlink()
+    save(run, 6)
+    assert [step for step, path in list_checkpoints(tmp_path) if find_damage(path) is None] == [2, 6]
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
 # -------------------------------------------------------------------------------------------------------------- files
 
 

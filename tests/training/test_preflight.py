@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from c2r import InputError
 from c2r.files import existing_parent
 from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet
+from c2r.models.parts import check_pipeline_parts
 from c2r.training.preflight import (
     count_parameters,
     fingerprint_backbone,
     preflight,
     require_access,
-    require_encoders,
     run_bytes,
 )
 from c2r.units import size_text
@@ -130,14 +130,14 @@ def test_a_model_that_cannot_be_fetched_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("part", ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"])
 def test_an_incomplete_encoder_is_named_before_it_is_loaded(part, tiny_models, tmp_path):
     folder = shutil.copytree(tiny_models / "pipeline", tmp_path / "pipeline")
-    require_encoders(folder)
+    check_pipeline_parts(folder)
     file = folder / part
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(InputError, match=file.name):
-        require_encoders(folder)
+        check_pipeline_parts(folder)
     file.unlink()
     with pytest.raises(InputError, match="has no safetensors weights"):
-        require_encoders(folder)
+        check_pipeline_parts(folder)
 
 
 def test_the_backbone_must_be_what_phase_1_saved(first, tiny_models, tmp_path):

@@ -7,13 +7,11 @@ from itertools import islice
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import WanTransformer3DModel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train_phase1
 import train_phase2
-from c2r import cli
 from c2r.data.mixture import read_mixture
 from c2r.encoding.dataset import ClipDataset
 from c2r.models.adversary import DomainClassifier
@@ -21,13 +19,14 @@ from c2r.models.controlnet import C2RControlNet
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.options import PHASE1, PHASE2, clip_settings
 from c2r.sampler import MixedCGRealSampler
-from c2r.training.engine import build_accelerator
-from c2r.training.setup import start_run
+from c2r.training.augmentation import augment_control_frames
 from tests.helpers.commands import SIZE
+from tests.helpers.scripts import run_script
 from tests.helpers.tiny import LATENT_CHANNELS
 
 BATCH, MICRO_STEPS, SEED, SHIFT = 2, 3, 7, 2.5
 PROMPT_DROPOUT = CONTROL_DROPOUT = 0.4
+CONTROL_AUGMENTATION = 0.5
 CONDITIONING_SCALE, CG_RATIO, REAL_WEIGHT, ADVERSARIAL_WEIGHT = 0.7, 0.4, 2.5, 0.3
 MAX_GRAD_NORM = 0.05  # below the norms of these gradients, so that clipping acts
 OWN_GRADIENT_SCALE = 0.01  # of the domain classifier
@@ -42,12 +41,9 @@ def record_steps(script, command, argv):
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
         steps.append(([p.detach().clone() for p in parameters], grads))
 
-    args = cli.parse(command, argv)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
     hook = register_optimizer_step_pre_hook(record)
     try:
-        script.train(start_run(args, build_accelerator(args)))
+        args = run_script(script, command, argv)
     finally:
         hook.remove()
     return args, steps
@@ -115,6 +111,13 @@ def noisy_samples(items, sigmas, numbers, empty_prompt):
         yield (1 - sigma) * latents + sigma * noise, noise - latents, prompt, drop_control < CONTROL_DROPOUT
 
 
+def control_of(item, number):
+    """Return the control of a sample, (F, 3, H, W) in [0, 1], and whether its look is altered."""
+    frames, generator = item["control_frames"].float() / 255, generator_of(SEED, "augmentation", number)
+    altered = torch.rand((), generator=generator).item() < CONTROL_AUGMENTATION and not item["domain"]
+    return augment_control_frames(frames, generator) if altered else frames, altered
+
+
 def clip_together(grads):
     norm = math.sqrt(sum(grad.double().square().sum().item() for grad in grads))
     assert norm > MAX_GRAD_NORM
@@ -143,7 +146,7 @@ def assert_same_gradients(found, expected):
 # ------------------------------------------------------------------------------------------------------------ phase 1
 
 
-def test_a_step_of_phase_1(tiny_models, small_datasets, tmp_path, signal_handlers):
+def test_a_step_of_phase_1(tiny_models, small_datasets, tmp_path):
     """Weight σ⁻² of the loss: `--weighting_scheme sigma_sqrt`."""
     argv = [*shared_options(tiny_models, small_datasets, tmp_path), "--weighting_scheme=sigma_sqrt"]
     args, steps = record_steps(train_phase1, PHASE1, argv)
@@ -224,7 +227,7 @@ def domain_logit(classifier, latents, sigma):
 
 
 @pytest.fixture
-def phase2_steps(tiny_models, small_datasets, tmp_path, signal_handlers):
+def phase2_steps(tiny_models, small_datasets, tmp_path):
     options = {
         "resume_backbone_from": tiny_models / "pipeline",
         "cg_dataset": small_datasets / "cg",
@@ -234,6 +237,7 @@ def phase2_steps(tiny_models, small_datasets, tmp_path, signal_handlers):
         "cg_ratio": CG_RATIO,
         "conditioning_scale": CONDITIONING_SCALE,
         "control_dropout": CONTROL_DROPOUT,
+        "control_augmentation": CONTROL_AUGMENTATION,
         "real_weight": REAL_WEIGHT,
         "adversarial_weight": ADVERSARIAL_WEIGHT,
         "num_samples": 0,
@@ -266,13 +270,14 @@ def test_a_step_of_phase_2(phase2_steps, tiny_models):
         for indices, numbers in islice(batches, MICRO_STEPS):
             items = [real[index] if index < len(real) else cg[index - len(real)] for index in indices]
             sigmas = shifted(torch.sigmoid(0.5 + 1.5 * torch.special.ndtri(uniform_numbers(numbers))))
-            samples = noisy_samples(items, sigmas, numbers, real.empty_prompt_embeds)
-            for item, sigma, (noisy, velocity, prompt, dropped) in zip(items, sigmas, samples):
-                features = dinov3(item["control_frames"][None].float() / 255)[0] * (not dropped)
+            samples = zip(numbers, noisy_samples(items, sigmas, numbers, real.empty_prompt_embeds))
+            for item, sigma, (number, (noisy, velocity, prompt, dropped)) in zip(items, sigmas, samples):
+                frames, altered = control_of(item, number)
+                features = dinov3(frames[None])[0] * (not dropped)
                 predicted = joined_forward(backbone, controlnet, noisy, sigma, prompt, features)
                 weight = (1 if item["domain"] else REAL_WEIGHT) / (CG_RATIO + REAL_WEIGHT * (1 - CG_RATIO))
                 loss = loss + weight * (predicted - velocity).square().mean() / (BATCH * MICRO_STEPS)
-                seen.add((item["domain"], dropped))
+                seen.add((item["domain"], dropped, altered))
                 if dropped:
                     continue
                 latents = noisy - sigma * predicted
@@ -292,5 +297,6 @@ def test_a_step_of_phase_2(phase2_steps, tiny_models):
         control_grads = torch.autograd.grad(loss + reversed_loss, parameters[: -len(list(classifier.parameters()))])
         own_grads = torch.autograd.grad(OWN_GRADIENT_SCALE * domain_loss, [*classifier.parameters()])
         assert_same_gradients(grads, clip_together([*control_grads, *own_grads]))
-    assert {(0, True), (0, False), (1, False)} <= seen
+    assert {(0, True), (0, False), (1, False)} <= {kind[:2] for kind in seen}
+    assert {(0, False, True), (0, False, False)} <= seen
     assert all(grad.norm() > 0 for grad in steps[1][1])

@@ -99,6 +99,33 @@ def test_dropouts_are_drawn_at_each_step_and_have_their_share():
     assert 0.26 < controls < 0.34
 
 
+def test_the_two_dropouts_are_independent():
+    args = options(["--prompt_dropout=0.5"])
+    args.control_dropout = 0.5
+    drawn = [draw(args, range(8 * i, 8 * i + 8), 8 * i) for i in range(200)]
+    prompts = torch.cat([noisy.prompt_embeds[:, 0, 0] == 0 for noisy in drawn]).double()
+    controls = torch.cat([noisy.dropped_control for noisy in drawn]).double()
+    assert torch.corrcoef(torch.stack([prompts, controls]))[0, 1].abs() < 0.1
+
+
+def test_weights_follow_from_the_sigmas():
+    noisy = draw(options(["--weighting_scheme=sigma_sqrt"]))
+    torch.testing.assert_close(noisy.weights, noisy.sigmas**-2)
+    noisy = draw(options(["--weighting_scheme=cosmap"]))
+    expected = 2 / (torch.pi * (1 - 2 * noisy.sigmas + 2 * noisy.sigmas**2))
+    torch.testing.assert_close(noisy.weights, expected)
+    assert (draw(options(["--weighting_scheme=logit_normal"])).weights == 1).all()
+
+
+def test_a_noisy_batch_is_in_full_precision():
+    half = {name: tensor.bfloat16() for name, tensor in batch(2).items()}
+    noisy = draw(options(), clips=half | {"latents_mean": batch(2)["latents_mean"]})
+    floats = {
+        name: tensor.dtype for name, tensor in vars(noisy).items() if name not in ("dropped_control", "prompt_embeds")
+    }
+    assert set(floats.values()) == {torch.float32}
+
+
 def test_flow_options_change_the_draw():
     plain = draw(options())
     assert not torch.equal(draw(options(["--flow_shift=5"])).sigmas, plain.sigmas)

@@ -1,11 +1,15 @@
 import re
+from datetime import timedelta
 
 import pytest
+import torch
 from accelerate import Accelerator
 
-from c2r.training.watchdog import EXIT_HUNG, Watchdog, hang_report
+from c2r import InputError
+from c2r.training.watchdog import EXIT_HUNG, Watchdog, hang_report, joining
 from tests.helpers.background import Background
 from tests.helpers.commands import TORCHRUN
+from tests.helpers.forks import fork
 
 # One rank sleeps, stops, or is slow in step 3.
 SCRIPT = """
@@ -32,6 +36,15 @@ for step in range(1, 6):
     watchdog.beat(f"step {step}: forward and backward")
     accelerator.reduce(torch.ones(1))
 watchdog.close()
+"""
+
+
+# The first of two processes, whose second one is never started.
+ALONE = """
+import torch
+from c2r.training.watchdog import joining
+with joining(timeout_seconds=1):
+    torch.distributed.init_process_group("gloo")
 """
 
 
@@ -80,6 +93,24 @@ def test_unjudged_work_may_take_any_time():
 
 def test_no_process_is_judged_before_the_first_beat():
     assert hang_report([message(0, 5000, "start", waiting=True)] * 2, timeout_seconds=10) is None
+
+
+def test_a_process_that_is_never_joined_ends(tmp_path):
+    script = tmp_path / "alone.py"
+    script.write_text(ALONE)
+    world = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = fork(script, **world)
+    assert done.returncode == EXIT_HUNG
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "have not connected after 1 s (--distributed_timeout_minutes): check that the command runs on every" in line
+
+
+def test_processes_that_cannot_connect_are_told_what_to_check(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    nobody = {"init_method": "tcp://127.0.0.1:1", "world_size": 2, "rank": 1, "timeout": timedelta(seconds=1)}
+    message = r"cannot connect \(The client socket .*\); check .* GLOO_SOCKET_IFNAME"
+    with pytest.raises(InputError, match=message), joining(timeout_seconds=60):
+        torch.distributed.init_process_group("gloo", **nobody)
 
 
 @pytest.fixture

@@ -1,0 +1,209 @@
+"""Training over two machines: two network namespaces with a link between them, and one process in each.
+
+The second start of an engine continues all runs of the first, also the one that a lost machine has ended.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+
+from c2r.training.resume import list_checkpoints
+from c2r.training.watchdog import EXIT_HUNG
+from tests.helpers.commands import CONFIGS, ENVIRONMENT, ROOT, phase1, phase2, scalars
+
+pytestmark = pytest.mark.slow
+
+STEPS, SAVED = 3, 2  # of a run, and of the checkpoint to resume from
+SILENCE = 12  # seconds without an answer after which a machine counts as lost
+#: {config: how it loses a machine}
+ENGINES = {"deepspeed_zero3_multinode.yaml": "dies", "fsdp2_multinode.yaml": "is cut off"}
+
+
+def ip(*arguments):
+    return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True).stdout
+
+
+class Machine:
+    """A network namespace with an address, whose processes see a host name of their own."""
+
+    def __init__(self, number):
+        self.number, self.name = number, f"c2r-{os.getpid()}-{number}"
+        ip("netns", "add", self.name)
+
+    def connect(self):
+        ip("-n", self.name, "address", "add", f"10.77.0.{1 + self.number}/24", "dev", "eth0")
+        for device in ("lo", "eth0"):
+            ip("-n", self.name, "link", "set", device, "up")
+
+    def start(self, config, command, folder):
+        """Start a Python command as docs/engines.md says; its output goes into a file in `folder`."""
+        launcher = [
+            *("-m", "accelerate.commands.launch", f"--config_file={CONFIGS / config}", "--num_processes=2"),
+            *("--main_process_ip=10.77.0.1", f"--machine_rank={self.number}"),
+        ]
+        rename = f'hostname machine{self.number} && exec "$@"'
+        inside = ["ip", "netns", "exec", self.name, "unshare", "--uts", "sh", "-c", rename, "sh", sys.executable]
+        self.output = folder / f"machine{self.number}"
+        with self.output.open("wb") as output:
+            self.process = subprocess.Popen(
+                [*inside, *launcher, *map(str, command)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "eth0"},
+                cwd=ROOT,
+            )
+
+    @property
+    def text(self):
+        return self.output.read_text(errors="replace")
+
+    @property
+    def errors(self):
+        return [line for line in self.text.splitlines() if line.startswith("error: ")]
+
+    def kill(self):
+        """Send SIGKILL to all its processes."""
+        pids = ip("netns", "pids", self.name).split()
+        subprocess.run(["kill", "-KILL", *pids], stderr=subprocess.DEVNULL)  # some have ended meanwhile
+
+    @contextmanager
+    def lost(self, how):
+        """Kill its processes, or cut its link for the body."""
+        if how == "dies":
+            self.kill()
+            yield
+        else:
+            ip("-n", self.name, "link", "set", "eth0", "down")
+            yield
+            ip("-n", self.name, "link", "set", "eth0", "up")
+
+
+@pytest.fixture(scope="module")
+def machines():
+    """Return two connected machines."""
+    for program in ("ip", "unshare", "hostname"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    found = []
+    try:
+        found += [Machine(0)]
+        found += [Machine(1)]
+        ends = ("netns", found[0].name, "type", "veth", "peer", "name", "eth0", "netns", found[1].name)
+        ip("link", "add", "eth0", *ends)
+        for machine in found:
+            machine.connect()
+        yield found
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"network namespaces cannot be made here: {error.stderr.strip()}")
+    finally:
+        for machine in found:
+            machine.kill()
+            ip("netns", "delete", machine.name)  # and the link with it
+
+
+@pytest.fixture(scope="module")
+def runs(machines, tiny_models, small_datasets, tmp_path_factory):
+    """Return runs(config), which starts an engine twice and returns the folders of its runs and what was printed."""
+    found = {}
+
+    def legs(outs, copied, extra, long):
+        """Return the arguments of `tests.helpers.engine_runs`: both phases and the long run."""
+        short = ["--train_batch_size=1", "--num_validation_clips=1", f"--validation_steps={STEPS}"]
+        backbone = tiny_models / "pipeline/transformer"
+        commands = [
+            phase1(tiny_models, small_datasets, outs[0], *short, *extra, launcher=()),
+            phase2(tiny_models, small_datasets, backbone, outs[1], *short, *extra, "--num_samples=0", launcher=()),
+            phase1(tiny_models, small_datasets, outs[2], *short, *long, "--validation_steps=1000", launcher=()),
+        ]
+        for folder, (script, *options) in zip(copied, commands):
+            yield json.dumps([folder, script.removesuffix(".py"), *map(str, options)])
+
+    def run_all(config):
+        folder = tmp_path_factory.mktemp("run")
+        outs, again = ([folder / f"{start} {leg}" for leg in (1, 2, "long")] for start in ("first", "second"))
+        again[2] = outs[2]
+        whole = [f"--max_train_steps={STEPS}", f"--checkpointing_steps={SAVED}"]
+        long = ["--checkpointing_steps=2", f"--distributed_timeout_minutes={SILENCE / 60}"]
+
+        # The first start. While the long run trains, the second machine is lost.
+        arguments = legs(outs, [[]] * 3, whole, [*long, "--max_train_steps=1000"])
+        command = ["-m", "tests.helpers.engine_runs", "[]", *arguments]
+        for machine in machines:
+            machine.start(config, command, folder)
+        wait_until(lambda: list_checkpoints(outs[2]), machines)
+        with machines[1].lost(ENGINES[config]):
+            lost_at = time.monotonic()
+            statuses = [machine.process.wait(60) for machine in machines]
+            seconds = time.monotonic() - lost_at
+            errors, texts = ([getattr(m, name) for m in machines] for name in ("errors", "text"))
+        last = list_checkpoints(outs[2])[-1][0]
+
+        # The second start continues the long run for two steps, and the others from their checkpoints SAVED.
+        copied = [[str(out / f"checkpoint-{SAVED}"), str(new)] for out, new in zip(outs[:2], again)]
+        resume = "--resume_from_checkpoint=latest"
+        arguments = legs(again, [*copied, []], [*whole, resume], [*long, f"--max_train_steps={last + 2}", resume])
+        command = ["-m", "tests.helpers.engine_runs", "[]", *arguments]
+        for machine in machines:
+            machine.start(config, command, folder)
+        for machine in machines:
+            assert machine.process.wait(200) == 0, machine.text[-3000:]
+        lost = SimpleNamespace(errors=errors, texts=texts, seconds=seconds, statuses=statuses, last=last)
+        return SimpleNamespace(outs=outs, again=again, lost=lost, text=machines[0].text)
+
+    def runs(config):
+        if config not in found:
+            found[config] = run_all(config)
+        return found[config]
+
+    return runs
+
+
+def wait_until(condition, machines, seconds=200):
+    until = time.monotonic() + seconds
+    while not condition():
+        for machine in machines:
+            assert machine.process.poll() is None, machine.text[-3000:]
+            assert time.monotonic() < until, machine.text[-3000:]
+        time.sleep(0.1)
+
+
+every_engine = pytest.mark.parametrize("config", ENGINES)
+
+
+@every_engine
+@pytest.mark.parametrize("phase", [1, 2])
+def test_both_phases_train_save_and_resume_across_machines(config, phase, runs):
+    done = runs(config)
+    out, again = done.outs[phase - 1], done.again[phase - 1]
+    assert f"resumed from {again / f'checkpoint-{SAVED}'} at step {SAVED}" in done.text
+    files = sorted(file.relative_to(out) for file in out.rglob("*.safetensors"))
+    assert {path.parts[0] for path in files} == {"best", "final", f"checkpoint-{SAVED}", f"checkpoint-{STEPS}"}
+    for kind in ("model/diffusion_pytorch_model", "optimizer-00000-of-00002", "optimizer-00001-of-00002"):
+        file = f"checkpoint-{STEPS}/{kind}.safetensors"
+        assert (again / file).read_bytes() == (out / file).read_bytes()
+    assert scalars(again)["train/loss"] == scalars(out)["train/loss"][SAVED:]
+
+
+@every_engine
+def test_a_lost_machine_is_named_within_the_time_out_and_the_next_start_goes_on(config, runs):
+    done, lost = runs(config), runs(config).lost
+    assert lost.seconds < SILENCE + 10  # a busy machine ends its processes late
+    assert re.match(r"error: process 1 on machine1 no longer answers: it has ended, or the network", lost.errors[0][0])
+    (named_here, named_there) = lost.errors
+    assert len(named_here) == 1, lost.texts[0][-3000:]
+    if ENGINES[config] == "is cut off":
+        assert len(named_there) == 1, lost.texts[1][-3000:]
+        assert named_there[0].startswith("error: process 0 on machine0 no longer answers")
+        assert f"exitcode  : {EXIT_HUNG}" in lost.texts[1]
+    assert f"exitcode  : {EXIT_HUNG}" in lost.texts[0]
+    assert 0 not in lost.statuses
+    assert f"resumed from {done.outs[2] / f'checkpoint-{lost.last}'} at step {lost.last}" in done.text
+    assert list_checkpoints(done.outs[2])[-1][0] == lost.last + 2
