@@ -25,7 +25,7 @@ from c2r.data.folders import DatasetFolder, open_folder
 from c2r.data.metadata import find_metadata, rows_of
 from c2r.data.probes import Probes
 from c2r.data.settings import ClipSettings
-from c2r.data.video import UnusableVideo, VideoInfo
+from c2r.data.video_info import UnusableVideo, VideoInfo
 from c2r.files import digest, refuse_linked_folders, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -364,6 +364,9 @@ def _cut(infos: Sequence[VideoInfo | UnusableVideo], settings: ClipSettings) -> 
     windows = cut_into_windows(frames, target, buckets)
     if windows:
         return windows
+    slow = [info for info in usable if info.is_frozen_at(fps)]
+    if slow:
+        raise DropRow(DropReason.FROZEN, f"{slow[0].rate:.3g} frames per second; a clip has {fps:g}")
     if target.is_image:
         raise DropRow(DropReason.IMAGE, "no bucket has one frame")
     least = min(bucket.num_frames for bucket in nearest_buckets(target, buckets))
