@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import cast
 
 import av
-from torch.utils.data import get_worker_info
 
 from c2r import InputError
 from c2r.data.drop_reasons import DropReason
@@ -15,8 +14,7 @@ from c2r.data.video_info import MAX_PIXELS, SeekableFile, unusable_video
 # Playlists, streams and files in parts are refused: they open files outside the dataset's folder, or the network.
 REFERENCING_FORMATS = {"concat", "dash", "hls", "imf", "lavfi", "mlv", "rtp", "rtsp", "sap", "sdp", "vobsub"}
 REFERENCING_FORMATS |= {"webm_dash_manifest"}
-# AVI stores decode times only. They serve as show times because decoders output frames in show order, as long as no
-# decoder threads hold frames back.
+# AVI stores decode times only. They serve as show times because decoders of one thread output frames in show order.
 DECODE_TIMES_FORMATS = {"avi"}
 OPEN_OPTIONS = {
     "protocol_whitelist": "file",  # no network, whatever a file refers to
@@ -56,11 +54,9 @@ def open_video(
             opened = True
             # A frame may be larger than its container declares: then the decoder refuses it.
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-            # Data loader workers already use all cores.
-            if get_worker_info() is not None:
-                stream.codec_context.thread_count = 1
-            elif container.format.name not in DECODE_TIMES_FORMATS:
-                stream.thread_type = "AUTO"
+            # Decoders with several threads hand frames over before they know that these are damaged, and data loader
+            # workers use all cores without them.
+            stream.codec_context.thread_count = 1
             yield container, stream
     except InputError:
         raise

@@ -158,4 +158,4 @@ def read_frames(file: DatasetFile, clip: Clip, settings: ClipSettings) -> torch.
             return read_window(path, clip.start, num_frames, settings.fps, height, width)
         except UnusableVideo as error:
             # Users know the file by its address, not by its copy in the cache.
-            raise UnusableVideo(str(error).replace(str(path), file.path), error.reason) from error
+            raise UnusableVideo(str(error).replace(str(path), file.path), error.reason, error.of_window) from error

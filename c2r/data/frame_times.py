@@ -11,6 +11,7 @@ import av
 import numpy as np
 
 from c2r.data.containers import DECODE_TIMES_FORMATS, is_image, open_video
+from c2r.data.drop_reasons import DropReason
 from c2r.data.video_info import MAX_PIXELS, to_fraction, unusable_video
 
 # These containers do not store a show time for every frame. FFmpeg's guess differs after a seek, so they are decoded
@@ -19,35 +20,76 @@ GUESSED_TIMES_FORMATS = {"avi", "mpeg"}
 # Seconds by which a seek aims too early: key frames are found by decode time, which runs ahead of show time, and the
 # frames around an open group of pictures need the group before.
 SEEK_MARGIN = Fraction(1, 2)
+# Containers that are broadcast, recorded or repaired piece by piece, so that packets may be missing.
+MATROSKA = "matroska,webm"
+LOSSY_FORMATS = {"mpegts", MATROSKA}
+# A gap between frames is a hole after this many regular frames, if it is a whole number of intervals within the
+# tolerance. Containers store milliseconds.
+REGULAR_FRAMES, HOLE_TOLERANCE = 3, Fraction(1, 10)
 #: Frames by which the decoders' order may differ from the order of showing: the most that H.264 and HEVC allow.
 MAX_DELAY = 16
 #: FFmpeg's own decoders leave the alpha of these out.
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
-def decoded_frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+class Damage:
+    """The part of a video that cannot be trusted: from the first damage on, until a key frame after the last one.
+
+    Decoders guess what is lost, and go on from their guess. They mark at most the first such frame.
+    """
+
+    def __init__(self) -> None:
+        self._first: Fraction | None = None
+        self._last: Fraction | None = None
+
+    def add(self, time: Fraction) -> None:
+        """Note that data is lost at this time, on the stream's own clock."""
+        self._first = time if self._first is None else min(self._first, time)
+        self._last = time if self._last is None else max(self._last, time)
+
+    def covers(self, frame: av.VideoFrame, time: Fraction) -> bool:
+        """Return True if a frame cannot be trusted; call it for all frames in order of time."""
+        if frame.is_corrupt:
+            self.add(time)
+        elif frame.key_frame and self._last is not None and time > self._last:
+            self._first = self._last = None
+        return self._first is not None and time >= self._first
+
+
+def decoded_frames(
+    container: av.container.InputContainer, stream: av.VideoStream, damage: Damage | None = None
+) -> Iterator[av.VideoFrame]:
     """Decode from the container's position on; interlaced frames are made whole, and each `pts` is a show time.
+
+    Args:
+        container, stream: see `open_video`.
+        damage: gets the times of packets that the container knows to be incomplete.
 
     Yields:
         the frames in show order. From the first interlaced frame on, a frame is given when the next one is decoded.
     """
-    frames = container.decode(stream)
+    decoder = None
     if stream.metadata.get("alpha_mode") == "1" and stream.codec_context.name in ALPHA_DECODERS:
         decoder = cast(av.VideoCodecContext, av.CodecContext.create(ALPHA_DECODERS[stream.codec_context.name], "r"))
         decoder.options = {"max_pixels": str(MAX_PIXELS)}
-        frames = (frame for packet in container.demux(stream) for frame in decoder.decode(packet))
-    if container.format.name in DECODE_TIMES_FORMATS:
-        frames = map(_with_decode_time, frames)
-    return deinterlaced(frames)
 
+    def frames():
+        incomplete = False
+        for packet in container.demux(stream):
+            # The mark may stand one packet too early: the parser has already read the start of the next one.
+            incomplete, previous = packet.is_corrupt and bool(packet.size), incomplete
+            if damage and (incomplete or previous) and packet.pts is not None:
+                damage.add(packet.pts * stream.time_base)
+            for frame in packet.decode() if decoder is None else decoder.decode(packet):
+                if container.format.name in DECODE_TIMES_FORMATS:
+                    frame.pts = frame.dts
+                yield frame
 
-def _with_decode_time(frame: av.VideoFrame) -> av.VideoFrame:
-    frame.pts = frame.dts
-    return frame
+    return deinterlaced(frames())
 
 
 def deinterlaced(frames: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-    """Yield the frames; those flagged interlaced, woven of two moments, become pictures of their first moment."""
+    """Yield the frames; those flagged interlaced, woven of two moments, become pictures of one of them."""
     graph, layout = None, None
     for frame in frames:
         if graph is None and not frame.interlaced_frame:
@@ -79,7 +121,7 @@ def _rest_of(graph: av.filter.Graph | None) -> Iterator[av.VideoFrame]:
         yield from _available(graph)
 
 
-def frame_time(container: av.container.InputContainer, frame: av.VideoFrame) -> Fraction | None:
+def frame_time(frame: av.VideoFrame) -> Fraction | None:
     """Return a frame's show time in seconds on the stream's own clock; None if the container stores none."""
     return None if frame.pts is None else frame.pts * Fraction(frame.time_base)
 
@@ -91,7 +133,7 @@ def first_frame(
     frame = next(decoder, None)
     if frame is None:
         raise unusable_video(path, "it holds no frame")
-    time = Fraction(0) if is_image(container) else frame_time(container, frame)
+    time = Fraction(0) if is_image(container) else frame_time(frame)
     if time is None:
         raise unusable_video(path, "its frames carry no times, as in a raw stream: remux it into mp4 or mkv")
     return frame, time
@@ -103,8 +145,11 @@ def frame_interval(container: av.container.InputContainer, stream: av.VideoStrea
     Recorders write WebM without a rate; their clocks are some milliseconds early or late, so a line is fitted. The
     container is then left at its beginning. An image gets 1/25.
     """
-    if stream.average_rate or is_image(container):
+    # FFmpeg guesses a missing rate of MKV and WebM from the first frames, but does not call it the base rate.
+    has_rate = stream.average_rate and (container.format.name != MATROSKA or stream.average_rate == stream.base_rate)
+    if has_rate or is_image(container):
         return header_interval(stream)
+    container.seek(stream.start_time or 0, stream=stream)
     times = sorted(packet.pts for packet in container.demux(stream) if packet.size and packet.pts is not None)
     container.seek(stream.start_time or 0, stream=stream)
     if len(times) < 2 or times[-1] == times[0]:
@@ -154,36 +199,82 @@ def last_packet(
 
 
 def timed_frames(
-    container: av.container.InputContainer, stream: av.VideoStream, start: Fraction, search: bool = True
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    start: Fraction,
+    end: Fraction | None = None,
+    search: bool = True,
 ) -> Iterator[tuple[Fraction, av.VideoFrame]]:
     """Yield (seconds from the file's first frame, frame) in order of time, from a frame at or before `start` on.
 
     Args:
         container, stream: see `open_video`.
         start: in seconds from the file's first frame.
+        end: the last time of interest; None: the end of the file.
         search: seek to a key frame before `start`, if the container's times allow it.
+
+    Raises:
+        UnusableVideo: data is lost, and the frames from `start` to `end` are guessed from what is left.
     """
     interval = frame_interval(container, stream)
-    decoder = decoded_frames(container, stream)
+    damage = Damage()
+    decoder = decoded_frames(container, stream, damage)
     frame, first = first_frame(container.name, container, decoder)
     target = first + start - SEEK_MARGIN
     if search and target > first and container.format.name not in GUESSED_TIMES_FORMATS:
         container.seek(floor(target / stream.time_base), stream=stream)  # to the key frame before
-        decoder = decoded_frames(container, stream)
+        damage = Damage()
+        decoder = decoded_frames(container, stream, damage)
         frame = next(decoder, None)
-        landed = None if frame is None else frame_time(container, frame)
+        landed = None if frame is None else frame_time(frame)
         if landed is None or landed > first + start:
             # A container without an exact index, such as MPEG-TS, is decoded from the beginning.
-            with open_video(container.name) as (again, same_stream):
-                yield from timed_frames(again, same_stream, start, search=False)
+            with open_video(container.name, of_window=True) as (again, same_stream):
+                yield from timed_frames(again, same_stream, start, end, search=False)
             return
     time = None
+    holes = Holes(interval if container.format.name in LOSSY_FORMATS else None)
     while frame is not None:
-        shown = frame_time(container, frame)
+        before, shown = time, frame_time(frame)
         # Decoders output frames in show order, so a time that does not increase is wrong.
-        time = shown - first if shown is not None and (time is None or shown - first > time) else time + interval
+        time = shown - first if shown is not None and (before is None or shown - first > before) else before + interval
+        is_after_hole = before is not None and holes.is_between(before, time)
+        if is_after_hole:
+            damage.add(first + before)
+        # After a hole, the frames just before it may be guessed too: they are predicted from later ones.
+        is_guessed = damage.covers(frame, first + time)
+        is_wanted = start - interval < time and (end is None or time < end + interval)
+        if (is_after_hole and time > start) or (is_guessed and is_wanted):
+            detail = f"data is lost about {float(time):.2f} s after the first frame"
+            raise unusable_video(container.name, detail, DropReason.DAMAGED, of_window=True)
         yield time, frame
         frame = next(decoder, None)
+
+
+class Holes:
+    """Finds missing frames in a video that is otherwise regular: a whole number of intervals without a frame.
+
+    Args:
+        interval: seconds between frames; None: nothing is taken for a hole.
+    """
+
+    def __init__(self, interval: Fraction | None):
+        self._interval, self._regular = interval, 0
+
+    def is_between(self, before: Fraction, time: Fraction) -> bool:
+        """Return True if frames are missing between two consecutive ones; call it for all frames in order of time."""
+        if self._interval is None:
+            return False
+        steps = (time - before) / self._interval
+        if abs(steps - round(steps)) > HOLE_TOLERANCE:
+            self._interval = None  # a video of variable rate
+        elif round(steps) == 1:
+            self._regular += 1
+        elif self._regular >= REGULAR_FRAMES:
+            return True
+        else:
+            self._interval = None
+        return False
 
 
 def nearest_frames(

@@ -95,7 +95,6 @@ def probe(path: str | Path, file: SeekableFile | None = None) -> VideoInfo:
             with _one_at_a_time(*picture.image.size):
                 return picture.info()
     with open_video(path, file) as (container, stream):
-        stream.thread_type = "NONE"  # one frame is not worth starting threads for
         with _one_at_a_time(stream.codec_context.width, stream.codec_context.height):
             first, aspect, height = _first_shape(path, container, stream)
         interval = frame_interval(container, stream)
@@ -154,11 +153,8 @@ def read_window(path: str | Path, start: float, num_frames: int, fps: float, hei
     wanted = [to_fraction(start) + n / to_fraction(fps) for n in range(num_frames)]
     window = np.empty((num_frames, 3, height, width), dtype=np.uint8)
     filled = pictures = 0
-    with _frames_from(path, wanted[0], num_frames) as (timed, reach, pixel_aspect, tag):
+    with _frames_from(path, wanted[0], wanted[-1], num_frames) as (timed, reach, pixel_aspect, tag):
         for count, frame in nearest_frames(timed, wanted, reach):
-            if frame.is_corrupt:
-                detail = f"the frame {float(wanted[filled]):.2f} s after the first is damaged"
-                raise unusable_video(path, detail, of_window=True)
             # Checked for every frame: they may change within a file.
             require_shape(path, frame.width, frame.height, pixel_aspect)
             require_known_colours(path, frame, tag)
@@ -177,7 +173,7 @@ def read_window(path: str | Path, start: float, num_frames: int, fps: float, hei
 
 @contextmanager
 def _frames_from(
-    path: str | Path, start: Fraction, num_frames: int
+    path: str | Path, start: Fraction, end: Fraction, num_frames: int
 ) -> Iterator[tuple[Iterator[tuple[Fraction, av.VideoFrame]], Fraction, Fraction | int, str]]:
     """Open a file to read a window.
 
@@ -194,7 +190,7 @@ def _frames_from(
         # The reach is one interval longer than in `VideoInfo.frames_at`: some decoders never output the last frame.
         reach = frame_interval(container, stream) * 3 / 2
         tag = stream.codec_context.codec_tag
-        yield timed_frames(container, stream, start), reach, stream.sample_aspect_ratio or 1, tag
+        yield timed_frames(container, stream, start, end), reach, stream.sample_aspect_ratio or 1, tag
 
 
 def _require_one_frame(path, num_frames, is_image):
