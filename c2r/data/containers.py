@@ -1,14 +1,17 @@
 """Open video files by PyAV, safely: no other file, no network, no enormous frames."""
 
+import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import BinaryIO, cast
 
 import av
 
 from c2r import InputError
 from c2r.data.drop_reasons import DropReason
+from c2r.data.mp4_tables import require_honest_tables
 from c2r.data.video_info import MAX_PIXELS, SeekableFile, unusable_video
 
 # Playlists, streams and files in parts are refused: they open files outside the dataset's folder, or the network.
@@ -42,6 +45,9 @@ def open_video(
     """
     opened = False
     try:
+        with open_content(path, file) as content:
+            require_honest_tables(path, content)
+            content.seek(0)
         with av.open(file or str(path), "r", options=OPEN_OPTIONS) as container:
             stream = cast(av.VideoStream | None, container.streams.best("video"))
             if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
@@ -65,6 +71,30 @@ def open_video(
             require_readable(path)
         detail = getattr(error, "strerror", None) or error
         raise unusable_video(path, detail, of_window=of_window and opened) from error
+
+
+@contextmanager
+def open_content(path: str | Path, file: SeekableFile | None = None) -> Iterator[BinaryIO]:
+    """Open a file to read its bytes; a given file object stays open.
+
+    Raises:
+        UnusableVideo: it is a pipe, device or folder, which are not opened.
+        OSError: the system cannot open it.
+    """
+    if file is not None:
+        yield cast(BinaryIO, file)
+        return
+    kind = file_kind(os.stat(path).st_mode)
+    if kind != "file":
+        raise unusable_video(path, f"it is a {kind}", DropReason.NOT_A_FILE)
+    with open(path, "rb") as content:
+        yield content
+
+
+def file_kind(mode: int) -> str:
+    """Name the kind of a file by its `os.stat` mode."""
+    kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "device")
 
 
 def require_readable(path: str | Path) -> None:

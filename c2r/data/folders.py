@@ -11,6 +11,7 @@ import torch
 
 from c2r import InputError
 from c2r.data.clips import Clip, DatasetFile
+from c2r.data.containers import file_kind
 from c2r.data.drop_reasons import DropReason, DropRow
 from c2r.data.remote import RemoteFolder, is_remote
 from c2r.data.settings import ClipSettings
@@ -45,7 +46,7 @@ class LocalFolder:
         """Return the file of this name; None if there is none.
 
         Raises:
-            DropRow: it is outside the folder.
+            DropRow: it is outside the folder, or no file.
         """
         path = os.path.normpath(os.path.join(self.address, name))
         parent = os.path.dirname(path)
@@ -56,7 +57,7 @@ class LocalFolder:
         except (OSError, ValueError):  # ValueError: no file can have this name
             return None
         if not stat.S_ISREG(status.st_mode):
-            return None
+            raise DropRow(DropReason.NOT_A_FILE, f"{name} is a {file_kind(status.st_mode)}")
         # Neither ".." nor a link may lead out of the dataset: the name and the real path are both checked.
         if not (self._contains(parent) and (not is_link or self._contains_uncached(path))):
             raise DropRow(DropReason.OUTSIDE_FOLDER, f"{name} leads to {os.path.realpath(path)}")

@@ -41,11 +41,21 @@ class Damage:
     def __init__(self) -> None:
         self._first: Fraction | None = None
         self._last: Fraction | None = None
+        self._lost: list[Fraction] = []
 
     def add(self, time: Fraction) -> None:
         """Note that data is lost at this time, on the stream's own clock."""
         self._first = time if self._first is None else min(self._first, time)
         self._last = time if self._last is None else max(self._last, time)
+
+    def lose(self, time: Fraction) -> None:
+        """Note that a frame could not be decoded."""
+        self.add(time)
+        self._lost.append(time)
+
+    def is_between(self, before: Fraction, time: Fraction) -> bool:
+        """Return True if a frame between these times could not be decoded."""
+        return any(before < lost < time for lost in self._lost)
 
     def covers(self, frame: av.VideoFrame, time: Fraction) -> bool:
         """Return True if a frame cannot be trusted; call it for all frames in order of time."""
@@ -63,7 +73,7 @@ def decoded_frames(
 
     Args:
         container, stream: see `open_video`.
-        damage: gets the times of packets that the container knows to be incomplete.
+        damage: gets the times of packets that are incomplete or cannot be decoded. None: the latter raise.
 
     Yields:
         the frames in show order. From the first interlaced frame on, a frame is given when the next one is decoded.
@@ -74,13 +84,21 @@ def decoded_frames(
         decoder.options = {"max_pixels": str(MAX_PIXELS)}
 
     def frames():
-        incomplete = False
+        incomplete = started = False
         for packet in container.demux(stream):
             # The mark may stand one packet too early: the parser has already read the start of the next one.
             incomplete, previous = packet.is_corrupt and bool(packet.size), incomplete
             if damage and (incomplete or previous) and packet.pts is not None:
                 damage.add(packet.pts * stream.time_base)
-            for frame in packet.decode() if decoder is None else decoder.decode(packet):
+            try:
+                decoded = packet.decode() if decoder is None else decoder.decode(packet)
+            except av.InvalidDataError:
+                if damage is None or not started or packet.pts is None:
+                    raise
+                damage.lose(packet.pts * stream.time_base)
+                continue
+            for frame in decoded:
+                started = True
                 if container.format.name in DECODE_TIMES_FORMATS:
                     frame.pts = frame.dts
                 yield frame
@@ -238,13 +256,15 @@ def timed_frames(
         before, shown = time, frame_time(frame)
         # Decoders output frames in show order, so a time that does not increase is wrong.
         time = shown - first if shown is not None and (before is None or shown - first > before) else before + interval
-        is_after_hole = before is not None and holes.is_between(before, time)
+        is_after_hole = before is not None and (
+            holes.is_between(before, time) or damage.is_between(first + before, first + time)
+        )
         if is_after_hole:
             damage.add(first + before)
         # After a hole, the frames just before it may be guessed too: they are predicted from later ones.
         is_guessed = damage.covers(frame, first + time)
         is_wanted = start - interval < time and (end is None or time < end + interval)
-        if (is_after_hole and time > start) or (is_guessed and is_wanted):
+        if (is_after_hole and time > start and (end is None or before < end)) or (is_guessed and is_wanted):
             detail = f"data is lost about {float(time):.2f} s after the first frame"
             raise unusable_video(container.name, detail, DropReason.DAMAGED, of_window=True)
         yield time, frame

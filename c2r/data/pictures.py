@@ -11,14 +11,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from c2r.data.colour import CURVES, DISPLAY_CURVES, DISPLAY_PRIMARIES, UNSPECIFIED, WIDE_PRIMARIES, codes_to_srgb
-from c2r.data.containers import require_readable
+from c2r.data.containers import open_content, require_readable
 from c2r.data.drop_reasons import DropReason
 from c2r.data.video_info import (
     MAX_PIXELS,
@@ -101,8 +101,8 @@ def open_picture(path: str | Path, file: SeekableFile | None = None) -> Iterator
     """
     with ExitStack() as stack:
         with _errors_of_pillow(path, file):
-            content = stack.enter_context(open(path, "rb")) if file is None else file
-            picture = _identify(path, cast(BinaryIO, content))
+            content = stack.enter_context(open_content(path, file))
+            picture = _identify(path, content)
         content.seek(0)
         yield picture
 

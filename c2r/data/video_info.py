@@ -107,10 +107,10 @@ def unusable_video(
     """
     detail = " ".join(str(detail).split()) or "unknown decoder error"
     problem, remedy = {
-        DropReason.UNKNOWN_COLOURS: ("its colours cannot be converted", "convert it to sRGB or BT.709"),
-        DropReason.FROZEN: ("it is frozen", "give a video that moves, or lower --fps"),
-        DropReason.DAMAGED: ("it is damaged", "repair or re-encode it"),
-        DropReason.NOT_A_FILE: ("it is no file", "give a video or image"),
+        DropReason.UNKNOWN_COLOURS: ("has colours that cannot be converted", "convert it to sRGB or BT.709"),
+        DropReason.FROZEN: ("is frozen", "give a video that moves, or lower --fps"),
+        DropReason.DAMAGED: ("is damaged", "repair or re-encode it"),
+        DropReason.NOT_A_FILE: ("is not a file", "give a video or image"),
     }.get(reason, ("cannot be decoded", "repair or re-encode it"))
     return UnusableVideo(f"{path}: {problem} ({detail}); {remedy}, or remove its row", reason, of_window)
 
