@@ -19,6 +19,8 @@ MAX_SECONDS = 24 * 3600
 # A picture is resized until it covers the window, then cropped. A header that declares pixels of 10000:1 would make it
 # gigabytes large; scrolls and panoramas are within 32:1.
 MAX_ASPECT = 32
+# Raise it when files give other pixels than before: everything encoded from the old ones is then encoded again.
+PIXELS_VERSION = 2
 # A window of 4k + 1 frames that shows at most k pictures is frozen: fewer than one in four of its frames is new.
 FRAMES_PER_PICTURE = 4
 
