@@ -7,7 +7,7 @@
 - Alpha: the picture is laid over black.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -200,7 +200,7 @@ def rgb_pixels(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
     """
     name, curve, primaries = frame.format.name, frame.color_trc, frame.color_primaries
     if is_float(name):
-        frame = av.VideoFrame.from_ndarray(light_to_srgb(_float_pixels(frame, primaries)), "rgb24")
+        frame = av.VideoFrame.from_ndarray(_float_to_srgb(frame, primaries), "rgb24")
     elif _has_alpha(name):
         # Before it is resized: the colour of transparent pixels has no meaning and must not bleed into their
         # neighbours.
@@ -225,24 +225,36 @@ def _reformat(frame: av.VideoFrame, height: int, width: int, pixel_format: str) 
 
 def _over_black(frame: av.VideoFrame, curve: int, primaries: int) -> np.ndarray:
     """Return the opaque (H, W, 3) uint8 sRGB picture of a frame with straight alpha over black."""
-    if curve in DISPLAY_CURVES and primaries in DISPLAY_PRIMARIES:
-        pixels = _reformat(frame, frame.height, frame.width, "rgba")
-        rgb, alpha = pixels[..., :3], pixels[..., 3:]
-    else:
-        pixels = _reformat(frame, frame.height, frame.width, "rgba64le")
-        rgb = codes_to_srgb(pixels[..., :3], curve, primaries, _white(frame.format.name))
-        alpha = (pixels[..., 3:] >> 8).astype(np.uint8)
-    return ((rgb.astype(np.uint16) * alpha + 127) // 255).astype(np.uint8)
+    is_plain = curve in DISPLAY_CURVES and primaries in DISPLAY_PRIMARIES
+    pixels = _reformat(frame, frame.height, frame.width, "rgba" if is_plain else "rgba64le")
+    shown = np.empty((frame.height, frame.width, 3), np.uint8)
+    for rows in _row_blocks(frame.height):
+        rgb, alpha = pixels[rows, :, :3], pixels[rows, :, 3:]
+        if not is_plain:
+            rgb, alpha = codes_to_srgb(rgb, curve, primaries, _white(frame.format.name)), alpha >> 8
+        shown[rows] = (rgb.astype(np.uint16) * alpha + 127) // 255
+    return shown
 
 
-def _float_pixels(frame: av.VideoFrame, primaries: int) -> np.ndarray:
-    """Return linear (H, W, 3) fp32 RGB of BT.709; alpha is left out, because float formats store colours times it."""
+def _float_to_srgb(frame: av.VideoFrame, primaries: int) -> np.ndarray:
+    """Return the (H, W, 3) uint8 sRGB picture of a frame that stores light.
+
+    Alpha is left out: over black it changes nothing, because float formats store colours that are multiplied by it.
+    """
     name = frame.format.name
     dtype = np.dtype((">" if name.endswith("be") else "<") + ("f2" if "f16" in name else "f4"))
-    channels = []
-    for index in FLOAT_PLANES[_without_order(name)]:
-        plane = frame.planes[index]
-        rows = np.frombuffer(memoryview(plane), dtype).reshape(frame.height, plane.line_size // dtype.itemsize)
-        channels.append(rows[:, : frame.width].astype(np.float32))
-    light = np.stack(channels, -1)
-    return light @ _to_bt709(primaries).T if primaries in WIDE_PRIMARIES else light
+    planes = [frame.planes[index] for index in FLOAT_PLANES[_without_order(name)]]
+    channels = [
+        np.frombuffer(memoryview(plane), dtype).reshape(frame.height, plane.line_size // dtype.itemsize)
+        for plane in planes
+    ]
+    shown = np.empty((frame.height, frame.width, 3), np.uint8)
+    for rows in _row_blocks(frame.height):
+        light = np.stack([channel[rows, : frame.width] for channel in channels], -1).astype(np.float32)
+        shown[rows] = light_to_srgb(light @ _to_bt709(primaries).T if primaries in WIDE_PRIMARIES else light)
+    return shown
+
+
+def _row_blocks(height: int) -> Iterator[slice]:
+    """Split rows into blocks: intermediate results of a whole large picture would fill gigabytes."""
+    return (slice(top, top + 64) for top in range(0, height, 64))

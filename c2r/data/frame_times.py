@@ -172,8 +172,12 @@ def frame_interval(container: av.container.InputContainer, stream: av.VideoStrea
     container.seek(stream.start_time or 0, stream=stream)
     if len(times) < 2 or times[-1] == times[0]:
         return header_interval(stream)
-    ticks = np.polyfit(np.arange(len(times)), np.array(times) - times[0], 1)[0]
-    return to_fraction(ticks * float(stream.time_base))
+    if len(times) < 4:
+        return Fraction(times[-1] - times[0], len(times) - 1) * stream.time_base
+    (ticks, _), covariance = np.polyfit(np.arange(len(times)), np.array(times) - times[0], 1, cov=True)
+    interval, error = (float(number * stream.time_base) for number in (ticks, covariance[0, 0] ** 0.5))
+    whole = round(1 / interval)  # recorders aim at a whole number of frames per second
+    return Fraction(1, whole) if whole and abs(1 / whole - interval) < 2 * error else to_fraction(interval)
 
 
 def header_interval(stream: av.VideoStream) -> Fraction:

@@ -207,11 +207,11 @@ def test_alpha_is_laid_over_black(tmp_path, name):
 
 
 @pytest.mark.parametrize("matrix", [8, 10, 14])
-@pytest.mark.parametrize(("name", "codec"), [("a.mkv", "libx264"), ("a.mp4", "libx265")])
+@pytest.mark.parametrize(("name", "codec"), [("a.mkv", "libx264"), ("b.mkv", "libx265"), ("a.ts", "libx264")])
 def test_matrices_that_cannot_be_converted_are_refused(tmp_path, matrix, name, codec):
     frame = av.VideoFrame.from_ndarray(counter_frames(1)[0], "rgb24").reformat(format="yuv444p")
     frame.colorspace = matrix
-    path = write_frames(tmp_path / name, [frame] * 2, codec, QUIET if codec == "libx265" else {})
+    path = write_frames(tmp_path / name, [frame] * 20, codec, QUIET if codec == "libx265" else {})
     assert_reason(path, DropReason.UNKNOWN_COLOURS, f"matrix {matrix} ")
 
 
