@@ -5,7 +5,7 @@ from math import log, sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from c2r.data.video import VideoInfo  # would import torch
+    from c2r.data.video_info import VideoInfo  # takes longer to import than all options
 
 
 #: Share of a picture lost by cropping from which on it is warned of.

@@ -12,6 +12,7 @@ import torch
 
 from c2r import InputError
 from c2r.data.clips import Clip, DatasetFile
+from c2r.data.containers import file_kind
 from c2r.data.drop_reasons import DropReason, DropRow
 from c2r.data.remote import RemoteFolder, is_remote
 from c2r.data.sequences import find_sequence, is_pattern
@@ -47,7 +48,7 @@ class LocalFolder:
         """Return the file of this name; None if there is none.
 
         Raises:
-            DropRow: it is outside the folder.
+            DropRow: it is outside the folder, or no file.
         """
         path = os.path.normpath(os.path.join(self.address, name))
         parent = os.path.dirname(path)
@@ -57,8 +58,10 @@ class LocalFolder:
             status = os.stat(path) if is_link else status
         except (OSError, ValueError):  # ValueError: no file can have this name
             return None
-        if not stat.S_ISREG(status.st_mode):
+        if stat.S_ISDIR(status.st_mode):  # perhaps of an image sequence
             return None
+        if not stat.S_ISREG(status.st_mode):
+            raise DropRow(DropReason.NOT_A_FILE, f"{name} is a {file_kind(status.st_mode)}")
         # Neither ".." nor a link may lead out of the dataset: the name and the real path are both checked.
         if not (self._contains(parent) and (not is_link or self._contains_uncached(path))):
             raise DropRow(DropReason.OUTSIDE_FOLDER, f"{name} leads to {os.path.realpath(path)}")
@@ -79,9 +82,9 @@ class LocalFolder:
             return None
         if not self._contains(path if os.path.isdir(path) else os.path.dirname(path)):
             raise DropRow(DropReason.OUTSIDE_FOLDER, f"{name} leads to {os.path.realpath(path)}")
+        sequence = find_sequence(path, self._contains_uncached)
         if fps is None:
             raise DropRow(DropReason.NO_RATE, f"{name}: give the row an fps, or --sequence_fps")
-        sequence = find_sequence(path, self._contains_uncached)
         pattern = os.path.join(os.path.relpath(sequence.folder, self.address), sequence.pattern)
         return DatasetFile(self.address, f"{os.path.normpath(pattern)}@{fps:.10g}", sequence.size, sequence.mtime_ns)
 
@@ -212,4 +215,4 @@ def read_frames(file: DatasetFile, clip: Clip, settings: ClipSettings) -> torch.
             return read_window(path, clip.start, num_frames, settings.fps, height, width)
         except UnusableVideo as error:
             # Users know the file by its address, not by its copy in the cache.
-            raise UnusableVideo(str(error).replace(str(path), file.path), error.reason) from error
+            raise UnusableVideo(str(error).replace(str(path), file.path), error.reason, error.of_window) from error

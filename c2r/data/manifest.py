@@ -22,12 +22,12 @@ from c2r import InputError
 from c2r.data.buckets import MUCH_CROPPED, Bucket, cut_into_windows, fitting_size, nearest_buckets
 from c2r.data.clips import ENTRY, Clip, Clips, DatasetFile, FileTable
 from c2r.data.drop_reasons import DropReason, DropRow
-from c2r.data.failures import noted_failures
+from c2r.data.failures import Window, noted_failures
 from c2r.data.folders import DatasetFolder, open_folder, spelling
 from c2r.data.metadata import find_metadata, rows_of
 from c2r.data.probes import Probes
 from c2r.data.settings import ClipSettings
-from c2r.data.video import UnusableVideo, VideoInfo, to_fraction
+from c2r.data.video_info import UnusableVideo, VideoInfo, to_fraction
 from c2r.files import digest, refuse_linked_folders, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -42,11 +42,12 @@ ASPECT_TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class DroppedRow:
-    """A metadata row that is not used, or is used without its coarse version."""
+    """A metadata row, or one window of it, that is not used; or a row that is used without its coarse version."""
 
     file: str
     reason: DropReason
     detail: str = ""
+    window: int | None = None  # 0, 1, … within the file; None: all of them
 
 
 def is_held_out(name: str, fraction: float = HELD_OUT_FRACTION) -> bool:
@@ -82,6 +83,7 @@ class Manifest:
     cache_dir: Path
     row_count: int  # rows of the metadata
     without_coarse: list[DroppedRow] = field(default_factory=list)  # real rows that are used without it
+    dropped_windows: list[DroppedRow] = field(default_factory=list)  # of rows with other, good windows
     # Aspect ratio of the file of each row of the clips' table; NaN for rows without clips.
     aspects: np.ndarray = field(default_factory=lambda: np.empty(0))
 
@@ -121,6 +123,9 @@ class Manifest:
             shares = ", ".join(f"{numbers[i]} of {bucket}" for i, bucket in enumerate(self.clips.buckets))
             logger.info(f"{name}: clips by bucket: {shares}")
         self._report_cropping(name)
+        if self.dropped_windows:
+            count = len(self.dropped_windows)
+            logger.info(f"{name}: dropped {count} single clips: {_count_reasons(self.dropped_windows)}")
         if self.without_coarse:
             logger.info(
                 f"{name}: kept {len(self.without_coarse)} rows without their coarse version: "
@@ -160,10 +165,11 @@ class Manifest:
         content = io.StringIO()
         writer = csv.writer(content)
         writer.writerow(["file_name", "window", "bucket", "cropped", "use", "reason"])
-        for use, rows in (("dropped", self.dropped), ("without coarse version", self.without_coarse)):
+        dropped = [*self.dropped, *self.dropped_windows]
+        for use, rows in (("dropped", dropped), ("without coarse version", self.without_coarse)):
             for row in rows:
                 reason = f"{row.reason}: {row.detail}" if row.detail else row.reason
-                writer.writerow([row.file, "", "", "", use, reason])
+                writer.writerow([row.file, "" if row.window is None else row.window, "", "", use, reason])
         entries, table = self.clips.entries, self.clips.tables[0]
         names, uses = table.names.to_pylist(), ("train", "held out")
         rows, windows, buckets, held_out = (entries[name].tolist() for name in ("row", "window", "bucket", "held_out"))
@@ -244,9 +250,9 @@ class _TableBuilder:
             files.append(DatasetFile(self.folder.address, coarse, control_sizes[row], control_mtimes[row]))
         return files
 
-    def add_windows(self, row: int, windows: list[tuple[int, int]]) -> None:
-        """Add the windows of a row, see `cut_into_windows`; a row without windows gives no clips."""
-        for window, (first, bucket) in enumerate(windows):
+    def add_windows(self, row: int, windows: dict[int, tuple[int, int]]) -> None:
+        """Add the windows of a row by number, see `cut_into_windows`; a row without windows gives no clips."""
+        for window, (first, bucket) in windows.items():
             for column, value in zip(self.windows.values(), (row, window, first, bucket)):
                 column.append(value)
 
@@ -302,16 +308,31 @@ def read_manifest(
     failures = noted_failures(cache_dir, current_encoders)
     aspects = np.full(len(table), np.nan)
     windows_of_infos: dict[tuple, list[tuple[int, int]]] = {}
+    dropped_windows: list[DroppedRow] = []
+    per_second, seconds = to_fraction(settings.fps).as_integer_ratio()
 
     def windows_of(files, part):
         infos = [probes.of(file) for file in files]
         key = (part, *map(id, infos))  # `probes` keeps one object for all files that are alike
         if key not in windows_of_infos:
             windows_of_infos[key] = _cut(infos, settings, part)
+        windows, failed = dict(enumerate(windows_of_infos[key])), []
         for file in files:
-            if file[1:] in failures:
-                raise DropRow(*failures[file[1:]])
-        return windows_of_infos[key]
+            notes = failures.get(file[1:])
+            if not notes:
+                continue
+            if None in notes:
+                raise DropRow(*notes[None])
+            for number, (first, bucket) in list(windows.items()):
+                window = Window(first * seconds / per_second, settings.buckets[bucket].num_frames, settings.fps)
+                if window in notes:
+                    del windows[number]
+                    # A coarse version of a real clip is left out instead.
+                    if not windows or (domain == "real" and file != files[0]):
+                        raise DropRow(*notes[window])
+                    failed.append(DroppedRow(files[0].name, *notes[window], number))
+        dropped_windows.extend(failed)
+        return windows
 
     for row in range(len(table)):
         files, part = table.files(row), table.parts[row]
@@ -329,7 +350,9 @@ def read_manifest(
         except DropRow as drop:
             dropped.append(DroppedRow(files[0].name, drop.reason, drop.detail))
     clips = table.clips(domain, settings.fps, settings.buckets)
-    manifest = Manifest(folder.address, domain, clips, dropped, cache_dir, row_count, without_coarse, aspects)
+    manifest = Manifest(
+        folder.address, domain, clips, dropped, cache_dir, row_count, without_coarse, dropped_windows, aspects
+    )
     manifest.require_kept(settings.max_dropped)
     _hold_out(folder, clips)
     return manifest
@@ -458,6 +481,9 @@ def _cut(
     windows = cut_into_windows(frames, target, buckets)
     if windows:
         return [(first + frame, bucket) for frame, bucket in windows]
+    slow = [info for info in usable if info.is_frozen_at(fps)]
+    if slow:
+        raise DropRow(DropReason.FROZEN, f"{slow[0].rate:.3g} frames per second; a clip has {fps:g}")
     if target.is_image:
         raise DropRow(DropReason.IMAGE, "no bucket has one frame")
     least = min(bucket.num_frames for bucket in nearest_buckets(target, buckets))

@@ -70,6 +70,8 @@ def find_sequence(path: str, is_inside: Callable[[str], bool] = lambda link: Tru
         pictures = _matching(folder, *key) if os.path.isdir(folder) else {}
         found = {key: {text: entry for text, entry in pictures.items() if text == f"{int(text):0{digits}d}"}}
         found = {key: pictures for key, pictures in found.items() if pictures}
+    if not found and os.path.isdir(path):
+        raise DropRow(DropReason.NOT_A_FILE, f"{path} is a folder, and holds no numbered pictures")
     if not found:
         raise DropRow(DropReason.MISSING_FILE, f"{path}: no numbered pictures ({', '.join(SUFFIXES)}) of this name")
     if len(found) > 1:

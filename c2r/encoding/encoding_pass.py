@@ -21,11 +21,11 @@ from c2r import InputError
 from c2r.data.buckets import Bucket
 from c2r.data.clips import Clip, Clips, DatasetFile
 from c2r.data.drop_reasons import DropReason
-from c2r.data.failures import Failure, note_failure
+from c2r.data.failures import Failure, Window, note_failure
 from c2r.data.folders import read_frames
 from c2r.data.manifest import Manifest
 from c2r.data.settings import ClipSettings
-from c2r.data.video import UnusableVideo
+from c2r.data.video_info import UnusableVideo
 from c2r.data.workers import Heartbeat, shield_worker, usable_workers
 from c2r.encoding.cache import CacheSettings, current_encoders
 from c2r.encoding.encoders import ControlEncoder, Encoder, LatentEncoder, Tensors
@@ -54,7 +54,7 @@ class EncodingResult:
 
     kind: str  #: see `MissingFiles`
     seconds_per_clip: float | None  #: duration of the pass per missing clip; None if no clip was missing
-    failures: list[str]  #: a line per clip that cannot be encoded; the next `read_manifest` drops their files
+    failures: list[str]  #: a line per clip that cannot be encoded; the next `read_manifest` drops it, or its file
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,8 @@ class _Batches(Dataset):
             try:
                 frames = read_frames(file, clip, self.settings)
             except UnusableVideo as error:
-                return Failure(file, error.reason, str(error))
+                window = Window(clip.start, clip.bucket.num_frames, self.settings.fps) if error.of_window else None
+                return Failure(file, error.reason, str(error), window=window)
         return frames
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 import signal
 import sys
@@ -228,22 +229,26 @@ def broken_inside(path, count=40):
     encode_video(path, noise, codec="prores_ks", pix_fmt="yuv422p10le")
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
-    content[middle - 20_000 : middle + 20_000] = bytes(40_000)
+    content[middle - 2_000 : middle + 2_000] = bytes(4_000)
     path.write_bytes(content)
 
 
-def test_a_file_that_cannot_be_decoded_is_noted_and_dropped_with_its_reason(data, settings, process):
+def test_windows_that_cannot_be_decoded_are_noted_and_dropped_with_their_reason(data, settings, process):
     broken_inside(data / "bad.mov")
     with open(data / "metadata.csv", "a") as file:
         file.write("\nbad.mov,rain\n")
     clips = read(data, settings).clips
     assert len(clips) == 3 + 8
     failures = encode_missing(clips, settings, *process).failures
-    assert failures
-    assert all("bad.mov: cannot be decoded" in failure and "\n" not in failure for failure in failures)
+    assert 1 <= len(failures) < 8
+    assert all(re.search(r"bad\.mov: (cannot be decoded|is damaged) \(.+\); ", failure) for failure in failures)
     manifest = read(data, settings)
-    assert [clip.name for clip in manifest.clips] == ["a.mp4", "a.mp4", "b.mp4"]
-    assert [(row.file, row.reason) for row in manifest.dropped] == [("bad.mov", "unreadable")]
+    assert manifest.dropped == []
+    assert {row.file for row in manifest.dropped_windows} == {"bad.mov"}
+    kept = [clip.window for clip in manifest.clips if clip.name == "bad.mov"]
+    assert sorted(kept + [row.window for row in manifest.dropped_windows]) == list(range(8))
+    assert len(manifest.clips) == 3 + len(kept)
+    assert 'bad.mov,4,,dropped,"damaged: ' in manifest.write().read_text()
     assert encode_missing(manifest.clips, settings, *process).seconds_per_clip is None  # nothing is missing
     # The repaired file is used again.
     write_video(data / "good.mp4", counter_frames(5, 32, 48), 16)
@@ -269,7 +274,7 @@ def test_a_damaged_control_is_found_before_training(data, settings, process):
     (data / "metadata.csv").write_text("\n".join(rows))
     failures = encode_missing(read(data, settings, "cg").clips, settings, *process).failures
     assert "coarse.mov" in failures[0]
-    assert [row.file for row in read(data, settings, "cg").dropped] == ["fine.mp4"]
+    assert {row.file for row in read(data, settings, "cg").dropped_windows} == {"fine.mp4"}
 
 
 def test_data_loader_workers_do_not_change_the_latents(data, settings, process, tmp_path):
