@@ -71,7 +71,7 @@ def test_pipes_and_folders_are_named_and_never_opened(tmp_path):
     dropped = read_manifest(tmp_path, "real", clip_settings()).dropped
     assert [(row.reason, row.detail) for row in dropped] == [
         (DropReason.NOT_A_FILE, "pipe.mp4 is a pipe"),
-        (DropReason.NOT_A_FILE, "folder.mp4 is a folder"),
+        (DropReason.NOT_A_FILE, "folder.mp4 is a folder, and holds no numbered pictures"),
     ]
     for name, kind in (("pipe.mp4", "pipe"), ("folder.mp4", "folder"), ("/dev/zero", "device")):
         with pytest.raises(UnusableVideo, match=f"it is a {kind}"):

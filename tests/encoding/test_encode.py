@@ -248,7 +248,7 @@ def test_windows_that_cannot_be_decoded_are_noted_and_dropped_with_their_reason(
     kept = [clip.window for clip in manifest.clips if clip.name == "bad.mov"]
     assert sorted(kept + [row.window for row in manifest.dropped_windows]) == list(range(8))
     assert len(manifest.clips) == 3 + len(kept)
-    assert 'bad.mov,4,,dropped,"damaged: ' in manifest.write().read_text()
+    assert 'bad.mov,4,,,dropped,"damaged: ' in manifest.write().read_text()
     assert encode_missing(manifest.clips, settings, *process).seconds_per_clip is None  # nothing is missing
     # The repaired file is used again.
     write_video(data / "good.mp4", counter_frames(5, 32, 48), 16)
