@@ -82,7 +82,7 @@ class LocalFolder:
             return None
         if not self._contains(path if os.path.isdir(path) else os.path.dirname(path)):
             raise DropRow(DropReason.OUTSIDE_FOLDER, f"{name} leads to {os.path.realpath(path)}")
-        sequence = find_sequence(path, self._contains_uncached)
+        sequence = find_sequence(path, name, self._contains_uncached)
         if fps is None:
             raise DropRow(DropReason.NO_RATE, f"{name}: give the row an fps, or --sequence_fps")
         pattern = os.path.join(os.path.relpath(sequence.folder, self.address), sequence.pattern)

@@ -221,6 +221,7 @@ def last_packet(
 
 
 def timed_frames(
+    path: str | Path,
     container: av.container.InputContainer,
     stream: av.VideoStream,
     start: Fraction,
@@ -230,7 +231,7 @@ def timed_frames(
     """Yield (seconds from the file's first frame, frame) in order of time, from a frame at or before `start` on.
 
     Args:
-        container, stream: see `open_video`.
+        path, container, stream: see `open_video`.
         start: in seconds from the file's first frame.
         end: the last time of interest; None: the end of the file.
         search: seek to a key frame before `start`, if the container's times allow it.
@@ -241,7 +242,7 @@ def timed_frames(
     interval = frame_interval(container, stream)
     damage = Damage()
     decoder = decoded_frames(container, stream, damage)
-    frame, first = first_frame(container.name, container, decoder)
+    frame, first = first_frame(path, container, decoder)
     target = first + start - SEEK_MARGIN
     if search and target > first and container.format.name not in GUESSED_TIMES_FORMATS:
         container.seek(floor(target / stream.time_base), stream=stream)  # to the key frame before
@@ -251,8 +252,8 @@ def timed_frames(
         landed = None if frame is None else frame_time(frame)
         if landed is None or landed > first + start:
             # A container without an exact index, such as MPEG-TS, is decoded from the beginning.
-            with open_video(container.name, of_window=True) as (again, same_stream):
-                yield from timed_frames(again, same_stream, start, end, search=False)
+            with open_video(path, of_window=True) as (again, same_stream):
+                yield from timed_frames(path, again, same_stream, start, end, search=False)
             return
     time = None
     holes = Holes(interval if container.format.name in LOSSY_FORMATS else None)
@@ -270,7 +271,7 @@ def timed_frames(
         is_wanted = start - interval < time and (end is None or time < end + interval)
         if (is_after_hole and time > start and (end is None or before < end)) or (is_guessed and is_wanted):
             detail = f"data is lost about {float(time):.2f} s after the first frame"
-            raise unusable_video(container.name, detail, DropReason.DAMAGED, of_window=True)
+            raise unusable_video(path, detail, DropReason.DAMAGED, of_window=True)
         yield time, frame
         frame = next(decoder, None)
 

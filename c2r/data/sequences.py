@@ -49,37 +49,41 @@ def split_rate(path: str) -> tuple[str, float] | None:
     return None if match is None else (match["pattern"], float(match["fps"]))
 
 
-def find_sequence(path: str, is_inside: Callable[[str], bool] = lambda link: True) -> Sequence:
+def find_sequence(
+    path: str, name: str | None = None, is_inside: Callable[[str], bool] = lambda link: True
+) -> Sequence:
     """Find the pictures of a sequence.
 
     Args:
         path: a folder, or a pattern in a folder.
+        name: what messages call it; None: its path.
         is_inside: tells whether a link among the pictures leads to a file that may be read.
 
     Raises:
         DropRow: there are no pictures or several sequences, a number is missing, or a link leads out.
     """
+    shown = name or path
     if os.path.isdir(path):
         folder = path
         found = {key: pictures for key, pictures in numbered_pictures(folder).items() if len(pictures) > 1}
     else:
-        folder, name = os.path.split(path)
-        match = _PATTERN.fullmatch(name)
+        folder, pattern = os.path.split(path)
+        match = _PATTERN.fullmatch(pattern)
         digits = len(match["hashes"]) if match["hashes"] else int(match["digits"] or 1)
         key = (match["prefix"], match["suffix"])
         pictures = _matching(folder, *key) if os.path.isdir(folder) else {}
         found = {key: {text: entry for text, entry in pictures.items() if text == f"{int(text):0{digits}d}"}}
         found = {key: pictures for key, pictures in found.items() if pictures}
     if not found and os.path.isdir(path):
-        raise DropRow(DropReason.NOT_A_FILE, f"{path} is a folder, and holds no numbered pictures")
+        raise DropRow(DropReason.NOT_A_FILE, f"{shown} is a folder, and holds no numbered pictures")
     if not found:
-        raise DropRow(DropReason.MISSING_FILE, f"{path}: no numbered pictures ({', '.join(SUFFIXES)}) of this name")
+        raise DropRow(DropReason.MISSING_FILE, f"{shown}: no numbered pictures ({', '.join(SUFFIXES)}) of this name")
     if len(found) > 1:
         names = ", ".join(f"{prefix}####{suffix}" for prefix, suffix in sorted(found)[:_MAX_NAMED])
-        raise DropRow(DropReason.MISSING_FILE, f"{path}: holds {len(found)} sequences ({names}); name one of them")
+        raise DropRow(DropReason.MISSING_FILE, f"{shown}: holds {len(found)} sequences ({names}); name one of them")
     (((prefix, suffix), pictures),) = found.items()
-    _require_all_numbers(path, pictures)
-    return _sequence(folder, prefix, suffix, pictures, is_inside)
+    _require_all_numbers(shown, pictures)
+    return _sequence(shown, folder, prefix, suffix, pictures, is_inside)
 
 
 def numbered_pictures(folder: str) -> dict[tuple[str, str], dict[str, os.DirEntry]]:
@@ -105,11 +109,11 @@ def _matching(folder, prefix, suffix):
     return found
 
 
-def _require_all_numbers(path, pictures):
+def _require_all_numbers(shown, pictures):
     numbers = {int(text) for text in pictures}
     first, last = min(numbers), max(numbers)
     if len(numbers) != len(pictures):
-        raise DropRow(DropReason.MISSING_FRAMES, f"{path}: a number is written in two ways; keep one of the pictures")
+        raise DropRow(DropReason.MISSING_FRAMES, f"{shown}: a number is written in two ways; keep one of the pictures")
     absent = last - first + 1 - len(numbers)
     if absent:
         named = []
@@ -119,20 +123,20 @@ def _require_all_numbers(path, pictures):
             if len(named) == min(absent, _MAX_NAMED):
                 break
         more = ", …" if absent > len(named) else ""
-        detail = f"{path}: of the pictures {first} to {last}, {absent} are missing: {', '.join(named)}{more}"
+        detail = f"{shown}: of the pictures {first} to {last}, {absent} are missing: {', '.join(named)}{more}"
         raise DropRow(DropReason.MISSING_FRAMES, detail)
 
 
-def _sequence(folder, prefix, suffix, pictures, is_inside):
+def _sequence(shown, folder, prefix, suffix, pictures, is_inside):
     size = mtime_ns = 0
     for entry in pictures.values():
         if entry.is_symlink() and not is_inside(entry.path):
-            raise DropRow(DropReason.OUTSIDE_FOLDER, f"{entry.path} leads out of the folder")
+            raise DropRow(DropReason.OUTSIDE_FOLDER, f"{shown}: {entry.name} leads out of the folder")
         status = entry.stat()
         size, mtime_ns = size + status.st_size, max(mtime_ns, status.st_mtime_ns)
     texts = sorted(pictures, key=int)
     width = len(texts[0]) if texts[0].startswith("0") else 0
     number = f"%0{width}d" if width > 1 else "%d"
     if any(text != f"{int(text):0{width}d}" for text in texts):
-        raise DropRow(DropReason.MISSING_FRAMES, f"{folder}: the numbers have different widths; rename the pictures")
+        raise DropRow(DropReason.MISSING_FRAMES, f"{shown}: the numbers have different widths; rename the pictures")
     return Sequence(folder, f"{prefix}{number}{suffix}", int(texts[0]), len(texts), size, mtime_ns)

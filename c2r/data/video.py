@@ -190,7 +190,7 @@ def _frames_from(
         # The reach is one interval longer than in `VideoInfo.frames_at`: some decoders never output the last frame.
         reach = frame_interval(container, stream) * 3 / 2
         tag = stream.codec_context.codec_tag
-        yield timed_frames(container, stream, start, end), reach, stream.sample_aspect_ratio or 1, tag
+        yield timed_frames(path, container, stream, start, end), reach, stream.sample_aspect_ratio or 1, tag
 
 
 def _require_one_frame(path, num_frames, is_image):

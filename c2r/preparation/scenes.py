@@ -11,7 +11,7 @@ import numpy as np
 from av.video.reformatter import Interpolation
 
 from c2r import InputError
-from c2r.data.video import UnusableVideo, open_video, timed_frames, to_fraction
+from c2r.data.video import open_video, timed_frames, to_fraction
 
 #: Pixels of the longer side of the frames that are compared: PySceneDetect shrinks frames to about this size, too.
 LONGER_SIDE = 256
@@ -61,10 +61,7 @@ def _small_pictures(path: str, times: list[Fraction]) -> Iterator[np.ndarray]:
     """Yield the frames of a video, (h, w, 3) uint8 BGR of at most LONGER_SIDE pixels; append their times."""
     size = None
     with open_video(path) as (container, stream):
-        for time, frame in timed_frames(container, stream, Fraction(0)):
-            if frame.is_corrupt:  # no clip may have it, see `read_window`
-                detail = f"{path}: the frame {float(time):.2f} s after the first is damaged; repair or re-encode it"
-                raise UnusableVideo(detail)
+        for time, frame in timed_frames(path, container, stream, Fraction(0)):
             if size is None:  # kept: the frames of a file may change their size
                 scale = min(1, LONGER_SIDE / max(frame.width, frame.height))
                 size = max(1, round(frame.width * scale)), max(1, round(frame.height * scale))

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from fractions import Fraction
 
@@ -140,6 +141,17 @@ def test_a_sequence_that_cannot_be_read_is_named(change, name, fps, reason, deta
     with pytest.raises(DropRow, match=detail) as error:
         folder.locate_sequence(name, fps)
     assert error.value.reason == reason
+    assert error.value.detail.startswith(name)
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_pictures_that_cannot_be_decoded_are_named_by_the_path_of_the_sequence(start, tmp_path):
+    folder = write_pictures(tmp_path / "50% off", "{n:04d}.bmp", count=48)
+    (folder / "0039.bmp").write_bytes(b"BM" + bytes(60))
+    path = f"{folder}/%04d.bmp@16"
+    assert read_counter(read_window(path, 1, 9, 16, 48, 64)) == numbers(9, 16)
+    with pytest.raises(UnusableVideo, match=f"^{re.escape(path)}: is damaged"):
+        read_window(path, start, 40 - 16 * start, 16, 48, 64)
 
 
 def test_pictures_that_vanish_later_are_named(tmp_path):
