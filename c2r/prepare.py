@@ -199,6 +199,7 @@ def split_at_cuts(rows: "list[Row]", threshold: float, notes: "Notes", damaged: 
 
     The cuts of a pair are those of its fine video. Videos that turn out to be damaged are added to `damaged`.
     """
+    from pydantic import FiniteFloat
     from tqdm import tqdm
 
     from c2r.data.manifest import DroppedRow
@@ -212,7 +213,7 @@ def split_at_cuts(rows: "list[Row]", threshold: float, notes: "Notes", damaged: 
             split.append(row)
             continue
         key = ("cuts", file.name, file.size, file.mtime_ns, threshold)
-        cuts = notes.get(*key)
+        cuts = notes.get(list[tuple[FiniteFloat, FiniteFloat]], *key)
         if cuts is None:
             try:
                 cuts = find_cuts(file.path, threshold)
@@ -246,7 +247,7 @@ def ask_caption_model(
             continue
         file = row.video.file
         key = ("caption", file.name, file.size, file.mtime_ns, row.start, row.end, model_name, prompt)
-        text = notes.get(*key)
+        text = notes.get(str, *key)
         if text is None:
             model = model or CaptionModel(model_name, prompt)
             start, end = float(row.start or 0), float(row.end or row.video.info.duration)

@@ -5,12 +5,14 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from c2r import InputError, cli
+from c2r.data.buckets import Bucket
 from c2r.data.folders import read_frames
 from c2r.data.manifest import read_manifest
 from c2r.options import ENCODE, PREPARE, clip_settings
@@ -25,9 +27,9 @@ def metadata(folder):
         return list(csv.DictReader(file))
 
 
-def detections(folder):
-    """Return the names of the videos whose cuts were searched, in order."""
-    lines = (folder / ".c2r_cache/prepare/notes.jsonl").read_text().splitlines()
+def detections(folder, skip=0):
+    """Return the names of the videos whose cuts were searched, in order, without the first lines of the notes."""
+    lines = (folder / ".c2r_cache/prepare/notes.jsonl").read_text().splitlines()[skip:]
     return [note["of"][1] for note in map(json.loads, lines) if note["of"][0] == "cuts"]
 
 
@@ -59,6 +61,7 @@ def test_a_folder_becomes_a_dataset_whose_clips_lie_within_scenes(videos, capsys
     assert "found 3 videos and 0 image sequences" in printed
     assert "a.txt: is not UTF-8, read as Windows-1252" in printed
     assert "3 videos, 7 scenes" in printed
+    assert "kept 6 clips of 3 files" in printed
     assert "captions: 7 from text files" in printed
     assert "size 48x64: 2 videos, crops away 0.0%" in printed
 
@@ -95,6 +98,22 @@ def test_a_second_run_searches_new_videos_only(videos):
     assert [row["start"] for row in metadata(videos) if row["file_name"] == "new.mp4"] == [
         row["start"] for row in first if row["file_name"] == "a.mp4"
     ]
+
+
+@pytest.mark.parametrize("value", ["soon", [["1", "2"]], [[0.5]], [[0.5, float("nan")]], {}])
+def test_notes_of_another_type_are_ignored(value, videos, capsys):
+    main([str(videos)])
+    rows, notes = metadata(videos), videos / ".c2r_cache/prepare/notes.jsonl"
+    lines = notes.read_text().splitlines()
+    broken = json.dumps({**json.loads(lines[0]), "value": value})
+    notes.write_text("\n".join([broken, "[]", '{"key": []}', *lines[1:]]))
+    capsys.readouterr()
+    main([str(videos)])
+    printed = capsys.readouterr().out
+    assert printed.count("ignored, and found again") == 3
+    assert f"warning: {notes}: line 2: " in printed
+    assert metadata(videos) == rows
+    assert detections(videos, skip=3) == ["day/b.mkv", "day/c.mp4", "a.mp4"]
 
 
 def test_without_scenes_each_video_is_a_row(videos):
@@ -250,8 +269,8 @@ def test_files_that_cannot_be_used_are_named(videos, tmp_path, capsys):
     assert "._a" not in printed
 
 
-@pytest.mark.parametrize("options", [[], ["--no-scenes"]])
-def test_a_damaged_video_is_not_used(options, videos, capsys):
+@pytest.mark.parametrize(("options", "bucket"), [([], "17x48x64"), (["--no-scenes"], "41x48x64")])
+def test_a_damaged_video_is_not_used(options, bucket, videos, capsys):
     frames = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), np.uint8)
     path = encode_video(videos / "z.mkv", frames)
     content = bytearray(path.read_bytes())
@@ -260,9 +279,12 @@ def test_a_damaged_video_is_not_used(options, videos, capsys):
     path.write_bytes(content)
     (videos / "z.txt").write_text("damaged")
     main([str(videos), *options])
-    assert re.search(r"warning: (not|cannot be) used, unreadable: .*z\.mkv: .*is damaged", capsys.readouterr().out)
-    settings = clip_settings(cli.parse(ENCODE, ["--dataset=x", "--buckets", "17x48x64"]))
+    assert re.search(r"warning: (not|cannot be) used, damaged: .*z\.mkv: is damaged", capsys.readouterr().out)
+    settings = clip_settings(cli.parse(ENCODE, ["--dataset=x", "--buckets", bucket]))
     assert "z.mkv" not in {clip.name for clip in read_manifest(videos, "real", settings).clips}
+    if options:  # only the clip of the contact sheet was noted
+        shorter = replace(settings, buckets=(Bucket(9, 48, 64),))
+        assert "z.mkv" in {clip.name for clip in read_manifest(videos, "real", shorter).clips}
 
 
 def test_the_first_word_is_the_folder():

@@ -144,7 +144,7 @@ class Manifest:
         much = np.flatnonzero(self.cropped > MUCH_CROPPED)
         if not len(much):
             return
-        count = len(np.unique(self.clips.entries["row"][much]))
+        count = self.clips[much].file_count
         worst = int(np.argmax(self.cropped))
         clip, aspect = self.clips[worst], self.aspects[self.clips.entries["row"][worst]]
         height, width = fitting_size(aspect, clip.bucket.height * clip.bucket.width)

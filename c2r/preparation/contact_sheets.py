@@ -8,7 +8,7 @@ from einops import rearrange
 from c2r.data.buckets import Bucket
 from c2r.data.clips import Clip, Clips, DatasetFile
 from c2r.data.contact_sheet import draw_contact_sheet, image_bytes
-from c2r.data.failures import Failure
+from c2r.data.failures import Failure, Window
 from c2r.data.video import UnusableVideo, read_window
 from c2r.files import write_atomic
 
@@ -27,7 +27,7 @@ def write_contact_sheets(clips: Clips, fps: float, folder: Path) -> tuple[list[P
         folder: PNG files are written into it.
 
     Returns:
-        the pictures, and the videos that turned out to be damaged, which are left out.
+        the pictures, and the clips that cannot be decoded, which are left out.
     """
     paths, failures = [], []
     for bucket in clips.buckets:
@@ -42,7 +42,10 @@ def write_contact_sheets(clips: Clips, fps: float, folder: Path) -> tuple[list[P
             try:
                 rows = [_frames(file, clip, bucket, fps) for file in files]
             except UnusableVideo as error:
-                failures += [Failure(file, error.reason, str(error)) for file in files if file.path in str(error)]
+                window = Window(clip.start, bucket.num_frames, fps) if error.of_window else None
+                failures += [
+                    Failure(file, error.reason, str(error), window=window) for file in files if file.path in str(error)
+                ]
                 continue
             columns["video"].append(rows[0])
             columns["control"].append(rows[1] if len(rows) == 2 else np.full_like(rows[0], 255))
