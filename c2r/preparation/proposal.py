@@ -100,9 +100,11 @@ def _sizes(limit: float, max_height: float, max_width: float) -> Iterator[tuple[
 def _lengths(frames: Sequence[int]) -> set[int]:
     """Return 4k + 1 frames, from 5 to NUM_FRAMES: a length of three of four clips, and one that fits the others too.
 
-    If the two are close, the shorter serves all. Clips of fewer frames than SHORT have no say.
+    If the two are close, the shorter serves all. Clips of fewer frames than SHORT have no say, unless they are more
+    than a quarter.
     """
-    counted = [count for count in frames if count >= SHORT] or list(frames)
+    counted = [count for count in frames if count >= SHORT]
+    counted = counted if len(counted) >= 0.75 * len(frames) else list(frames)
     quarter = quantiles(counted, n=4, method="inclusive")[0] if len(counted) > 1 else counted[0]
     long, short = (max(5, min(NUM_FRAMES, (int(count) - 1) // 4 * 4 + 1)) for count in (quarter, min(counted)))
     return {short} if short >= 0.8 * long else {short, long}
