@@ -309,6 +309,7 @@ def read_manifest(
     aspects = np.full(len(table), np.nan)
     windows_of_infos: dict[tuple, list[tuple[int, int]]] = {}
     dropped_windows: list[DroppedRow] = []
+    in_earlier_parts: Counter[str] = Counter()  # windows of a file in the rows so far
     per_second, seconds = to_fraction(settings.fps).as_integer_ratio()
 
     def windows_of(files, part):
@@ -316,7 +317,8 @@ def read_manifest(
         key = (part, *map(id, infos))  # `probes` keeps one object for all files that are alike
         if key not in windows_of_infos:
             windows_of_infos[key] = _cut(infos, settings, part)
-        windows, failed = dict(enumerate(windows_of_infos[key])), []
+        name = files[0].name
+        windows, failed = dict(enumerate(windows_of_infos[key], in_earlier_parts[name] if part else 0)), []
         for file in files:
             notes = failures.get(file[1:])
             if not notes:
@@ -330,8 +332,10 @@ def read_manifest(
                     # A coarse version of a real clip is left out instead.
                     if not windows or (domain == "real" and file != files[0]):
                         raise DropRow(*notes[window])
-                    failed.append(DroppedRow(files[0].name, *notes[window], number))
+                    failed.append(DroppedRow(name, *notes[window], number))
         dropped_windows.extend(failed)
+        if part:
+            in_earlier_parts[name] += len(windows_of_infos[key])
         return windows
 
     for row in range(len(table)):

@@ -148,6 +148,8 @@ def test_rows_of_parts_give_windows_within_them(tmp_path):
         part: [[frame % 27 for frame in range(first, first + 9)] for first in firsts]
         for part, firsts in expected.items()
     }
+    assert [clip.window for clip in manifest.clips] == [*range(6)]  # numbered within the file, not the part
+    assert manifest.clips.file_count == 1
     assert [(row.reason, row.detail) for row in manifest.dropped] == [
         ("no part of the file", "start '1.0', end '0.5': give seconds, the end after the start"),
         ("no part of the file", "start 'x', end '': give seconds, the end after the start"),
