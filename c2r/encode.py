@@ -22,7 +22,7 @@ from c2r import InputError, cli
 from c2r.data.settings import ClipSettings
 from c2r.options import ENCODE, clip_settings
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("c2r.encode")  # under python -m, __name__ is "__main__"
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from c2r import InputError, cli
 from c2r.options import GENERATE
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("c2r.generate")  # under python -m, __name__ is "__main__"
 
 if TYPE_CHECKING:
     import torch
@@ -161,6 +161,11 @@ def check_files(args: Namespace, contract: "PhaseContract"):
                 "--control_video %s: %.0f %% of its picture is cropped away at %dx%d; to keep it, give --height %d "
                 "--width %d, or --follow_control",
                 *(path, 100 * cropped, args.height, args.width, height, width),
+            )
+        if info.is_image and args.num_frames > 1:
+            raise InputError(
+                f"--control_video {path}: one picture, but --num_frames is {args.num_frames}; give a video, or the "
+                "folder of an image sequence"
             )
         available = info.frames_at(args.fps)
         if available < args.num_frames:

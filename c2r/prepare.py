@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from c2r.preparation.notes import Notes
     from c2r.preparation.sources import Source, Video
 
-logger = logging.getLogger("c2r.prepare")
+logger = logging.getLogger("c2r.prepare")  # under python -m, __name__ is "__main__"
 
 #: Files that are named one by one for one reason.
 MAX_NAMED = 20

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from c2r import InputError, cli
@@ -245,6 +246,7 @@ def unreadable(folder, tmp_path_factory):
     (copy / "base/text_encoder/model.safetensors").write_bytes(b"damaged")
     write_noise(copy / "short.mp4", seed=2, num_frames=3)
     (copy / "text.mp4").write_text("no video")
+    Image.new("RGB", (64, 32)).save(copy / "one.png")
     return copy
 
 
@@ -254,6 +256,7 @@ BAD_INPUT = [
     ({"model": "{}/absent"}, "{}/absent"),
     ({"control_video": "{}/absent.mp4"}, "{}/absent.mp4"),
     ({"control_video": "{}/text.mp4"}, "{}/text.mp4: cannot be decoded"),
+    ({"control_video": "{}/one.png"}, "--control_video {}/one.png: one picture, but --num_frames is 5; give a video"),
     ({"control_video": "{}/short.mp4"}, "{}/short.mp4: gives 3 frames at 8 fps, but --num_frames is 5"),
     ({"num_frames": 13}, "coarse0.mp4: gives 12 frames"),
     ({"phase": 1}, "phase 1 has no control"),

@@ -206,8 +206,10 @@ def _count_reasons(dropped: list[DroppedRow]) -> str:
 
 
 def _first_detail(dropped: list[DroppedRow]) -> str:
-    detail = next((f"{row.file}: {row.detail}" for row in dropped if row.detail), "")
-    return f"the first: {detail}; " if detail else ""
+    row = next((row for row in dropped if row.detail), None)
+    if row is None:
+        return ""
+    return f"the first: {row.detail if row.file in row.detail else f'{row.file}: {row.detail}'}; "
 
 
 class _TableBuilder:
@@ -407,7 +409,8 @@ def _locate(folder: DatasetFolder, bases: list[str], name: str, fps: float | Non
         path = f"{base}/{name}" if base else name
         if (file := folder.locate(path) or folder.locate_sequence(path, fps)) is not None:
             return file
-    raise DropRow(DropReason.MISSING_FILE, name + _near_match(folder, bases, name))
+    hint = "; name an image sequence by its folder, or as a_####.png" if "*" in name else ""
+    raise DropRow(DropReason.MISSING_FILE, name + (hint or _near_match(folder, bases, name)))
 
 
 def _near_match(folder: DatasetFolder, bases: list[str], name: str) -> str:
@@ -489,7 +492,7 @@ def _cut(
     if slow:
         raise DropRow(DropReason.FROZEN, f"{slow[0].rate:.3g} frames per second; a clip has {fps:g}")
     if target.is_image:
-        raise DropRow(DropReason.IMAGE, "no bucket has one frame")
+        raise DropRow(DropReason.IMAGE, "no bucket has one frame; name an image sequence by its folder")
     least = min(bucket.num_frames for bucket in nearest_buckets(target, buckets))
     detail = f"{frames} frames at {fps:g} fps, {target.duration:.2f} s; a clip takes {least}"
     native = min(info.native_frames for info in usable)

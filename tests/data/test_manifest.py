@@ -131,6 +131,16 @@ def test_a_missing_file_names_one_that_is_spelled_otherwise(base, written, diffe
     assert other.detail == "x.mp4"
 
 
+def test_other_ways_to_name_an_image_sequence_are_answered(tmp_path):
+    Image.new("RGB", (64, 48)).save(tmp_path / "a_0001.png")
+    write_metadata(tmp_path, [{"file_name": name, "text": "a"} for name in ("a_*.png", "a_0001.png")])
+    with pytest.raises(InputError, match=r"the first: a_\*\.png; name an image sequence by its folder, or as a_####"):
+        read_manifest(tmp_path, "real", SETTINGS)
+    write_metadata(tmp_path, [{"file_name": "a_0001.png", "text": "a"}])
+    with pytest.raises(InputError, match=r"the first: a_0001\.png: no bucket has one frame; name an image sequence"):
+        read_manifest(tmp_path, "real", SETTINGS)
+
+
 def test_rows_of_parts_give_windows_within_them(tmp_path):
     """48 numbered frames at 16 fps, cut at frames 20 and 21: no window holds frames of two parts."""
     encode_video(tmp_path / "a.mp4", counter_frames(48))
