@@ -135,7 +135,7 @@ def decode(clip: Clip):
     """Decode a clip's frames at the film's rate and size, without resampling and resizing."""
     end = clip.start + (FRAMES - 1) / FPS
     with open_video(clip.target_file.path) as (container, stream):
-        for seconds, _ in timed_frames(container, stream, to_fraction(clip.start)):
+        for seconds, _ in timed_frames(clip.target_file.path, container, stream, to_fraction(clip.start)):
             if seconds >= end:
                 return
 

@@ -10,6 +10,7 @@ instead, for train_phase2.py --cache_control_features.
 Modules that take seconds to import are imported inside functions: --help and bad options are then answered at once.
 """
 
+import logging
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING
 from c2r import InputError, cli
 from c2r.data.settings import ClipSettings
 from c2r.options import ENCODE, clip_settings
+
+logger = logging.getLogger("c2r.encode")  # under python -m, __name__ is "__main__"
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         print_estimate(read(), job, accelerator, watchdog)
     elif args.preview is not None:
-        make_preview(read, job, args.preview, accelerator, watchdog)
+        make_preview(read, job, args, accelerator, watchdog)
     else:
         fill_cache(read, job, accelerator, watchdog)
     watchdog.close()
@@ -92,6 +95,11 @@ def read_dataset(
         return [read_manifest(address, domain, settings, current_encoders(settings))]
 
     (manifest,) = read_on_all(read, accelerator, watchdog)
+    if domain == "real" and manifest.clips.tables[0].control_names.null_count == 0:
+        logger.warning(
+            f"{address}: every row names a control_name, as CG pairs do; if this is CG, give --domain cg: real clips "
+            "are their own control in training"
+        )
     return manifest
 
 
@@ -107,18 +115,31 @@ def print_estimate(manifest: "Manifest", job: "EncodingJob", accelerator: "Accel
 
 
 def make_preview(
-    read: Callable[[], "Manifest"], job: "EncodingJob", folder: str, accelerator: "Accelerator", watchdog: "Watchdog"
+    read: Callable[[], "Manifest"],
+    job: "EncodingJob",
+    args: Namespace,
+    accelerator: "Accelerator",
+    watchdog: "Watchdog",
 ) -> None:
-    """Encode a few clips of each bucket and write contact sheets of them."""
+    """Encode a few clips of each bucket and write contact sheets of them.
+
+    Raises:
+        InputError: no clip's file matches --preview_files.
+    """
     from c2r.encoding.encoding_pass import encode
     from c2r.encoding.preview import choose_clips, write_preview
 
-    chosen = choose_clips(job.clips_of(read()))
+    def choose():
+        return choose_clips(job.clips_of(read()), args.preview_count, args.preview_files)
+
+    chosen = choose()
     while encode(chain(*chosen.values()), job, accelerator, watchdog).failures:
-        chosen = choose_clips(job.clips_of(read()))  # the files that failed are dropped
+        chosen = choose()  # the files that failed are dropped
+    if not chosen:
+        raise InputError(f"--preview_files {args.preview_files}: no clip's file matches it; see the list of clips")
     with watchdog.main_process_first():
         if accelerator.is_main_process:
-            for line in write_preview(chosen, folder, job.settings, accelerator.device):
+            for line in write_preview(chosen, args.preview, job.settings, accelerator.device):
                 print(line, flush=True)
 
 

@@ -9,6 +9,7 @@ Modules that take seconds to import are imported inside functions: --help and ba
 """
 
 import errno
+import logging
 import tempfile
 from argparse import Namespace
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING
 from c2r import InputError, cli
 from c2r.options import GENERATE
 
+logger = logging.getLogger("c2r.generate")  # under python -m, __name__ is "__main__"
+
 if TYPE_CHECKING:
     import torch
 
@@ -24,6 +27,28 @@ if TYPE_CHECKING:
 
 #: The format that Wan 2.1 was made for, used where neither the options nor the model's contract give one.
 DEFAULT_FORMAT = {"height": 480, "width": 832, "num_frames": 81, "fps": 16.0}
+
+
+def name_controls(args: Namespace):
+    """Check that the coarse videos exist; name image sequences by pattern and rate. Changes `args` in place.
+
+    Raises:
+        InputError: one is missing or incomplete.
+    """
+    from c2r.data.drop_reasons import DropRow
+    from c2r.data.sequences import find_sequence, is_pattern
+
+    for i, path in enumerate(args.control_video or []):
+        if Path(path).is_file():
+            continue
+        if not Path(path).is_dir() and not is_pattern(path):
+            raise InputError(f"--control_video {path}: no such file; give a video, or a folder or pattern of pictures")
+        try:
+            sequence = find_sequence(path)
+        except DropRow as drop:
+            raise InputError(f"--control_video {drop.detail}; give a complete sequence") from None
+        rate = args.sequence_fps or args.fps
+        args.control_video[i] = f"{sequence.folder}/{sequence.pattern}@{rate:.10g}"
 
 
 def check_options(args: Namespace):
@@ -99,12 +124,27 @@ def complete_options(args: Namespace, contract: "PhaseContract"):
     args.dinov3 = args.dinov3 or contract.dinov3
 
 
+def follow_control(args: Namespace):
+    """Set height and width to those that crop least from the first coarse video. Changes `args` in place.
+
+    Raises:
+        InputError: no coarse video is given, or its shape cannot be read.
+    """
+    from c2r.data.buckets import fitting_size
+    from c2r.data.video import probe
+
+    if not args.control_video:
+        raise InputError("--follow_control: needs the shape of a --control_video; give one, or --height and --width")
+    args.height, args.width = fitting_size(probe(args.control_video[0]).aspect, args.height * args.width)
+
+
 def check_files(args: Namespace, contract: "PhaseContract"):
     """Check the files and models that the options name, reading headers only.
 
     Raises:
         InputError: one is missing or does not fit.
     """
+    from c2r.data.buckets import MUCH_CROPPED, cropped_share, fitting_size
     from c2r.data.video import probe
     from c2r.models.assembly import check_model
     from c2r.models.dinov3 import check_dinov3
@@ -113,9 +153,21 @@ def check_files(args: Namespace, contract: "PhaseContract"):
     if contract.phase == 1 and args.control_video:
         raise InputError(f"--model {args.model}: phase 1 has no control; leave --control_video out, or give phase 2")
     for path in args.control_video or []:
-        if not Path(path).is_file():
-            raise InputError(f"--control_video {path}: not a file; give a video")
-        available = probe(path).frames_at(args.fps)
+        info = probe(path)
+        cropped = cropped_share(info.aspect, args.width / args.height)
+        if cropped > MUCH_CROPPED:
+            height, width = fitting_size(info.aspect, args.height * args.width)
+            logger.warning(
+                "--control_video %s: %.0f %% of its picture is cropped away at %dx%d; to keep it, give --height %d "
+                "--width %d, or --follow_control",
+                *(path, 100 * cropped, args.height, args.width, height, width),
+            )
+        if info.is_image and args.num_frames > 1:
+            raise InputError(
+                f"--control_video {path}: one picture, but --num_frames is {args.num_frames}; give a video, or the "
+                "folder of an image sequence"
+            )
+        available = info.frames_at(args.fps)
         if available < args.num_frames:
             raise InputError(
                 f"{path}: gives {available} frames at {args.fps:g} fps, but --num_frames is {args.num_frames}; "
@@ -156,6 +208,9 @@ def main(argv: list[str] | None = None):
         raise InputError("--cpu_offload: there is no GPU to offload from; leave it out")
     contract = read_contract(args.model)
     complete_options(args, contract)
+    name_controls(args)
+    if args.follow_control:
+        follow_control(args)
     check_files(args, contract)
 
     # 2. Encode the prompts, then load the other models.

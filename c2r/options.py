@@ -134,6 +134,7 @@ CLIP_OPTIONS = [
         common=True,
     ),
     Option("fps", "frames per second that clips are resampled to", FRAME_RATE, 16.0, common=True),
+    Option("sequence_fps", "frames per second of image sequences whose row has no fps", FRAME_RATE),
     Option(
         "max_dropped",
         "stop if more than this share of a dataset's rows is dropped, such as 0.1",
@@ -163,6 +164,7 @@ def clip_settings(args: Namespace) -> ClipSettings:
     return ClipSettings(
         buckets=buckets,
         fps=args.fps,
+        sequence_fps=args.sequence_fps,
         base_model=args.pretrained_model_name_or_path,
         cache_dir=Path(args.cache_dir) if args.cache_dir else None,
         max_dropped=args.max_dropped,
@@ -584,6 +586,8 @@ ENCODE = Command(
                 FOLDER,
                 metavar="FOLDER",
             ),
+            Option("preview_count", "clips of each bucket that --preview shows", COUNT, 6),
+            Option("preview_files", "show files whose name matches a pattern alone, such as 'berlin_*'"),
             Option(
                 "control_only",
                 "make the DINOv3 features of the training clips' controls instead of latents, in bf16 as phase 2 "
@@ -618,11 +622,23 @@ GENERATE = Command(
         ),
         "what to generate": _all_common(
             Option("prompt", "prompt of a video; repeatable", repeatable=True, required=True),
-            Option("control_video", "coarse video whose start is the control; repeatable", FILE, repeatable=True),
+            Option(
+                "control_video",
+                "coarse video whose start is the control, or folder or pattern (a_####.png) of pictures; repeatable",
+                FILE,
+                repeatable=True,
+            ),
+            Option("sequence_fps", "frames per second of a --control_video of pictures; default: --fps", FRAME_RATE),
             Option("output", ".mp4 file to write; several videos are numbered", FILE, required=True),
             Option("negative_prompt", "prompt to guide away from; default: the empty prompt, as in training"),
             Option("height", "height in pixels, divisible by 16; default: as trained", PIXELS),
             Option("width", "width in pixels, divisible by 16; default: as trained", PIXELS),
+            Option(
+                "follow_control",
+                "take the shape of the first coarse video, with about as many pixels as --height and --width give",
+                Flag(),
+                False,
+            ),
             Option("num_frames", "frames, 4k + 1; default: as trained", FRAMES),
             Option("fps", "frames per second of the output and of the coarse video; default: as trained", FRAME_RATE),
             Option("seed", "seed of the noise of each video", SEED, 0),
@@ -648,6 +664,91 @@ def _output_dir(default):
     return Option("output_dir", "folder for everything that is written", FOLDER, default)
 
 
+def _check_prepare(args):
+    for name, other in (("fine_pattern", "coarse_pattern"), ("coarse_pattern", "fine_pattern")):
+        pattern = getattr(args, name)
+        if pattern is None:
+            continue
+        if args.domain != "cg":
+            raise InputError(f"--{name} {pattern}: names pairs; give --domain cg, or leave it out")
+        if getattr(args, other) is None:
+            raise InputError(f"--{name} {pattern}: names one side of the pairs; give --{other} too")
+        if "*" not in pattern or pattern.count("*") != getattr(args, other).count("*"):
+            raise InputError(f"--{name} {pattern}: must have a * for each * of --{other}, at least one; add it")
+    if args.caption_model is not None and args.default_caption is not None:
+        raise InputError(f"--default_caption {args.default_caption}: --caption_model captions all; leave one out")
+    if args.default_caption is not None and not args.default_caption.strip():
+        raise InputError(f"--default_caption {args.default_caption!r}: is empty; give a text")
+
+
+PREPARE = Command(
+    "python -m c2r.prepare",
+    "Turn a folder of videos into a dataset: find captions, pairs and cuts, write metadata.csv, propose --buckets.",
+    {
+        "options": _all_common(
+            Option(
+                "dataset",
+                "folder with videos or image sequences; also the first word without --dataset",
+                FOLDER,
+                required=True,
+            ),
+            Option(
+                "domain",
+                "real: videos with captions; cg: pairs of a fine and a coarse video",
+                Choice(("real", "cg")),
+                "real",
+            ),
+            Option(
+                "captions",
+                "table with columns of files and captions; default: the one .csv or .tsv in the folder, if there is "
+                "one, then a .txt of each video's name",
+                FILE,
+            ),
+            Option(
+                "caption_model",
+                "image-text-to-text chat model of transformers that writes the captions that are missing",
+                MODEL,
+            ),
+            Option(
+                "caption_prompt",
+                "question to --caption_model",
+                default="Describe this video in one sentence: the place, the weather, the light, and what moves.",
+            ),
+            Option("default_caption", "caption of videos that have none", metavar="TEXT"),
+            Option(
+                "fine_pattern",
+                "names of fine videos without their ending, such as final/*; default: *_fine, or in a folder fine",
+                metavar="PATTERN",
+            ),
+            Option(
+                "coarse_pattern",
+                "names of coarse videos, with * where --fine_pattern has it; default: *_coarse, or in a folder coarse",
+                metavar="PATTERN",
+            ),
+            Option("scenes", "find cuts and give each scene a row of its own", Switch(), True),
+            Option(
+                "scene_threshold",
+                "number of times that the frame after a cut differs more than its neighbours; lower finds more cuts",
+                POSITIVE,
+                3.0,
+            ),
+            Option("sequence_fps", "frames per second of image sequences", POSITIVE),
+            Option("fps", "frames per second of clips, to choose their number of frames by", POSITIVE, 16.0),
+            Option(
+                "overwrite",
+                "replace a metadata.csv that this command has not written; it is kept as replaced_metadata.csv",
+                Flag(),
+                False,
+            ),
+            Option(
+                "output_dir",
+                "folder for contact sheets of the clips; default: .c2r_cache/prepare in the dataset's folder",
+                FOLDER,
+            ),
+        )
+    },
+    _check_prepare,
+)
 QUICKSTART = _command_of_one_group(
     "python -m c2r.quickstart",
     "Run both phases on a toy city, on a CPU and without downloads, then turn coarse videos into realistic ones.",
@@ -669,7 +770,7 @@ TOY = _command_of_one_group(
     Option("train", "train the base models from scratch (hours) instead of writing the shipped ones", Flag(), False),
 )
 
-COMMANDS = (PHASE1, PHASE2, ENCODE, GENERATE, QUICKSTART, STUDY, TOY)
+COMMANDS = (PHASE1, PHASE2, PREPARE, ENCODE, GENERATE, QUICKSTART, STUDY, TOY)
 
 
 # ----------------------------------------------------------------------------------------------------------- docs page

@@ -15,7 +15,7 @@ from c2r import InputError
 from c2r.models.adversary import WithAdversary
 from c2r.models.assembly import load_for_generation
 from c2r.models.dinov3 import DINOv3FeatureExtractor
-from c2r.models.parts import load_pipeline_part, max_sequence_length
+from c2r.models.parts import load_pipeline_part, log_long_prompts, max_sequence_length
 from c2r.models.transformer import C2RTransformer
 from c2r.models.vae import decode_latents
 
@@ -318,6 +318,7 @@ def encode_prompts(
     text_encoder = load_pipeline_part(base_model, "text_encoder", dtype).to(device)
     pipeline = C2RPipeline(tokenizer, text_encoder, vae=None, scheduler=None)
     length = max_sequence_length(tokenizer)
+    log_long_prompts(tokenizer, prompts)
     embeds = []
     for prompt in prompts:
         prompt_embeds, _ = pipeline.encode_prompt(

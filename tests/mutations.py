@@ -820,7 +820,7 @@ DATA = [
     ),
     Mutation(
         "of-two-equally-near-frames-the-later-is-taken",
-        "c2r/data/video.py",
+        "c2r/data/frame_times.py",
         "wanted[served] - before <= time - wanted[served]",
         "wanted[served] - before < time - wanted[served]",
         f"{VIDEO}::test_resampling_takes_the_nearest_frame",

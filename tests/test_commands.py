@@ -1,6 +1,7 @@
 """Whole commands on tiny models and real video files."""
 
 import json
+import runpy
 import shutil
 import sys
 
@@ -17,6 +18,7 @@ from c2r.data.video import probe
 from tests.helpers.commands import LAUNCH, SIZE, images, phase2, same, scalars, succeed, weights
 from tests.helpers.datasets import noise_video, write_dataset
 from tests.helpers.forks import fork
+from tests.helpers.source import ROOT
 from tests.helpers.tiny import PROMPT_LENGTH
 
 
@@ -238,6 +240,12 @@ def test_bad_input_is_one_line(
     (line,) = str(ended.value).splitlines()
     assert line.startswith("error: ")
     assert part in line
+
+
+@pytest.mark.parametrize("command", ["encode", "generate", "prepare"])
+def test_messages_of_a_command_started_by_python_m_are_printed(command):
+    """`cli.log_to_stdout` prints those of the package's loggers."""
+    assert runpy.run_path(str(ROOT / f"c2r/{command}.py"), run_name="started")["logger"].name == f"c2r.{command}"
 
 
 def test_phase2_on_buckets_and_several_datasets(first, tiny_models, small_datasets, tmp_path):

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from c2r import InputError, cli
 from c2r.data.video import probe, read_window
 from c2r.data.video_writer import write_video
-from c2r.generate import complete_options, main, read_control
+from c2r.generate import check_files, complete_options, follow_control, main, read_control
 from c2r.models.assembly import fingerprint_transformer
 from c2r.models.contract import PhaseContract, read_contract, save_phase
 from c2r.models.controlnet import C2RControlNet
@@ -245,6 +246,7 @@ def unreadable(folder, tmp_path_factory):
     (copy / "base/text_encoder/model.safetensors").write_bytes(b"damaged")
     write_noise(copy / "short.mp4", seed=2, num_frames=3)
     (copy / "text.mp4").write_text("no video")
+    Image.new("RGB", (64, 32)).save(copy / "one.png")
     return copy
 
 
@@ -254,6 +256,7 @@ BAD_INPUT = [
     ({"model": "{}/absent"}, "{}/absent"),
     ({"control_video": "{}/absent.mp4"}, "{}/absent.mp4"),
     ({"control_video": "{}/text.mp4"}, "{}/text.mp4: cannot be decoded"),
+    ({"control_video": "{}/one.png"}, "--control_video {}/one.png: one picture, but --num_frames is 5; give a video"),
     ({"control_video": "{}/short.mp4"}, "{}/short.mp4: gives 3 frames at 8 fps, but --num_frames is 5"),
     ({"num_frames": 13}, "coarse0.mp4: gives 12 frames"),
     ({"phase": 1}, "phase 1 has no control"),
@@ -292,6 +295,30 @@ def test_bad_input_is_one_line_before_any_weight_is_read(unreadable, tmp_path, c
         main(options(unreadable, **{"output": tmp_path / "out.mp4"} | changed))
     assert here(message) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_control_of_another_shape_is_named_or_followed(folder, tmp_path, caplog):
+    write_video(tmp_path / "tall.mp4", np.zeros((12, 64, 32, 3), np.uint8), FPS)
+    args = parsed(folder, control_video=tmp_path / "tall.mp4")
+    with caplog.at_level("WARNING"):
+        check_files(args, read_contract(args.model))
+    assert f"67 % of its picture is cropped away at {HEIGHT}x{WIDTH}; to keep it, give --height" in caplog.text
+    caplog.clear()
+    args = parsed(folder, control_video=tmp_path / "tall.mp4", follow_control=True)
+    follow_control(args)
+    assert args.width / args.height < 1
+    check_files(args, read_contract(args.model))
+    assert caplog.text == ""
+    with pytest.raises(InputError, match="--follow_control: needs the shape of a --control_video"):
+        follow_control(parsed(folder, control=False, follow_control=True))
+
+
+def test_a_prompt_that_is_cut_off_is_named(folder, caplog):
+    long = "a rainy street at dusk with three people " * 100
+    with caplog.at_level("WARNING"):
+        encode_prompts(folder / "base", ["a street", long], "cpu", torch.float32)
+    assert "1 prompts are longer than" in caplog.text
+    assert "tokens, their ends are not used: 'a rainy street at dusk with three people a rainy street" in caplog.text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -10,13 +10,17 @@ from tests.helpers.source import ROOT, require_none
 
 #: From the top down. A module imports from its own layer and from those below. A package stands for all its modules.
 LAYERS = (
-    ("train_phase1", "train_phase2", "c2r.__main__", "c2r.encode", "c2r.generate", "c2r.quickstart", "c2r.study"),
+    (
+        *("train_phase1", "train_phase2"),
+        *("c2r.__main__", "c2r.encode", "c2r.generate", "c2r.prepare", "c2r.quickstart", "c2r.study"),
+    ),
     ("c2r.toy",),
     ("c2r.evaluation",),
     ("c2r.training",),
     ("c2r.cli",),
     ("c2r.options",),
     ("c2r.option_types",),
+    ("c2r.preparation",),
     ("c2r.encoding",),
     ("c2r.data",),
     ("c2r.pipeline",),
@@ -25,7 +29,9 @@ LAYERS = (
 )
 SCRIPTS = ("train_phase1", "train_phase2")
 #: Rooms whose functions take values by name, never the parsed options of a command.
-WITHOUT_OPTIONS = ("c2r.data", "c2r.encoding", "c2r.flow_matching", "c2r.models", "c2r.pipeline", "c2r.sampler")
+WITHOUT_OPTIONS = (
+    *("c2r.data", "c2r.encoding", "c2r.flow_matching", "c2r.models", "c2r.pipeline", "c2r.preparation", "c2r.sampler"),
+)
 #: Imported before a command has answered --help: they must load within a moment.
 LIGHT = ("c2r", "c2r.cli", "c2r.data.buckets", "c2r.data.settings", "c2r.option_types", "c2r.options")
 HEAVY = {"torch", "numpy", "diffusers", "transformers", "accelerate", "datasets", "av", "pyarrow", "matplotlib"}

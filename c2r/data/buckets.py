@@ -1,11 +1,15 @@
 """Buckets: the shapes that clips are cut to. All clips of a batch are of one bucket."""
 
 from collections.abc import Sequence
-from math import log
+from math import log, sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from c2r.data.video import VideoInfo  # would import torch
+    from c2r.data.video_info import VideoInfo  # takes longer to import than all options
+
+
+#: Share of a picture lost by cropping from which on it is warned of.
+MUCH_CROPPED = 0.25
 
 
 class Bucket(NamedTuple):
@@ -76,6 +80,17 @@ def _whole_number(value: str | int) -> int:
         return int(value)
     except ValueError:
         raise ValueError("must be a whole number; write it in digits") from None
+
+
+def cropped_share(aspect: float, other: float) -> float:
+    """Return the share of a picture that is lost when it is cropped to another aspect ratio, in [0, 1)."""
+    return 1 - min(aspect, other) / max(aspect, other)
+
+
+def fitting_size(aspect: float, pixels: int) -> tuple[int, int]:
+    """Return the height and width, divisible by 16, of about an aspect ratio and a number of pixels."""
+    height = max(16, 16 * round(sqrt(pixels / aspect) / 16))
+    return height, max(16, 16 * round(height * aspect / 16))
 
 
 def nearest_buckets(info: "VideoInfo", buckets: Sequence[Bucket]) -> list[Bucket]:

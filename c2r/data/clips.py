@@ -212,5 +212,9 @@ class Clips(Sequence[Clip]):
 
     @property
     def file_count(self) -> int:
-        """Number of files, or pairs, that the clips come from."""
-        return len(np.unique(self.entries[["table", "row"]]))
+        """Number of files, or pairs, that the clips come from; several rows of a table may be parts of one file."""
+        count = 0
+        for number in np.unique(self.entries["table"]):
+            rows = np.unique(self.entries["row"][self.entries["table"] == number])
+            count += len(self.tables[number].names.take(pa.array(rows)).unique())
+        return count

@@ -6,6 +6,8 @@ from fractions import Fraction
 import numpy as np
 from PIL import Image, ImageDraw
 
+from c2r.data.text_drawing import draw_text
+
 #: Space between columns and height of a line of text, in pixels.
 GAP, TITLE_HEIGHT, CAPTION_HEIGHT = 10, 18, 16
 
@@ -34,13 +36,13 @@ def draw_contact_sheet(
     draw = ImageDraw.Draw(sheet)
     for column, (title, clips) in enumerate(columns.items()):
         x = column * (clip_width + GAP)
-        draw.text((x + 2, 3), title, fill="black")
+        draw_text(draw, (x + 2, 3), title)
         for row, clip in enumerate(clips):
             y = TITLE_HEIGHT + row * row_height + CAPTION_HEIGHT
             for place, frame in enumerate(shown):
                 sheet.paste(Image.fromarray(clip[frame]).resize((width, height)), (x + place * width, y))
     for row, caption in enumerate(captions):
-        draw.text((2, TITLE_HEIGHT + row * row_height), caption, fill="black")
+        draw_text(draw, (2, TITLE_HEIGHT + row * row_height), caption)
     return sheet
 
 

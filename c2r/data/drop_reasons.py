@@ -10,12 +10,21 @@ class DropReason(StrEnum):
     EMPTY_CAPTION = "empty caption"  #: the row has no text, or only spaces
     DUPLICATE_ROW = "duplicate row"  #: an earlier row names the same files with the same caption
     MISSING_FILE = "missing file"  #: there is no file of this name, or the row names none
+    BAD_PART = "no part of the file"  #: start and end are no times, or the end is not after the start
     OUTSIDE_FOLDER = "path outside the folder"  #: the name, or a link, leads out of the dataset's folder
+
+    # An image sequence.
+    MISSING_FRAMES = "missing frames"  #: numbers are absent between the first and the last picture
+    NO_RATE = "sequence without a rate"  #: neither the row nor --sequence_fps gives one
 
     # One file.
     UNREADABLE = "unreadable"  #: the file cannot be opened or decoded, or was cut off
     NO_VIDEO_STREAM = "no video stream"  #: the file holds no video, perhaps only sound
     BEYOND_LIMITS = "beyond the limits"  #: too many pixels, too long or too narrow, see `c2r.data.video`
+    UNKNOWN_COLOURS = "unknown colours"  #: they cannot be converted to sRGB, see `c2r.data.colour`
+    FROZEN = "frozen"  #: fewer than a quarter of a clip's frames would be new pictures
+    DAMAGED = "damaged"  #: a window holds frames that the decoder had to guess
+    NOT_A_FILE = "not a file"  #: a pipe, device or folder has this name
     IMAGE = "image"  #: the file is an image, and no bucket has one frame
     TOO_SHORT = "too short"  #: fewer frames than the shortest bucket of its aspect ratio
     TOO_FEW_RESAMPLED_FRAMES = "too few frames after resampling"  #: enough frames at its own rate, too few at --fps

@@ -1,4 +1,4 @@
-"""Notes on files that looked usable but could not be encoded."""
+"""Notes on files, or windows of files, that looked usable but could not be encoded."""
 
 import json
 import logging
@@ -16,13 +16,22 @@ from c2r.files import digest, read_json, write_atomic
 logger = logging.getLogger(__name__)
 
 
+class Window(NamedTuple):
+    """The part of a file that a clip shows."""
+
+    start: float  # seconds from the file's first frame
+    num_frames: int
+    fps: float
+
+
 class Failure(NamedTuple):
-    """A file that could not be decoded or encoded."""
+    """A file, or one window of it, that could not be decoded or encoded."""
 
     file: DatasetFile
     reason: DropReason
     detail: str  # one line that names the file
     settings: dict[str, Any] | None = None  # the encoders that failed, if other encoders may succeed
+    window: Window | None = None  # None: the whole file
 
 
 class _Note(TypedDict):
@@ -32,24 +41,29 @@ class _Note(TypedDict):
     reason: DropReason
     detail: str
     settings: dict[str, Any] | None
+    window: tuple[float, int, float] | None  # start, num_frames and fps
 
 
 def note_failure(cache_dir: str | Path, failure: Failure) -> None:
-    """Note a failure in a dataset's cache: the next `read_manifest` drops the file as long as it does not change."""
+    """Note a failure in a dataset's cache.
+
+    The next `read_manifest` drops the file, or the window, as long as the file does not change.
+    """
     file = failure.file
-    key = [file.name, file.size, file.mtime_ns, failure.settings]
+    key = [file.name, file.size, file.mtime_ns, failure.settings, failure.window]
     note = _Note(
         file=(file.name, file.size, file.mtime_ns),
         reason=failure.reason,
         detail=failure.detail,
         settings=failure.settings,
+        window=failure.window,
     )
     write_atomic(Path(cache_dir) / "failures" / f"{digest(key)}.json", json.dumps(note).encode())
 
 
 def noted_failures(
     cache_dir: str | Path, current_encoders: Callable[[], dict[str, Any]] | None
-) -> dict[tuple[str, int, int], tuple[DropReason, str]]:
+) -> dict[tuple[str, int, int], dict[Window | None, tuple[DropReason, str]]]:
     """Read the notes that apply to the current encoders.
 
     Args:
@@ -58,9 +72,10 @@ def noted_failures(
             notes that name encoders do not apply.
 
     Returns:
-        {(name, size, mtime_ns) of a file: (reason, detail)}.
+        {(name, size, mtime_ns) of a file: {window, or None for the whole file: (reason, detail)}}.
     """
-    noted, current = {}, None
+    noted: dict[tuple[str, int, int], dict[Window | None, tuple[DropReason, str]]] = {}
+    current = None
     for path in Path(cache_dir).glob("failures/*.json"):
         try:
             note = read_json(path, _Note)
@@ -71,5 +86,7 @@ def noted_failures(
         if settings is not None and current_encoders is not None:
             current = current or current_encoders()
         if settings in (None, current):
-            noted[note["file"]] = note["reason"], f"{note['detail']} (noted in {path}; delete this note to try again)"
+            detail = f"{note['detail']} (noted in {path}; delete this note to try again)"
+            window = None if note["window"] is None else Window(*note["window"])
+            noted.setdefault(note["file"], {})[window] = note["reason"], detail
     return noted

@@ -2,17 +2,20 @@
 
 import os
 import stat
+import unicodedata
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
 
 from c2r import InputError
 from c2r.data.clips import Clip, DatasetFile
+from c2r.data.containers import file_kind
 from c2r.data.drop_reasons import DropReason, DropRow
 from c2r.data.remote import RemoteFolder, is_remote
+from c2r.data.sequences import find_sequence, is_pattern
 from c2r.data.settings import ClipSettings
 from c2r.data.video import UnusableVideo, VideoInfo, probe, read_window
 
@@ -45,7 +48,7 @@ class LocalFolder:
         """Return the file of this name; None if there is none.
 
         Raises:
-            DropRow: it is outside the folder.
+            DropRow: it is outside the folder, or no file.
         """
         path = os.path.normpath(os.path.join(self.address, name))
         parent = os.path.dirname(path)
@@ -55,12 +58,46 @@ class LocalFolder:
             status = os.stat(path) if is_link else status
         except (OSError, ValueError):  # ValueError: no file can have this name
             return None
-        if not stat.S_ISREG(status.st_mode):
+        if stat.S_ISDIR(status.st_mode):  # perhaps of an image sequence
             return None
+        if not stat.S_ISREG(status.st_mode):
+            raise DropRow(DropReason.NOT_A_FILE, f"{name} is a {file_kind(status.st_mode)}")
         # Neither ".." nor a link may lead out of the dataset: the name and the real path are both checked.
         if not (self._contains(parent) and (not is_link or self._contains_uncached(path))):
             raise DropRow(DropReason.OUTSIDE_FOLDER, f"{name} leads to {os.path.realpath(path)}")
         return DatasetFile(self.address, path[len(self.address) + 1 :], status.st_size, status.st_mtime_ns)
+
+    def locate_sequence(self, name: str, fps: float | None) -> DatasetFile | None:
+        """Return the image sequence of this name, named by its pattern and rate; None if there is none.
+
+        Args:
+            name: a folder or a pattern, see `c2r.data.sequences`.
+            fps: its rate.
+
+        Raises:
+            DropRow: it is outside the folder or incomplete, or has no rate.
+        """
+        path = os.path.normpath(os.path.join(self.address, name))
+        if not os.path.isdir(path if not is_pattern(path) else os.path.dirname(path)):
+            return None
+        if not self._contains(path if os.path.isdir(path) else os.path.dirname(path)):
+            raise DropRow(DropReason.OUTSIDE_FOLDER, f"{name} leads to {os.path.realpath(path)}")
+        sequence = find_sequence(path, name, self._contains_uncached)
+        if fps is None:
+            raise DropRow(DropReason.NO_RATE, f"{name}: give the row an fps, or --sequence_fps")
+        pattern = os.path.join(os.path.relpath(sequence.folder, self.address), sequence.pattern)
+        return DatasetFile(self.address, f"{os.path.normpath(pattern)}@{fps:.10g}", sequence.size, sequence.mtime_ns)
+
+    @cached_property
+    def names_by_spelling(self) -> dict[str, str]:
+        """All file names in the folder by their `spelling`. Links to folders are not followed."""
+        found: dict[str, str] = {}
+        for parent, folders, files in os.walk(self.address):
+            folders[:] = [folder for folder in folders if not folder.startswith(".")]
+            inside = os.path.relpath(parent, self.address)
+            names = (os.path.normpath(os.path.join(inside, name)) for name in files)
+            found |= {spelling(name): name for name in names}
+        return found
 
     def _contains_uncached(self, path):
         inside = self.address.rstrip("/") + "/"
@@ -95,6 +132,17 @@ class RemoteDataset:
             raise DropRow(DropReason.OUTSIDE_FOLDER, name)
         return file and DatasetFile(self.address, name, file.size, file.version)
 
+    def locate_sequence(self, name: str, fps: float | None) -> DatasetFile | None:
+        if is_pattern(name) or self.has_folder(os.path.normpath(name)):
+            raise DropRow(
+                DropReason.MISSING_FILE, f"{name}: image sequences are read from folders of this machine only"
+            )
+        return None
+
+    @cached_property
+    def names_by_spelling(self) -> dict[str, str]:
+        return {spelling(name): name for name in self._folder.files}
+
     def local_copy(self, file: DatasetFile) -> AbstractContextManager[Path]:
         return self._folder.fetch(file.name, file.size, file.mtime_ns)
 
@@ -109,6 +157,15 @@ class RemoteDataset:
 
 
 DatasetFolder = LocalFolder | RemoteDataset
+
+
+def spelling(name: str) -> str:
+    """Return a name in the form in which names that look alike are equal.
+
+    Upper and lower case, the two ways of Unicode to write an accent (macOS uses another than most), back-slashes and
+    spaces at the ends make no difference.
+    """
+    return unicodedata.normalize("NFC", name.replace("\\", "/").strip()).casefold()
 
 
 def open_folder(address: str | Path, settings: ClipSettings) -> DatasetFolder:
@@ -158,4 +215,4 @@ def read_frames(file: DatasetFile, clip: Clip, settings: ClipSettings) -> torch.
             return read_window(path, clip.start, num_frames, settings.fps, height, width)
         except UnusableVideo as error:
             # Users know the file by its address, not by its copy in the cache.
-            raise UnusableVideo(str(error).replace(str(path), file.path), error.reason) from error
+            raise UnusableVideo(str(error).replace(str(path), file.path), error.reason, error.of_window) from error

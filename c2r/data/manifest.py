@@ -4,6 +4,8 @@ import csv
 import hashlib
 import io
 import logging
+import math
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -11,21 +13,21 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 
 from c2r import InputError
-from c2r.data.buckets import Bucket, cut_into_windows, nearest_buckets
+from c2r.data.buckets import MUCH_CROPPED, Bucket, cut_into_windows, fitting_size, nearest_buckets
 from c2r.data.clips import ENTRY, Clip, Clips, DatasetFile, FileTable
 from c2r.data.drop_reasons import DropReason, DropRow
-from c2r.data.failures import noted_failures
-from c2r.data.folders import DatasetFolder, open_folder
+from c2r.data.failures import Window, noted_failures
+from c2r.data.folders import DatasetFolder, open_folder, spelling
 from c2r.data.metadata import find_metadata, rows_of
 from c2r.data.probes import Probes
 from c2r.data.settings import ClipSettings
-from c2r.data.video import UnusableVideo, VideoInfo
+from c2r.data.video_info import UnusableVideo, VideoInfo, to_fraction
 from c2r.files import digest, refuse_linked_folders, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -40,11 +42,12 @@ ASPECT_TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class DroppedRow:
-    """A metadata row that is not used, or is used without its coarse version."""
+    """A metadata row, or one window of it, that is not used; or a row that is used without its coarse version."""
 
     file: str
     reason: DropReason
     detail: str = ""
+    window: int | None = None  # 0, 1, … within the file; None: all of them
 
 
 def is_held_out(name: str, fraction: float = HELD_OUT_FRACTION) -> bool:
@@ -80,6 +83,9 @@ class Manifest:
     cache_dir: Path
     row_count: int  # rows of the metadata
     without_coarse: list[DroppedRow] = field(default_factory=list)  # real rows that are used without it
+    dropped_windows: list[DroppedRow] = field(default_factory=list)  # of rows with other, good windows
+    # Aspect ratio of the file of each row of the clips' table; NaN for rows without clips.
+    aspects: np.ndarray = field(default_factory=lambda: np.empty(0))
 
     @property
     def name(self) -> str:
@@ -116,31 +122,59 @@ class Manifest:
             numbers = Counter(self.clips.bucket_numbers.tolist())
             shares = ", ".join(f"{numbers[i]} of {bucket}" for i, bucket in enumerate(self.clips.buckets))
             logger.info(f"{name}: clips by bucket: {shares}")
+        self._report_cropping(name)
+        if self.dropped_windows:
+            count = len(self.dropped_windows)
+            logger.info(f"{name}: dropped {count} single clips: {_count_reasons(self.dropped_windows)}")
         if self.without_coarse:
             logger.info(
                 f"{name}: kept {len(self.without_coarse)} rows without their coarse version: "
                 f"{_count_reasons(self.without_coarse)}"
             )
 
+    @cached_property
+    def cropped(self) -> np.ndarray:
+        """The share of the picture of each clip's file that its bucket crops away, in [0, 1)."""
+        aspects = self.aspects[self.clips.entries["row"]]
+        wanted = np.array([bucket.aspect for bucket in self.clips.buckets])[self.clips.bucket_numbers]
+        return 1 - np.minimum(aspects, wanted) / np.maximum(aspects, wanted)
+
+    def _report_cropping(self, name):
+        """Log how many files lose much of their picture, and the bucket that would keep it."""
+        much = np.flatnonzero(self.cropped > MUCH_CROPPED)
+        if not len(much):
+            return
+        count = self.clips[much].file_count
+        worst = int(np.argmax(self.cropped))
+        clip, aspect = self.clips[worst], self.aspects[self.clips.entries["row"][worst]]
+        height, width = fitting_size(aspect, clip.bucket.height * clip.bucket.width)
+        logger.warning(
+            f"{name}: {count} of {self.clips.file_count} files lose more than {MUCH_CROPPED:.0%} of their picture by "
+            f"cropping, {clip.name} the most, {self.cropped[worst]:.0%} in {clip.bucket}; add a bucket to --buckets, "
+            f"for this file {clip.bucket.num_frames}x{height}x{width}"
+        )
+
     def write(self) -> Path:
         """Write the clips and dropped rows as a CSV file into the cache, and return its path.
 
-        Columns: file_name, window, bucket, use (train, held out, dropped, without coarse version), reason.
+        Columns: file_name, window, bucket, cropped (share of the picture), use (train, held out, dropped, without
+        coarse version), reason.
         """
         # Datasets in one cache may have folders of the same name: the address tells them apart.
         path = self.cache_dir / f"manifest-{self.domain}-{Path(self.folder).name}-{digest(self.folder)[:6]}.csv"
         content = io.StringIO()
         writer = csv.writer(content)
-        writer.writerow(["file_name", "window", "bucket", "use", "reason"])
-        for use, rows in (("dropped", self.dropped), ("without coarse version", self.without_coarse)):
+        writer.writerow(["file_name", "window", "bucket", "cropped", "use", "reason"])
+        dropped = [*self.dropped, *self.dropped_windows]
+        for use, rows in (("dropped", dropped), ("without coarse version", self.without_coarse)):
             for row in rows:
                 reason = f"{row.reason}: {row.detail}" if row.detail else row.reason
-                writer.writerow([row.file, "", "", use, reason])
+                writer.writerow([row.file, "" if row.window is None else row.window, "", "", use, reason])
         entries, table = self.clips.entries, self.clips.tables[0]
         names, uses = table.names.to_pylist(), ("train", "held out")
         rows, windows, buckets, held_out = (entries[name].tolist() for name in ("row", "window", "bucket", "held_out"))
-        for row, window, bucket, held in zip(rows, windows, buckets, held_out):
-            writer.writerow([names[row], window, table.buckets[bucket], uses[held], ""])
+        for row, window, bucket, held, cropped in zip(rows, windows, buckets, held_out, self.cropped.tolist()):
+            writer.writerow([names[row], window, table.buckets[bucket], f"{cropped:.2f}", uses[held], ""])
         try:
             write_atomic(path, content.getvalue().encode(errors="replace"))
         except OSError as error:
@@ -172,8 +206,10 @@ def _count_reasons(dropped: list[DroppedRow]) -> str:
 
 
 def _first_detail(dropped: list[DroppedRow]) -> str:
-    detail = next((f"{row.file}: {row.detail}" for row in dropped if row.detail), "")
-    return f"the first: {detail}; " if detail else ""
+    row = next((row for row in dropped if row.detail), None)
+    if row is None:
+        return ""
+    return f"the first: {row.detail if row.file in row.detail else f'{row.file}: {row.detail}'}; "
 
 
 class _TableBuilder:
@@ -189,13 +225,17 @@ class _TableBuilder:
         self.texts: list[str] = []
         self.control_names: list[str | None] = []
         self.numbers = {name: array("q") for name in ("sizes", "mtimes", "control_sizes", "control_mtimes")}
+        self.parts: list[tuple[float, float] | None] = []  # start and end in seconds; None: the whole file
         self.windows = {name: array("q") for name in ("row", "window", "first_frame", "bucket")}
 
     def __len__(self):
         return len(self.names)
 
-    def add(self, text: str, target: DatasetFile, coarse: DatasetFile | None = None) -> None:
+    def add(
+        self, text: str, part: tuple[float, float] | None, target: DatasetFile, coarse: DatasetFile | None = None
+    ) -> None:
         """Add a row of the table."""
+        self.parts.append(part)
         self.names.append(target.name)
         self.texts.append(text)
         self.control_names.append(coarse and coarse.name)
@@ -212,9 +252,9 @@ class _TableBuilder:
             files.append(DatasetFile(self.folder.address, coarse, control_sizes[row], control_mtimes[row]))
         return files
 
-    def add_windows(self, row: int, windows: list[tuple[int, int]]) -> None:
-        """Add the windows of a row, see `cut_into_windows`; a row without windows gives no clips."""
-        for window, (first, bucket) in enumerate(windows):
+    def add_windows(self, row: int, windows: dict[int, tuple[int, int]]) -> None:
+        """Add the windows of a row by number, see `cut_into_windows`; a row without windows gives no clips."""
+        for window, (first, bucket) in windows.items():
             for column, value in zip(self.windows.values(), (row, window, first, bucket)):
                 column.append(value)
 
@@ -264,45 +304,68 @@ def read_manifest(
     cache_dir = settings.cache_folder(folder.address)
     if settings.cache_dir is None:  # in the dataset's folder, which a stranger may have made
         refuse_linked_folders(cache_dir)
-    table, dropped, without_coarse, row_count = _locate_rows(folder, domain, cache_dir)
+    table, dropped, without_coarse, row_count = _locate_rows(folder, domain, cache_dir, settings.sequence_fps)
     probes = Probes(cache_dir)
     probes.probe_missing(folder, (file for row in range(len(table)) for file in table.files(row)))
     failures = noted_failures(cache_dir, current_encoders)
-    windows_of_infos: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    aspects = np.full(len(table), np.nan)
+    windows_of_infos: dict[tuple, list[tuple[int, int]]] = {}
+    dropped_windows: list[DroppedRow] = []
+    in_earlier_parts: Counter[str] = Counter()  # windows of a file in the rows so far
+    per_second, seconds = to_fraction(settings.fps).as_integer_ratio()
 
-    def windows_of(files):
+    def windows_of(files, part):
         infos = [probes.of(file) for file in files]
-        key = tuple(map(id, infos))  # `probes` keeps one object for all files that are alike
+        key = (part, *map(id, infos))  # `probes` keeps one object for all files that are alike
         if key not in windows_of_infos:
-            windows_of_infos[key] = _cut(infos, settings)
+            windows_of_infos[key] = _cut(infos, settings, part)
+        name = files[0].name
+        windows, failed = dict(enumerate(windows_of_infos[key], in_earlier_parts[name] if part else 0)), []
         for file in files:
-            if file[1:] in failures:
-                raise DropRow(*failures[file[1:]])
-        return windows_of_infos[key]
+            notes = failures.get(file[1:])
+            if not notes:
+                continue
+            if None in notes:
+                raise DropRow(*notes[None])
+            for number, (first, bucket) in list(windows.items()):
+                window = Window(first * seconds / per_second, settings.buckets[bucket].num_frames, settings.fps)
+                if window in notes:
+                    del windows[number]
+                    # A coarse version of a real clip is left out instead.
+                    if not windows or (domain == "real" and file != files[0]):
+                        raise DropRow(*notes[window])
+                    failed.append(DroppedRow(name, *notes[window], number))
+        dropped_windows.extend(failed)
+        if part:
+            in_earlier_parts[name] += len(windows_of_infos[key])
+        return windows
 
     for row in range(len(table)):
-        files = table.files(row)
+        files, part = table.files(row), table.parts[row]
         try:
             try:
-                windows = windows_of(files)
+                windows = windows_of(files, part)
             except DropRow as drop:
                 if domain == "cg" or len(files) == 1:
                     raise
-                windows = windows_of(files[:1])
+                windows = windows_of(files[:1], part)
                 table.control_names[row] = None
                 without_coarse.append(DroppedRow(files[0].name, drop.reason, drop.detail))
             table.add_windows(row, windows)
+            aspects[row] = cast(VideoInfo, probes.of(files[0])).aspect
         except DropRow as drop:
             dropped.append(DroppedRow(files[0].name, drop.reason, drop.detail))
     clips = table.clips(domain, settings.fps, settings.buckets)
-    manifest = Manifest(folder.address, domain, clips, dropped, cache_dir, row_count, without_coarse)
+    manifest = Manifest(
+        folder.address, domain, clips, dropped, cache_dir, row_count, without_coarse, dropped_windows, aspects
+    )
     manifest.require_kept(settings.max_dropped)
     _hold_out(folder, clips)
     return manifest
 
 
 def _locate_rows(
-    folder: DatasetFolder, domain: str, cache_dir: Path
+    folder: DatasetFolder, domain: str, cache_dir: Path, sequence_fps: float | None
 ) -> tuple[_TableBuilder, list[DroppedRow], list[DroppedRow], int]:
     """Find the files of each metadata row.
 
@@ -315,39 +378,98 @@ def _locate_rows(
     for metadata_folder, rows in find_metadata(folder, domain, cache_dir):
         row_count += len(rows)
         bases = [base for base in dict.fromkeys((metadata_folder, "", "train")) if folder.has_folder(base)]
-        for name, text, control_name in rows_of(rows, f"{folder.address}/{metadata_folder}".rstrip("/")):
+        for row in rows_of(rows, f"{folder.address}/{metadata_folder}".rstrip("/")):
+            name, text, control_name = row[:3]
             try:
-                files = [_locate(folder, bases, name)]
+                fps, part = _rate(row.fps) or sequence_fps, _part(row.start, row.end)
+                files = [_locate(folder, bases, name, fps)]
                 if not text.strip():
                     raise DropRow(DropReason.EMPTY_CAPTION)
                 if domain == "cg" or control_name:
                     try:
-                        files.append(_locate(folder, bases, control_name))
+                        files.append(_locate(folder, bases, control_name, fps))
                     except DropRow as drop:
                         if domain == "cg":
                             raise
                         without_coarse.append(DroppedRow(files[0].name, drop.reason, drop.detail))
-                if (key := hash((text, *files))) in seen:
+                if (key := hash((text, part, *files))) in seen:
                     raise DropRow(DropReason.DUPLICATE_ROW)
                 seen.add(key)
-                table.add(text, *files)
+                table.add(text, part, *files)
             except DropRow as drop:
                 dropped.append(DroppedRow(name, drop.reason, drop.detail))
     return table, dropped, without_coarse, row_count
 
 
-def _locate(folder: DatasetFolder, bases: list[str], name: str) -> DatasetFile:
-    """Return the file that a row names, relative to the first base that has it."""
+def _locate(folder: DatasetFolder, bases: list[str], name: str, fps: float | None) -> DatasetFile:
+    """Return the file or image sequence that a row names, relative to the first base that has it."""
     if not name:
         raise DropRow(DropReason.MISSING_FILE, "the row names none")
     for base in bases:
-        if (file := folder.locate(f"{base}/{name}" if base else name)) is not None:
+        path = f"{base}/{name}" if base else name
+        if (file := folder.locate(path) or folder.locate_sequence(path, fps)) is not None:
             return file
-    raise DropRow(DropReason.MISSING_FILE, name)
+    hint = "; name an image sequence by its folder, or as a_####.png" if "*" in name else ""
+    raise DropRow(DropReason.MISSING_FILE, name + (hint or _near_match(folder, bases, name)))
 
 
-def _cut(infos: Sequence[VideoInfo | UnusableVideo], settings: ClipSettings) -> list[tuple[int, int]]:
-    """Cut a file, or a pair of files, into windows, see `cut_into_windows`.
+def _near_match(folder: DatasetFolder, bases: list[str], name: str) -> str:
+    """Return a hint at a file whose name differs in spelling alone; "" if there is none."""
+    for base in bases:
+        key = spelling(f"{base}/{name.strip()}" if base else name)
+        if (found := folder.names_by_spelling.get(key)) is not None:
+            found = found.removeprefix(f"{base}/") if base else found
+            return f"; there is {found!a}: its name differs in {_difference(name, found)}; correct the row"
+    return ""
+
+
+def _difference(name, found):
+    if "\\" in name:
+        return "back-slashes"
+    if name.strip() != name:
+        return "spaces at its ends"
+    composed = unicodedata.normalize("NFC", name), unicodedata.normalize("NFC", found)
+    return "the way in which accents are stored" if composed[0] == composed[1] else "upper and lower case"
+
+
+def _rate(fps: str) -> float | None:
+    """Return the rate of a row's image sequences; None if the row gives none.
+
+    Raises:
+        DropRow: it is no number above 0.
+    """
+    if not fps:
+        return None
+    try:
+        rate = float(fps)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise DropRow(DropReason.NO_RATE, f"fps {fps!r}: give a number above 0")
+    return rate
+
+
+def _part(start: str, end: str) -> tuple[float, float] | None:
+    """Return the part of a file that a row names, in seconds; None: the whole file.
+
+    Raises:
+        DropRow: they are no times, or the end is not after the start.
+    """
+    if not start and not end:
+        return None
+    try:
+        part = float(start or 0), float(end or "inf")
+    except ValueError:
+        part = (math.nan, math.nan)
+    if not 0 <= part[0] < part[1]:
+        raise DropRow(DropReason.BAD_PART, f"start {start or 0!r}, end {end!r}: give seconds, the end after the start")
+    return part
+
+
+def _cut(
+    infos: Sequence[VideoInfo | UnusableVideo], settings: ClipSettings, part: tuple[float, float] | None = None
+) -> list[tuple[int, int]]:
+    """Cut a file or a pair of files, or a part of it, into windows, see `cut_into_windows`.
 
     Raises:
         DropRow: there is no window.
@@ -360,17 +482,43 @@ def _cut(infos: Sequence[VideoInfo | UnusableVideo], settings: ClipSettings) -> 
     if len(usable) == 2:
         _require_pair(*usable)
     fps, buckets, target = settings.fps, settings.buckets, usable[0]
-    frames = min(info.frames_at(fps) for info in usable)
+    frames, first = min(info.frames_at(fps) for info in usable), 0
+    if part is not None and not target.is_image:
+        first, frames = _frames_of_part(part, frames, fps, max(info.interval for info in usable))
     windows = cut_into_windows(frames, target, buckets)
     if windows:
-        return windows
+        return [(first + frame, bucket) for frame, bucket in windows]
+    slow = [info for info in usable if info.is_frozen_at(fps)]
+    if slow:
+        raise DropRow(DropReason.FROZEN, f"{slow[0].rate:.3g} frames per second; a clip has {fps:g}")
     if target.is_image:
-        raise DropRow(DropReason.IMAGE, "no bucket has one frame")
+        raise DropRow(DropReason.IMAGE, "no bucket has one frame; name an image sequence by its folder")
     least = min(bucket.num_frames for bucket in nearest_buckets(target, buckets))
     detail = f"{frames} frames at {fps:g} fps, {target.duration:.2f} s; a clip takes {least}"
-    if min(info.native_frames for info in usable) < least:
+    native = min(info.native_frames for info in usable)
+    if part is not None:
+        native = min(native, round((min(part[1], target.duration) - part[0]) * target.rate))
+    if native < least:
         raise DropRow(DropReason.TOO_SHORT, detail)
     raise DropRow(DropReason.TOO_FEW_RESAMPLED_FRAMES, detail)
+
+
+def _frames_of_part(part: tuple[float, float], frames: int, fps: float, interval: Fraction) -> tuple[int, int]:
+    """Return the first frame of a part and the number of its frames, at the frame rate of the clips.
+
+    Args:
+        part: start and end in seconds: the times of the first frame in the part, and of the first frame after it.
+        frames: the whole file's, at `fps`.
+        fps: frame rate of the clips.
+        interval: seconds between two frames of the file. From half of it before the end on, the nearest frame would be
+            the one after the part.
+    """
+    start, end = part
+    rate = to_fraction(fps)
+    first = math.ceil(to_fraction(start) * rate)
+    if end < math.inf:
+        frames = min(frames, math.floor((to_fraction(end) - interval / 2) * rate) + 1)
+    return first, max(0, frames - first)
 
 
 def _require_pair(fine: VideoInfo, coarse: VideoInfo) -> None:

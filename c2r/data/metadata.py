@@ -1,31 +1,32 @@
 """The metadata of a dataset, read by the `datasets` library, which keeps large tables on disk."""
 
-import csv
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import datasets
 from datasets import Dataset
 
 from c2r import InputError
 from c2r.data.folders import DatasetFolder
+from c2r.data.table_checks import check_csv, check_jsonl, check_parquet
 from c2r.files import UNWRITABLE, digest
 
+COLUMNS = ("file_name", "text", "control_name", "start", "end", "fps")
+
 READERS = {
-    # Captions such as "NA" and "007" stay text; utf-8-sig because spreadsheet programs write a byte order mark.
+    # Captions such as "NA" and "007" stay text.
     "metadata.csv": lambda path, **kwargs: Dataset.from_csv(
         path,
-        encoding="utf-8-sig",
         na_filter=False,
-        converters=dict.fromkeys(("file_name", "text", "control_name"), str),
+        converters=dict.fromkeys(COLUMNS, str),
         **kwargs,
     ),
     "metadata.jsonl": Dataset.from_json,
     "metadata.parquet": Dataset.from_parquet,
 }
-COLUMNS = ("file_name", "text", "control_name")
+CHECKS = {"metadata.csv": check_csv, "metadata.jsonl": check_jsonl, "metadata.parquet": check_parquet}
 ROWS_AT_ONCE = 10_000
 
 
@@ -51,7 +52,7 @@ def find_metadata(folder: DatasetFolder, domain: str, cache_dir: str | Path) -> 
     tables = []
     for name in filter(None, (main, _find(folder, "validation"))):
         table = _read(folder, name, cache_dir)
-        for column in COLUMNS if domain == "cg" else COLUMNS[:2]:
+        for column in COLUMNS[:3] if domain == "cg" else COLUMNS[:2]:
             if column not in table.column_names:
                 raise InputError(
                     f"{folder.address}/{name}: has no column {column} (its columns: "
@@ -63,8 +64,19 @@ def find_metadata(folder: DatasetFolder, domain: str, cache_dir: str | Path) -> 
     return tables
 
 
-def rows_of(table: Dataset, address: str) -> Iterator[tuple[str, str, str]]:
-    """Yield the rows of a table as (file_name, text, control_name); "" for a missing value.
+class Row(NamedTuple):
+    """A row of the metadata; "" for a missing value."""
+
+    file_name: str
+    text: str
+    control_name: str
+    start: str
+    end: str
+    fps: str
+
+
+def rows_of(table: Dataset, address: str) -> Iterator[Row]:
+    """Yield the rows of a table.
 
     Args:
         table: one of the tables of `find_metadata`.
@@ -78,9 +90,8 @@ def rows_of(table: Dataset, address: str) -> Iterator[tuple[str, str, str]]:
             columns = [batch[name].to_pylist() if name in batch.column_names else None for name in COLUMNS]
         except UnicodeDecodeError as error:
             raise InputError(f"{address}: its metadata is not UTF-8 ({error.reason}); correct the file") from error
-        names, texts, control_names = (column or [None] * batch.num_rows for column in columns)
-        for name, text, control_name in zip(names, texts, control_names):
-            yield _as_text(name), _as_text(text), _as_text(control_name)
+        for values in zip(*(column or [None] * batch.num_rows for column in columns)):
+            yield Row(*map(_as_text, values))
 
 
 def _as_text(value: object) -> str:
@@ -109,9 +120,9 @@ def _read(folder: DatasetFolder, name: str, cache_dir: str | Path) -> Dataset:
     try:
         arrow_dir.parent.mkdir(parents=True, exist_ok=True)
         with folder.local_copy(file) as path:
-            if name.endswith(".csv"):
-                _require_quoted(path, f"{folder.address}/{name}")
-            return READERS[PurePosixPath(name).name](str(path), cache_dir=str(arrow_dir), keep_in_memory=False)
+            kind = PurePosixPath(name).name
+            options = CHECKS[kind](path, f"{folder.address}/{name}") or {}
+            return READERS[kind](str(path), cache_dir=str(arrow_dir), keep_in_memory=False, **options)
     except InputError:
         raise
     except Exception as error:  # pandas, pyarrow and datasets raise many types
@@ -123,31 +134,9 @@ def _read(folder: DatasetFolder, name: str, cache_dir: str | Path) -> Dataset:
             ) from error
         if "corresponds to no data" in str(error):
             raise InputError(f"{folder.address}/{name}: has no rows; list the videos in it") from error
-        if fields := re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(cause)):
-            raise InputError(
-                f"{folder.address}/{name}: line {fields[2]} has {fields[3]} fields, the header {fields[1]}; put "
-                "captions with a comma in double quotes"
-            ) from error
-        if "No columns to parse" in str(cause):
-            raise InputError(f"{folder.address}/{name}: is empty; write a header and list the videos in it") from error
         reason = " ".join(str(cause).split())
         raise InputError(f"{folder.address}/{name}: cannot be read ({reason}); correct the file") from error
     finally:
         datasets.logging.set_verbosity(verbosity)
         if not bars_were_disabled:
             datasets.enable_progress_bars()
-
-
-def _require_quoted(path: Path, name: str) -> None:
-    """Raise InputError if the first row has more fields than the header, as a caption with an unquoted comma has.
-
-    pandas would take the first field as the row's label, and the caption as the file name.
-    """
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = csv.reader(file)
-        header, row = next(rows, []), next(rows, [])
-    if len(row) > len(header) > 0:
-        raise InputError(
-            f"{name}: its first row has {len(row)} fields, its header {len(header)}; put captions with a comma in "
-            "double quotes"
-        )

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from c2r.data.clips import DatasetFile
 from c2r.data.folders import DatasetFolder
-from c2r.data.video import MAX_SECONDS, UnusableVideo, VideoInfo
+from c2r.data.video_info import MAX_SECONDS, UnusableVideo, VideoInfo
 from c2r.files import write_atomic
 
 # Smallest number of files for which a progress bar is shown.
@@ -25,7 +25,7 @@ MIN_FILES_FOR_BAR = 200
 SAVE_EVERY = 60
 FILES_AT_ONCE = 1000
 # Raise it when `probe` measures differently: cached probes of an older version are then ignored.
-VERSION = 3
+VERSION = 4
 
 
 class Probes:

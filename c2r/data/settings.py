@@ -13,6 +13,7 @@ class ClipSettings:
     buckets: tuple[Bucket, ...]
     fps: float  #: frames per second that clips are resampled to
     base_model: str  #: the Wan pipeline whose VAE and text encoder encode: a folder or hub name
+    sequence_fps: float | None = None  #: rate of image sequences whose row has no fps
     cache_dir: Path | None = None  #: None: .c2r_cache in each dataset's folder
     max_dropped: float | None = None  #: largest share of a dataset's rows that may be dropped; None: any
     video_cache_gb: float = 50.0  #: bound of the videos kept from remote datasets, in units of 1e9 bytes

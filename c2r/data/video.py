@@ -1,251 +1,58 @@
-"""Read windows of video and image files as uint8 RGB (PyAV).
+"""Probe videos and images, and read windows of them as uint8 RGB.
 
-Times count from a file's first shown frame, because the clocks of two files may start at different values.
+PyAV reads videos; Pillow reads photographs and animated WebP (`c2r.data.pictures`). Times count from a file's first
+shown frame, because the clocks of two files may start at different values.
 """
 
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fractions import Fraction
-from math import floor
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any
 
 import av
 import numpy as np
 import torch
-from av.video.reformatter import Colorspace, Interpolation
 from einops import rearrange
-from PIL import Image
-from torch.utils.data import get_worker_info
 
 from c2r import InputError
+from c2r.data.colour import INTERPOLATION, require_known_colours, rgb_pixels
+from c2r.data.containers import DECODE_TIMES_FORMATS, is_image, open_video
 from c2r.data.drop_reasons import DropReason
-
-# Playlists, streams and files in parts are refused: they open files outside the dataset's folder, or the network.
-REFERENCING_FORMATS = {"concat", "dash", "hls", "imf", "lavfi", "mlv", "rtp", "rtsp", "sap", "sdp", "vobsub"}
-REFERENCING_FORMATS |= {"webm_dash_manifest"}
-# swscale widens the bicubic kernel when it shrinks, so this does not alias; the flags keep chroma at full precision.
-INTERPOLATION = (
-    Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP | Interpolation.ACCURATE_RND
+from c2r.data.frame_times import (
+    decoded_frames,
+    first_frame,
+    frame_interval,
+    last_packet,
+    nearest_frames,
+    timed_frames,
 )
-# These containers do not store a show time for every frame. FFmpeg's guess differs after a seek, so they are decoded
-# from the beginning.
-GUESSED_TIMES_FORMATS = {"avi", "mpeg"}
-# AVI stores decode times only. They serve as show times because decoders output frames in show order, as long as no
-# decoder threads hold frames back.
-DECODE_TIMES_FORMATS = {"avi"}
-# A file may declare any size. One frame of 8192x8192 pixels fills 200 MB; with 16 bits and alpha, 537 MB.
-MAX_PIXELS = 8192 * 8192
-# Several threads probe files; frames above this size are decoded one at a time, as together they would fill gigabytes.
-LARGE_PIXELS = 4096 * 4096
-_one_large_frame = threading.Lock()
-# The windows of a longer file would fill the memory, whether it holds frames or only declares them.
-MAX_SECONDS = 24 * 3600
-# A picture is resized until it covers the window, then cropped. A header that declares pixels of 10000:1 would make it
-# gigabytes large; scrolls and panoramas are within 32:1.
-MAX_ASPECT = 32
-OPEN_OPTIONS = {
-    "protocol_whitelist": "file",  # no network, whatever a file refers to
-    # Formats are refused before they are opened: opening one opens the files that it refers to.
-    "format_whitelist": ",".join(sorted(set(av.formats_available) - REFERENCING_FORMATS)),
-    "pattern_type": "none",  # FFmpeg would take a "%03d" in an image's name for a numbered series
-    "max_pixels": str(MAX_PIXELS),  # decoders refuse larger frames before they allocate memory
-}
-UNSPECIFIED_COLORSPACE = 2  # AVCOL_SPC_UNSPECIFIED
-# Seconds by which a seek aims too early: key frames are found by decode time, which runs ahead of show time, and the
-# frames around an open group of pictures need the group before.
-SEEK_MARGIN = Fraction(1, 2)
+from c2r.data.pictures import open_picture
+from c2r.data.video_info import (
+    FRAMES_PER_PICTURE,
+    LARGE_PIXELS,
+    MAX_SECONDS,
+    SeekableFile,
+    UnusableVideo,
+    VideoInfo,
+    one_large_frame,
+    require_shape,
+    to_fraction,
+    unusable_video,
+)
 
-
-class SeekableFile(Protocol):
-    """A binary file object: the methods that PyAV calls."""
-
-    def read(self, size: int = -1, /) -> bytes: ...
-
-    def seek(self, offset: int, origin: int = 0, /) -> int: ...
-
-    def tell(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """Length, rate and shape of a video or image."""
-
-    last: Fraction  # time of the last frame, in seconds from the first one; 0 for an image
-    interval: Fraction  # mean seconds between frames
-    aspect: float  # width / height as shown, with pixel shape and rotation applied
-    is_image: bool
-    height: int  # in pixels as shown
-
-    @property
-    def rate(self) -> float:
-        """Frames per second."""
-        return float(1 / self.interval)
-
-    @property
-    def duration(self) -> float:
-        """Seconds from the start of the first frame to the end of the last frame."""
-        return float(self.last + self.interval)
-
-    @property
-    def native_frames(self) -> int:
-        """Number of frames at the file's own rate."""
-        return round(self.last / self.interval) + 1
-
-    def frames_at(self, fps: float) -> int:
-        """Return the number of frames after resampling to `fps`.
-
-        Sample n, at n / fps, counts until half an interval after the last frame, where the nearest frame is still the
-        last one. The half also absorbs the rounding of containers that store milliseconds.
-        """
-        if self.is_image:
-            return 1
-        return int((self.last + self.interval / 2) * to_fraction(fps)) + 1
-
-
-def to_fraction(value: float) -> Fraction:
-    """Convert a time or rate to the fraction that was meant: sums of fractions have no drift and no false ties."""
-    return Fraction(value).limit_denominator(100_000)
-
-
-class UnusableVideo(InputError):
-    """A file that gives no frames; `reason` is UNREADABLE, NO_VIDEO_STREAM or BEYOND_LIMITS."""
-
-    def __init__(self, message: str, reason: DropReason = DropReason.UNREADABLE):
-        super().__init__(message)
-        self.reason = reason
-
-
-def unusable_video(path: str | Path, detail: object, reason: DropReason = DropReason.UNREADABLE) -> UnusableVideo:
-    """Return the error to raise for a file, with a message of one line.
-
-    Args:
-        path: the file.
-        detail: a description or a decoder's error.
-        reason: its category.
-    """
-    detail = " ".join(str(detail).split()) or "unknown decoder error"
-    return UnusableVideo(f"{path}: cannot be decoded ({detail}); repair or re-encode it, or remove its row", reason)
-
-
-@contextmanager
-def open_video(
-    path: str | Path, file: SeekableFile | None = None
-) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """Open a file and its main picture stream (not cover art).
-
-    Args:
-        path: the file; only for messages if there is a file object.
-        file: a seekable binary file object to read instead.
-
-    Raises:
-        UnusableVideo: it has no such stream, exceeds a limit, or the body raises a decoder's error.
-        InputError: the system fails to read it.
-    """
-    try:
-        with av.open(file or str(path), "r", options=OPEN_OPTIONS) as container:
-            stream = cast(av.VideoStream | None, container.streams.best("video"))
-            if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
-                raise unusable_video(path, "it has no video stream", DropReason.NO_VIDEO_STREAM)
-            if stream.codec_context is None:
-                raise unusable_video(path, "no decoder knows its video stream")
-            width, height = stream.codec_context.width, stream.codec_context.height
-            if width * height > MAX_PIXELS:
-                raise unusable_video(path, f"frames of {width}x{height} pixels", DropReason.BEYOND_LIMITS)
-            # A frame may be larger than its container declares: then the decoder refuses it.
-            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-            # Data loader workers already use all cores.
-            if get_worker_info() is not None:
-                stream.codec_context.thread_count = 1
-            elif container.format.name not in DECODE_TIMES_FORMATS:
-                stream.thread_type = "AUTO"
-            yield container, stream
-    except InputError:
-        raise
-    except (av.FFmpegError, OSError, ValueError) as error:
-        if file is None:
-            _require_readable(path)
-        if _is_huge_picture(path, file):
-            raise unusable_video(
-                path, f"it declares more than {MAX_PIXELS} pixels", DropReason.BEYOND_LIMITS
-            ) from error
-        raise unusable_video(path, getattr(error, "strerror", None) or error) from error
-
-
-def _require_readable(path: str | Path) -> None:
-    """Raise InputError if the system fails to read a file, as after the loss of a disk or server.
-
-    Such a file may be a good video. A file without read permission counts as readable here, and thus as unusable.
-    """
-    try:
-        with open(path, "rb") as file:
-            while file.read(1 << 20):
-                pass
-    except PermissionError:
-        pass
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); start again when it can be") from error
-
-
-def _is_huge_picture(path: str | Path, file: SeekableFile | None = None) -> bool:
-    """Return True if a picture has too many pixels, which FFmpeg refuses without naming a reason.
-
-    Reads the header only.
-    """
-    try:
-        if file is not None:
-            file.seek(0)
-        with Image.open(cast(BinaryIO, file or path)) as image:
-            return image.width * image.height > MAX_PIXELS
-    except Image.DecompressionBombError:
-        return True
-    except (OSError, ValueError, SyntaxError):  # not a picture
-        return False
-
-
-def frame_time(container: av.container.InputContainer, frame: av.VideoFrame) -> Fraction | None:
-    """Return a frame's show time in seconds on the stream's own clock; None if the container stores none."""
-    ticks = frame.dts if container.format.name in DECODE_TIMES_FORMATS else frame.pts
-    return None if ticks is None else ticks * Fraction(frame.time_base)
-
-
-def first_frame(
-    path: str | Path, container: av.container.InputContainer, decoder: Iterator[av.VideoFrame]
-) -> tuple[av.VideoFrame, Fraction]:
-    """Return the first frame and its time in seconds on the stream's own clock (0 for an image)."""
-    frame = next(decoder, None)
-    if frame is None:
-        raise unusable_video(path, "it holds no frame")
-    time = Fraction(0) if is_image(container) else frame_time(container, frame)
-    if time is None:
-        raise unusable_video(path, "its frames carry no times, as in a raw stream: remux it into mp4 or mkv")
-    return frame, time
-
-
-def is_image(container: av.container.InputContainer) -> bool:
-    """Return True if the file is a still image."""
-    return container.format.name == "image2" or container.format.name.endswith("_pipe")
-
-
-def frame_interval(stream: av.VideoStream) -> Fraction:
-    """Return the mean seconds between frames, from the header; 1/25 if it names no rate, as for some images."""
-    rate = stream.average_rate or stream.guessed_rate
-    return 1 / Fraction(rate) if rate else Fraction(1, 25)
-
-
-def stored_aspect(path: str | Path, frame: av.VideoFrame, stream: av.VideoStream) -> Fraction:
-    """Return width / height of a frame before rotation, with the shape of its pixels applied.
-
-    Raises:
-        UnusableVideo: it is beyond MAX_ASPECT.
-    """
-    aspect = Fraction(frame.width, frame.height) * (stream.sample_aspect_ratio or 1)
-    if not Fraction(1, MAX_ASPECT) <= aspect <= MAX_ASPECT:
-        detail = f"{frame.width}x{frame.height} pixels, shown {float(aspect):.3g} times as wide as high"
-        raise unusable_video(path, detail, DropReason.BEYOND_LIMITS)
-    return aspect
+__all__ = [
+    "INTERPOLATION",
+    "UnusableVideo",
+    "VideoInfo",
+    "nearest_frames",
+    "open_video",
+    "probe",
+    "read_window",
+    "timed_frames",
+    "to_fraction",
+    "to_rgb",
+]
 
 
 def display_transform(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
@@ -279,15 +86,18 @@ def probe(path: str | Path, file: SeekableFile | None = None) -> VideoInfo:
         file: a seekable binary file object to read instead.
 
     Raises:
-        UnusableVideo: the file is no video, is damaged, was cut off, or is beyond the limits.
+        UnusableVideo: the file is no video, is damaged, was cut off, has colours that cannot be converted, or is
+            beyond the limits.
         InputError: the system fails to read it.
     """
+    with open_picture(path, file) as picture:
+        if picture is not None:
+            with _one_at_a_time(*picture.image.size):
+                return picture.info()
     with open_video(path, file) as (container, stream):
-        stream.thread_type = "NONE"  # one frame is not worth starting threads for
-        is_large = stream.codec_context.width * stream.codec_context.height > LARGE_PIXELS
-        with _one_large_frame if is_large else nullcontext():
+        with _one_at_a_time(stream.codec_context.width, stream.codec_context.height):
             first, aspect, height = _first_shape(path, container, stream)
-        interval = frame_interval(stream)
+        interval = frame_interval(container, stream)
         if is_image(container):
             return VideoInfo(Fraction(0), interval, aspect, True, height)
         # The container's length includes its sound, so it counts only if there is no sound.
@@ -295,6 +105,9 @@ def probe(path: str | Path, file: SeekableFile | None = None) -> VideoInfo:
         if length is None and container.duration is not None and len(container.streams) == 1:
             length = Fraction(container.duration, av.time_base)
         last, end = last_packet(path, container, stream)
+        if container.format.name in DECODE_TIMES_FORMATS:
+            # The decoder gives the first frame only when it knows the next ones, and with a later packet's time.
+            first = (stream.start_time or 0) * stream.time_base
         missing = 0 if length is None else (stream.start_time or 0) * stream.time_base + length - end
         if missing > max(1, length / 10 if length else 0):
             raise unusable_video(path, f"it was cut off: its last {float(missing):.1f} s are missing")
@@ -304,46 +117,19 @@ def probe(path: str | Path, file: SeekableFile | None = None) -> VideoInfo:
         return info
 
 
+def _one_at_a_time(width: int, height: int) -> AbstractContextManager:
+    return one_large_frame if width * height > LARGE_PIXELS else nullcontext()
+
+
 def _first_shape(
     path: str | Path, container: av.container.InputContainer, stream: av.VideoStream
 ) -> tuple[Fraction, float, int]:
     """Return the first frame's time, and its aspect ratio and height as shown; the frame itself is freed."""
-    frame, first = first_frame(path, container, container.decode(stream))
+    frame, first = first_frame(path, container, decoded_frames(container, stream))
+    require_known_colours(path, frame, stream.codec_context.codec_tag)
     transpose = display_transform(frame)[0]
-    aspect = stored_aspect(path, frame, stream)
+    aspect = require_shape(path, frame.width, frame.height, stream.sample_aspect_ratio or 1)
     return first, float(1 / aspect if transpose else aspect), frame.width if transpose else frame.height
-
-
-def last_packet(
-    path: str | Path, container: av.container.InputContainer, stream: av.VideoStream
-) -> tuple[Fraction, Fraction]:
-    """Return the last frame's show time and end time, in seconds on the stream's own clock."""
-
-    def last_of(packets):
-        last = end = None
-        for packet in packets:
-            ticks = packet.dts if packet.pts is None else packet.pts
-            if not packet.size or packet.is_corrupt or packet.is_discard or ticks is None:
-                continue
-            last = ticks if last is None else max(last, ticks)
-            end = last + (packet.duration or 0) if last == ticks else end
-        return last, end
-
-    last = end = None
-    # A container with an index is read from its last group of pictures on.
-    length = stream.duration or (container.duration and int(container.duration / (av.time_base * stream.time_base)))
-    if length:
-        try:
-            container.seek((stream.start_time or 0) + length, stream=stream)
-            last, end = last_of(container.demux(stream))
-        except av.FFmpegError:
-            last = None
-    if last is None:
-        container.seek(stream.start_time or 0, stream=stream)
-        last, end = last_of(container.demux(stream))
-    if last is None:
-        raise unusable_video(path, "none of its packets can be read")
-    return last * stream.time_base, end * stream.time_base
 
 
 def read_window(path: str | Path, start: float, num_frames: int, fps: float, height: int, width: int) -> torch.Tensor:
@@ -360,93 +146,56 @@ def read_window(path: str | Path, start: float, num_frames: int, fps: float, hei
         (F, 3, H, W) uint8 RGB in [0, 255].
 
     Raises:
-        UnusableVideo: the file cannot be decoded, ends before the window does, or is beyond the limits.
+        UnusableVideo: the file or the window cannot be decoded, ends before the window does, is frozen, has colours
+            that cannot be converted, or is beyond the limits.
         InputError: the file is an image and num_frames is not 1, or the system fails to read it.
     """
     wanted = [to_fraction(start) + n / to_fraction(fps) for n in range(num_frames)]
     window = np.empty((num_frames, 3, height, width), dtype=np.uint8)
-    with open_video(path) as (container, stream):
-        if is_image(container) and num_frames != 1:
-            raise InputError(f"{path}: an image is one frame, but num_frames is {num_frames}; give a video")
-        # The reach is one interval longer than in `VideoInfo.frames_at`: some decoders never output the last frame.
-        reach = frame_interval(stream) * 3 / 2
-        filled = 0
-        for count, frame in nearest_frames(timed_frames(container, stream, wanted[0]), wanted, reach):
-            if frame.is_corrupt:
-                raise unusable_video(path, f"the frame {float(wanted[filled]):.2f} s after the first is damaged")
-            stored_aspect(path, frame, stream)  # checked for every frame: sizes may change within a file
-            rgb = to_rgb(frame, stream.sample_aspect_ratio or 1, height, width)
+    filled = pictures = 0
+    with _frames_from(path, wanted[0], wanted[-1], num_frames) as (timed, reach, pixel_aspect, tag):
+        for count, frame in nearest_frames(timed, wanted, reach):
+            # Checked for every frame: they may change within a file.
+            require_shape(path, frame.width, frame.height, pixel_aspect)
+            require_known_colours(path, frame, tag)
+            rgb = to_rgb(frame, pixel_aspect, height, width)
             window[filled : filled + count] = rearrange(rgb, "h w c -> c h w")
             filled += count
+            pictures += 1
     if filled < num_frames:
-        raise unusable_video(path, f"it ends before {float(wanted[filled]):.2f} s, within a window that needs it")
+        detail = f"it ends before {float(wanted[filled]):.2f} s, within a window that needs it"
+        raise unusable_video(path, detail, of_window=True)
+    if pictures * FRAMES_PER_PICTURE < num_frames:
+        detail = f"{pictures} pictures in the {num_frames} frames from {float(wanted[0]):.2f} s on"
+        raise unusable_video(path, detail, DropReason.FROZEN, of_window=True)
     return torch.from_numpy(window)
 
 
-def timed_frames(
-    container: av.container.InputContainer, stream: av.VideoStream, start: Fraction, search: bool = True
-) -> Iterator[tuple[Fraction, av.VideoFrame]]:
-    """Yield (seconds from the file's first frame, frame) in order of time, from a frame at or before `start` on.
+@contextmanager
+def _frames_from(
+    path: str | Path, start: Fraction, end: Fraction, num_frames: int
+) -> Iterator[tuple[Iterator[tuple[Fraction, av.VideoFrame]], Fraction, Fraction | int, str]]:
+    """Open a file to read a window.
 
-    Args:
-        container, stream: see `open_video`.
-        start: in seconds from the file's first frame.
-        search: seek to a key frame before `start`, if the container's times allow it.
+    Gives (time, frame) from a frame at or before `start` on, seconds for which the last frame is shown, width / height
+    of a pixel, and the container's four letters for the codec.
     """
-    decoder = container.decode(stream)
-    frame, first = first_frame(container.name, container, decoder)
-    target = first + start - SEEK_MARGIN
-    if search and target > first and container.format.name not in GUESSED_TIMES_FORMATS:
-        container.seek(floor(target / stream.time_base), stream=stream)  # to the key frame before
-        decoder = container.decode(stream)
-        frame = next(decoder, None)
-        landed = None if frame is None else frame_time(container, frame)
-        if landed is None or landed > first + start:
-            # A container without an exact index, such as MPEG-TS, is decoded from the beginning.
-            with open_video(container.name) as (again, same_stream):
-                yield from timed_frames(again, same_stream, start, search=False)
+    with open_picture(path) as picture:
+        if picture is not None:
+            _require_one_frame(path, num_frames, picture.times is None)
+            yield picture.frames(start), picture.last_shown, 1, ""
             return
-    interval = frame_interval(stream)
-    time = None
-    while frame is not None:
-        shown = frame_time(container, frame)
-        # Decoders output frames in show order, so a time that does not increase is wrong.
-        time = shown - first if shown is not None and (time is None or shown - first > time) else time + interval
-        yield time, frame
-        frame = next(decoder, None)
+    with open_video(path, of_window=True) as (container, stream):
+        _require_one_frame(path, num_frames, is_image(container))
+        # The reach is one interval longer than in `VideoInfo.frames_at`: some decoders never output the last frame.
+        reach = frame_interval(container, stream) * 3 / 2
+        tag = stream.codec_context.codec_tag
+        yield timed_frames(path, container, stream, start, end), reach, stream.sample_aspect_ratio or 1, tag
 
 
-def nearest_frames(
-    timed: Iterable[tuple[Fraction, av.VideoFrame]], wanted: Sequence[Fraction], reach: Fraction
-) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Find the nearest frame for each of some increasing times.
-
-    Args:
-        timed: (time, frame) in order of time, the first at or before `wanted[0]`.
-        wanted: times in seconds.
-        reach: seconds after its time for which the last frame is still the nearest.
-
-    Yields:
-        (number of consecutive wanted times, the frame that is nearest to them). Times beyond the reach get none.
-    """
-    position = 0
-    before, frame_before = None, None
-    for time, frame in timed:
-        if before is not None:
-            served = position
-            while served < len(wanted) and wanted[served] - before <= time - wanted[served]:
-                served += 1
-            if served > position:
-                yield served - position, frame_before
-            position = served
-            if position == len(wanted):
-                return
-        before, frame_before = time, frame
-    served = position
-    while before is not None and served < len(wanted) and wanted[served] <= before + reach:
-        served += 1
-    if served > position:
-        yield served - position, frame_before
+def _require_one_frame(path, num_frames, is_image):
+    if is_image and num_frames != 1:
+        raise InputError(f"{path}: an image is one frame, but num_frames is {num_frames}; give a video")
 
 
 def to_rgb(frame: av.VideoFrame, sample_aspect_ratio: Fraction | int, height: int, width: int) -> np.ndarray:
@@ -456,16 +205,7 @@ def to_rgb(frame: av.VideoFrame, sample_aspect_ratio: Fraction | int, height: in
     shown_height, shown_width = frame.height, frame.width * sample_aspect_ratio
     scale = max(Fraction(h) / shown_height, Fraction(w) / shown_width)
     covering_height, covering_width = max(h, round(shown_height * scale)), max(w, round(shown_width * scale))
-    # For files that do not name their colour matrix, players take BT.709 for HD; swscale always takes BT.601.
-    unnamed_hd = frame.colorspace == UNSPECIFIED_COLORSPACE and frame.height > 576 and not frame.format.is_rgb
-    rgb = frame.reformat(
-        width=covering_width,
-        height=covering_height,
-        format="rgb24",
-        src_colorspace=Colorspace.ITU709 if unnamed_hd else None,
-        interpolation=INTERPOLATION,
-        threads=1,
-    ).to_ndarray()  # (covering_height, covering_width, 3)
+    rgb = rgb_pixels(frame, covering_height, covering_width)
     top, left = (covering_height - h) // 2, (covering_width - w) // 2
     rgb = rgb[top : top + h, left : left + w]
     rgb = rearrange(rgb, "h w c -> w h c") if transpose else rgb

@@ -26,6 +26,7 @@ from safetensors.numpy import save as save_arrays
 
 from c2r.data.clips import Clip
 from c2r.data.settings import ClipSettings
+from c2r.data.video_info import PIXELS_VERSION
 from c2r.files import digest, is_complete, write_atomic
 from c2r.models.hub import resolve_model_folder
 
@@ -75,6 +76,7 @@ class CacheSettings:
     fps: float
     vae: str
     text_encoder: str
+    pixels: int = PIXELS_VERSION
 
     @classmethod
     def of(cls, settings: ClipSettings) -> "CacheSettings":
@@ -96,6 +98,7 @@ class ControlSettings:
     fps: float
     dinov3: str
     dtype: str
+    pixels: int = PIXELS_VERSION
 
     @classmethod
     def of(cls, settings: ClipSettings, dinov3: str, dtype: torch.dtype) -> "ControlSettings":

@@ -21,11 +21,11 @@ from c2r import InputError
 from c2r.data.buckets import Bucket
 from c2r.data.clips import Clip, Clips, DatasetFile
 from c2r.data.drop_reasons import DropReason
-from c2r.data.failures import Failure, note_failure
+from c2r.data.failures import Failure, Window, note_failure
 from c2r.data.folders import read_frames
 from c2r.data.manifest import Manifest
 from c2r.data.settings import ClipSettings
-from c2r.data.video import UnusableVideo
+from c2r.data.video_info import UnusableVideo
 from c2r.data.workers import Heartbeat, shield_worker, usable_workers
 from c2r.encoding.cache import CacheSettings, current_encoders
 from c2r.encoding.encoders import ControlEncoder, Encoder, LatentEncoder, Tensors
@@ -39,7 +39,7 @@ from c2r.encoding.missing import (
     prompt_dtype,
 )
 from c2r.files import is_complete, save_tensors
-from c2r.models.parts import load_pipeline_part, max_sequence_length
+from c2r.models.parts import load_pipeline_part, log_long_prompts, max_sequence_length
 from c2r.units import duration_text, size_text
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class EncodingResult:
 
     kind: str  #: see `MissingFiles`
     seconds_per_clip: float | None  #: duration of the pass per missing clip; None if no clip was missing
-    failures: list[str]  #: a line per clip that cannot be encoded; the next `read_manifest` drops their files
+    failures: list[str]  #: a line per clip that cannot be encoded; the next `read_manifest` drops it, or its file
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,8 @@ def _encode_prompts(missing, settings, accelerator, watchdog):
     tokenizer = load_pipeline_part(settings.base_model, "tokenizer")
     pipeline = WanPipeline(tokenizer=tokenizer, text_encoder=text_encoder, vae=None, scheduler=None)
     max_length = max_sequence_length(tokenizer)
+    if accelerator.is_main_process:
+        log_long_prompts(tokenizer, missing.prompts.values())
     metadata = {
         "encoder": str(settings.base_model),
         "text_encoder": CacheSettings.of(settings).text_encoder,
@@ -268,7 +270,8 @@ class _Batches(Dataset):
             try:
                 frames = read_frames(file, clip, self.settings)
             except UnusableVideo as error:
-                return Failure(file, error.reason, str(error))
+                window = Window(clip.start, clip.bucket.num_frames, self.settings.fps) if error.of_window else None
+                return Failure(file, error.reason, str(error), window=window)
         return frames
 
 

@@ -1,5 +1,7 @@
 """Check and load the frozen parts around the transformer: VAE, text encoder, tokenizer and scheduler."""
 
+import logging
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +11,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKLWan
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from pydantic import Field, FiniteFloat
 from transformers import AutoTokenizer, PreTrainedModel, UMT5EncoderModel
 from typing_extensions import TypedDict
@@ -25,6 +28,11 @@ from c2r.models.hub import (
     require_complete,
     resolve_model_folder,
 )
+
+logger = logging.getLogger(__name__)
+
+#: Long prompts that a message names.
+MAX_NAMED = 5
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -279,3 +287,20 @@ def max_sequence_length(tokenizer) -> int:
     """Return the number of tokens of a padded prompt: 512 as in Wan, or the tokenizer's maximum if that is lower."""
     # Some tokenizers use 1e30 for "no limit".
     return 512 if tokenizer is None else int(min(512, tokenizer.model_max_length))
+
+
+def log_long_prompts(tokenizer, prompts: Iterable[str]) -> None:
+    """Log the prompts of which the text encoder does not see the end, and their numbers of tokens."""
+    limit, long = max_sequence_length(tokenizer), []
+    for prompt in prompts:
+        count = len(tokenizer(prompt_clean(prompt), verbose=False).input_ids)
+        if count > limit:
+            long.append(f"'{textwrap.shorten(prompt, 60, placeholder='…')}' ({count})")
+    if long:
+        logger.warning(
+            "%d prompts are longer than %d tokens, their ends are not used: %s%s",
+            len(long),
+            limit,
+            ", ".join(long[:MAX_NAMED]),
+            ", …" if len(long) > MAX_NAMED else "",
+        )

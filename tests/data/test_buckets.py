@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from c2r import InputError
-from c2r.data.buckets import Bucket, check_num_frames, check_pixels, cut_into_windows, parse_bucket
+from c2r.data.buckets import (
+    Bucket,
+    check_num_frames,
+    check_pixels,
+    cropped_share,
+    cut_into_windows,
+    fitting_size,
+    parse_bucket,
+)
 from c2r.data.clips import Clips
 from c2r.data.drop_reasons import DropReason
 from c2r.data.manifest import read_manifest
@@ -171,3 +179,13 @@ def test_first_windows_alternate_between_datasets_and_buckets():
         *((f"a{i}", 1) for i in range(4)),
     ]
     assert [(c.name, c.window) for c in first.first_windows(5)] == [*((f"a{i}", 0) for i in range(4)), ("a0", 1)]
+
+
+@pytest.mark.parametrize(
+    ("aspect", "expected"), [(832 / 480, (480, 832)), (480 / 832, (832, 480)), (1.0, (624, 624)), (16 / 9, (480, 848))]
+)
+def test_a_fitting_size_keeps_the_picture_and_the_number_of_pixels(aspect, expected):
+    height, width = fitting_size(aspect, 480 * 832)
+    assert (height, width) == expected
+    assert cropped_share(aspect, width / height) < 0.01
+    assert cropped_share(2.0, 0.5) == cropped_share(0.5, 2.0) == 0.75

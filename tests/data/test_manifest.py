@@ -17,11 +17,12 @@ from PIL import Image
 from c2r import InputError
 from c2r.data.buckets import Bucket
 from c2r.data.drop_reasons import DropReason
+from c2r.data.folders import read_frames
 from c2r.data.manifest import is_held_out, read_manifest
 from c2r.data.video_writer import write_video
 from tests.helpers.commands import ROOT
 from tests.helpers.settings import clip_settings
-from tests.helpers.videos import counter_frames, encode_video
+from tests.helpers.videos import counter_frames, encode_video, read_counter
 
 SETTINGS = clip_settings(buckets=(Bucket(9, 48, 64),), fps=16)
 
@@ -108,6 +109,78 @@ def test_a_byte_order_mark_is_ignored_and_numbers_stay_text(tmp_path, video):
         ("007", "12"),
         ("8", "9"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("written", "differs_in"),
+    [
+        ("sub\\Stra\u00dfe.mp4", "back-slashes"),
+        ("sub/Stra\u00dfe.mp4 ", "spaces at its ends"),
+        ("sub/stra\u00dfe.MP4", "upper and lower case"),
+        ("sub/Cafe\u0301.mp4", "the way in which accents are stored"),
+    ],
+)
+@pytest.mark.parametrize("base", ["", "train"])
+def test_a_missing_file_names_one_that_is_spelled_otherwise(base, written, differs_in, tmp_path, video):
+    for name in ("sub/Stra\u00dfe.mp4", "sub/Caf\u00e9.mp4"):
+        add(tmp_path / base, video, name)
+    write_metadata(tmp_path / base, [{"file_name": n, "text": "a"} for n in ("sub/Caf\u00e9.mp4", written, "x.mp4")])
+    missing, other = read_manifest(tmp_path, "real", SETTINGS).dropped
+    assert f"{written}; there is 'sub/" in missing.detail
+    assert f"its name differs in {differs_in}; correct the row" in missing.detail
+    assert other.detail == "x.mp4"
+
+
+def test_other_ways_to_name_an_image_sequence_are_answered(tmp_path):
+    Image.new("RGB", (64, 48)).save(tmp_path / "a_0001.png")
+    write_metadata(tmp_path, [{"file_name": name, "text": "a"} for name in ("a_*.png", "a_0001.png")])
+    with pytest.raises(InputError, match=r"the first: a_\*\.png; name an image sequence by its folder, or as a_####"):
+        read_manifest(tmp_path, "real", SETTINGS)
+    write_metadata(tmp_path, [{"file_name": "a_0001.png", "text": "a"}])
+    with pytest.raises(InputError, match=r"the first: a_0001\.png: no bucket has one frame; name an image sequence"):
+        read_manifest(tmp_path, "real", SETTINGS)
+
+
+def test_rows_of_parts_give_windows_within_them(tmp_path):
+    """48 numbered frames at 16 fps, cut at frames 20 and 21: no window holds frames of two parts."""
+    encode_video(tmp_path / "a.mp4", counter_frames(48))
+    rows = [("", 1.25), (1.25, 1.3125), ("1.3125", ""), (2.0, 2.5625), (1.0, 0.5), ("x", "")]
+    write_metadata(
+        tmp_path, [{"file_name": "a.mp4", "text": f"part {i}", "start": a, "end": b} for i, (a, b) in enumerate(rows)]
+    )
+    manifest = read_manifest(tmp_path, "real", SETTINGS)
+    frames = {}
+    for clip in manifest.clips:
+        window = read_frames(clip.target_file, clip, SETTINGS)
+        frames.setdefault(clip.text, []).append(read_counter(window))
+    expected = {"part 0": [0, 9], "part 2": [21, 30, 39], "part 3": [32]}  # first frames; counted modulo 27
+    assert frames == {
+        part: [[frame % 27 for frame in range(first, first + 9)] for first in firsts]
+        for part, firsts in expected.items()
+    }
+    assert [clip.window for clip in manifest.clips] == [*range(6)]  # numbered within the file, not the part
+    assert manifest.clips.file_count == 1
+    assert [(row.reason, row.detail) for row in manifest.dropped] == [
+        ("no part of the file", "start '1.0', end '0.5': give seconds, the end after the start"),
+        ("no part of the file", "start 'x', end '': give seconds, the end after the start"),
+        ("too short", "1 frames at 16 fps, 3.00 s; a clip takes 9"),
+    ]
+
+
+def test_files_that_lose_much_by_cropping_are_named(tmp_path, capsys):
+    encode_video(tmp_path / "wide.mp4", counter_frames(9, 48, 64))
+    encode_video(tmp_path / "tall.mp4", counter_frames(9, 128, 64))
+    write_metadata(tmp_path, [{"file_name": f"{n}.mp4", "text": "a"} for n in ("wide", "tall")])
+    manifest = read_manifest(tmp_path, "real", SETTINGS)
+    assert manifest.cropped.tolist() == [0, pytest.approx(1 - (64 / 128) / (64 / 48))]
+    manifest.report()
+    printed = capsys.readouterr().out
+    assert "1 of 2 files lose more than 25% of their picture by cropping, tall.mp4 the most, 62% in 9x48x64" in printed
+    assert "for this file 9x80x32" in printed
+    with open(manifest.write(), newline="") as file:
+        assert [row["cropped"] for row in csv.DictReader(file)] == ["0.00", "0.62"]
+    read_manifest(tmp_path, "real", clip_settings(buckets=(*SETTINGS.buckets, Bucket(9, 80, 32)), fps=16)).report()
+    assert "cropping" not in capsys.readouterr().out
 
 
 def test_edited_metadata_is_read_again_and_home_is_not_written(tmp_path, video, monkeypatch):
@@ -237,7 +310,7 @@ def test_real_rows_kept_without_their_coarse_version_are_reported(tmp_path, vide
     manifest.report()
     assert "kept 1 rows without their coarse version: 1 pair differs in length" in capsys.readouterr().out
     (table,) = manifest.cache_dir.glob("manifest-real-*.csv")
-    assert 'b.mp4,,,without coarse version,"pair differs in length: 1.25 s, ' in table.read_text()
+    assert 'b.mp4,,,,without coarse version,"pair differs in length: 1.25 s, ' in table.read_text()
 
 
 @pytest.mark.parametrize(
@@ -261,7 +334,7 @@ def test_real_rows_kept_without_their_coarse_version_are_reported(tmp_path, vide
         (lambda d: d.mkdir() or (d / "metadata.csv").write_text("a,b\n1,2,3\n4\n5,6,7,8\n"), r"metadata\.csv: "),
         (
             lambda d: d.mkdir() or (d / "metadata.csv").write_text("file_name,text\na.mp4,a street, rain\n"),
-            r"metadata\.csv: its first row has 3 fields, its header 2; put captions with a comma in double quotes",
+            r"metadata\.csv: line 2 has 3 fields, the header 2; put captions with a comma in double quotes",
         ),
         (lambda d: d.mkdir() or (d / "metadata.csv").write_bytes(b"file_name,text\n\xff\xfe,b\n"), r"csv: cannot be"),
         (lambda d: d.mkdir() or (d / "metadata.jsonl").write_text("{'file_name': 1}\n"), r"jsonl: cannot be read"),
@@ -301,7 +374,7 @@ def test_the_list_is_written_even_if_no_row_can_be_used(tmp_path, video):
             read_manifest(folder, "real", shared)
         lists.add(str(error.value).partition("list in ")[2].partition(";")[0])
     assert len(lists) == 2
-    assert all("gone.mp4,,,dropped,missing file: gone.mp4" in Path(path).read_text() for path in lists)
+    assert all("gone.mp4,,,,dropped,missing file: gone.mp4" in Path(path).read_text() for path in lists)
 
 
 def test_other_files_do_not_change_which_files_are_held_out(tmp_path, video):

@@ -21,7 +21,17 @@ from c2r import InputError
 from c2r.data.video import UnusableVideo, nearest_frames, open_video, probe, read_window, to_rgb
 from c2r.data.video_writer import write_video
 from tests.helpers.commands import ENVIRONMENT, ROOT
-from tests.helpers.videos import corner_frames, counter_frames, encode_video, read_counter
+from tests.helpers.videos import (
+    BLUE,
+    GREEN,
+    RED,
+    WHITE,
+    assert_corners,
+    corner_frames,
+    counter_frames,
+    encode_video,
+    read_counter,
+)
 
 CODECS = {
     "h264.mp4": ("libx264", "yuv420p", {"bf": "3"}),
@@ -42,27 +52,11 @@ def encode(path, frames, name, **kwargs):
     return encode_video(path / name, frames, codec=codec, pix_fmt=pix_fmt, options=options, **kwargs)
 
 
-def corners(window):
-    """Return the mean colours (4, 3) of the quarters of frame 0 without their edges, from the top left by rows."""
-    _, _, height, width = window.shape
-    h, w = height // 2, width // 2
-    quarters = [window[0, :, y : y + h, x : x + w] for y in (0, h) for x in (0, w)]
-    return torch.stack([q[:, h // 4 : -h // 4, w // 4 : -w // 4].float().mean(dim=(1, 2)) for q in quarters])
-
-
-RED, GREEN, BLUE, WHITE = (220, 30, 30), (30, 200, 30), (30, 30, 220), (230, 230, 230)
-
-
-def assert_corners(window, colours, tolerance=8):
-    torch.testing.assert_close(corners(window), torch.tensor(colours).float(), atol=tolerance, rtol=0)
-
-
 @pytest.mark.parametrize("name", CODECS)
 def test_windows_of_every_codec_hold_the_right_frames(tmp_path, name):
     path = encode(tmp_path, counter_frames(60), name)
     info = probe(path)
-    # In MPEG-TS the last packet is marked incomplete; AVI hides the decoder's delay. Both may hide one frame.
-    assert info.frames_at(16) in ((59, 60) if path.suffix in (".ts", ".avi") else (60,))
+    assert info.frames_at(16) == 60
     assert info.aspect == pytest.approx(64 / 48)
     for start in (0, 1, 9, 23, 24, 25, 36, 50):
         window = read_window(path, start / 16, 9, 16, 48, 64)
@@ -94,7 +88,7 @@ def test_resampling_takes_the_nearest_frame(tmp_path, file_fps, fps):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(5, 400), min_size=8, max_size=26), st.integers(0, 20), st.sampled_from([8, 12, 16, 25]))
+@given(st.lists(st.integers(5, 150), min_size=8, max_size=26), st.integers(0, 20), st.sampled_from([8, 12, 16, 25]))
 def test_variable_frame_times_are_followed(tmp_path_factory, gaps, skip, fps):
     times = np.concatenate([[0], np.cumsum(gaps)]) / 1000
     path = encode_video(tmp_path_factory.mktemp("vfr") / "a.mkv", counter_frames(len(times)), times=times)

@@ -44,10 +44,10 @@ def test_a_cache_file_is_named_by_all_that_its_content_depends_on():
 
 
 def test_cached_names_stay_the_same_between_versions():
-    """A change of this hash would encode everything again for every user."""
-    assert clip_key(CLIP, SETTINGS) == "3fa4147b78e0bfa7fbf1d0387c4d2fc900d0ebb39f5714f90c34f636043b02d6"
+    """A change of this hash would encode everything again for every user; a new PIXELS_VERSION means to."""
+    assert clip_key(CLIP, SETTINGS) == "39c96e474753ece1b1d16d19c8e3a0abc64d4b2c6c216f4b3e16e37d72d827fd"
     control = control_path("c", CLIP, ControlSettings(16.0, "dinov3", "torch.bfloat16"))
-    assert control.stem == "036fb97430926903b4c4a3fa655d94972b233c8db39c14b1881591e07d8fca68"
+    assert control.stem == "0e7e6518f3ce04e6f81145a222704f43bda0a52478baa9317d7b6215a2d83198"
     prompt = prompt_path("c", "a street", SETTINGS)
     assert prompt.stem == "ceeb4d16c69c4ae1dfd8bf697a70a33f53a73e64e3dc6910ef038c9da9bf41b5"
 

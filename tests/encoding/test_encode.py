@@ -1,6 +1,8 @@
 """The encoding pass: the cache equals what diffusers computes, and only missing files are made, also after a kill."""
 
+import csv
 import os
+import re
 import shutil
 import signal
 import sys
@@ -31,7 +33,7 @@ from c2r.encoding.missing import find_missing
 from c2r.encoding.preview import psnr
 from c2r.files import load_tensors, save_tensors
 from c2r.models.vae import encode_frames
-from tests.helpers.commands import succeed
+from tests.helpers.commands import ROOT, succeed
 from tests.helpers.forks import forked_twice, statuses
 from tests.helpers.settings import clip_settings
 from tests.helpers.tiny import LATENT_CHANNELS, PROMPT_LENGTH, TEXT_DIM, save_tiny_pipeline
@@ -227,22 +229,26 @@ def broken_inside(path, count=40):
     encode_video(path, noise, codec="prores_ks", pix_fmt="yuv422p10le")
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
-    content[middle - 20_000 : middle + 20_000] = bytes(40_000)
+    content[middle - 2_000 : middle + 2_000] = bytes(4_000)
     path.write_bytes(content)
 
 
-def test_a_file_that_cannot_be_decoded_is_noted_and_dropped_with_its_reason(data, settings, process):
+def test_windows_that_cannot_be_decoded_are_noted_and_dropped_with_their_reason(data, settings, process):
     broken_inside(data / "bad.mov")
     with open(data / "metadata.csv", "a") as file:
         file.write("\nbad.mov,rain\n")
     clips = read(data, settings).clips
     assert len(clips) == 3 + 8
     failures = encode_missing(clips, settings, *process).failures
-    assert failures
-    assert all("bad.mov: cannot be decoded" in failure and "\n" not in failure for failure in failures)
+    assert 1 <= len(failures) < 8
+    assert all(re.search(r"bad\.mov: (cannot be decoded|is damaged) \(.+\); ", failure) for failure in failures)
     manifest = read(data, settings)
-    assert [clip.name for clip in manifest.clips] == ["a.mp4", "a.mp4", "b.mp4"]
-    assert [(row.file, row.reason) for row in manifest.dropped] == [("bad.mov", "unreadable")]
+    assert manifest.dropped == []
+    assert {row.file for row in manifest.dropped_windows} == {"bad.mov"}
+    kept = [clip.window for clip in manifest.clips if clip.name == "bad.mov"]
+    assert sorted(kept + [row.window for row in manifest.dropped_windows]) == list(range(8))
+    assert len(manifest.clips) == 3 + len(kept)
+    assert 'bad.mov,4,,,dropped,"damaged: ' in manifest.write().read_text()
     assert encode_missing(manifest.clips, settings, *process).seconds_per_clip is None  # nothing is missing
     # The repaired file is used again.
     write_video(data / "good.mp4", counter_frames(5, 32, 48), 16)
@@ -268,7 +274,7 @@ def test_a_damaged_control_is_found_before_training(data, settings, process):
     (data / "metadata.csv").write_text("\n".join(rows))
     failures = encode_missing(read(data, settings, "cg").clips, settings, *process).failures
     assert "coarse.mov" in failures[0]
-    assert [row.file for row in read(data, settings, "cg").dropped] == ["fine.mp4"]
+    assert {row.file for row in read(data, settings, "cg").dropped_windows} == {"fine.mp4"}
 
 
 def test_data_loader_workers_do_not_change_the_latents(data, settings, process, tmp_path):
@@ -393,18 +399,51 @@ def test_latents_that_do_not_fit_the_disk_are_refused_before_encoding(data, sett
     assert encode_missing(clips, settings, *process).seconds_per_clip is None
 
 
-def test_a_preview_shows_decoded_clips_and_marks_a_low_psnr(data, settings, monkeypatch, capsys, tmp_path):
-    folder = tmp_path / "preview"
-    monkeypatch.setattr(sys, "argv", ["encode", *command(data, settings), f"--preview={folder}"])
+def preview(data, settings, folder, monkeypatch, capsys, *options):
+    monkeypatch.setattr(sys, "argv", ["encode", *command(data, settings), f"--preview={folder}", *options])
     run(c2r.encode.main)
-    out = capsys.readouterr().out
-    # The tiny VAE has random weights: no clip is decoded well.
-    assert out.count("LOW: below 20 dB") == 3
+    return capsys.readouterr().out
+
+
+def test_a_preview_shows_decoded_clips_and_marks_latents_of_another_clip(
+    data, settings, monkeypatch, capsys, tmp_path
+):
+    settings = replace(settings, base_model=str(ROOT / "c2r/toy/weights/model"))  # its VAE can tell clips apart
+    out = preview(data, settings, tmp_path / "preview", monkeypatch, capsys)
+    assert "LOW" not in out
     assert "b.mp4 #0, real, 5x32x48, " in out
-    with Image.open(folder / "preview-real-5x32x48.png") as sheet:
+    with Image.open(tmp_path / "preview/preview-real-5x32x48.png") as sheet:
         assert sheet.width == 2 * 3 * 48 + 10  # columns of the video and the cache, three frames in each
+    for path in cached(data):
+        tensors, metadata = load_tensors(path)
+        if metadata.get("file") == "b.mp4":
+            save_tensors(path, tensors | {"latents_mean": -tensors["latents_mean"]}, metadata)
+    out = preview(data, settings, tmp_path / "again", monkeypatch, capsys)
+    assert [line.split()[1] for line in out.splitlines() if "LOW: this VAE reaches " in line] == ["b.mp4"]
     white = np.full((5, 32, 48, 3), 255, np.uint8)
     assert psnr(white, white - 1) == pytest.approx(20 * np.log10(255))
+
+
+def test_a_preview_shows_the_files_and_the_number_that_are_asked_for(data, settings, monkeypatch, capsys, tmp_path):
+    out = preview(data, settings, tmp_path, monkeypatch, capsys, "--preview_count=1", "--preview_files=b*")
+    shown = [line.split()[1] for line in out.splitlines() if line.startswith("preview: ") and "#" in line]
+    assert shown == ["b.mp4"]
+    with pytest.raises(SystemExit, match=r"--preview_files x\*: no clip's file matches it"):
+        preview(data, settings, tmp_path, monkeypatch, capsys, "--preview_files=x*")
+
+
+def test_rows_of_pairs_without_the_domain_cg_are_warned_of(data, settings, monkeypatch, capsys):
+    with open(data / "metadata.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    warning = "every row names a control_name, as CG pairs do; if this is CG, give --domain cg"
+    for first_control, told in (("", False), (rows[0][0], True)):
+        controls = [first_control, *(row[0] for row in rows[1:])]
+        with open(data / "metadata.csv", "w", newline="") as file:
+            lines = [[*row, control] for row, control in zip(rows, controls)]
+            csv.writer(file).writerows([[*header, "control_name"], *lines])
+        monkeypatch.setattr(sys, "argv", ["encode", *command(data, settings), "--dry_run"])
+        run(c2r.encode.main)
+        assert (warning in capsys.readouterr().out) == told
 
 
 def test_a_dry_run_reports_missing_files_and_writes_no_latents(data, settings, monkeypatch, capsys):

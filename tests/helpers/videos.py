@@ -4,6 +4,9 @@ from fractions import Fraction
 
 import av
 import numpy as np
+import torch
+
+RED, GREEN, BLUE, WHITE = (220, 30, 30), (30, 200, 30), (30, 30, 220), (230, 230, 230)
 
 
 def level(index):
@@ -27,11 +30,21 @@ def corner_frames(count, height, width):
     """Return frames (F, H, W, 3) uint8 with red, green, blue and white quarters, from the top left by rows."""
     frames = np.empty((count, height, width, 3), dtype=np.uint8)
     top, left = height // 2, width // 2
-    frames[:, :top, :left] = (220, 30, 30)
-    frames[:, :top, left:] = (30, 200, 30)
-    frames[:, top:, :left] = (30, 30, 220)
-    frames[:, top:, left:] = (230, 230, 230)
+    frames[:, :top, :left], frames[:, :top, left:] = RED, GREEN
+    frames[:, top:, :left], frames[:, top:, left:] = BLUE, WHITE
     return frames
+
+
+def corners(window):
+    """Return the mean colours (4, 3) of the quarters of a window's frame 0, without their edges, by rows."""
+    _, _, height, width = window.shape
+    h, w = height // 2, width // 2
+    quarters = [window[0, :, y : y + h, x : x + w] for y in (0, h) for x in (0, w)]
+    return torch.stack([q[:, h // 4 : -h // 4, w // 4 : -w // 4].float().mean(dim=(1, 2)) for q in quarters])
+
+
+def assert_corners(window, colours, tolerance=8):
+    torch.testing.assert_close(corners(window), torch.tensor(colours).float(), atol=tolerance, rtol=0)
 
 
 def encode_video(
