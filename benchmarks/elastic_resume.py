@@ -114,13 +114,11 @@ def main():
         print(f"{engine}: trained", flush=True)
     largest = [0.0, 0.0]
     for engine in LAUNCHES:
-        legs = [
-            (phase, out(phase, engine, source), out(phase, source) / f"checkpoint-{SAVED}")
-            for phase in (1, 2)
-            for source in LAUNCHES
-        ]
-        train(work_dir, engine, legs)
         for phase in (1, 2):
+            legs = [
+                (phase, out(phase, engine, source), out(phase, source) / f"checkpoint-{SAVED}") for source in LAUNCHES
+            ]
+            train(work_dir, engine, legs)
             cells = []
             for source in LAUNCHES:
                 found = differences(out(phase, source), out(phase, engine, source))
