@@ -27,7 +27,7 @@ from c2r.data.folders import LocalFolder
 from c2r.data.manifest import read_manifest
 from c2r.data.probes import Probes
 from c2r.data.settings import ClipSettings
-from c2r.data.video import VideoInfo
+from c2r.data.video_info import VideoInfo
 from c2r.encoding.cache import CacheSettings, clip_path, current_encoders, prompt_path
 from c2r.files import save_tensors
 from tests.helpers.tiny import LATENT_CHANNELS, PROMPT_LENGTH, TEXT_DIM, save_tiny_pipeline

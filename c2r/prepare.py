@@ -203,7 +203,7 @@ def split_at_cuts(rows: "list[Row]", threshold: float, notes: "Notes", damaged: 
     from tqdm import tqdm
 
     from c2r.data.manifest import DroppedRow
-    from c2r.data.video import UnusableVideo
+    from c2r.data.video_info import UnusableVideo
     from c2r.preparation.scenes import find_cuts, parts_between
 
     split = []
@@ -237,7 +237,7 @@ def ask_caption_model(
     from tqdm import tqdm
 
     from c2r.data.manifest import DroppedRow
-    from c2r.data.video import UnusableVideo
+    from c2r.data.video_info import UnusableVideo
     from c2r.preparation.caption_model import CaptionModel, middle_frames
 
     model, captioned = None, []

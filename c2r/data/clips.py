@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from c2r.data.buckets import Bucket
-from c2r.data.video import to_fraction
+from c2r.data.video_info import to_fraction
 
 #: One clip in `Clips.entries`.
 ENTRY = np.dtype(

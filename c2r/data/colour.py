@@ -26,8 +26,9 @@ INTERPOLATION = (
 UNSPECIFIED = 2
 #: BT.709, FCC, BT.601 (625 and 525 lines), SMPTE 240M, BT.2020: swscale takes any other matrix for BT.601.
 MATRICES = {1, UNSPECIFIED, 4, 5, 6, 7, 9}
-#: Curves whose values are shown as they are: BT.709, SMPTE 170M and 240M, xvYCC, BT.1361, sRGB, BT.2020.
-DISPLAY_CURVES = {0, 1, UNSPECIFIED, 6, 7, 11, 12, 13, 14, 15}
+#: Curves whose values are shown as they are: BT.709, PAL's (players do not honour its 2.8), SMPTE 170M and 240M,
+#: xvYCC, BT.1361, sRGB, BT.2020.
+DISPLAY_CURVES = {0, 1, UNSPECIFIED, 5, 6, 7, 11, 12, 13, 14, 15}
 #: BT.709, BT.601 (both), SMPTE 240M, EBU 3213. Differences between them are small; the codes 0 and 3 are reserved.
 DISPLAY_PRIMARIES = {0, 1, UNSPECIFIED, 3, 5, 6, 7, 22}
 LINEAR, PQ, HLG = 8, 16, 18
@@ -69,10 +70,9 @@ def from_hlg(values: np.ndarray) -> np.ndarray:
     return np.where(values <= 0.5, values**2 / 3, (np.exp((values - c) / a) + b) / 12)
 
 
-#: Light of each curve that is not shown as it is: linear, gamma 2.2 and 2.8, PQ, HLG.
+#: Light of each curve that is not shown as it is: linear, gamma 2.2, PQ, HLG.
 CURVES: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     4: lambda values: values**2.2,
-    5: lambda values: values**2.8,
     LINEAR: lambda values: values,
     PQ: from_pq,
     HLG: from_hlg,

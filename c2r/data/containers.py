@@ -5,15 +5,14 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 import av
 
 from c2r import InputError
-from c2r.data.drop_reasons import DropReason, DropRow
+from c2r.data.drop_reasons import DropReason
 from c2r.data.mp4_tables import require_honest_tables
-from c2r.data.sequences import find_sequence, split_rate
-from c2r.data.video_info import MAX_PIXELS, SeekableFile, UnusableVideo, to_fraction, unusable_video
+from c2r.data.video_info import MAX_PIXELS, SeekableFile, unusable_video
 
 # Playlists, streams and files in parts are refused: they open files outside the dataset's folder, or the network.
 REFERENCING_FORMATS = {"concat", "dash", "hls", "imf", "lavfi", "mlv", "rtp", "rtsp", "sap", "sdp", "vobsub"}
@@ -36,8 +35,7 @@ def open_video(
     """Open a file and its main picture stream (not cover art).
 
     Args:
-        path: the file, or the name of an image sequence, see `c2r.data.sequences`; only for messages if there is a
-            file object.
+        path: the file; only for messages if there is a file object.
         file: a seekable binary file object to read instead.
         of_window: the body reads one window, so its decoder's errors say nothing of other windows.
 
@@ -47,14 +45,10 @@ def open_video(
     """
     opened = False
     try:
-        source: dict[str, Any] = {"file": file or str(path), "options": OPEN_OPTIONS}
-        if is_sequence(path, file):
-            source = _sequence_source(str(path))
-        else:
-            with open_content(path, file) as content:
-                require_honest_tables(path, content)
-                content.seek(0)
-        with av.open(mode="r", **source) as container:
+        with open_content(path, file) as content:
+            require_honest_tables(path, content)
+            content.seek(0)
+        with av.open(file or str(path), "r", options=OPEN_OPTIONS) as container:
             stream = cast(av.VideoStream | None, container.streams.best("video"))
             if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
                 raise unusable_video(path, "it has no video stream", DropReason.NO_VIDEO_STREAM)
@@ -77,22 +71,6 @@ def open_video(
             require_readable(path)
         detail = getattr(error, "strerror", None) or error
         raise unusable_video(path, detail, of_window=of_window and opened) from error
-
-
-def is_sequence(path: str | Path, file: SeekableFile | None = None) -> bool:
-    """Return True if this is the name of an image sequence."""
-    return file is None and split_rate(str(path)) is not None and not os.path.exists(path)
-
-
-def _sequence_source(path):
-    """Return the arguments of `av.open` for the pictures of a sequence."""
-    pattern, fps = split_rate(path)
-    try:
-        sequence = find_sequence(pattern)
-    except DropRow as drop:
-        raise UnusableVideo(f"{drop.detail}; correct the sequence, or remove its row", drop.reason) from None
-    options = {"pattern_type": "sequence", "start_number": str(sequence.first), "framerate": str(to_fraction(fps))}
-    return {"file": sequence.escaped_path, "format": "image2", "options": OPEN_OPTIONS | options}
 
 
 @contextmanager
@@ -136,6 +114,4 @@ def require_readable(path: str | Path) -> None:
 
 def is_image(container: av.container.InputContainer) -> bool:
     """Return True if the file is a still image."""
-    if container.options.get("pattern_type") == "sequence":
-        return False
     return container.format.name == "image2" or container.format.name.endswith("_pipe")

@@ -15,9 +15,10 @@ from c2r.data.clips import Clip, DatasetFile
 from c2r.data.containers import file_kind
 from c2r.data.drop_reasons import DropReason, DropRow
 from c2r.data.remote import RemoteFolder, is_remote
-from c2r.data.sequences import find_sequence, is_pattern
+from c2r.data.sequences import find_sequence, is_pattern, parse_rate
 from c2r.data.settings import ClipSettings
-from c2r.data.video import UnusableVideo, VideoInfo, probe, read_window
+from c2r.data.video import probe, read_window
+from c2r.data.video_info import UnusableVideo, VideoInfo
 
 
 class LocalFolder:
@@ -67,12 +68,12 @@ class LocalFolder:
             raise DropRow(DropReason.OUTSIDE_FOLDER, f"{name} leads to {os.path.realpath(path)}")
         return DatasetFile(self.address, path[len(self.address) + 1 :], status.st_size, status.st_mtime_ns)
 
-    def locate_sequence(self, name: str, fps: float | None) -> DatasetFile | None:
+    def locate_sequence(self, name: str, fps: str | float | None) -> DatasetFile | None:
         """Return the image sequence of this name, named by its pattern and rate; None if there is none.
 
         Args:
             name: a folder or a pattern, see `c2r.data.sequences`.
-            fps: its rate.
+            fps: its rate; None or "": it has none.
 
         Raises:
             DropRow: it is outside the folder or incomplete, or has no rate.
@@ -82,11 +83,16 @@ class LocalFolder:
             return None
         if not self._contains(path if os.path.isdir(path) else os.path.dirname(path)):
             raise DropRow(DropReason.OUTSIDE_FOLDER, f"{name} leads to {os.path.realpath(path)}")
-        sequence = find_sequence(path, name, self._contains_uncached)
-        if fps is None:
+        try:
+            sequence = find_sequence(path, name, self._contains_uncached)
+        except DropRow as drop:
+            if drop.reason == DropReason.MISSING_FILE and not os.path.isdir(path):
+                return None
+            raise
+        if not fps:
             raise DropRow(DropReason.NO_RATE, f"{name}: give the row an fps, or --sequence_fps")
-        pattern = os.path.join(os.path.relpath(sequence.folder, self.address), sequence.pattern)
-        return DatasetFile(self.address, f"{os.path.normpath(pattern)}@{fps:.10g}", sequence.size, sequence.mtime_ns)
+        pattern = os.path.normpath(os.path.join(os.path.relpath(sequence.folder, self.address), sequence.pattern))
+        return DatasetFile(self.address, f"{pattern}@{parse_rate(name, fps):.10g}", sequence.size, sequence.state)
 
     @cached_property
     def names_by_spelling(self) -> dict[str, str]:
@@ -132,8 +138,8 @@ class RemoteDataset:
             raise DropRow(DropReason.OUTSIDE_FOLDER, name)
         return file and DatasetFile(self.address, name, file.size, file.version)
 
-    def locate_sequence(self, name: str, fps: float | None) -> DatasetFile | None:
-        if is_pattern(name) or self.has_folder(os.path.normpath(name)):
+    def locate_sequence(self, name: str, fps: str | float | None) -> DatasetFile | None:
+        if name and self.has_folder(os.path.normpath(name)):
             raise DropRow(
                 DropReason.MISSING_FILE, f"{name}: image sequences are read from folders of this machine only"
             )

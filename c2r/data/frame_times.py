@@ -81,7 +81,9 @@ def decoded_frames(
     decoder = None
     if stream.metadata.get("alpha_mode") == "1" and stream.codec_context.name in ALPHA_DECODERS:
         decoder = cast(av.VideoCodecContext, av.CodecContext.create(ALPHA_DECODERS[stream.codec_context.name], "r"))
-        decoder.options = {"max_pixels": str(MAX_PIXELS)}
+        decoder.options, decoder.thread_count = {"max_pixels": str(MAX_PIXELS)}, 1
+        for tag in ("color_range", "color_primaries", "color_trc", "colorspace"):  # the container's
+            setattr(decoder, tag, getattr(stream.codec_context, tag))
 
     def frames():
         incomplete = started = False

@@ -381,7 +381,7 @@ def _locate_rows(
         for row in rows_of(rows, f"{folder.address}/{metadata_folder}".rstrip("/")):
             name, text, control_name = row[:3]
             try:
-                fps, part = _rate(row.fps) or sequence_fps, _part(row.start, row.end)
+                fps, part = row.fps or sequence_fps, _part(row.start, row.end)
                 files = [_locate(folder, bases, name, fps)]
                 if not text.strip():
                     raise DropRow(DropReason.EMPTY_CAPTION)
@@ -401,7 +401,7 @@ def _locate_rows(
     return table, dropped, without_coarse, row_count
 
 
-def _locate(folder: DatasetFolder, bases: list[str], name: str, fps: float | None) -> DatasetFile:
+def _locate(folder: DatasetFolder, bases: list[str], name: str, fps: str | float | None) -> DatasetFile:
     """Return the file or image sequence that a row names, relative to the first base that has it."""
     if not name:
         raise DropRow(DropReason.MISSING_FILE, "the row names none")
@@ -430,23 +430,6 @@ def _difference(name, found):
         return "spaces at its ends"
     composed = unicodedata.normalize("NFC", name), unicodedata.normalize("NFC", found)
     return "the way in which accents are stored" if composed[0] == composed[1] else "upper and lower case"
-
-
-def _rate(fps: str) -> float | None:
-    """Return the rate of a row's image sequences; None if the row gives none.
-
-    Raises:
-        DropRow: it is no number above 0.
-    """
-    if not fps:
-        return None
-    try:
-        rate = float(fps)
-    except ValueError:
-        rate = math.nan
-    if not 0 < rate < math.inf:
-        raise DropRow(DropReason.NO_RATE, f"fps {fps!r}: give a number above 0")
-    return rate
 
 
 def _part(start: str, end: str) -> tuple[float, float] | None:

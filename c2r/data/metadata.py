@@ -9,6 +9,7 @@ import datasets
 from datasets import Dataset
 
 from c2r import InputError
+from c2r.data.drop_reasons import DropRow
 from c2r.data.folders import DatasetFolder
 from c2r.data.table_checks import check_csv, check_jsonl, check_parquet
 from c2r.files import UNWRITABLE, digest
@@ -91,7 +92,9 @@ def rows_of(table: Dataset, address: str) -> Iterator[Row]:
         except UnicodeDecodeError as error:
             raise InputError(f"{address}: its metadata is not UTF-8 ({error.reason}); correct the file") from error
         for values in zip(*(column or [None] * batch.num_rows for column in columns)):
-            yield Row(*map(_as_text, values))
+            texts = Row(*map(_as_text, values))
+            # Parquet and JSON have NaN for a number that is missing.
+            yield texts._replace(**{name: "" for name in ("start", "end", "fps") if getattr(texts, name) == "nan"})
 
 
 def _as_text(value: object) -> str:
@@ -108,7 +111,10 @@ def _find(folder: DatasetFolder, subfolder: str) -> str | None:
 
 
 def _read(folder: DatasetFolder, name: str, cache_dir: str | Path) -> Dataset:
-    file = folder.locate(name)
+    try:
+        file = folder.locate(name)
+    except DropRow as drop:
+        raise InputError(f"{folder.address}/{name}: {drop.reason} ({drop.detail}); copy it into the folder") from None
     # Each state of the file has its own folder: `datasets` could mistake an old copy for the edited file.
     arrow_dir = Path(cache_dir) / "metadata" / digest([folder.address, name])[:16] / digest([*file])[:16]
     for old in arrow_dir.parent.glob("*"):

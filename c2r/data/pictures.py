@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from c2r.data.colour import CURVES, DISPLAY_CURVES, DISPLAY_PRIMARIES, UNSPECIFIED, WIDE_PRIMARIES, codes_to_srgb
-from c2r.data.containers import is_sequence, open_content, require_readable
+from c2r.data.containers import open_content, require_readable
 from c2r.data.drop_reasons import DropReason
 from c2r.data.video_info import (
     MAX_PIXELS,
@@ -99,9 +99,6 @@ def open_picture(path: str | Path, file: SeekableFile | None = None) -> Iterator
         UnusableVideo: it is damaged, beyond the limits, or a HEIC that needs the package pillow-heif.
         InputError: the system fails to read it.
     """
-    if is_sequence(path, file):
-        yield None
-        return
     with ExitStack() as stack:
         with _errors_of_pillow(path, file):
             content = stack.enter_context(open_content(path, file))

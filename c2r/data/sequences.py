@@ -4,17 +4,19 @@ A user names a sequence by its folder, or by a pattern such as `shot_%04d.png` o
 its name is the pattern with the rate: `shot_%04d.png@24`.
 """
 
+import hashlib
 import os
 import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
 from c2r.data.drop_reasons import DropReason, DropRow
 
-#: Endings of pictures that FFmpeg reads one by one.
+#: Endings of the pictures of a sequence.
 SUFFIXES = (".avif", ".bmp", ".dpx", ".exr", ".jpeg", ".jpg", ".png", ".tga", ".tif", ".tiff", ".webp")
-_PATTERN = re.compile(r"(?P<prefix>[^%#]*)(?:%0?(?P<digits>\d*)d|(?P<hashes>#+))(?P<suffix>[^%#]*)")
+_PATTERN = re.compile(r"(?P<prefix>.*?)(?:%0?(?P<digits>\d*)d|(?P<hashes>#+))(?P<suffix>[^%#]*)")
 _NUMBERED = re.compile(r"(?P<prefix>.*?)(?P<number>\d+)(?P<suffix>\D*)")
 _WITH_RATE = re.compile(r"(?P<pattern>.*%(0\d+)?d[^/]*)@(?P<fps>[0-9.]+)")
 #: Missing numbers and sequences that a message names.
@@ -26,16 +28,22 @@ class Sequence:
     """The pictures of a sequence."""
 
     folder: str
-    pattern: str  #: name of its pictures, with `%04d` or `%d` for the number
+    prefix: str
+    width: int  #: digits of each number; 0 without leading zeros
+    suffix: str
     first: int  #: the lowest number
     count: int
     size: int  #: bytes of all pictures
-    mtime_ns: int  #: time of the last change of any picture
+    state: int  #: changes with the size or time of any picture
 
     @property
-    def escaped_path(self) -> str:
-        """The path of its pictures as FFmpeg expects it: a % of the folder's name is written twice."""
-        return os.path.join(self.folder.replace("%", "%%"), self.pattern)
+    def pattern(self) -> str:
+        """Name of its pictures, with `%04d` or `%d` for the number."""
+        return f"{self.prefix}%{f'0{self.width}' if self.width else ''}d{self.suffix}"
+
+    def path(self, number: int) -> str:
+        """Return the path of a picture, counted from 0."""
+        return os.path.join(self.folder, f"{self.prefix}{self.first + number:0{self.width}d}{self.suffix}")
 
 
 def is_pattern(name: str) -> bool:
@@ -47,6 +55,21 @@ def split_rate(path: str) -> tuple[str, float] | None:
     """Return the pattern and the rate of a sequence's name; None if it is no such name."""
     match = _WITH_RATE.fullmatch(path)
     return None if match is None else (match["pattern"], float(match["fps"]))
+
+
+def parse_rate(name: str, fps: str | float) -> float:
+    """Return the frame rate of a sequence of this name; it may be written as a number or as 30000/1001.
+
+    Raises:
+        DropRow: it is no number above 0.
+    """
+    try:
+        rate = float(Fraction(str(fps)))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        rate = 0.0
+    if not 0 < rate <= 1000:
+        raise DropRow(DropReason.NO_RATE, f"{name}: fps {fps!r}: give a number above 0 and up to 1000")
+    return rate
 
 
 def find_sequence(
@@ -92,6 +115,8 @@ def numbered_pictures(folder: str) -> dict[tuple[str, str], dict[str, os.DirEntr
     with os.scandir(folder) as entries:
         for entry in entries:
             match = _NUMBERED.fullmatch(entry.name)
+            if entry.name.startswith("."):  # macOS keeps notes on each file in ._ and its name
+                continue
             if match is not None and match["suffix"].lower().endswith(SUFFIXES) and entry.is_file():
                 found[match["prefix"], match["suffix"]][match["number"]] = entry
     return found
@@ -128,15 +153,19 @@ def _require_all_numbers(shown, pictures):
 
 
 def _sequence(shown, folder, prefix, suffix, pictures, is_inside):
-    size = mtime_ns = 0
-    for entry in pictures.values():
+    size, states = 0, hashlib.sha256()
+    texts = sorted(pictures, key=int)
+    for text in texts:
+        entry = pictures[text]
         if entry.is_symlink() and not is_inside(entry.path):
             raise DropRow(DropReason.OUTSIDE_FOLDER, f"{shown}: {entry.name} leads out of the folder")
         status = entry.stat()
-        size, mtime_ns = size + status.st_size, max(mtime_ns, status.st_mtime_ns)
-    texts = sorted(pictures, key=int)
-    width = len(texts[0]) if texts[0].startswith("0") else 0
-    number = f"%0{width}d" if width > 1 else "%d"
+        if status.st_size == 0:
+            raise DropRow(DropReason.MISSING_FRAMES, f"{shown}: {entry.name} is empty")
+        size += status.st_size
+        states.update(f"{text} {status.st_size} {status.st_mtime_ns} ".encode())
+    width = len(texts[0]) if texts[0].startswith("0") and texts[0] != "0" else 0
     if any(text != f"{int(text):0{width}d}" for text in texts):
         raise DropRow(DropReason.MISSING_FRAMES, f"{shown}: the numbers have different widths; rename the pictures")
-    return Sequence(folder, f"{prefix}{number}{suffix}", int(texts[0]), len(texts), size, mtime_ns)
+    state = int.from_bytes(states.digest()[:7], "big")  # in the place of a file's time of change
+    return Sequence(folder, prefix, width, suffix, int(texts[0]), len(texts), size, state)

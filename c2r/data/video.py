@@ -4,6 +4,7 @@ PyAV reads videos; Pillow reads photographs and animated WebP (`c2r.data.picture
 shown frame, because the clocks of two files may start at different values.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fractions import Fraction
@@ -16,9 +17,9 @@ import torch
 from einops import rearrange
 
 from c2r import InputError
-from c2r.data.colour import INTERPOLATION, require_known_colours, rgb_pixels
+from c2r.data.colour import require_known_colours, rgb_pixels
 from c2r.data.containers import DECODE_TIMES_FORMATS, is_image, open_video
-from c2r.data.drop_reasons import DropReason
+from c2r.data.drop_reasons import DropReason, DropRow
 from c2r.data.frame_times import (
     decoded_frames,
     first_frame,
@@ -28,6 +29,7 @@ from c2r.data.frame_times import (
     timed_frames,
 )
 from c2r.data.pictures import open_picture
+from c2r.data.sequences import Sequence, find_sequence, split_rate
 from c2r.data.video_info import (
     FRAMES_PER_PICTURE,
     LARGE_PIXELS,
@@ -40,19 +42,6 @@ from c2r.data.video_info import (
     to_fraction,
     unusable_video,
 )
-
-__all__ = [
-    "INTERPOLATION",
-    "UnusableVideo",
-    "VideoInfo",
-    "nearest_frames",
-    "open_video",
-    "probe",
-    "read_window",
-    "timed_frames",
-    "to_fraction",
-    "to_rgb",
-]
 
 
 def display_transform(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
@@ -90,6 +79,10 @@ def probe(path: str | Path, file: SeekableFile | None = None) -> VideoInfo:
             beyond the limits.
         InputError: the system fails to read it.
     """
+    if file is None and (sequence := open_sequence(path)) is not None:
+        pictures, rate = sequence
+        shape = probe(pictures.path(0))
+        return VideoInfo((pictures.count - 1) / rate, 1 / rate, shape.aspect, False, shape.height)
     with open_picture(path, file) as picture:
         if picture is not None:
             with _one_at_a_time(*picture.image.size):
@@ -172,14 +165,29 @@ def read_window(path: str | Path, start: float, num_frames: int, fps: float, hei
 
 
 @contextmanager
+def open_frames(path: str | Path) -> Iterator[Iterator[tuple[Fraction, av.VideoFrame]]]:
+    """Give all frames of a video, image or image sequence as (seconds from the first frame, frame).
+
+    Raises:
+        UnusableVideo: see `read_window`.
+    """
+    with _frames_from(path, Fraction(0), None, 1) as (timed, *_):
+        yield timed
+
+
+@contextmanager
 def _frames_from(
-    path: str | Path, start: Fraction, end: Fraction, num_frames: int
+    path: str | Path, start: Fraction, end: Fraction | None, num_frames: int
 ) -> Iterator[tuple[Iterator[tuple[Fraction, av.VideoFrame]], Fraction, Fraction | int, str]]:
     """Open a file to read a window.
 
     Gives (time, frame) from a frame at or before `start` on, seconds for which the last frame is shown, width / height
     of a pixel, and the container's four letters for the codec.
     """
+    if (sequence := open_sequence(path)) is not None:
+        pictures, rate = sequence
+        yield _pictures_from(pictures, rate, start), 1 / rate, 1, ""
+        return
     with open_picture(path) as picture:
         if picture is not None:
             _require_one_frame(path, num_frames, picture.times is None)
@@ -191,6 +199,34 @@ def _frames_from(
         reach = frame_interval(container, stream) * 3 / 2
         tag = stream.codec_context.codec_tag
         yield timed_frames(path, container, stream, start, end), reach, stream.sample_aspect_ratio or 1, tag
+
+
+def open_sequence(path: str | Path) -> tuple[Sequence, Fraction] | None:
+    """Return the pictures and the rate of an image sequence; None if this is another file.
+
+    Raises:
+        UnusableVideo: pictures are missing.
+    """
+    named = split_rate(str(path))
+    if named is None or os.path.exists(path):
+        return None
+    pattern, fps = named
+    try:
+        return find_sequence(pattern), to_fraction(fps)
+    except DropRow as drop:
+        raise UnusableVideo(f"{drop.detail}; correct the sequence, or remove its row", drop.reason) from None
+
+
+def _pictures_from(sequence, rate, start):
+    """Yield (time, frame) of a sequence; each picture is read as a single one is."""
+    for number in range(sequence.count):
+        if (number + 1) / rate > start:
+            try:
+                with _frames_from(sequence.path(number), Fraction(0), Fraction(0), 1) as (frames, *_):
+                    frame = next(frames)[1]
+            except UnusableVideo as error:  # the windows before and after it may be good
+                raise UnusableVideo(str(error), error.reason, of_window=True) from error
+            yield number / rate, frame
 
 
 def _require_one_frame(path, num_frames, is_image):

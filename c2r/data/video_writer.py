@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from av.video.reformatter import ColorRange, Colorspace
 
-from c2r.data.video import INTERPOLATION, to_fraction
+from c2r.data.colour import INTERPOLATION
+from c2r.data.video_info import to_fraction
 from c2r.files import digest
 
 

@@ -7,7 +7,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from c2r import InputError
-from c2r.data.video import VideoInfo, read_window
+from c2r.data.video import read_window
+from c2r.data.video_info import VideoInfo
 from c2r.models.hub import resolve_model_folder
 
 #: Frames that the model looks at: at a quarter, half and three quarters of a clip.

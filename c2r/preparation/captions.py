@@ -105,9 +105,13 @@ def _text_names(folder: str, source: Source) -> Iterator[str]:
         inside = [name for name in os.listdir(f"{folder}/{source.name}") if name.lower().endswith(".txt")]
         names += [f"{source.name}/{name}" for name in inside] if len(inside) == 1 else []
     for name in names:
-        path = f"{folder}/{name}"
-        if os.path.isfile(path) and os.path.realpath(path).startswith(folder.rstrip("/") + "/"):
+        if _is_inside(f"{folder}/{name}", folder):
             yield name
+
+
+def _is_inside(path, folder):
+    """Return True for a regular file that no link leads out of the folder to."""
+    return os.path.isfile(path) and os.path.realpath(path).startswith(folder.rstrip("/") + "/")
 
 
 def _read(path, name, max_bytes):
@@ -133,6 +137,8 @@ def find_table(folder: str, own: Path | None, captions: Captions) -> Path | None
     found = []
     for path in sorted(Path(folder).iterdir()):
         if path.suffix.lower() not in (".csv", ".tsv") or path.name.startswith(".") or path == own:
+            continue
+        if not _is_inside(path, folder):
             continue
         try:
             read_table(path, path.name)

@@ -9,7 +9,8 @@ from c2r.data.buckets import Bucket
 from c2r.data.clips import Clip, Clips, DatasetFile
 from c2r.data.contact_sheet import draw_contact_sheet, image_bytes
 from c2r.data.failures import Failure, Window
-from c2r.data.video import UnusableVideo, read_window
+from c2r.data.video import read_window
+from c2r.data.video_info import UnusableVideo
 from c2r.files import write_atomic
 
 CLIPS_PER_SHEET = 16

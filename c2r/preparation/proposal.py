@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from math import exp, log
 from statistics import mean, quantiles
 
-from c2r.data.buckets import Bucket, nearest_buckets
-from c2r.data.video import VideoInfo
+from c2r.data.buckets import Bucket, cropped_share, nearest_buckets
+from c2r.data.video_info import VideoInfo
 
 #: Pixels of a frame, and frames of a clip, that Wan 2.1 of 1.3B was made for.
 AREA, NUM_FRAMES = 480 * 832, 81
@@ -46,13 +46,8 @@ def crops(infos: Sequence[VideoInfo], buckets: Sequence[Bucket]) -> dict[tuple[i
     shares: dict[tuple[int, int], list[float]] = defaultdict(list)
     for info in infos:
         for bucket in nearest_buckets(info, buckets)[:1]:
-            shares[bucket[1:]].append(_crop(bucket.aspect, info.aspect))
+            shares[bucket[1:]].append(cropped_share(bucket.aspect, info.aspect))
     return {size: Crop(len(found), mean(found), max(found)) for size, found in shares.items()}
-
-
-def _crop(aspect, other):
-    """Return the share of a picture outside the largest rectangle of another aspect ratio."""
-    return 1 - min(aspect, other) / max(aspect, other)
 
 
 def _groups(clips):
@@ -83,7 +78,7 @@ def _size(infos: Sequence[VideoInfo]) -> tuple[int, int]:
 
     def lost(size):
         height, width = size
-        return _crop(width / height, aspect) + 1 - height * width / limit
+        return cropped_share(width / height, aspect) + 1 - height * width / limit
 
     sizes = list(_sizes(limit, middle.height, middle.height * middle.aspect))
     return min(sizes, key=lost, default=(16, 16))

@@ -11,7 +11,8 @@ import numpy as np
 from av.video.reformatter import Interpolation
 
 from c2r import InputError
-from c2r.data.video import open_video, timed_frames, to_fraction
+from c2r.data.video import open_frames
+from c2r.data.video_info import to_fraction
 
 #: Pixels of the longer side of the frames that are compared: PySceneDetect shrinks frames to about this size, too.
 LONGER_SIDE = 256
@@ -60,8 +61,8 @@ def find_cuts(path: str, threshold: float) -> list[tuple[float, float]]:
 def _small_pictures(path: str, times: list[Fraction]) -> Iterator[np.ndarray]:
     """Yield the frames of a video, (h, w, 3) uint8 BGR of at most LONGER_SIDE pixels; append their times."""
     size = None
-    with open_video(path) as (container, stream):
-        for time, frame in timed_frames(path, container, stream, Fraction(0)):
+    with open_frames(path) as timed:
+        for time, frame in timed:
             if size is None:  # kept: the frames of a file may change their size
                 scale = min(1, LONGER_SIDE / max(frame.width, frame.height))
                 size = max(1, round(frame.width * scale)), max(1, round(frame.height * scale))

@@ -12,7 +12,7 @@ from c2r.data.folders import LocalFolder
 from c2r.data.manifest import DroppedRow
 from c2r.data.probes import Probes
 from c2r.data.sequences import SUFFIXES, numbered_pictures
-from c2r.data.video import UnusableVideo, VideoInfo
+from c2r.data.video_info import UnusableVideo, VideoInfo
 
 VIDEO_SUFFIXES = (
     *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv"),
@@ -45,11 +45,19 @@ class Video:
         return self.source.name
 
 
+def is_unicode(name: str) -> bool:
+    """Return True if a file name is text; Python gives other bytes as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def list_sources(folder: str) -> tuple[list[Source], int]:
     """Find the videos and image sequences of a folder and its folders, but not in those whose name begins with a dot.
 
     Returns:
         the sources by name, and the number of pictures that belong to no sequence. Links to folders are not followed.
+
+    Raises:
+        InputError: a name is not UTF-8.
     """
     sources, pictures = [], 0
     for parent, folders, files in os.walk(folder):
@@ -57,6 +65,10 @@ def list_sources(folder: str) -> tuple[list[Source], int]:
         inside = os.path.relpath(parent, folder)
         files = [name for name in files if not name.startswith(".")]
         for name in files:
+            if not is_unicode(name):
+                raise InputError(
+                    f"{folder}: the name of {name!a} is not UTF-8, which metadata.csv has to be; rename it"
+                )
             stem, suffix = os.path.splitext(os.path.normpath(os.path.join(inside, name)))
             if suffix.lower() in VIDEO_SUFFIXES:
                 sources.append(Source(stem + suffix, stem, False))

@@ -133,7 +133,7 @@ def test_wide_gamuts_keep_their_colours(primaries, light, expected, curve):
     np.testing.assert_allclose(codes_to_srgb(codes, curve, primaries)[0], srgb(expected), atol=2)
 
 
-@pytest.mark.parametrize(("curve", "gamma"), [(4, 2.2), (5, 2.8), (8, 1)])
+@pytest.mark.parametrize(("curve", "gamma"), [(4, 2.2), (8, 1)])
 def test_other_curves_are_converted(curve, gamma):
     codes = np.full((1, 3), round(65535 * 0.18 ** (1 / gamma)), np.uint16)
     np.testing.assert_allclose(codes_to_srgb(codes, curve, 1), [srgb([0.18] * 3)], atol=1)

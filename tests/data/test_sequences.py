@@ -1,3 +1,5 @@
+import gc
+import os
 import re
 from dataclasses import replace
 from fractions import Fraction
@@ -5,7 +7,8 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageCms
 
 from c2r import InputError, cli
 from c2r.data.buckets import Bucket
@@ -14,6 +17,7 @@ from c2r.data.folders import open_folder, read_frames
 from c2r.data.manifest import read_manifest
 from c2r.data.sequences import find_sequence, is_pattern, split_rate
 from c2r.data.video import UnusableVideo, probe, read_window
+from c2r.data.video_writer import write_video
 from c2r.generate import name_controls
 from c2r.options import GENERATE
 from tests.helpers.settings import clip_settings
@@ -57,6 +61,9 @@ def numbers(count, first=0):
         ("{n}.bmp", "%d.bmp", "%d.bmp"),
         ("a.{n:06d}.tiff", "", "a.%06d.tiff"),
         ("take2_{n:03d}_v1.png", "take2_%03d_v1.png", "take2_%03d_v1.png"),
+        ("50%_{n:04d}.png", "", "50%_%04d.png"),
+        ("shot#1_{n:04d}.webp", "shot#1_####.webp", "shot#1_%04d.webp"),
+        ("{n:04d}.avif", "", "%04d.avif"),
     ],
 )
 @pytest.mark.parametrize("first", [0, 1, 1001])
@@ -65,6 +72,7 @@ def test_a_sequence_is_found_and_read_as_a_video(written, named, pattern, first,
     sequence = find_sequence(str(folder / named) if named else str(folder))
     if first < 1000:  # with 1001 a number of three digits has four
         assert (sequence.pattern, sequence.first, sequence.count) == (pattern, first, 24)
+    assert [os.path.exists(sequence.path(n)) for n in (0, 23, 24)] == [True, True, False]
     path = f"{folder}/{sequence.pattern}@16"
     info = probe(path)
     assert (info.rate, info.native_frames, info.is_image, info.height) == (16, 24, False, 48)
@@ -109,6 +117,10 @@ def gap(folder):
     (folder / "0009.png").unlink()
 
 
+def another(name):
+    return lambda folder: (folder / name).write_bytes(b"x")
+
+
 def link_out(folder):
     (folder.parents[1] / "secret.png").write_bytes((folder / "0007.png").read_bytes())
     (folder / "0007.png").unlink()
@@ -127,9 +139,22 @@ def link_out(folder):
             DropReason.MISSING_FILE,
             r"holds 2 sequences \(####.png, b",
         ),
-        (lambda f: (f / "1.png").touch(), "a", 16, DropReason.MISSING_FRAMES, "a number is written in two ways"),
-        (lambda f: (f / "25.png").touch(), "a", 16, DropReason.MISSING_FRAMES, "numbers have different widths"),
-        (lambda f: None, "a/x_%04d.png", 16, DropReason.MISSING_FILE, "no numbered pictures"),
+        (
+            lambda f: (f / "1.png").write_bytes(b"x"),
+            "a",
+            16,
+            DropReason.MISSING_FRAMES,
+            "a number is written in two ways",
+        ),
+        (
+            lambda f: (f / "25.png").write_bytes(b"x"),
+            "a",
+            16,
+            DropReason.MISSING_FRAMES,
+            "numbers have different widths",
+        ),
+        (lambda f: (f / "0005.png").write_bytes(b""), "a", 16, DropReason.MISSING_FRAMES, "0005.png is empty"),
+        (lambda f: None, "a", "fast", DropReason.NO_RATE, "fps 'fast': give a number above 0 and up to 1000"),
         (lambda f: None, "../outside", 16, DropReason.OUTSIDE_FOLDER, "leads to"),
         (link_out, "a", 16, DropReason.OUTSIDE_FOLDER, "leads out of the folder"),
     ],
@@ -145,13 +170,52 @@ def test_a_sequence_that_cannot_be_read_is_named(change, name, fps, reason, deta
 
 
 @pytest.mark.parametrize("start", [0, 2])
-def test_pictures_that_cannot_be_decoded_are_named_by_the_path_of_the_sequence(start, tmp_path):
+def test_a_picture_that_cannot_be_decoded_is_named_and_its_windows_are_lost(start, tmp_path):
     folder = write_pictures(tmp_path / "50% off", "{n:04d}.bmp", count=48)
     (folder / "0039.bmp").write_bytes(b"BM" + bytes(60))
     path = f"{folder}/%04d.bmp@16"
     assert read_counter(read_window(path, 1, 9, 16, 48, 64)) == numbers(9, 16)
-    with pytest.raises(UnusableVideo, match=f"^{re.escape(path)}: is damaged"):
+    with pytest.raises(UnusableVideo, match=rf"^{re.escape(str(folder))}/0039\.bmp: cannot be decoded") as error:
         read_window(path, start, 40 - 16 * start, 16, 48, 64)
+    assert error.value.of_window
+
+
+def test_pictures_of_a_sequence_are_read_like_single_ones(tmp_path):
+    """A colour profile is applied, alpha lies over black, and a cut JPEG is found."""
+    swapped = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for n in range(1, 4):
+        Image.new("RGBA", (64, 48), (200, 100, 50, 128)).save(tmp_path / f"a{n}.png", icc_profile=swapped)
+    single = read_window(tmp_path / "a1.png", 0, 1, 16, 48, 64)
+    assert single[0, 0, 0, 0] == 100
+    for _ in range(10):
+        window = read_window(f"{tmp_path}/a%d.png@16", 0, 3, 16, 48, 64)
+        gc.collect()
+    assert torch.equal(window, single.expand(3, -1, -1, -1))
+    folder = write_pictures(tmp_path / "b", "{n}.jpg", count=9)
+    (folder / "5.jpg").write_bytes((folder / "5.jpg").read_bytes()[:300])
+    with pytest.raises(UnusableVideo, match=r"5\.jpg: cannot be decoded"):
+        read_window(f"{folder}/%d.jpg@16", 0, 9, 16, 48, 64)
+
+
+def test_names_like_patterns_and_notes_of_macos_are_no_sequences(tmp_path):
+    folder = write_pictures(tmp_path / "data/train/s", "a_{n:04d}.png")
+    for path in list(folder.iterdir()):
+        (folder / f"._{path.name}").write_bytes(b"note")
+    write_video(tmp_path / "data/train/clip#1.mp4", counter_frames(9), 16)
+    (tmp_path / "data/metadata.csv").write_text("file_name,fps,text\ns,16,x\nclip#1.mp4,30000/1001,y\n")
+    manifest = read_manifest(tmp_path / "data", "real", SETTINGS)
+    assert manifest.dropped == []
+    assert sorted({clip.name for clip in manifest.clips}) == ["train/clip#1.mp4", "train/s/a_%04d.png@16"]
+
+
+def test_swapped_pictures_change_the_state(tmp_path):
+    folder = write_pictures(tmp_path, "{n:04d}.bmp")
+    before = find_sequence(str(folder))
+    os.utime(folder / "0001.bmp", (1, 1))
+    (folder / "0001.bmp").rename(folder / "x")
+    (folder / "0002.bmp").rename(folder / "0001.bmp")
+    (folder / "x").rename(folder / "0002.bmp")
+    assert find_sequence(str(folder)).state != before.state
 
 
 def test_pictures_that_vanish_later_are_named(tmp_path):
@@ -162,9 +226,10 @@ def test_pictures_that_vanish_later_are_named(tmp_path):
 
 
 def test_names_of_sequences():
-    assert [is_pattern(name) for name in ("a_%04d.png", "a/####.exr", "%d", "a.png", "50%.png", "a#b%d")] == [
+    assert [is_pattern(name) for name in ("a_%04d.png", "a/####.exr", "%d", "a.png", "50%.png", "50%_%d.png")] == [
         *[True] * 3,
-        *[False] * 3,
+        *[False] * 2,
+        True,
     ]
     assert split_rate("a/b_%04d.png@23.976") == ("a/b_%04d.png", 23.976)
     assert split_rate("me@24.mp4") is split_rate("50%@2.mp4") is split_rate("a_%04d.png") is None

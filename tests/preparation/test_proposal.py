@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 
 from c2r.data.buckets import Bucket
-from c2r.data.video import VideoInfo
+from c2r.data.video_info import VideoInfo
 from c2r.preparation.proposal import AREA, MAX_GROUPS, Crop, crops, propose_buckets
 
 
