@@ -23,8 +23,9 @@ from c2r import InputError, cli
 from c2r.options import PREPARE
 
 if TYPE_CHECKING:
+    from c2r.data.drop_reasons import DroppedRow
     from c2r.data.folders import LocalFolder
-    from c2r.data.manifest import DroppedRow, Manifest
+    from c2r.data.manifest import Manifest
     from c2r.preparation.captions import Captions
     from c2r.preparation.metadata_file import MetadataFile, Row
     from c2r.preparation.notes import Notes
@@ -202,7 +203,7 @@ def split_at_cuts(rows: "list[Row]", threshold: float, notes: "Notes", damaged: 
     from pydantic import FiniteFloat
     from tqdm import tqdm
 
-    from c2r.data.manifest import DroppedRow
+    from c2r.data.drop_reasons import DroppedRow
     from c2r.data.video_info import UnusableVideo
     from c2r.preparation.scenes import find_cuts, parts_between
 
@@ -236,7 +237,7 @@ def ask_caption_model(
     """
     from tqdm import tqdm
 
-    from c2r.data.manifest import DroppedRow
+    from c2r.data.drop_reasons import DroppedRow
     from c2r.data.video_info import UnusableVideo
     from c2r.preparation.caption_model import CaptionModel, middle_frames
 

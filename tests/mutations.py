@@ -806,7 +806,7 @@ DATA = [
     ),
     Mutation(
         "pairs-of-different-length-are-kept",
-        "c2r/data/manifest.py",
+        "c2r/data/windows.py",
         "max(fine.interval, coarse.interval) * Fraction(3, 2)",
         "max(fine.interval, coarse.interval) * Fraction(300, 2)",
         f"{MANIFEST}::test_cg_pairs_that_disagree_are_dropped",

@@ -1,5 +1,6 @@
 """Reasons why a row of a dataset's metadata gives no clips."""
 
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -43,3 +44,13 @@ class DropRow(Exception):
     def __init__(self, reason: DropReason, detail: str = ""):
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class DroppedRow:
+    """A metadata row, or one window of it, that is not used; or a row that is used without its coarse version."""
+
+    file: str
+    reason: DropReason
+    detail: str = ""
+    window: int | None = None  # 0, 1, … within the file; None: all of them

@@ -4,13 +4,9 @@ import csv
 import hashlib
 import io
 import logging
-import math
-import unicodedata
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -19,35 +15,21 @@ import numpy as np
 import pyarrow as pa
 
 from c2r import InputError
-from c2r.data.buckets import MUCH_CROPPED, Bucket, cut_into_windows, fitting_size, nearest_buckets
-from c2r.data.clips import ENTRY, Clip, Clips, DatasetFile, FileTable
-from c2r.data.drop_reasons import DropReason, DropRow
-from c2r.data.failures import Window, noted_failures
-from c2r.data.folders import DatasetFolder, open_folder, spelling
-from c2r.data.metadata import find_metadata, rows_of
+from c2r.data.buckets import MUCH_CROPPED, fitting_size
+from c2r.data.clips import Clip, Clips
+from c2r.data.drop_reasons import DroppedRow, DropRow
+from c2r.data.failures import noted_failures
+from c2r.data.folders import DatasetFolder, open_folder
 from c2r.data.probes import Probes
+from c2r.data.rows import locate_rows
 from c2r.data.settings import ClipSettings
-from c2r.data.video_info import UnusableVideo, VideoInfo, to_fraction
+from c2r.data.video_info import VideoInfo
+from c2r.data.windows import WindowCutter
 from c2r.files import digest, refuse_linked_folders, write_atomic
 
 logger = logging.getLogger(__name__)
 
 HELD_OUT_FRACTION = 0.05
-# Largest relative difference of a pair's frame rates: 23.976 and 24 count as equal, clips last seconds only.
-RATE_TOLERANCE = 0.005
-# Largest relative difference of a pair's aspect ratios: encoders round sizes to even numbers. At a width of 832 pixels
-# the edge moves by 4.
-ASPECT_TOLERANCE = 0.01
-
-
-@dataclass(frozen=True)
-class DroppedRow:
-    """A metadata row, or one window of it, that is not used; or a row that is used without its coarse version."""
-
-    file: str
-    reason: DropReason
-    detail: str = ""
-    window: int | None = None  # 0, 1, … within the file; None: all of them
 
 
 def is_held_out(name: str, fraction: float = HELD_OUT_FRACTION) -> bool:
@@ -212,70 +194,6 @@ def _first_detail(dropped: list[DroppedRow]) -> str:
     return f"the first: {row.detail if row.file in row.detail else f'{row.file}: {row.detail}'}; "
 
 
-class _TableBuilder:
-    """Collects the columns of a `FileTable` and of the entries of its clips.
-
-    Args:
-        folder: the dataset's.
-    """
-
-    def __init__(self, folder: DatasetFolder):
-        self.folder = folder
-        self.names: list[str] = []
-        self.texts: list[str] = []
-        self.control_names: list[str | None] = []
-        self.numbers = {name: array("q") for name in ("sizes", "mtimes", "control_sizes", "control_mtimes")}
-        self.parts: list[tuple[float, float] | None] = []  # start and end in seconds; None: the whole file
-        self.windows = {name: array("q") for name in ("row", "window", "first_frame", "bucket")}
-
-    def __len__(self):
-        return len(self.names)
-
-    def add(
-        self, text: str, part: tuple[float, float] | None, target: DatasetFile, coarse: DatasetFile | None = None
-    ) -> None:
-        """Add a row of the table."""
-        self.parts.append(part)
-        self.names.append(target.name)
-        self.texts.append(text)
-        self.control_names.append(coarse and coarse.name)
-        self.numbers["sizes"].append(target.size)
-        self.numbers["mtimes"].append(target.mtime_ns)
-        self.numbers["control_sizes"].append(coarse.size if coarse else 0)
-        self.numbers["control_mtimes"].append(coarse.mtime_ns if coarse else 0)
-
-    def files(self, row: int) -> list[DatasetFile]:
-        """Return a row's target file, and its coarse file if it has one."""
-        sizes, mtimes, control_sizes, control_mtimes = self.numbers.values()
-        files = [DatasetFile(self.folder.address, self.names[row], sizes[row], mtimes[row])]
-        if (coarse := self.control_names[row]) is not None:
-            files.append(DatasetFile(self.folder.address, coarse, control_sizes[row], control_mtimes[row]))
-        return files
-
-    def add_windows(self, row: int, windows: dict[int, tuple[int, int]]) -> None:
-        """Add the windows of a row by number, see `cut_into_windows`; a row without windows gives no clips."""
-        for window, (first, bucket) in windows.items():
-            for column, value in zip(self.windows.values(), (row, window, first, bucket)):
-                column.append(value)
-
-    def clips(self, domain: str, fps: float, buckets: tuple[Bucket, ...]) -> Clips:
-        """Return the clips of all windows, none of them held out yet."""
-        entries = np.zeros(len(self.windows["row"]), ENTRY)
-        for name, column in self.windows.items():
-            entries[name] = column
-        table = FileTable(
-            folder=self.folder.address,
-            domain=domain,
-            fps=fps,
-            buckets=buckets,
-            names=pa.array(self.names, pa.string()),
-            texts=pa.array(self.texts, pa.large_string()),
-            control_names=pa.array(self.control_names, pa.string()),
-            **{name: np.array(numbers, np.int64) for name, numbers in self.numbers.items()},
-        )
-        return Clips([table], entries)
-
-
 def read_manifest(
     address: str | Path,
     domain: str,
@@ -304,51 +222,20 @@ def read_manifest(
     cache_dir = settings.cache_folder(folder.address)
     if settings.cache_dir is None:  # in the dataset's folder, which a stranger may have made
         refuse_linked_folders(cache_dir)
-    table, dropped, without_coarse, row_count = _locate_rows(folder, domain, cache_dir, settings.sequence_fps)
+    table, dropped, without_coarse, row_count = locate_rows(folder, domain, cache_dir, settings.sequence_fps)
     probes = Probes(cache_dir)
     probes.probe_missing(folder, (file for row in range(len(table)) for file in table.files(row)))
-    failures = noted_failures(cache_dir, current_encoders)
+    cutter = WindowCutter(domain, probes, noted_failures(cache_dir, current_encoders), settings)
     aspects = np.full(len(table), np.nan)
-    windows_of_infos: dict[tuple, list[tuple[int, int]]] = {}
-    dropped_windows: list[DroppedRow] = []
-    in_earlier_parts: Counter[str] = Counter()  # windows of a file in the rows so far
-    per_second, seconds = to_fraction(settings.fps).as_integer_ratio()
-
-    def windows_of(files, part):
-        infos = [probes.of(file) for file in files]
-        key = (part, *map(id, infos))  # `probes` keeps one object for all files that are alike
-        if key not in windows_of_infos:
-            windows_of_infos[key] = _cut(infos, settings, part)
-        name = files[0].name
-        windows, failed = dict(enumerate(windows_of_infos[key], in_earlier_parts[name] if part else 0)), []
-        for file in files:
-            notes = failures.get(file[1:])
-            if not notes:
-                continue
-            if None in notes:
-                raise DropRow(*notes[None])
-            for number, (first, bucket) in list(windows.items()):
-                window = Window(first * seconds / per_second, settings.buckets[bucket].num_frames, settings.fps)
-                if window in notes:
-                    del windows[number]
-                    # A coarse version of a real clip is left out instead.
-                    if not windows or (domain == "real" and file != files[0]):
-                        raise DropRow(*notes[window])
-                    failed.append(DroppedRow(name, *notes[window], number))
-        dropped_windows.extend(failed)
-        if part:
-            in_earlier_parts[name] += len(windows_of_infos[key])
-        return windows
-
     for row in range(len(table)):
         files, part = table.files(row), table.parts[row]
         try:
             try:
-                windows = windows_of(files, part)
+                windows = cutter.cut(files, part)
             except DropRow as drop:
                 if domain == "cg" or len(files) == 1:
                     raise
-                windows = windows_of(files[:1], part)
+                windows = cutter.cut(files[:1], part)
                 table.control_names[row] = None
                 without_coarse.append(DroppedRow(files[0].name, drop.reason, drop.detail))
             table.add_windows(row, windows)
@@ -357,166 +244,11 @@ def read_manifest(
             dropped.append(DroppedRow(files[0].name, drop.reason, drop.detail))
     clips = table.clips(domain, settings.fps, settings.buckets)
     manifest = Manifest(
-        folder.address, domain, clips, dropped, cache_dir, row_count, without_coarse, dropped_windows, aspects
+        folder.address, domain, clips, dropped, cache_dir, row_count, without_coarse, cutter.dropped, aspects
     )
     manifest.require_kept(settings.max_dropped)
     _hold_out(folder, clips)
     return manifest
-
-
-def _locate_rows(
-    folder: DatasetFolder, domain: str, cache_dir: Path, sequence_fps: float | None
-) -> tuple[_TableBuilder, list[DroppedRow], list[DroppedRow], int]:
-    """Find the files of each metadata row.
-
-    Returns:
-        the rows whose files are there, the dropped rows, the rows kept without a coarse version, and the number of all
-        rows.
-    """
-    table, dropped, without_coarse, row_count = _TableBuilder(folder), [], [], 0
-    seen = set()
-    for metadata_folder, rows in find_metadata(folder, domain, cache_dir):
-        row_count += len(rows)
-        bases = [base for base in dict.fromkeys((metadata_folder, "", "train")) if folder.has_folder(base)]
-        for row in rows_of(rows, f"{folder.address}/{metadata_folder}".rstrip("/")):
-            name, text, control_name = row[:3]
-            try:
-                fps, part = row.fps or sequence_fps, _part(row.start, row.end)
-                files = [_locate(folder, bases, name, fps)]
-                if not text.strip():
-                    raise DropRow(DropReason.EMPTY_CAPTION)
-                if domain == "cg" or control_name:
-                    try:
-                        files.append(_locate(folder, bases, control_name, fps))
-                    except DropRow as drop:
-                        if domain == "cg":
-                            raise
-                        without_coarse.append(DroppedRow(files[0].name, drop.reason, drop.detail))
-                if (key := hash((text, part, *files))) in seen:
-                    raise DropRow(DropReason.DUPLICATE_ROW)
-                seen.add(key)
-                table.add(text, part, *files)
-            except DropRow as drop:
-                dropped.append(DroppedRow(name, drop.reason, drop.detail))
-    return table, dropped, without_coarse, row_count
-
-
-def _locate(folder: DatasetFolder, bases: list[str], name: str, fps: str | float | None) -> DatasetFile:
-    """Return the file or image sequence that a row names, relative to the first base that has it."""
-    if not name:
-        raise DropRow(DropReason.MISSING_FILE, "the row names none")
-    for base in bases:
-        path = f"{base}/{name}" if base else name
-        if (file := folder.locate(path) or folder.locate_sequence(path, fps)) is not None:
-            return file
-    hint = "; name an image sequence by its folder, or as a_####.png" if "*" in name else ""
-    raise DropRow(DropReason.MISSING_FILE, name + (hint or _near_match(folder, bases, name)))
-
-
-def _near_match(folder: DatasetFolder, bases: list[str], name: str) -> str:
-    """Return a hint at a file whose name differs in spelling alone; "" if there is none."""
-    for base in bases:
-        key = spelling(f"{base}/{name.strip()}" if base else name)
-        if (found := folder.names_by_spelling.get(key)) is not None:
-            found = found.removeprefix(f"{base}/") if base else found
-            return f"; there is {found!a}: its name differs in {_difference(name, found)}; correct the row"
-    return ""
-
-
-def _difference(name, found):
-    if "\\" in name:
-        return "back-slashes"
-    if name.strip() != name:
-        return "spaces at its ends"
-    composed = unicodedata.normalize("NFC", name), unicodedata.normalize("NFC", found)
-    return "the way in which accents are stored" if composed[0] == composed[1] else "upper and lower case"
-
-
-def _part(start: str, end: str) -> tuple[float, float] | None:
-    """Return the part of a file that a row names, in seconds; None: the whole file.
-
-    Raises:
-        DropRow: they are no times, or the end is not after the start.
-    """
-    if not start and not end:
-        return None
-    try:
-        part = float(start or 0), float(end or "inf")
-    except ValueError:
-        part = (math.nan, math.nan)
-    if not 0 <= part[0] < part[1]:
-        raise DropRow(DropReason.BAD_PART, f"start {start or 0!r}, end {end!r}: give seconds, the end after the start")
-    return part
-
-
-def _cut(
-    infos: Sequence[VideoInfo | UnusableVideo], settings: ClipSettings, part: tuple[float, float] | None = None
-) -> list[tuple[int, int]]:
-    """Cut a file or a pair of files, or a part of it, into windows, see `cut_into_windows`.
-
-    Raises:
-        DropRow: there is no window.
-    """
-    usable = []
-    for info in infos:
-        if isinstance(info, UnusableVideo):
-            raise DropRow(info.reason, str(info))
-        usable.append(info)
-    if len(usable) == 2:
-        _require_pair(*usable)
-    fps, buckets, target = settings.fps, settings.buckets, usable[0]
-    frames, first = min(info.frames_at(fps) for info in usable), 0
-    if part is not None and not target.is_image:
-        first, frames = _frames_of_part(part, frames, fps, max(info.interval for info in usable))
-    windows = cut_into_windows(frames, target, buckets)
-    if windows:
-        return [(first + frame, bucket) for frame, bucket in windows]
-    slow = [info for info in usable if info.is_frozen_at(fps)]
-    if slow:
-        raise DropRow(DropReason.FROZEN, f"{slow[0].rate:.3g} frames per second; a clip has {fps:g}")
-    if target.is_image:
-        raise DropRow(DropReason.IMAGE, "no bucket has one frame; name an image sequence by its folder")
-    least = min(bucket.num_frames for bucket in nearest_buckets(target, buckets))
-    detail = f"{frames} frames at {fps:g} fps, {target.duration:.2f} s; a clip takes {least}"
-    native = min(info.native_frames for info in usable)
-    if part is not None:
-        native = min(native, round((min(part[1], target.duration) - part[0]) * target.rate))
-    if native < least:
-        raise DropRow(DropReason.TOO_SHORT, detail)
-    raise DropRow(DropReason.TOO_FEW_RESAMPLED_FRAMES, detail)
-
-
-def _frames_of_part(part: tuple[float, float], frames: int, fps: float, interval: Fraction) -> tuple[int, int]:
-    """Return the first frame of a part and the number of its frames, at the frame rate of the clips.
-
-    Args:
-        part: start and end in seconds: the times of the first frame in the part, and of the first frame after it.
-        frames: the whole file's, at `fps`.
-        fps: frame rate of the clips.
-        interval: seconds between two frames of the file. From half of it before the end on, the nearest frame would be
-            the one after the part.
-    """
-    start, end = part
-    rate = to_fraction(fps)
-    first = math.ceil(to_fraction(start) * rate)
-    if end < math.inf:
-        frames = min(frames, math.floor((to_fraction(end) - interval / 2) * rate) + 1)
-    return first, max(0, frames - first)
-
-
-def _require_pair(fine: VideoInfo, coarse: VideoInfo) -> None:
-    """Raise DropRow unless two files can be cut into the same windows."""
-    if fine.is_image or coarse.is_image:
-        if fine.is_image != coarse.is_image:
-            raise DropRow(DropReason.PAIR_OF_KINDS)
-    else:
-        if abs(fine.rate / coarse.rate - 1) > RATE_TOLERANCE:
-            raise DropRow(DropReason.PAIR_RATE, f"{fine.rate:g} fps, its control {coarse.rate:g} fps")
-        if abs(fine.duration - coarse.duration) > max(fine.interval, coarse.interval) * Fraction(3, 2):
-            lengths = f"{fine.duration:.2f} s, its control {coarse.duration:.2f} s"
-            raise DropRow(DropReason.PAIR_LENGTH, lengths)
-    if abs(fine.aspect / coarse.aspect - 1) > ASPECT_TOLERANCE:
-        raise DropRow(DropReason.PAIR_ASPECT, f"{fine.aspect:.3f}, its control {coarse.aspect:.3f}")
 
 
 def _hold_out(folder: DatasetFolder, clips: Clips) -> None:

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 from c2r import InputError
 from c2r.data.clips import DatasetFile
-from c2r.data.drop_reasons import DropReason, DropRow
+from c2r.data.drop_reasons import DroppedRow, DropReason, DropRow
 from c2r.data.folders import LocalFolder
-from c2r.data.manifest import DroppedRow
 from c2r.data.probes import Probes
 from c2r.data.sequences import SUFFIXES, numbered_pictures
 from c2r.data.video_info import UnusableVideo, VideoInfo

@@ -1,4 +1,4 @@
-"""What the pixels of a file mean: HDR, linear light, alpha and unusual tags give the right sRGB, or are refused."""
+"""Colours of files: HDR, linear light, alpha and unusual tags become the right sRGB, or the file is refused."""
 
 import math
 from fractions import Fraction
