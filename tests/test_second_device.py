@@ -12,7 +12,7 @@ from tests.helpers.commands import SIZE, launch, phase1, phase2, same, scalars, 
 from tests.helpers.datasets import flat_video, write_dataset
 from tests.helpers.device_mistakes import EXPRESSIONS, MISTAKES, RUN, refuses
 from tests.helpers.forks import fork
-from tests.helpers.sample_videos import difference
+from tests.helpers.sample_videos import difference, row_of
 
 ON_DEVICE = "tests/helpers/on_simulated_device.py"
 
@@ -55,15 +55,14 @@ def test_phase_1_trains_to_the_cpus_weights(first, first_on_device):
     assert_same_training(first_on_device, first[0])
 
 
-def test_phase_2_trains_and_samples(first, second, tiny_models, small_datasets, cache, tmp_path):
+def test_phase_2_trains_and_samples_as_the_cpu_does(first, second, tiny_models, small_datasets, cache, tmp_path):
     command = phase2(
         tiny_models, small_datasets, first[0] / "final", tmp_path, "--max_train_steps=4", cache, launcher=[ON_DEVICE]
     )
     succeed(*command, by=fork)
-    # AdamW makes full steps of gradients that are only rounding: later losses are not comparable closely.
-    losses = [scalars(out)["train/loss"][0] for out in (tmp_path, second[0])]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert len(list((tmp_path / "samples/step-4").glob("*.mp4"))) == 2
+    assert_same_training(tmp_path, second[0])
+    for number in range(2):
+        assert difference(*(row_of(out / f"samples/step-4/{number}.mp4") for out in (tmp_path, second[0]))) < 0.5
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,9 @@ def write_video(path: str | Path, frames: torch.Tensor | np.ndarray, fps: float)
     partial = path.with_name(f".{key}.{uuid.uuid4().hex}.partial.mp4")
     try:
         with av.open(str(partial), "w", options={"movflags": "faststart"}) as container:
-            stream = container.add_stream("libx264", rate=to_fraction(fps), options={"crf": "16"})
+            # x264's mbtree reads beyond the ends of small pictures: the same frames would give other files each time.
+            options = {"crf": "16", "x264-params": "mbtree=0"}
+            stream = container.add_stream("libx264", rate=to_fraction(fps), options=options)
             stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
             # 1 is BT.709 in all three: AVCOL_SPC_BT709, AVCOL_PRI_BT709, AVCOL_TRC_BT709.
             stream.codec_context.colorspace = stream.codec_context.color_primaries = stream.codec_context.color_trc = 1

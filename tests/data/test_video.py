@@ -21,6 +21,7 @@ from c2r import InputError
 from c2r.data.video import UnusableVideo, nearest_frames, open_video, probe, read_window, to_rgb
 from c2r.data.video_writer import write_video
 from tests.helpers.commands import ENVIRONMENT, ROOT
+from tests.helpers.datasets import noise_video
 from tests.helpers.videos import (
     BLUE,
     GREEN,
@@ -426,6 +427,19 @@ def test_files_that_a_playlist_names_are_not_opened(tmp_path):
 def test_a_raw_stream_without_times_is_refused(tmp_path):
     with pytest.raises(InputError, match="carry no times"):
         probe(encode_video(tmp_path / "a.h264", counter_frames(5)))
+
+
+def test_the_same_small_frames_give_the_same_file(tmp_path):
+    rng = np.random.default_rng(0)
+    frames = np.concatenate([noise_video(seed, 5) for seed in range(4)], axis=2)  # (5, 32, 192, 3)
+    files = set()
+    for _ in range(20):
+        # What lies on the heap beside the frames differs each time, as it does between two runs.
+        junk = [rng.integers(0, 256, size, np.uint8) for size in rng.integers(1000, 200_000, 60)]
+        del junk[::2]
+        write_video(tmp_path / "a.mp4", frames, 8)
+        files.add((tmp_path / "a.mp4").read_bytes())
+    assert len(files) == 1
 
 
 def test_write_video_reads_back(tmp_path):
