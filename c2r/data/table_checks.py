@@ -19,7 +19,13 @@ MAX_DEPTH = 100  # of nested JSON
 MAX_PARQUET_BYTES = 16 * 2**30  # after decompression
 
 _BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-_SEPARATORS = (",", ";", "\t", "|")
+#: What may stand between the fields of a table.
+SEPARATORS = (",", ";", "\t", "|")
+
+
+def marked_encoding(beginning: bytes) -> str | None:
+    """Return the encoding that the byte order mark at the beginning of a text tells; None without a mark."""
+    return next((encoding for mark, encoding in _BOMS.items() if beginning.startswith(mark)), None)
 
 
 def check_csv(path: Path, name: str) -> dict[str, str]:
@@ -35,12 +41,12 @@ def check_csv(path: Path, name: str) -> dict[str, str]:
     """
     with open(path, "rb") as file:
         beginning = file.read(4096)
-    encoding = next((found for bom, found in _BOMS.items() if beginning.startswith(bom)), "utf-8")
+    encoding = marked_encoding(beginning) or "utf-8"
     limit = csv.field_size_limit(MAX_FIELD)
     try:
         with open(path, newline="", encoding=encoding) as file:
             header_line = file.readline(MAX_FIELD)
-            sep = next((s for s in _SEPARATORS if "file_name" in _fields(header_line, s)), ",")
+            sep = next((s for s in SEPARATORS if "file_name" in _fields(header_line, s)), ",")
             header = _fields(header_line, sep)
             if not header:
                 raise InputError(f"{name}: is empty; write a header and list the videos in it")

@@ -1,6 +1,5 @@
 """Captions that people have: text files beside their videos, and tables."""
 
-import codecs
 import csv
 import io
 import os
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 from c2r import InputError
 from c2r.data.folders import spelling
+from c2r.data.table_checks import SEPARATORS, marked_encoding
 from c2r.preparation.sources import Source, some
 
 #: Bytes of a text file and of a table, far above what people write.
@@ -26,7 +26,6 @@ COLUMNS = {
     "end": ("end", "end_time", "end_seconds"),
     "fps": ("fps", "frame_rate"),
 }
-_BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 class TableRow(NamedTuple):
@@ -64,7 +63,7 @@ def decode(content: bytes, name: str) -> tuple[str, str | None]:
     Raises:
         InputError: it is text in none of these.
     """
-    encoding = next((found for bom, found in _BOMS.items() if content.startswith(bom)), None)
+    encoding = marked_encoding(content)
     guesses = [encoding] if encoding else ["utf-8", "cp1252"]
     if encoding is None and b"\0" in content[:1000]:  # no other text has zeros: half of the bytes of Latin letters
         guesses = ["utf-16-le" if content[1:2] == b"\0" else "utf-16-be"]
@@ -167,7 +166,7 @@ def read_table(path: Path, name: str) -> tuple[list[TableRow], str | None]:
         raise InputError(f"{name}: cannot be read ({error.strerror}); check the path") from None
     text, remark = decode(content, name)
     header_line = text.partition("\n")[0].rstrip("\r")
-    for separator in (",", ";", "\t", "|"):
+    for separator in SEPARATORS:
         header = next(csv.reader([header_line], delimiter=separator), [])
         columns = _columns(header)
         if {"file_name", "text"} <= columns.keys():
