@@ -16,6 +16,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -216,12 +217,19 @@ def split_at_cuts(rows: "list[Row]", threshold: float, notes: "Notes", damaged: 
         key = ("cuts", file.name, file.size, file.mtime_ns, threshold)
         cuts = notes.get(list[tuple[FiniteFloat, FiniteFloat]], *key)
         if cuts is None:
+            lost: list[Fraction] = []
             try:
-                cuts = find_cuts(file.path, threshold)
+                cuts = find_cuts(file.path, threshold, lost)
             except UnusableVideo as error:
                 damaged.append(DroppedRow(row.video.name, error.reason, str(error)))
                 continue
-            notes.add(cuts, *key)
+            if lost:
+                logger.warning(
+                    f"{row.video.name}: data is lost from {float(lost[0]):.1f} s on, to {float(lost[-1]):.1f} s at "
+                    "the latest; encoding drops the clips that it hits"
+                )
+            else:
+                notes.add(cuts, *key)
         interval = max(video.info.interval for video in (row.video, row.control) if video)
         split += [replace(row, start=start, end=end) for start, end in parts_between(cuts, interval)]
     return split

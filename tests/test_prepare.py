@@ -5,16 +5,16 @@ import json
 import re
 import shlex
 import shutil
-from dataclasses import replace
+from contextlib import suppress
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from c2r import InputError, cli
-from c2r.data.buckets import Bucket
 from c2r.data.folders import read_frames
 from c2r.data.manifest import read_manifest
+from c2r.data.video import UnusableVideo, read_window
 from c2r.options import ENCODE, PREPARE, clip_settings
 from c2r.prepare import main, name_the_folder
 from tests.helpers.caption_model import WORDS, save_tiny_caption_model
@@ -269,22 +269,41 @@ def test_files_that_cannot_be_used_are_named(videos, tmp_path, capsys):
     assert "._a" not in printed
 
 
-@pytest.mark.parametrize(("options", "bucket"), [([], "17x48x64"), (["--no-scenes"], "41x48x64")])
-def test_a_damaged_video_is_not_used(options, bucket, videos, capsys):
+@pytest.fixture
+def damaged_video(videos):
+    """Return the dataset folder with a video of 60 frames, noise, a part of whose bytes is lost."""
     frames = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), np.uint8)
     path = encode_video(videos / "z.mkv", frames)
     content = bytearray(path.read_bytes())
-    damaged = range(len(content) * 3 // 10, len(content) * 6 // 10)
+    damaged = range(len(content) * 5 // 10, len(content) * 6 // 10)
     content[damaged.start : damaged.stop] = bytes(len(damaged))
     path.write_bytes(content)
     (videos / "z.txt").write_text("damaged")
-    main([str(videos), *options])
-    assert re.search(r"warning: (not|cannot be) used, damaged: .*z\.mkv: is damaged", capsys.readouterr().out)
-    settings = clip_settings(cli.parse(ENCODE, ["--dataset=x", "--buckets", bucket]))
-    assert "z.mkv" not in {clip.name for clip in read_manifest(videos, "real", settings).clips}
-    if options:  # only the clip of the contact sheet was noted
-        shorter = replace(settings, buckets=(Bucket(9, 48, 64),))
-        assert "z.mkv" in {clip.name for clip in read_manifest(videos, "real", shorter).clips}
+    return videos
+
+
+def clips_of_damaged(folder, num_frames):
+    settings = clip_settings(cli.parse(ENCODE, ["--dataset=x", "--buckets", f"{num_frames}x48x64"]))
+    return [clip for clip in read_manifest(folder, "real", settings).clips if clip.name == "z.mkv"]
+
+
+def test_a_damaged_spot_costs_the_clips_that_it_hits(damaged_video, capsys):
+    for _ in range(2):
+        main([str(damaged_video), "--overwrite"])
+        assert re.search(r"warning: z\.mkv: data is lost from 1\.\d s on", capsys.readouterr().out)
+    good = []
+    for clip in clips_of_damaged(damaged_video, 9):
+        with suppress(UnusableVideo):
+            read_window(clip.target_file.path, float(clip.start), 9, 16, 48, 64)
+            good.append(clip)
+    assert 0 < len(good) < len(clips_of_damaged(damaged_video, 9))
+
+
+def test_a_video_whose_only_clip_is_damaged_is_not_used(damaged_video, capsys):
+    main([str(damaged_video), "--no-scenes"])
+    assert re.search(r"warning: cannot be used, damaged: .*z\.mkv: is damaged", capsys.readouterr().out)
+    assert not clips_of_damaged(damaged_video, 41)
+    assert clips_of_damaged(damaged_video, 9)  # only the clip of the contact sheet was noted
 
 
 def test_the_first_word_is_the_folder():

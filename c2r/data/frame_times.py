@@ -1,7 +1,7 @@
 """The frames of a video with their times: in order, from any time on, without the combs of interlacing."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from math import floor
 from pathlib import Path
@@ -23,6 +23,12 @@ SEEK_MARGIN = Fraction(1, 2)
 # Containers that are broadcast, recorded or repaired piece by piece, so that packets may be missing.
 MATROSKA = "matroska,webm"
 LOSSY_FORMATS = {"mpegts", MATROSKA}
+# What the decoders say of a frame whose reference is missing, in their messages for debugging. Screen recorders and
+# converters leave equal frames out of Matroska files, so a gap alone is no loss there.
+LOST_REFERENCE = {
+    "h264": ("Frame num gap", "reference picture missing", "Missing reference picture"),
+    "hevc": ("Could not find ref",),
+}
 # A gap between frames is a hole after this many regular frames, if it is a whole number of intervals within the
 # tolerance. Containers store milliseconds.
 REGULAR_FRAMES, HOLE_TOLERANCE = 3, Fraction(1, 10)
@@ -42,6 +48,7 @@ class Damage:
         self._first: Fraction | None = None
         self._last: Fraction | None = None
         self._lost: list[Fraction] = []
+        self._lost_references: list[Fraction] = []
 
     def add(self, time: Fraction) -> None:
         """Note that data is lost at this time, on the stream's own clock."""
@@ -53,9 +60,17 @@ class Damage:
         self.add(time)
         self._lost.append(time)
 
+    def lose_reference(self, time: Fraction) -> None:
+        """Note that the frame of this time is predicted from a frame that is missing."""
+        self._lost_references.append(time)
+
     def is_between(self, before: Fraction, time: Fraction) -> bool:
         """Return True if a frame between these times could not be decoded."""
         return any(before < lost < time for lost in self._lost)
+
+    def lacks_reference(self, before: Fraction, time: Fraction, reach: Fraction) -> bool:
+        """Return True if a frame at most `reach` seconds outside these times is predicted from a missing one."""
+        return any(before - reach < lost < time + reach for lost in self._lost_references)
 
     def covers(self, frame: av.VideoFrame, time: Fraction) -> bool:
         """Return True if a frame cannot be trusted; call it for all frames in order of time."""
@@ -85,6 +100,8 @@ def decoded_frames(
         for tag in ("color_range", "color_primaries", "color_trc", "colorspace"):  # the container's
             setattr(decoder, tag, getattr(stream.codec_context, tag))
 
+    sign = LOST_REFERENCE.get(stream.codec_context.name) if damage and container.format.name == MATROSKA else None
+
     def frames():
         incomplete = started = False
         for packet in container.demux(stream):
@@ -93,7 +110,13 @@ def decoded_frames(
             if damage and (incomplete or previous) and packet.pts is not None:
                 damage.add(packet.pts * stream.time_base)
             try:
-                decoded = packet.decode() if decoder is None else decoder.decode(packet)
+                if sign is not None:
+                    with _messages() as messages:
+                        decoded = packet.decode()
+                    if packet.pts is not None and any(text.startswith(sign) for _, _, text in messages):
+                        damage.lose_reference(packet.pts * stream.time_base)
+                else:
+                    decoded = packet.decode() if decoder is None else decoder.decode(packet)
             except av.InvalidDataError:
                 if damage is None or not started or packet.pts is None:
                     raise
@@ -106,6 +129,20 @@ def decoded_frames(
                 yield frame
 
     return deinterlaced(frames())
+
+
+@contextmanager
+def _messages() -> Iterator[list[tuple[int, str, str]]]:
+    """Give the list that gets FFmpeg's messages of this thread: (level, sender, text)."""
+    level, skip_repeated = av.logging.get_level(), av.logging.get_skip_repeated()
+    av.logging.set_level(av.logging.DEBUG)
+    av.logging.set_skip_repeated(False)
+    try:
+        with av.logging.Capture(local=True) as messages:
+            yield messages
+    finally:
+        av.logging.set_skip_repeated(skip_repeated)
+        av.logging.set_level(level)
 
 
 def deinterlaced(frames: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
@@ -229,6 +266,7 @@ def timed_frames(
     start: Fraction,
     end: Fraction | None = None,
     search: bool = True,
+    lost: list[Fraction] | None = None,
 ) -> Iterator[tuple[Fraction, av.VideoFrame]]:
     """Yield (seconds from the file's first frame, frame) in order of time, from a frame at or before `start` on.
 
@@ -237,6 +275,7 @@ def timed_frames(
         start: in seconds from the file's first frame.
         end: the last time of interest; None: the end of the file.
         search: seek to a key frame before `start`, if the container's times allow it.
+        lost: gets the times at which data is lost; None: this raises.
 
     Raises:
         UnusableVideo: data is lost, and the frames from `start` to `end` are guessed from what is left.
@@ -252,11 +291,20 @@ def timed_frames(
         decoder = decoded_frames(container, stream, damage)
         frame = next(decoder, None)
         landed = None if frame is None else frame_time(frame)
-        if landed is None or landed > first + start:
-            # A container without an exact index, such as MPEG-TS, is decoded from the beginning.
+        if frame is None or landed is None or landed > first + start or not frame.key_frame:
+            # A container without an exact index, such as MPEG-TS, is decoded from the beginning. Decoders of older
+            # codecs start at any frame, and predict from frames that they have not seen.
             with open_video(path, of_window=True) as (again, same_stream):
-                yield from timed_frames(path, again, same_stream, start, end, search=False)
+                yield from timed_frames(path, again, same_stream, start, end, search=False, lost=lost)
             return
+    elif not frame.key_frame:
+        damage.add(first)  # the file was cut before it
+
+    def is_loss(frame, before, time):
+        """Return True if a hole is one of lost frames, not of frames left out because nothing moves."""
+        is_judged = container.format.name == MATROSKA and stream.codec_context.name in LOST_REFERENCE
+        return not is_judged or frame.key_frame or damage.lacks_reference(before, time, MAX_DELAY * interval)
+
     time = None
     holes = Holes(interval if container.format.name in LOSSY_FORMATS else None)
     while frame is not None:
@@ -264,7 +312,8 @@ def timed_frames(
         # Decoders output frames in show order, so a time that does not increase is wrong.
         time = shown - first if shown is not None and (before is None or shown - first > before) else before + interval
         is_after_hole = before is not None and (
-            holes.is_between(before, time) or damage.is_between(first + before, first + time)
+            damage.is_between(first + before, first + time)
+            or (holes.is_between(before, time) and is_loss(frame, first + before, first + time))
         )
         if is_after_hole:
             damage.add(first + before)
@@ -272,8 +321,10 @@ def timed_frames(
         is_guessed = damage.covers(frame, first + time)
         is_wanted = start - interval < time and (end is None or time < end + interval)
         if (is_after_hole and time > start and (end is None or before < end)) or (is_guessed and is_wanted):
-            detail = f"data is lost about {float(time):.2f} s after the first frame"
-            raise unusable_video(path, detail, DropReason.DAMAGED, of_window=True)
+            if lost is None:
+                detail = f"data is lost about {float(time):.2f} s after the first frame"
+                raise unusable_video(path, detail, DropReason.DAMAGED, of_window=True)
+            lost.append(time)
         yield time, frame
         frame = next(decoder, None)
 

@@ -165,19 +165,23 @@ def read_window(path: str | Path, start: float, num_frames: int, fps: float, hei
 
 
 @contextmanager
-def open_frames(path: str | Path) -> Iterator[Iterator[tuple[Fraction, av.VideoFrame]]]:
+def open_frames(path: str | Path, lost: list[Fraction]) -> Iterator[Iterator[tuple[Fraction, av.VideoFrame]]]:
     """Give all frames of a video, image or image sequence as (seconds from the first frame, frame).
 
+    Args:
+        path: see `read_window`.
+        lost: gets the times at which data is lost. Frames there are guessed, or left out.
+
     Raises:
-        UnusableVideo: see `read_window`.
+        UnusableVideo: the file cannot be decoded at all.
     """
-    with _frames_from(path, Fraction(0), None, 1) as (timed, *_):
+    with _frames_from(path, Fraction(0), None, 1, lost) as (timed, *_):
         yield timed
 
 
 @contextmanager
 def _frames_from(
-    path: str | Path, start: Fraction, end: Fraction | None, num_frames: int
+    path: str | Path, start: Fraction, end: Fraction | None, num_frames: int, lost: list[Fraction] | None = None
 ) -> Iterator[tuple[Iterator[tuple[Fraction, av.VideoFrame]], Fraction, Fraction | int, str]]:
     """Open a file to read a window.
 
@@ -186,7 +190,7 @@ def _frames_from(
     """
     if (sequence := open_sequence(path)) is not None:
         pictures, rate = sequence
-        yield _pictures_from(pictures, rate, start), 1 / rate, 1, ""
+        yield _pictures_from(pictures, rate, start, lost), 1 / rate, 1, ""
         return
     with open_picture(path) as picture:
         if picture is not None:
@@ -198,7 +202,8 @@ def _frames_from(
         # The reach is one interval longer than in `VideoInfo.frames_at`: some decoders never output the last frame.
         reach = frame_interval(container, stream) * 3 / 2
         tag = stream.codec_context.codec_tag
-        yield timed_frames(path, container, stream, start, end), reach, stream.sample_aspect_ratio or 1, tag
+        frames = timed_frames(path, container, stream, start, end, lost=lost)
+        yield frames, reach, stream.sample_aspect_ratio or 1, tag
 
 
 def open_sequence(path: str | Path) -> tuple[Sequence, Fraction] | None:
@@ -217,7 +222,7 @@ def open_sequence(path: str | Path) -> tuple[Sequence, Fraction] | None:
         raise UnusableVideo(f"{drop.detail}; correct the sequence, or remove its row", drop.reason) from None
 
 
-def _pictures_from(sequence, rate, start):
+def _pictures_from(sequence, rate, start, lost):
     """Yield (time, frame) of a sequence; each picture is read as a single one is."""
     for number in range(sequence.count):
         if (number + 1) / rate > start:
@@ -225,7 +230,10 @@ def _pictures_from(sequence, rate, start):
                 with _frames_from(sequence.path(number), Fraction(0), Fraction(0), 1) as (frames, *_):
                     frame = next(frames)[1]
             except UnusableVideo as error:  # the windows before and after it may be good
-                raise UnusableVideo(str(error), error.reason, of_window=True) from error
+                if lost is None:
+                    raise UnusableVideo(str(error), error.reason, of_window=True) from error
+                lost.append(number / rate)
+                continue
             yield number / rate, frame
 
 

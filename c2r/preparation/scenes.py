@@ -30,19 +30,20 @@ def require_detector() -> None:
         ) from None
 
 
-def find_cuts(path: str, threshold: float) -> list[tuple[float, float]]:
+def find_cuts(path: str, threshold: float, lost: list[Fraction]) -> list[tuple[float, float]]:
     """Find the cuts of a video.
 
     Args:
         path: a video, or the name of an image sequence, see `c2r.data.sequences`.
         threshold: number of times that a frame must differ more from the frame before than its neighbours do.
+        lost: gets the times at which data is lost; cuts may be missed there, and found where there are none.
 
     Returns:
         (time of the last frame before the cut, time of the first frame after it) of each, in seconds from the first
         frame.
 
     Raises:
-        UnusableVideo: it cannot be decoded, or a frame is damaged.
+        UnusableVideo: it cannot be decoded.
     """
     from scenedetect.common import FrameTimecode
     from scenedetect.detectors import AdaptiveDetector
@@ -51,17 +52,17 @@ def find_cuts(path: str, threshold: float) -> list[tuple[float, float]]:
     detector = AdaptiveDetector(adaptive_threshold=threshold, min_scene_len=1, window_width=WINDOW)
     times: list[Fraction] = []
     cuts: list[int] = []  # positions of frames in `times`
-    for number, picture in enumerate(_repeat_ends(_small_pictures(path, times), WINDOW)):
+    for number, picture in enumerate(_repeat_ends(_small_pictures(path, times, lost), WINDOW)):
         # The number passes through the detector, which would derive a wrong one from times at a variable frame rate.
         found = detector.process_frame(FrameTimecode(number, fps=1.0), picture)
         cuts += [cut.frame_num - WINDOW for cut in found]
     return [(float(times[cut - 1]), float(times[cut])) for cut in cuts]
 
 
-def _small_pictures(path: str, times: list[Fraction]) -> Iterator[np.ndarray]:
+def _small_pictures(path: str, times: list[Fraction], lost: list[Fraction]) -> Iterator[np.ndarray]:
     """Yield the frames of a video, (h, w, 3) uint8 BGR of at most LONGER_SIDE pixels; append their times."""
     size = None
-    with open_frames(path) as timed:
+    with open_frames(path, lost) as timed:
         for time, frame in timed:
             if size is None:  # kept: the frames of a file may change their size
                 scale = min(1, LONGER_SIDE / max(frame.width, frame.height))

@@ -159,6 +159,7 @@ LOSSY = {
     "hevc.mkv": ("libx265", QUIET),
     "vp9.webm": ("libvpx-vp9", {"cpu-used": "8", "deadline": "realtime"}),
     "mpeg2.ts": ("mpeg2video", {"b": "2M"}),
+    "mpeg4.ts": ("mpeg4", {"b": "4M"}),
 }
 
 
@@ -180,7 +181,7 @@ def assert_only_damage_is_refused(whole, damaged, most):
     assert 1 <= sum(refused) <= most
 
 
-@pytest.mark.parametrize("lost", [30, 31])
+@pytest.mark.parametrize("lost", [29, 33])  # in all of these, frames that others are predicted from
 @pytest.mark.parametrize("name", LOSSY)
 def test_a_lost_packet_costs_the_windows_up_to_the_next_key_frame(tmp_path, name, lost):
     codec, options = LOSSY[name]
@@ -218,3 +219,50 @@ def test_a_capture_of_variable_rate_has_no_holes(tmp_path):
     path = encode_video(tmp_path / "a.mkv", counter_frames(61), fps=30, times=np.concatenate([[0], np.cumsum(gaps)]))
     for start in (0, 1, 2):
         read_window(path, start, 17, 16, 48, 64)
+
+
+@pytest.mark.parametrize("name", ["h264.mkv", "no_b.mkv", "open.mkv", "hevc.mkv"])
+def test_frames_left_out_of_a_still_scene_are_no_loss(tmp_path, name):
+    codec, options = LOSSY.get(name, LOSSY["no_b.ts"])
+    shown = [n for n in range(72) if n not in {30, 31, 32, 50}]
+    path = encode_video(
+        tmp_path / name,
+        texture(72)[shown],
+        codec=codec,
+        options=options,
+        times=[n / 16 for n in shown],
+        key_frame_interval=24,
+    )
+    whole = encode_video(tmp_path / f"whole_{name}", texture(72), codec=codec, options=options, key_frame_interval=24)
+    for window, expected in zip(windows(path)[:3], windows(whole)[:3], strict=True):
+        assert np.abs(window - expected).mean() < 2
+    still = read_window(path, 30 / 16, 1, 16, 48, 80)[0].int() - read_window(path, 29 / 16, 1, 16, 48, 80)[0].int()
+    assert not still.any()
+    read_window(path, 24 / 16, 17, 16, 48, 80)
+
+
+@pytest.mark.parametrize("suffix", [".ts", ".m2ts"])
+def test_a_decoder_that_starts_anywhere_is_given_a_key_frame(tmp_path, suffix):
+    path = encode_video(
+        tmp_path / f"a{suffix}", texture(72), codec="mpeg4", options={"b": "4M"}, key_frame_interval=24
+    )
+    expected = read_window(path, 0, 72, 16, 48, 80).int()
+    for start in (20, 34, 47, 60):
+        window = read_window(path, start / 16, 5, 16, 48, 80).int()
+        assert (window - expected[start : start + 5]).abs().float().mean() < 1
+
+
+def test_a_file_cut_before_its_first_key_frame_is_damaged_up_to_it(tmp_path):
+    whole = encode_video(tmp_path / "a.ts", texture(72), codec="mpeg4", options={"b": "4M"}, key_frame_interval=24)
+    with av.open(str(whole)) as source, av.open(str(tmp_path / "cut.ts"), "w") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        for n, packet in enumerate(packet for packet in source.demux(stream) if packet.size):
+            if n >= 10:
+                packet.stream = copy
+                target.mux(packet)
+    with pytest.raises(UnusableVideo, match="data is lost") as error:
+        read_window(tmp_path / "cut.ts", 0, 9, 16, 48, 80)
+    assert (error.value.reason, error.value.of_window) == (DropReason.DAMAGED, True)
+    window, expected = read_window(tmp_path / "cut.ts", 1, 9, 16, 48, 80), read_window(whole, 26 / 16, 9, 16, 48, 80)
+    assert (window.int() - expected.int()).abs().float().mean() < 1
