@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.preview is not None:
         make_preview(read, job, args, accelerator, watchdog)
     else:
-        fill_cache(read, job, accelerator, watchdog)
+        fill_cache(read, job, args.control_only, accelerator, watchdog)
     watchdog.close()
     accelerator.end_training()
 
@@ -144,7 +144,11 @@ def make_preview(
 
 
 def fill_cache(
-    read: Callable[[], "Manifest"], job: "EncodingJob", accelerator: "Accelerator", watchdog: "Watchdog"
+    read: Callable[[], "Manifest"],
+    job: "EncodingJob",
+    control_only: bool,
+    accelerator: "Accelerator",
+    watchdog: "Watchdog",
 ) -> None:
     """Encode the clips that are not cached and print how many are cached now."""
     from c2r.encoding.encoding_pass import encode
@@ -157,6 +161,20 @@ def fill_cache(
             missing = job.find_missing(job.clips_of(manifest))  # also records checked files: training starts faster
             cached = missing.total - missing.count
             print(f"{missing.kind} of {cached} of {missing.total} clips are in {manifest.cache_dir}", flush=True)
+            if not control_only:
+                list_long_captions(manifest, job)
+
+
+def list_long_captions(manifest: "Manifest", job: "EncodingJob") -> None:
+    """Write into the list of clips which captions are longer than the text encoder sees."""
+    from c2r.models.parts import load_pipeline_part, long_prompts, max_sequence_length
+
+    tokenizer = load_pipeline_part(job.settings.base_model, "tokenizer")
+    limit = max_sequence_length(tokenizer)
+    captions = manifest.clips.tables[0].texts.unique().to_pylist()
+    long = long_prompts(tokenizer, captions)
+    if long:
+        manifest.write({text: f"caption of {count} tokens, {limit} are used" for text, count in long.items()})
 
 
 if __name__ == "__main__":

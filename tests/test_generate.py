@@ -317,8 +317,8 @@ def test_a_prompt_that_is_cut_off_is_named(folder, caplog):
     long = "a rainy street at dusk with three people " * 100
     with caplog.at_level("WARNING"):
         encode_prompts(folder / "base", ["a street", long], "cpu", torch.float32)
-    assert "1 prompts are longer than" in caplog.text
-    assert "tokens, their ends are not used: 'a rainy street at dusk with three people a rainy street" in caplog.text
+    assert "1 prompt is longer than" in caplog.text
+    assert "tokens, the rest is not used: 'a rainy street at dusk with three people a rainy street" in caplog.text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -5,10 +5,11 @@ import hashlib
 import io
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -136,11 +137,14 @@ class Manifest:
             f"for this file {clip.bucket.num_frames}x{height}x{width}"
         )
 
-    def write(self) -> Path:
+    def write(self, remarks: Mapping[str, str] = MappingProxyType({})) -> Path:
         """Write the clips and dropped rows as a CSV file into the cache, and return its path.
 
         Columns: file_name, window, bucket, cropped (share of the picture), use (train, held out, dropped, without
         coarse version), reason.
+
+        Args:
+            remarks: what is said of clips that are used, by caption.
         """
         # Datasets in one cache may have folders of the same name: the address tells them apart.
         path = self.cache_dir / f"manifest-{self.domain}-{Path(self.folder).name}-{digest(self.folder)[:6]}.csv"
@@ -153,10 +157,11 @@ class Manifest:
                 reason = f"{row.reason}: {row.detail}" if row.detail else row.reason
                 writer.writerow([row.file, "" if row.window is None else row.window, "", "", use, reason])
         entries, table = self.clips.entries, self.clips.tables[0]
-        names, uses = table.names.to_pylist(), ("train", "held out")
+        names, texts, uses = table.names.to_pylist(), table.texts, ("train", "held out")
         rows, windows, buckets, held_out = (entries[name].tolist() for name in ("row", "window", "bucket", "held_out"))
         for row, window, bucket, held, cropped in zip(rows, windows, buckets, held_out, self.cropped.tolist()):
-            writer.writerow([names[row], window, table.buckets[bucket], f"{cropped:.2f}", uses[held], ""])
+            remark = remarks.get(texts[row].as_py(), "") if remarks else ""
+            writer.writerow([names[row], window, table.buckets[bucket], f"{cropped:.2f}", uses[held], remark])
         try:
             write_atomic(path, content.getvalue().encode(errors="replace"))
         except OSError as error:

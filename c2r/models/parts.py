@@ -289,17 +289,30 @@ def max_sequence_length(tokenizer) -> int:
     return 512 if tokenizer is None else int(min(512, tokenizer.model_max_length))
 
 
-def log_long_prompts(tokenizer, prompts: Iterable[str]) -> None:
-    """Log the prompts of which the text encoder does not see the end, and their numbers of tokens."""
-    limit, long = max_sequence_length(tokenizer), []
+def long_prompts(tokenizer, prompts: Iterable[str]) -> dict[str, int]:
+    """Return the prompts of which the text encoder does not see the end, with their numbers of tokens."""
+    limit, long = max_sequence_length(tokenizer), {}
     for prompt in prompts:
+        if len(prompt.encode()) + 2 <= limit:  # a token is at least a byte; SentencePiece adds a space and an end
+            continue
         count = len(tokenizer(prompt_clean(prompt), verbose=False).input_ids)
         if count > limit:
-            long.append(f"'{textwrap.shorten(prompt, 60, placeholder='…')}' ({count})")
+            long[prompt] = count
+    return long
+
+
+def log_long_prompts(tokenizer, prompts: Iterable[str]) -> None:
+    """Log the prompts of which the text encoder does not see the end, and their numbers of tokens."""
+    limit = max_sequence_length(tokenizer)
+    long = [
+        f"'{textwrap.shorten(prompt, 60, placeholder='…')}' ({count})"
+        for prompt, count in long_prompts(tokenizer, prompts).items()
+    ]
     if long:
         logger.warning(
-            "%d prompts are longer than %d tokens, their ends are not used: %s%s",
+            "%d %s longer than %d tokens, the rest is not used: %s%s",
             len(long),
+            "prompt is" if len(long) == 1 else "prompts are",
             limit,
             ", ".join(long[:MAX_NAMED]),
             ", …" if len(long) > MAX_NAMED else "",

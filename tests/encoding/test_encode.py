@@ -359,6 +359,10 @@ def test_the_command_fills_the_cache_and_prints_the_result(data, settings, monke
     assert "3 of 3 clips are in" in out.out
     assert "clips/s" in out.err
     assert len(cached(data)) == 6
+    (path,) = data.glob(".c2r_cache/manifest-*.csv")
+    with open(path, newline="") as file:
+        remarks = {row["file_name"]: row["reason"] for row in csv.DictReader(file)}
+    assert remarks == {"a.mp4": "", "b.mp4": "caption of 21 tokens, 16 are used"}
 
 
 def test_bad_options_end_the_command_with_one_line(data, settings, monkeypatch):
