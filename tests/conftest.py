@@ -89,6 +89,13 @@ def signal_handlers():
 
 
 def pytest_collection_modifyitems(items):
-    """Run the files with slow tests first: a long file that starts last would leave the other worker idle."""
+    """Keep each file's tests on one worker, as its fixtures are costly, and start the slow ones first.
+
+    Runs of several processes have a group of their own: two such runs at once would wait for each other's turns on the
+    cores. It comes first, because it is the longest.
+    """
     slow_files = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow_files)
+    items.sort(key=lambda item: (item.get_closest_marker("xdist_group") is None, item.path not in slow_files))
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))

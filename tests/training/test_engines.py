@@ -35,7 +35,9 @@ from tests.helpers.options import options
 from tests.helpers.settings import clip_settings
 from tests.helpers.tiny import tiny_transformer
 
-STEPS, SAVED = 20, 18  # of a run, and of the checkpoint to resume from
+pytestmark = pytest.mark.xdist_group("processes")
+
+STEPS, SAVED = 10, 8  # of a run, and of the checkpoint to resume from
 BAD_CLIP = "r1.mp4#3"
 SAVES_MEMORY = {
     "zero3": ["--optimizer=adamw8bit"],
@@ -45,7 +47,7 @@ OTHER_MICRO_BATCHES = ["--train_batch_size=2", "--gradient_accumulation_steps=1"
 SPLITS_OPTIMIZER = ("zero2", "zero3", "zero3_offload", "fsdp2")
 SPLITS_FROZEN = ("zero3", "fsdp2")  # those that are probed
 
-# The engines add up the same fp32 numbers in another order. Largest differences measured over the 20 steps: 1.7e-7 of
+# The engines add up the same fp32 numbers in another order. Largest differences measured over 20 steps: 1.7e-7 of
 # a loss, 1.1e-7 of a gradient norm, 2.4e-7 in a weight. AdamW may enlarge a rounding error: a gradient near zero
 # becomes a step of full size, 1e-3 here, with the sign of that error. The bounds are far below one such step.
 LOSS = {"rtol": 1e-6, "atol": 0, "equal_nan": True}
@@ -216,7 +218,7 @@ def test_trains_as_one_process_does(engine, phase, runs):
     assert phase == 2 or max(filter(math.isfinite, norms)) > 1
     # DeepSpeed itself skips steps within backward(): it must skip the same ones.
     steps = {str(i) for i, loss in enumerate(logged["train/loss"], start=1) if math.isnan(loss)}
-    assert 2 <= len(steps) <= STEPS / 2
+    assert 1 <= len(steps) <= STEPS / 2
     assert {str(i) for i, norm in enumerate(norms, start=1) if not math.isfinite(norm)} == steps
     assert skipped(text) == skipped(reference_text) == dict.fromkeys(steps, BAD_CLIP)
 
