@@ -12,6 +12,7 @@ import av
 from c2r import InputError
 from c2r.data.drop_reasons import DropReason
 from c2r.data.mp4_tables import require_honest_tables
+from c2r.data.png_chunks import require_small_chunks
 from c2r.data.video_info import MAX_PIXELS, SeekableFile, unusable_video
 
 # Playlists, streams and files in parts are refused: they open files outside the dataset's folder, or the network.
@@ -47,6 +48,7 @@ def open_video(
     try:
         with open_content(path, file) as content:
             require_honest_tables(path, content)
+            require_small_chunks(path, content)
             content.seek(0)
         with av.open(file or str(path), "r", options=OPEN_OPTIONS) as container:
             stream = cast(av.VideoStream | None, container.streams.best("video"))

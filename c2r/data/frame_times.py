@@ -1,5 +1,6 @@
 """The frames of a video with their times: in order, from any time on, without the combs of interlacing."""
 
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -12,6 +13,7 @@ import numpy as np
 
 from c2r.data.containers import DECODE_TIMES_FORMATS, is_image, open_video
 from c2r.data.drop_reasons import DropReason
+from c2r.data.png_chunks import require_small_chunks
 from c2r.data.video_info import MAX_PIXELS, to_fraction, unusable_video
 
 # These containers do not store a show time for every frame. FFmpeg's guess differs after a seek, so they are decoded
@@ -105,6 +107,8 @@ def decoded_frames(
     def frames():
         incomplete = started = False
         for packet in container.demux(stream):
+            if stream.codec_context.name == "png":
+                require_small_chunks(container.name, io.BytesIO(bytes(packet)))
             # The mark may stand one packet too early: the parser has already read the start of the next one.
             incomplete, previous = packet.is_corrupt and bool(packet.size), incomplete
             if damage and (incomplete or previous) and packet.pts is not None:
