@@ -55,6 +55,8 @@ class WindowCutter:
             self._known[key] = _cut(infos, self._settings, part)
         name = files[0].name
         windows = dict(enumerate(self._known[key], self._in_earlier_parts[name] if part else 0))
+        if part:  # before a failure drops this part: the numbers of later ones must not depend on it
+            self._in_earlier_parts[name] += len(windows)
         failed = []
         for file in files:
             notes = self._failures.get(file[1:], {})
@@ -68,8 +70,6 @@ class WindowCutter:
                     raise DropRow(*note)
                 failed.append(DroppedRow(name, *note, number))
         self.dropped += failed
-        if part:
-            self._in_earlier_parts[name] += len(self._known[key])
         return windows
 
     def _window(self, window):

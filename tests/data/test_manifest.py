@@ -17,6 +17,7 @@ from PIL import Image
 from c2r import InputError
 from c2r.data.buckets import Bucket
 from c2r.data.drop_reasons import DropReason
+from c2r.data.failures import Failure, Window, note_failure
 from c2r.data.folders import read_frames
 from c2r.data.manifest import is_held_out, read_manifest
 from c2r.data.video_writer import write_video
@@ -165,6 +166,22 @@ def test_rows_of_parts_give_windows_within_them(tmp_path):
         ("no part of the file", "start 'x', end '': give seconds, the end after the start"),
         ("too short", "1 frames at 16 fps, 3.00 s; a clip takes 9"),
     ]
+
+
+def test_a_damaged_part_leaves_the_numbers_of_later_windows(tmp_path):
+    encode_video(tmp_path / "a.mp4", counter_frames(48))
+    rows = [("", 1.25), (1.25, ""), (2.0, "")]
+    write_metadata(
+        tmp_path, [{"file_name": "a.mp4", "text": f"part {i}", "start": a, "end": b} for i, (a, b) in enumerate(rows)]
+    )
+    before = read_manifest(tmp_path, "real", SETTINGS)
+    for clip in before.clips:
+        if clip.text == "part 0":
+            window = Window(clip.start, 9, 16)
+            note_failure(before.cache_dir, Failure(clip.target_file, DropReason.DAMAGED, "a.mp4: bad", window=window))
+    after = read_manifest(tmp_path, "real", SETTINGS)
+    assert [(row.file, row.reason) for row in after.dropped] == [("a.mp4", DropReason.DAMAGED)]
+    assert list(after.clips) == [clip for clip in before.clips if clip.text != "part 0"]
 
 
 def test_files_that_lose_much_by_cropping_are_named(tmp_path, capsys):
