@@ -301,9 +301,10 @@ def _training_groups(before_data, after_data, **defaults):
             Option("max_grad_norm", "norm that gradients are clipped to", POSITIVE, 1.0),
             Option(
                 "gradient_checkpointing",
-                "compute each block again in the backward pass: far less memory, more time",
-                Switch(),
-                True,
+                "memory saved by computing again in the backward pass. none: nothing is; block: each block, from its "
+                "input; selective: each block except self-attention, whose outputs are kept",
+                Choice(("none", "block", "selective")),
+                "block",
                 common=True,
             ),
             Option(

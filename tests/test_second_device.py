@@ -117,7 +117,7 @@ def test_a_dry_run_of_phase_2_with_bf16_weights_and_cached_features(
     first, tiny_models, small_datasets, cache, tmp_path
 ):
     options = ["--dry_run", "--mixed_precision=bf16", "--weight_storage=bf16", "--cache_control_features"]
-    options += ["--no-gradient_checkpointing", "--num_validation_clips=1", "--num_samples=0", cache]
+    options += ["--gradient_checkpointing=none", "--num_validation_clips=1", "--num_samples=0", cache]
     backbone = first[0] / "final"
     command = phase2(tiny_models, small_datasets, backbone, tmp_path / "out", *options, launcher=[ON_DEVICE])
     assert "dry run: passed" in succeed(*command, by=fork).stdout

@@ -9,6 +9,7 @@ from accelerate.utils import set_seed
 from diffusers import ModelMixin, WanTransformer3DModel
 
 from c2r.models.adversary import DomainClassifier
+from c2r.models.checkpointing import set_checkpointing
 from c2r.options import clip_settings
 from c2r.sampler import MixedCGRealSampler
 from c2r.training.checkpoint import load_checkpoint
@@ -67,8 +68,7 @@ def build_train_state(
     """
     args = run.args
     model.train()
-    if args.gradient_checkpointing:
-        model.enable_gradient_checkpointing()  # type: ignore[operator]
+    set_checkpointing(model, args.gradient_checkpointing)
     disable_autocast(backbone.condition_embedder.time_embedder, run.device)
     enable_autocast(model, run.device, args.mixed_precision)
     optimizer = build_optimizer(trainable, OptimizerSettings.of(args), run.device, domain_classifier)

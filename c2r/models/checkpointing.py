@@ -1,0 +1,72 @@
+"""Gradient checkpointing of transformer blocks: keep a block's input, and compute the rest again for the gradients."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+aten = torch.ops.aten
+
+#: The kernels that `scaled_dot_product_attention` chooses from. The plain formula, its fallback, is not among them: it
+#: is no operator of its own, and a GPU without any of these kernels computes it again.
+ATTENTION_KERNELS = {
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_fused_attention_overrideable.default,
+}
+
+
+def run_checkpointed(
+    block: Callable[..., Any], hidden_states: torch.Tensor, *shared: Any, keep_attention: bool = False
+) -> Any:
+    """Return `block(hidden_states, *shared)`, and keep only `hidden_states` for the backward pass.
+
+    Models of diffusers take this function, or a partial of it, in `enable_gradient_checkpointing`.
+
+    Args:
+        block: draws no random numbers.
+        hidden_states: (B, N, D), kept until the backward pass of this block.
+        shared: further inputs, which are alive anyway because all blocks share them.
+        keep_attention: also keep the outputs of self-attention, (B, N, D) in the dtype of the forward pass, so that
+            attention is not computed again. Other attention kernels than torch's own are.
+    """
+
+    def run(hidden_states):
+        return block(hidden_states, *shared)
+
+    # No random numbers are drawn in a block (Wan's dropout is 0), so there is no RNG state to keep.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if keep_attention:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_self_attention)
+    return checkpoint(run, hidden_states, **options)
+
+
+def _keep_self_attention(context, operator, *args, **kwargs):
+    # Cross-attention reads a short prompt: its outputs are as large, and cost little to compute again.
+    if operator in ATTENTION_KERNELS and args[0].shape[-2] == args[1].shape[-2]:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def set_checkpointing(model: nn.Module, mode: str) -> None:
+    """Set how a model keeps activations for the backward pass.
+
+    Args:
+        model: `WanTransformer3DModel`, or a module with its switches, such as `C2RTransformer`.
+        mode: "none", "block" or "selective", see `run_checkpointed`.
+    """
+    if mode == "none":
+        model.disable_gradient_checkpointing()  # type: ignore[operator]
+    else:
+        model.enable_gradient_checkpointing(  # type: ignore[operator]
+            partial(run_checkpointed, keep_attention=mode == "selective")
+        )
