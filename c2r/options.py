@@ -308,6 +308,12 @@ def _training_groups(before_data, after_data, **defaults):
                 common=True,
             ),
             Option(
+                "offload_activations",
+                "keep the inputs of blocks in the CPU's memory until the backward pass",
+                Flag(),
+                False,
+            ),
+            Option(
                 "weight_storage",
                 "precision of trainable weights; bf16 stores weights and gradients in bf16 and the low 16 bits beside "
                 "them, so no small update is lost",
@@ -384,6 +390,11 @@ def _check_clips(args):
 
 def _check_training(args):
     _check_clips(args)
+    if args.offload_activations and args.gradient_checkpointing == "none":
+        raise InputError(
+            "--offload_activations: moves the inputs of checkpointed blocks, but --gradient_checkpointing none keeps "
+            "everything; give --gradient_checkpointing block"
+        )
     if args.save_before_timeout is not None and not os.environ.get("SLURM_JOB_END_TIME", "").isdigit():
         raise InputError(
             f"--save_before_timeout {args.save_before_timeout:g}s: the end of this slot is unknown; outside Slurm set "

@@ -1,6 +1,7 @@
 """Gradient checkpointing of transformer blocks: keep a block's input, and compute the rest again for the gradients."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+
+from c2r.models.offloading import OffloadedActivations
 
 aten = torch.ops.aten
 
@@ -26,7 +29,11 @@ ATTENTION_KERNELS = {
 
 
 def run_checkpointed(
-    block: Callable[..., Any], hidden_states: torch.Tensor, *shared: Any, keep_attention: bool = False
+    block: Callable[..., Any],
+    hidden_states: torch.Tensor,
+    *shared: Any,
+    keep_attention: bool = False,
+    offloaded: OffloadedActivations | None = None,
 ) -> Any:
     """Return `block(hidden_states, *shared)`, and keep only `hidden_states` for the backward pass.
 
@@ -38,6 +45,7 @@ def run_checkpointed(
         shared: further inputs, which are alive anyway because all blocks share them.
         keep_attention: also keep the outputs of self-attention, (B, N, D) in the dtype of the forward pass, so that
             attention is not computed again. Other attention kernels than torch's own are.
+        offloaded: keeps `hidden_states` on the CPU.
     """
 
     def run(hidden_states):
@@ -47,7 +55,9 @@ def run_checkpointed(
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if keep_attention:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_self_attention)
-    return checkpoint(run, hidden_states, **options)
+    # Only `hidden_states` is saved in this context: what the block saves is dropped, and `shared` is not saved at all.
+    with nullcontext() if offloaded is None else offloaded.hooks():
+        return checkpoint(run, hidden_states, **options)
 
 
 def _keep_self_attention(context, operator, *args, **kwargs):
@@ -57,16 +67,17 @@ def _keep_self_attention(context, operator, *args, **kwargs):
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def set_checkpointing(model: nn.Module, mode: str) -> None:
+def set_checkpointing(model: nn.Module, mode: str, offload: bool = False) -> None:
     """Set how a model keeps activations for the backward pass.
 
     Args:
         model: `WanTransformer3DModel`, or a module with its switches, such as `C2RTransformer`.
         mode: "none", "block" or "selective", see `run_checkpointed`.
+        offload: keep the inputs of blocks on the CPU; not with "none".
     """
     if mode == "none":
         model.disable_gradient_checkpointing()  # type: ignore[operator]
-    else:
-        model.enable_gradient_checkpointing(  # type: ignore[operator]
-            partial(run_checkpointed, keep_attention=mode == "selective")
-        )
+        return
+    offloaded = OffloadedActivations() if offload else None
+    run = partial(run_checkpointed, keep_attention=mode == "selective", offloaded=offloaded)
+    model.enable_gradient_checkpointing(run)  # type: ignore[operator]

@@ -68,7 +68,7 @@ def build_train_state(
     """
     args = run.args
     model.train()
-    set_checkpointing(model, args.gradient_checkpointing)
+    set_checkpointing(model, args.gradient_checkpointing, args.offload_activations)
     disable_autocast(backbone.condition_embedder.time_embedder, run.device)
     enable_autocast(model, run.device, args.mixed_precision)
     optimizer = build_optimizer(trainable, OptimizerSettings.of(args), run.device, domain_classifier)

@@ -1,0 +1,66 @@
+"""Train one step in several memory modes on the simulated device, and print what each keeps there.
+
+    python tests/helpers/on_simulated_device.py tests/helpers/memory_on_device.py
+
+One line of JSON is printed: {mode: {"loss", "gradients" (a fingerprint), "kept" (bytes on the device between forward
+and backward pass, without weights and inputs)}}.
+"""
+
+import gc
+import json
+import weakref
+
+import torch
+
+from c2r.files import fingerprint
+from c2r.models.checkpointing import set_checkpointing
+from tests.helpers.simulated_device import NAME, SimulatedTensor
+from tests.helpers.tiny import tiny_c2r_transformer, tiny_inputs
+
+DEVICE = torch.device(NAME, 0)
+
+#: Arguments of `set_checkpointing`, by the mode's name.
+MODES = {"none": ("none",), "block": ("block",), "offloaded inputs": ("block", True)}
+
+created = []  #: weak references to the tensors inside those on the device
+
+
+def record(tensor, inner):
+    created.append(weakref.ref(inner))
+
+
+def device_bytes():
+    """Return the bytes of all tensors on the device, each memory counted once."""
+    gc.collect()
+    created[:] = [reference for reference in created if reference() is not None]
+    storages = {
+        inner.untyped_storage().data_ptr(): inner.untyped_storage().nbytes() for inner in (r() for r in created)
+    }
+    return sum(storages.values())
+
+
+def step(checkpointing):
+    model = tiny_c2r_transformer(3, trained=True)
+    model.to(DEVICE).train()
+    set_checkpointing(model, *checkpointing)
+    inputs = [tensor.to(DEVICE) for tensor in tiny_inputs()]
+    before = device_bytes()
+    with torch.autocast(NAME, torch.bfloat16):
+        loss = model(*inputs).sample.float().square().mean()
+    kept = device_bytes() - before
+    loss.backward()
+    grads = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return {
+        "loss": loss.item(),
+        "gradients": fingerprint(grads),
+        "kept": kept,
+    }
+
+
+def main():
+    SimulatedTensor.__init__ = record
+    print(json.dumps({mode: step(arguments) for mode, arguments in MODES.items()}))
+
+
+if __name__ == "__main__":
+    main()
