@@ -314,6 +314,12 @@ def _training_groups(before_data, after_data, **defaults):
                 False,
             ),
             Option(
+                "ffn_chunks",
+                "parts of the sequence, such as 4, in which feed-forward layers and projectors run one after another",
+                COUNT,
+                1,
+            ),
+            Option(
                 "weight_storage",
                 "precision of trainable weights; bf16 stores weights and gradients in bf16 and the low 16 bits beside "
                 "them, so no small update is lost",

@@ -10,6 +10,7 @@ from diffusers import ModelMixin, WanTransformer3DModel
 
 from c2r.models.adversary import DomainClassifier
 from c2r.models.checkpointing import set_checkpointing
+from c2r.models.chunking import chunk_feed_forward
 from c2r.options import clip_settings
 from c2r.sampler import MixedCGRealSampler
 from c2r.training.checkpoint import load_checkpoint
@@ -68,6 +69,7 @@ def build_train_state(
     """
     args = run.args
     model.train()
+    chunk_feed_forward(model, args.ffn_chunks)
     set_checkpointing(model, args.gradient_checkpointing, args.offload_activations)
     disable_autocast(backbone.condition_embedder.time_embedder, run.device)
     enable_autocast(model, run.device, args.mixed_precision)

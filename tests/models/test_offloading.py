@@ -30,5 +30,5 @@ def test_no_block_input_stays_on_the_device(on_device):
 
 
 def test_inputs_of_blocks_without_checkpointing_cannot_be_offloaded():
-    with pytest.raises(InputError, match="--offload_activations: .* give --gradient_checkpointing block"):
+    with pytest.raises(InputError, match=r"--offload_activations: .* give --gradient_checkpointing block"):
         options(["--offload_activations", "--gradient_checkpointing=none"])
