@@ -35,6 +35,7 @@ from c2r.models.adversary import DomainClassifier, WithAdversary, domain_loss
 from c2r.models.assembly import load_controlnet, load_transformer
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.dinov3 import DINOv3FeatureExtractor
+from c2r.models.offloading import store_blocks
 from c2r.models.transformer import C2RTransformer
 from c2r.pipeline import Sampling
 from c2r.sampler import MixedCGRealSampler
@@ -132,6 +133,8 @@ def train(run: Run) -> Plan:
         )
     # One module, because an engine such as DeepSpeed wraps one.
     joined = C2RTransformer(backbone, controlnet)
+    if args.offload_backbone:
+        store_blocks(backbone.blocks, device, offload=True)
     model: nn.Module = joined
     classifier = None
     if args.adversarial_weight > 0:

@@ -410,6 +410,11 @@ def _check_training(args):
 
 def _check_phase2(args):
     _check_training(args)
+    if args.offload_backbone and args.gradient_checkpointing == "none":
+        raise InputError(
+            "--offload_backbone: with --gradient_checkpointing none the weights of all blocks would stay on the device; "
+            "give --gradient_checkpointing block"
+        )
     if args.cg_ratio > 0 and args.cg_dataset is None:
         raise InputError(f"--cg_ratio {args.cg_ratio:g}: needs CG pairs; give --cg_dataset, or --cg_ratio 0")
     if args.cg_ratio_min is not None and args.cg_ratio_min > args.cg_ratio:
@@ -495,6 +500,14 @@ PHASE2 = Command(
         num_validation_clips=4,
     )
     | {
+        "frozen backbone": [
+            Option(
+                "offload_backbone",
+                "keep the backbone's blocks in the CPU's memory and copy each to the device while it runs",
+                Flag(),
+                False,
+            ),
+        ],
         "control": [
             Option("control_layers", "number of ControlNet blocks", COUNT, 15, common=True, on_resume=MUST_NOT_CHANGE),
             Option(

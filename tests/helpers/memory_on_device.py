@@ -3,7 +3,7 @@
     python tests/helpers/on_simulated_device.py tests/helpers/memory_on_device.py
 
 One line of JSON is printed: {mode: {"loss", "gradients" (a fingerprint), "kept" (bytes on the device between forward
-and backward pass, without weights and inputs)}}.
+and backward pass, without weights and inputs), "backbone" (bytes of the backbone's blocks on the device)}}.
 """
 
 import gc
@@ -14,13 +14,22 @@ import torch
 
 from c2r.files import fingerprint
 from c2r.models.checkpointing import set_checkpointing
+from c2r.models.offloading import store_blocks
 from tests.helpers.simulated_device import NAME, SimulatedTensor
 from tests.helpers.tiny import tiny_c2r_transformer, tiny_inputs
 
 DEVICE = torch.device(NAME, 0)
 
-#: Arguments of `set_checkpointing`, by the mode's name.
-MODES = {"none": ("none",), "block": ("block",), "offloaded inputs": ("block", True)}
+#: Arguments of `set_checkpointing` and of `store_blocks`, by the mode's name.
+MODES = {
+    "none": (("none",), None),
+    "block": (("block",), None),
+    "offloaded inputs": (("block", True), None),
+    "offloaded backbone": (("block",), {"offload": True}),
+    "everything offloaded": (("block", True), {"offload": True}),
+    "float8": (("block",), {"float8": True}),
+    "offloaded float8": (("block",), {"offload": True, "float8": True}),
+}
 
 created = []  #: weak references to the tensors inside those on the device
 
@@ -39,8 +48,10 @@ def device_bytes():
     return sum(storages.values())
 
 
-def step(checkpointing):
+def step(checkpointing, stored):
     model = tiny_c2r_transformer(3, trained=True)
+    if stored is not None:
+        store_blocks(model.transformer.blocks, DEVICE, **stored)
     model.to(DEVICE).train()
     set_checkpointing(model, *checkpointing)
     inputs = [tensor.to(DEVICE) for tensor in tiny_inputs()]
@@ -50,16 +61,18 @@ def step(checkpointing):
     kept = device_bytes() - before
     loss.backward()
     grads = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    blocks = [*model.transformer.blocks.parameters()]
     return {
         "loss": loss.item(),
         "gradients": fingerprint(grads),
         "kept": kept,
+        "backbone": sum(p.numel() * p.element_size() for p in blocks if p.device == DEVICE),
     }
 
 
 def main():
     SimulatedTensor.__init__ = record
-    print(json.dumps({mode: step(arguments) for mode, arguments in MODES.items()}))
+    print(json.dumps({mode: step(*arguments) for mode, arguments in MODES.items()}))
 
 
 if __name__ == "__main__":

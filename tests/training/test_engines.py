@@ -31,7 +31,7 @@ from c2r.training.watchdog import Watchdog
 from tests.helpers.commands import CONFIGS, ENGINES, SIZE, TORCHRUN, phase1, phase2, scalars, start, succeed, weights
 from tests.helpers.datasets import noise_video, write_dataset
 from tests.helpers.forks import fork, forked_twice, statuses
-from tests.helpers.options import options
+from tests.helpers.options import options, phase2_options
 from tests.helpers.settings import clip_settings
 from tests.helpers.tiny import tiny_transformer
 
@@ -363,16 +363,21 @@ def test_options_that_save_memory_reach_the_same_losses(engine, runs):
         ("DEEPSPEED", 3, "--weight_storage=bf16", "but DeepSpeed ZeRO-3 splits them"),
         ("DEEPSPEED", 3, "--optimizer=adamw8bit", None),
         ("MULTI_GPU", None, "--weight_storage=bf16", None),
+        ("FSDP", None, "--offload_backbone", "FSDP2 moves or splits all weights by itself"),
+        ("DEEPSPEED", 2, "--offload_backbone", "DeepSpeed ZeRO-2 moves or splits all weights by itself"),
+        ("DEEPSPEED", 3, "--offload_backbone", "DeepSpeed ZeRO-3 moves or splits all weights by itself"),
+        ("MULTI_GPU", None, "--offload_backbone", None),
     ],
 )
 def test_options_that_do_not_work_on_an_engine_are_refused(kind, stage, option, part):
     plugin = SimpleNamespace(zero_stage=stage)
     accelerator = SimpleNamespace(distributed_type=kind, is_fsdp2=True, state=SimpleNamespace(deepspeed_plugin=plugin))
+    args = phase2_options([option]) if "backbone" in option else options([option])
     if part is None:
-        require_supported(accelerator, options([option]))
+        require_supported(accelerator, args)
         return
     with pytest.raises(InputError) as error:
-        require_supported(accelerator, options([option]))
+        require_supported(accelerator, args)
     assert str(error.value).startswith(f"{option.replace('=', ' ')}: ")
     assert part in str(error.value)
 
