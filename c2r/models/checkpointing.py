@@ -1,5 +1,6 @@
 """Gradient checkpointing of transformer blocks: keep a block's input, and compute the rest again for the gradients."""
 
+from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -7,11 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from c2r.models.offloading import OffloadedActivations
 
@@ -54,17 +53,52 @@ def run_checkpointed(
     # No random numbers are drawn in a block (Wan's dropout is 0), so there is no RNG state to keep.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if keep_attention:
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_self_attention)
+        options["context_fn"] = _attention_contexts
     # Only `hidden_states` is saved in this context: what the block saves is dropped, and `shared` is not saved at all.
     with nullcontext() if offloaded is None else offloaded.hooks():
         return checkpoint(run, hidden_states, **options)
 
 
-def _keep_self_attention(context, operator, *args, **kwargs):
+def _is_self_attention(operator, inputs):
     # Cross-attention reads a short prompt: its outputs are as large, and cost little to compute again.
-    if operator in ATTENTION_KERNELS and args[0].shape[-2] == args[1].shape[-2]:
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
+    return operator in ATTENTION_KERNELS and inputs[0].shape[-2] == inputs[1].shape[-2]
+
+
+class _KeepAttention(TorchDispatchMode):
+    """Keeps the results of self-attention.
+
+    torch's `create_selective_checkpoint_contexts` also requires that all other operators are the same in the backward
+    pass; under ZeRO-3, which gathers weights ahead of their use, they are not.
+    """
+
+    def __init__(self, kept: deque):
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, operator, types, inputs=(), keywords=None):
+        results = operator(*inputs, **keywords or {})
+        if _is_self_attention(operator, inputs):
+            # Aliases: the results themselves will hold the graph that leads to them.
+            self.kept.append(tree_map_only(torch.Tensor, torch.Tensor.detach, results))
+        return results
+
+
+class _ReuseAttention(TorchDispatchMode):
+    """Returns the kept results, in their order, where self-attention would be computed again."""
+
+    def __init__(self, kept: deque):
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, operator, types, inputs=(), keywords=None):
+        if _is_self_attention(operator, inputs):
+            return self.kept.popleft()
+        return operator(*inputs, **keywords or {})
+
+
+def _attention_contexts():
+    kept: deque = deque()
+    return _KeepAttention(kept), _ReuseAttention(kept)
 
 
 def set_checkpointing(model: nn.Module, mode: str, offload: bool = False) -> None:

@@ -41,6 +41,7 @@ SAVES_MEMORY = {
     "zero3": ["--optimizer=adamw8bit"],
     "ddp": ["--optimizer=adamw8bit", "--weight_storage=bf16", "--mixed_precision=bf16"],
 }
+MEMORY_MODES = ["--gradient_checkpointing=selective", "--offload_activations", "--ffn_chunks=2"]
 OTHER_MICRO_BATCHES = ["--train_batch_size=2", "--gradient_accumulation_steps=1"]
 SPLITS_OPTIMIZER = ("zero2", "zero3", "zero3_offload", "fsdp2")
 SPLITS_FROZEN = ("zero3", "fsdp2")  # those that are probed
@@ -113,6 +114,7 @@ def runs(command, large_backbone, tmp_path_factory):
     continue from their checkpoints SAVED. The latter tolerates no skipped step and trains until it draws BAD_CLIP.
     (2, "from one process") continues from that run's checkpoint, with another split of a step into micro-batches.
     (2, "bf16") is short, in the default precision; (1, "saves memory") is short, with the options of SAVES_MEMORY.
+    (2, "memory modes") is short, with MEMORY_MODES.
     Besides, "errors" are the error lines of the launch, and "reports" what `engine_probe` reports of each process.
     """
     found = {}
@@ -122,6 +124,8 @@ def runs(command, large_backbone, tmp_path_factory):
         resume = ["--resume_from_checkpoint=latest"]
         bf16 = ["--mixed_precision=bf16", "--max_train_steps=3", "--num_samples=0"]
         legs = {1: [], (1, "resumed"): resume, 2: [], (2, "bf16"): bf16}
+        offload = ["--offload_backbone"] if engine == "ddp" else []
+        legs[2, "memory modes"] = ["--max_train_steps=3", "--num_samples=0", *MEMORY_MODES, *offload]
         if engine in SAVES_MEMORY:
             legs[1, "saves memory"] = ["--max_train_steps=3", *SAVES_MEMORY[engine]]
         legs[2, "resumed"] = [
@@ -354,6 +358,13 @@ def test_options_that_save_memory_reach_the_same_losses(engine, runs):
     assert {tensor.dtype for tensor in weights(out / "final").values()} == {torch.float32}
 
 
+@every_engine
+def test_memory_modes_reach_the_same_losses(engine, runs):
+    logged, expected = scalars(runs(engine)[2, "memory modes"][0]), scalars(runs("one process")[2][0])
+    for name, bounds in {"train/loss": LOSS, "train/grad_norm": NORM}.items():
+        torch.testing.assert_close(torch.tensor(logged[name]), torch.tensor(expected[name][:3]), **bounds)
+
+
 @pytest.mark.parametrize(
     ("kind", "stage", "option", "part"),
     [
@@ -367,6 +378,8 @@ def test_options_that_save_memory_reach_the_same_losses(engine, runs):
         ("DEEPSPEED", 2, "--offload_backbone", "DeepSpeed ZeRO-2 moves or splits all weights by itself"),
         ("DEEPSPEED", 3, "--offload_backbone", "DeepSpeed ZeRO-3 moves or splits all weights by itself"),
         ("MULTI_GPU", None, "--offload_backbone", None),
+        ("FSDP", None, "--fp8_backbone", "FSDP2 moves or splits all weights by itself"),
+        ("DEEPSPEED", 2, "--fp8_backbone", "DeepSpeed ZeRO-2 moves or splits all weights by itself"),
     ],
 )
 def test_options_that_do_not_work_on_an_engine_are_refused(kind, stage, option, part):
