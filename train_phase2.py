@@ -133,8 +133,8 @@ def train(run: Run) -> Plan:
         )
     # One module, because an engine such as DeepSpeed wraps one.
     joined = C2RTransformer(backbone, controlnet)
-    if args.offload_backbone:
-        store_blocks(backbone.blocks, device, offload=True)
+    if args.offload_backbone or args.fp8_backbone:
+        store_blocks(backbone.blocks, device, args.offload_backbone, args.fp8_backbone)
     model: nn.Module = joined
     classifier = None
     if args.adversarial_weight > 0:

@@ -252,11 +252,12 @@ def require_supported(accelerator: Accelerator, args: Namespace):
             f"--weight_storage bf16: needs whole weights on every device, but {ENGINE_NAMES[engine]} splits them; "
             "give --weight_storage fp32, or single_gpu.yaml or multi_gpu.yaml"
         )
-    if getattr(args, "offload_backbone", False) and engine is not None:  # phase 1 has no frozen backbone
-        raise InputError(
-            f"--offload_backbone: {ENGINE_NAMES[engine]} moves or splits all weights by itself; leave it out, or give "
-            "single_gpu.yaml or multi_gpu.yaml"
-        )
+    for option in ("offload_backbone", "fp8_backbone"):
+        if getattr(args, option, False) and engine is not None:  # phase 1 has no frozen backbone
+            raise InputError(
+                f"--{option}: {ENGINE_NAMES[engine]} moves or splits all weights by itself; leave it out, or give "
+                "single_gpu.yaml or multi_gpu.yaml"
+            )
     if args.optimizer == "adamw8bit" and engine == "fsdp2":
         raise InputError(
             "--optimizer adamw8bit: bitsandbytes cannot step on weights that FSDP2 has split; give --optimizer adamw, "

@@ -102,8 +102,9 @@ def test_a_stored_block_has_the_gradients_of_the_rounded_weights():
 def test_nothing_is_offloaded_without_checkpointing():
     with pytest.raises(InputError, match=r"--offload_activations: .* give --gradient_checkpointing block"):
         options(["--offload_activations", "--gradient_checkpointing=none"])
-    with pytest.raises(InputError, match=r"--offload_backbone: .* give --gradient_checkpointing block"):
-        phase2_options(["--offload_backbone", "--gradient_checkpointing=none"])
+    for option in ("--offload_backbone", "--fp8_backbone"):
+        with pytest.raises(InputError, match=f"{option}: .* give --gradient_checkpointing block"):
+            phase2_options([option, "--gradient_checkpointing=none"])
 
 
 def test_a_trained_block_cannot_be_stored():
