@@ -298,7 +298,7 @@ def _training_groups(before_data, after_data, **defaults):
             Option("adam_beta2", "AdamW's decay of the second moment", Number(least=0, below=1), 0.999),
             Option("adam_weight_decay", "AdamW's weight decay", NOT_NEGATIVE, 0.01),
             Option("adam_epsilon", "AdamW's epsilon", POSITIVE, 1e-8),
-            Option("max_grad_norm", "norm that gradients are clipped to", POSITIVE, 1.0),
+            Option("max_grad_norm", "norm that gradients are clipped to; 0: no clipping", NOT_NEGATIVE, 1.0),
             Option(
                 "gradient_checkpointing",
                 "memory saved by computing again in the backward pass. none: nothing is; block: each block, from its "
@@ -325,6 +325,13 @@ def _training_groups(before_data, after_data, **defaults):
                 "them, so no small update is lost",
                 Choice(("fp32", "bf16")),
                 "fp32",
+            ),
+            Option(
+                "step_in_backward",
+                "update each weight as soon as its gradient is known, and free the gradient; on one device, with "
+                "--gradient_accumulation_steps 1 and --max_grad_norm 0",
+                Flag(),
+                False,
             ),
             Option(
                 "ema_decay",
@@ -400,6 +407,16 @@ def _check_training(args):
         raise InputError(
             "--offload_activations: moves the inputs of checkpointed blocks, but --gradient_checkpointing none keeps "
             "everything; give --gradient_checkpointing block"
+        )
+    if args.step_in_backward and args.gradient_accumulation_steps > 1:
+        raise InputError(
+            f"--step_in_backward: would step in each of {args.gradient_accumulation_steps} micro-steps; give "
+            "--gradient_accumulation_steps 1"
+        )
+    if args.step_in_backward and args.max_grad_norm > 0:
+        raise InputError(
+            "--step_in_backward: the norm of all gradients, which clipping needs, is known only after the last step; "
+            "give --max_grad_norm 0"
         )
     if args.save_before_timeout is not None and not os.environ.get("SLURM_JOB_END_TIME", "").isdigit():
         raise InputError(

@@ -68,8 +68,8 @@ SCRIPTS = [
     Mutation(
         "phase-1-does-not-clip",
         "train_phase1.py",
-        "clip_grad_norm_(state.model.parameters(), args.max_grad_norm)",
-        "clip_grad_norm_(state.model.parameters(), 1e9)",
+        "clip_gradients(accelerator, state, args.max_grad_norm)",
+        "clip_gradients(accelerator, state, 1e9)",
         PHASE1_STEP,
     ),
     Mutation(
@@ -103,8 +103,8 @@ SCRIPTS = [
     Mutation(
         "phase-2-does-not-clip",
         "train_phase2.py",
-        "clip_grad_norm_(state.model.parameters(), args.max_grad_norm)",
-        "clip_grad_norm_(state.model.parameters(), 1e9)",
+        "clip_gradients(accelerator, state, args.max_grad_norm)",
+        "clip_gradients(accelerator, state, 1e9)",
         PHASE2_STEP,
     ),
     Mutation(

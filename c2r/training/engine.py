@@ -252,6 +252,11 @@ def require_supported(accelerator: Accelerator, args: Namespace):
             f"--weight_storage bf16: needs whole weights on every device, but {ENGINE_NAMES[engine]} splits them; "
             "give --weight_storage fp32, or single_gpu.yaml or multi_gpu.yaml"
         )
+    if args.step_in_backward and (engine is not None or accelerator.num_processes > 1):
+        raise InputError(
+            "--step_in_backward: gradients of several processes are averaged or split first; leave it out, or give "
+            "single_gpu.yaml"
+        )
     for option in ("offload_backbone", "fp8_backbone"):
         if getattr(args, option, False) and engine is not None:  # phase 1 has no frozen backbone
             raise InputError(

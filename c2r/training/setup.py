@@ -13,6 +13,7 @@ from c2r.models.checkpointing import set_checkpointing
 from c2r.models.chunking import chunk_feed_forward
 from c2r.options import clip_settings
 from c2r.sampler import MixedCGRealSampler
+from c2r.training.backward_step import StepInBackward
 from c2r.training.checkpoint import load_checkpoint
 from c2r.training.ema import build_ema
 from c2r.training.engine import prepare
@@ -77,7 +78,9 @@ def build_train_state(
     lr_scheduler = build_lr_scheduler(optimizer, args)
     model, optimizer = prepare(run.accelerator, model, optimizer)
     ema = build_ema(trainable, args.ema_decay)
-    return TrainState(model, trainable, optimizer, lr_scheduler, ema, domain_classifier)
+    # After `prepare`, which may move the parameters and would lose their hooks.
+    in_backward = StepInBackward(lr_scheduler.optimizer) if args.step_in_backward else None
+    return TrainState(model, trainable, optimizer, lr_scheduler, ema, domain_classifier, in_backward)
 
 
 def resume(run: Run, state: TrainState, sampler: MixedCGRealSampler):
