@@ -89,6 +89,8 @@ EVERYTHING = [
     "--num_validation_clips=1",
     "--control_guidance_scale=1.5",
     "--weighting_scheme=cosmap",
+    "--gradient_checkpointing=selective",
+    "--ffn_chunks=2",
     "--max_train_steps=3",
 ]
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from c2r.models.checkpointing import run_checkpointed
 from c2r.models.controlnet import C2RControlBlock
+from c2r.models.offloading import StoredBlock
 
 
 def chunk_feed_forward(model: nn.Module, chunks: int) -> None:
@@ -22,8 +23,12 @@ def chunk_feed_forward(model: nn.Module, chunks: int) -> None:
     """
     if chunks == 1:
         return
-    for module in model.modules():
+    for module in list(model.modules()):
         # The forward is replaced, not the module: the names of weights stay, and the hooks of engines run.
+        if isinstance(module, StoredBlock):
+            # Its own forward has exchanged the weights, but is over when the parts run again.
+            ffn = module.block.get_submodule("ffn")
+            ffn.forward = module.bind("ffn", ffn.forward)
         if isinstance(module, WanTransformerBlock):
             module.ffn.forward = partial(_in_chunks, module.ffn.forward, chunks)
         elif isinstance(module, C2RControlBlock):

@@ -5,6 +5,7 @@ devices they are made when they are needed.
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,32 +103,34 @@ FLOAT8 = torch.float8_e4m3fn
 class StoredBlock(nn.Module):
     """A frozen block whose weights are stored elsewhere or in 8 bit, and are whole on the device only while it runs.
 
-    The forward runs the block on copies of its weights. With checkpointing the backward pass makes them again, and
-    frees them when the block's gradients are computed.
+    The forward runs the block on copies of its weights, which are freed when another block starts. With checkpointing
+    the backward pass makes them again.
 
     Args:
         block: frozen. Its parameters become the stored ones.
+        order: the blocks that run one after another; this one is appended.
         device: device that the block runs on.
         offload: store the weights on the CPU; moving the model leaves them there.
         float8: store the matrices in float8_e4m3fn with one scale per row, a power of two.
     """
 
-    def __init__(self, block: nn.Module, device: torch.device, offload: bool, float8: bool):
+    def __init__(self, block: nn.Module, order: "RunningOrder", device: torch.device, offload: bool, float8: bool):
         super().__init__()
         if any(parameter.requires_grad for parameter in block.parameters()):
             raise ValueError("only a frozen block can be stored: a trained one changes its weights")
-        self.block, self.device, self.offload = block, device, offload
+        self.block, self.order, self.device, self.offload = block, order, device, offload
+        order.blocks.append(self)
         self.dtypes: dict[str, torch.dtype] = {}  # of the matrices in 8 bit while the block runs
-        self.order: RunningOrder | None = None
-        self._fetched: dict[str, OnDevice] | None = None
-        self._stream: torch.Stream | None = None
+        self._copies: dict[str, OnDevice] | None = None  # under way to the device
+        self._whole: dict[str, torch.Tensor] | None = None
+        self.stream: torch.Stream | None = None
         for name, parameter in list(block.named_parameters()):
             if float8 and parameter.ndim == 2:
                 self.dtypes[name] = parameter.dtype
                 parameter.data, scale = quantise_rows(parameter.data)
                 self.register_buffer(_scale_name(name), scale, persistent=False)
         if offload and (stream := copy_stream(device)) is not None:
-            self._stream = stream
+            self.stream = stream
             for tensor in (*self.parameters(), *self.buffers()):
                 tensor.data = tensor.data.pin_memory()
 
@@ -135,31 +138,74 @@ class StoredBlock(nn.Module):
         return self if self.offload else super()._apply(fn, recurse)
 
     def fetch(self):
-        """Start to copy the weights to the device, unless they are under way."""
-        if self._fetched is None:
+        """Start to copy the weights to the device, unless they are there or under way."""
+        if self._copies is None and self._whole is None:
             stored = {**dict(self.block.named_parameters()), **dict(self.named_buffers(recurse=False))}
-            self._fetched = {name: OnDevice(t.detach(), self.device, self._stream) for name, t in stored.items()}
+            self._copies = {name: OnDevice(t.detach(), self.device, self.stream) for name, t in stored.items()}
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return the whole weights on the device, by the block's names."""
+        self.fetch()
+        if self._copies is not None:
+            whole = {name: copy.get() for name, copy in self._copies.items()}
+            for name, dtype in self.dtypes.items():
+                whole[name] = whole[name].to(dtype) * whole.pop(_scale_name(name)).to(dtype)
+            self._whole, self._copies = whole, None
+        assert self._whole is not None
+        return self._whole
+
+    def free(self):
+        """Free the copies of the weights, unless autograd still needs them."""
+        self._whole = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block."""
-        self.fetch()
-        fetched, self._fetched = self._fetched, None
-        assert fetched is not None
-        following = self.order and self.order.following(self)
-        if following and self._stream is not None:
-            following.fetch()
-        tensors = {name: copy.get() for name, copy in fetched.items()}
-        for name, dtype in self.dtypes.items():
-            tensors[name] = tensors[name].to(dtype) * tensors.pop(_scale_name(name)).to(dtype)
-        return functional_call(self.block, tensors, args, kwargs)
+        self.order.start(self)
+        return functional_call(self.block, self.weights(), args, kwargs)
+
+    def bind(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that runs the forward of a part of the block on whole weights.
+
+        The parts of a block may be checkpointed by themselves, and then run again after the block's own forward.
+
+        Args:
+            name: path of the part in the block.
+            forward: of this part.
+        """
+        call = _Call(self.block.get_submodule(name), forward)
+        names = {f"part.{own}": f"{name}.{own}" for own, _ in call.part.named_parameters()}
+
+        def run(*args):
+            weights = self.weights()
+            return functional_call(call, {own: weights[path] for own, path in names.items()}, args)
+
+        return run
+
+
+class _Call(nn.Module):
+    """A forward as a module, for `functional_call`, beside the part that it belongs to."""
+
+    def __init__(self, part, forward):
+        super().__init__()
+        self.part, self.forward = part, forward
 
 
 class RunningOrder:
-    """Predicts which of several blocks runs next: the one after, and in the backward pass the one before."""
+    """The blocks that run one after another, in the backward pass in reverse."""
 
-    def __init__(self, blocks: list[StoredBlock]):
-        self.blocks = blocks
+    def __init__(self) -> None:
+        self.blocks: list[StoredBlock] = []
         self._last = -1
+
+    def start(self, block: StoredBlock):
+        """Free the weights of the other blocks, and on CUDA start to copy those of the next one."""
+        for other in self.blocks:
+            if other is not block:
+                other.free()
+        following = self.following(block)
+        block.fetch()
+        if following is not None and following.stream is not None:
+            following.fetch()
 
     def following(self, block: StoredBlock) -> StoredBlock | None:
         """Return the block that will run after `block`, which runs now; None after the last one."""
@@ -197,11 +243,9 @@ def store_blocks(blocks: nn.ModuleList, device: torch.device, offload: bool = Fa
         blocks: run one after another, from the first to the last, in their backward pass in reverse.
         device, offload, float8: see `StoredBlock`.
     """
+    order = RunningOrder()
     for index, block in enumerate(blocks):
-        blocks[index] = StoredBlock(block, device, offload, float8)
-    order = RunningOrder([block for block in blocks if isinstance(block, StoredBlock)])
-    for block in order.blocks:
-        block.order = order
+        blocks[index] = StoredBlock(block, order, device, offload, float8)
 
 
 def stored_names(model: nn.Module) -> list[str]:

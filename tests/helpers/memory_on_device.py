@@ -14,21 +14,24 @@ import torch
 
 from c2r.files import fingerprint
 from c2r.models.checkpointing import set_checkpointing
+from c2r.models.chunking import chunk_feed_forward
 from c2r.models.offloading import store_blocks
 from tests.helpers.simulated_device import NAME, SimulatedTensor
 from tests.helpers.tiny import tiny_c2r_transformer, tiny_inputs
 
 DEVICE = torch.device(NAME, 0)
 
-#: Arguments of `set_checkpointing` and of `store_blocks`, by the mode's name.
+#: Arguments of `set_checkpointing`, of `store_blocks` and of `chunk_feed_forward`, by the mode's name.
 MODES = {
-    "none": (("none",), None),
-    "block": (("block",), None),
-    "offloaded inputs": (("block", True), None),
-    "offloaded backbone": (("block",), {"offload": True}),
-    "everything offloaded": (("block", True), {"offload": True}),
-    "float8": (("block",), {"float8": True}),
-    "offloaded float8": (("block",), {"offload": True, "float8": True}),
+    "none": (("none",), None, 1),
+    "block": (("block",), None, 1),
+    "offloaded inputs": (("block", True), None, 1),
+    "offloaded backbone": (("block",), {"offload": True}, 1),
+    "everything offloaded": (("block", True), {"offload": True}, 1),
+    "chunks": (("block",), None, 3),
+    "everything offloaded, chunks": (("block", True), {"offload": True}, 3),
+    "float8, chunks": (("block",), {"float8": True}, 3),
+    "offloaded float8, chunks": (("block",), {"offload": True, "float8": True}, 3),
 }
 
 created = []  #: weak references to the tensors inside those on the device
@@ -48,11 +51,12 @@ def device_bytes():
     return sum(storages.values())
 
 
-def step(checkpointing, stored):
+def step(checkpointing, stored, chunks):
     model = tiny_c2r_transformer(3, trained=True)
     if stored is not None:
         store_blocks(model.transformer.blocks, DEVICE, **stored)
     model.to(DEVICE).train()
+    chunk_feed_forward(model, chunks)
     set_checkpointing(model, *checkpointing)
     inputs = [tensor.to(DEVICE) for tensor in tiny_inputs()]
     before = device_bytes()
