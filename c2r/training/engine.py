@@ -263,11 +263,6 @@ def require_supported(accelerator: Accelerator, args: Namespace):
                 f"--{option}: {ENGINE_NAMES[engine]} moves or splits all weights by itself; leave it out, or give "
                 "single_gpu.yaml or multi_gpu.yaml"
             )
-    if args.optimizer == "adamw8bit" and engine == "fsdp2":
-        raise InputError(
-            "--optimizer adamw8bit: bitsandbytes cannot step on weights that FSDP2 has split; give --optimizer adamw, "
-            "or deepspeed_zero2.yaml or deepspeed_zero3.yaml"
-        )
 
 
 def reads_weights(accelerator: Accelerator) -> bool:
