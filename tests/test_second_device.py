@@ -91,6 +91,7 @@ EVERYTHING = [
     "--weighting_scheme=cosmap",
     "--gradient_checkpointing=selective",
     "--ffn_chunks=2",
+    "--fp8_backbone",
     "--max_train_steps=3",
 ]
 
@@ -114,6 +115,7 @@ def test_a_run_with_everything_on_resumes_bit_for_bit(first, tiny_models, monito
 
 def test_a_dry_run_of_phase_1_in_bf16_with_an_average(tiny_models, small_datasets, cache, tmp_path):
     options = ["--dry_run", "--mixed_precision=bf16", "--ema_decay=0.9", "--num_validation_clips=1", cache]
+    options += ["--step_in_backward", "--gradient_accumulation_steps=1", "--max_grad_norm=0", "--offload_activations"]
     command = phase1(tiny_models, small_datasets, tmp_path / "out", *options, launcher=[ON_DEVICE])
     assert "dry run: passed" in succeed(*command, by=fork).stdout
 
