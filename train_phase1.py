@@ -34,7 +34,7 @@ from c2r.training.plan import Plan, check_phase1, encode_until_usable
 from c2r.training.results import save_model
 from c2r.training.run import Run, TrainState
 from c2r.training.setup import build_train_state, resume
-from c2r.training.step import NoiseSettings, finish_step, make_noisy_batch
+from c2r.training.step import NoiseSettings, clip_gradients, finish_step, make_noisy_batch
 
 
 @dataclass
@@ -123,7 +123,7 @@ def train(run: Run) -> Plan:
                 accelerator.backward(losses.mean())
                 guard.add(losses, batch["name"])
                 if accelerator.sync_gradients:
-                    grad_norm = float(accelerator.clip_grad_norm_(state.model.parameters(), args.max_grad_norm))
+                    grad_norm = clip_gradients(accelerator, state, args.max_grad_norm)
                     # DeepSpeed has stepped or skipped in backward() already, by the same norm.
                     if guard.may_step(grad_norm):
                         state.optimizer.step()

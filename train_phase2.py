@@ -35,6 +35,7 @@ from c2r.models.adversary import DomainClassifier, WithAdversary, domain_loss
 from c2r.models.assembly import load_controlnet, load_transformer
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.dinov3 import DINOv3FeatureExtractor
+from c2r.models.offloading import store_blocks
 from c2r.models.transformer import C2RTransformer
 from c2r.pipeline import Sampling
 from c2r.sampler import MixedCGRealSampler
@@ -49,7 +50,14 @@ from c2r.training.plan import Plan, check_phase2, encode_until_usable
 from c2r.training.results import save_model
 from c2r.training.run import Run, TrainState
 from c2r.training.setup import build_train_state, resume
-from c2r.training.step import NoiseSettings, augment_real_control, domain_weights, finish_step, make_noisy_batch
+from c2r.training.step import (
+    NoiseSettings,
+    augment_real_control,
+    clip_gradients,
+    domain_weights,
+    finish_step,
+    make_noisy_batch,
+)
 
 
 @dataclass
@@ -132,6 +140,8 @@ def train(run: Run) -> Plan:
         )
     # One module, because an engine such as DeepSpeed wraps one.
     joined = C2RTransformer(backbone, controlnet)
+    if args.offload_backbone or args.fp8_backbone:
+        store_blocks(backbone.blocks, device, args.offload_backbone, args.fp8_backbone)
     model: nn.Module = joined
     classifier = None
     if args.adversarial_weight > 0:
@@ -201,7 +211,7 @@ def train(run: Run) -> Plan:
                 accelerator.backward(loss)
                 guard.add(losses, batch["name"])
                 if accelerator.sync_gradients:
-                    grad_norm = float(accelerator.clip_grad_norm_(state.model.parameters(), args.max_grad_norm))
+                    grad_norm = clip_gradients(accelerator, state, args.max_grad_norm)
                     # DeepSpeed has stepped or skipped in backward() already, by the same norm.
                     if guard.may_step(grad_norm):
                         state.optimizer.step()

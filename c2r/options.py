@@ -298,13 +298,26 @@ def _training_groups(before_data, after_data, **defaults):
             Option("adam_beta2", "AdamW's decay of the second moment", Number(least=0, below=1), 0.999),
             Option("adam_weight_decay", "AdamW's weight decay", NOT_NEGATIVE, 0.01),
             Option("adam_epsilon", "AdamW's epsilon", POSITIVE, 1e-8),
-            Option("max_grad_norm", "norm that gradients are clipped to", POSITIVE, 1.0),
+            Option("max_grad_norm", "norm that gradients are clipped to; 0: no clipping", NOT_NEGATIVE, 1.0),
             Option(
                 "gradient_checkpointing",
-                "compute each block again in the backward pass: far less memory, more time",
-                Switch(),
-                True,
+                "memory saved by computing again in the backward pass. none: nothing is; block: each block, from its "
+                "input; selective: each block except self-attention, whose outputs are kept",
+                Choice(("none", "block", "selective")),
+                "block",
                 common=True,
+            ),
+            Option(
+                "offload_activations",
+                "keep the inputs of blocks in the CPU's memory until the backward pass",
+                Flag(),
+                False,
+            ),
+            Option(
+                "ffn_chunks",
+                "parts of the sequence, such as 4, in which feed-forward layers and projectors run one after another",
+                COUNT,
+                1,
             ),
             Option(
                 "weight_storage",
@@ -312,6 +325,13 @@ def _training_groups(before_data, after_data, **defaults):
                 "them, so no small update is lost",
                 Choice(("fp32", "bf16")),
                 "fp32",
+            ),
+            Option(
+                "step_in_backward",
+                "update each weight as soon as its gradient is known, and free the gradient; on one device, with "
+                "--gradient_accumulation_steps 1 and --max_grad_norm 0",
+                Flag(),
+                False,
             ),
             Option(
                 "ema_decay",
@@ -383,6 +403,21 @@ def _check_clips(args):
 
 def _check_training(args):
     _check_clips(args)
+    if args.offload_activations and args.gradient_checkpointing == "none":
+        raise InputError(
+            "--offload_activations: moves the inputs of checkpointed blocks, but --gradient_checkpointing none keeps "
+            "everything; give --gradient_checkpointing block"
+        )
+    if args.step_in_backward and args.gradient_accumulation_steps > 1:
+        raise InputError(
+            f"--step_in_backward: would step in each of {args.gradient_accumulation_steps} micro-steps; give "
+            "--gradient_accumulation_steps 1"
+        )
+    if args.step_in_backward and args.max_grad_norm > 0:
+        raise InputError(
+            "--step_in_backward: the norm of all gradients, which clipping needs, is known only after the last step; "
+            "give --max_grad_norm 0"
+        )
     if args.save_before_timeout is not None and not os.environ.get("SLURM_JOB_END_TIME", "").isdigit():
         raise InputError(
             f"--save_before_timeout {args.save_before_timeout:g}s: the end of this slot is unknown; outside Slurm set "
@@ -392,6 +427,12 @@ def _check_training(args):
 
 def _check_phase2(args):
     _check_training(args)
+    for option in ("offload_backbone", "fp8_backbone"):
+        if getattr(args, option) and args.gradient_checkpointing == "none":
+            raise InputError(
+                f"--{option}: with --gradient_checkpointing none the device would hold whole weights of all blocks; "
+                "give --gradient_checkpointing block"
+            )
     if args.cg_ratio > 0 and args.cg_dataset is None:
         raise InputError(f"--cg_ratio {args.cg_ratio:g}: needs CG pairs; give --cg_dataset, or --cg_ratio 0")
     if args.cg_ratio_min is not None and args.cg_ratio_min > args.cg_ratio:
@@ -477,6 +518,20 @@ PHASE2 = Command(
         num_validation_clips=4,
     )
     | {
+        "frozen backbone": [
+            Option(
+                "offload_backbone",
+                "keep the backbone's blocks in the CPU's memory and copy each to the device while it runs",
+                Flag(),
+                False,
+            ),
+            Option(
+                "fp8_backbone",
+                "store the matrices of the backbone's blocks in 8 bit; on the toy this changes the gradients by 2 %",
+                Flag(),
+                False,
+            ),
+        ],
         "control": [
             Option("control_layers", "number of ControlNet blocks", COUNT, 15, common=True, on_resume=MUST_NOT_CHANGE),
             Option(

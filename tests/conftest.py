@@ -9,6 +9,7 @@ import signal
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import settings
 
 from c2r.cli import log_to_stdout
@@ -22,6 +23,14 @@ settings.register_profile("no deadline", deadline=None)  # a busy machine would 
 settings.load_profile("no deadline")
 log_to_stdout()
 torch.set_num_threads(1)  # as in the commands: more threads would compete for the cores
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """Start a process group of this process alone: engines wrap modules as in a group of many."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

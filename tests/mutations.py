@@ -41,6 +41,7 @@ FILES = "tests/test_files.py"
 ADAPTER = "tests/models/test_control_adapter.py"
 CONTROLNET = "tests/models/test_controlnet.py"
 TRANSFORMER = "tests/models/test_transformer.py"
+OFFLOADING = "tests/models/test_offloading.py"
 ADVERSARY = "tests/models/test_adversary.py"
 DINOV3 = "tests/models/test_dinov3.py"
 BUCKETS = "tests/data/test_buckets.py"
@@ -68,8 +69,8 @@ SCRIPTS = [
     Mutation(
         "phase-1-does-not-clip",
         "train_phase1.py",
-        "clip_grad_norm_(state.model.parameters(), args.max_grad_norm)",
-        "clip_grad_norm_(state.model.parameters(), 1e9)",
+        "clip_gradients(accelerator, state, args.max_grad_norm)",
+        "clip_gradients(accelerator, state, 1e9)",
         PHASE1_STEP,
     ),
     Mutation(
@@ -103,8 +104,8 @@ SCRIPTS = [
     Mutation(
         "phase-2-does-not-clip",
         "train_phase2.py",
-        "clip_grad_norm_(state.model.parameters(), args.max_grad_norm)",
-        "clip_grad_norm_(state.model.parameters(), 1e9)",
+        "clip_gradients(accelerator, state, args.max_grad_norm)",
+        "clip_gradients(accelerator, state, 1e9)",
         PHASE2_STEP,
     ),
     Mutation(
@@ -674,6 +675,55 @@ MODELS = [
         "(pt ph pw c) -> b c",
         "(pt pw ph c) -> b c",
         f"{TRANSFORMER}::test_fresh_control_keeps_the_backbones_output_bit_for_bit",
+    ),
+    Mutation(
+        "selective-checkpointing-computes-attention-again",
+        "c2r/models/checkpointing.py",
+        'options["context_fn"] = _attention_contexts',
+        "pass",
+        "tests/models/test_checkpointing.py::test_selective_computes_no_self_attention_again",
+    ),
+    Mutation(
+        "inputs-of-blocks-stay-on-the-device",
+        "c2r/models/checkpointing.py",
+        "with nullcontext() if offloaded is None else offloaded.hooks():",
+        "with nullcontext():",
+        f"{OFFLOADING}::test_no_block_input_stays_on_the_device",
+    ),
+    Mutation(
+        "the-backward-pass-fetches-blocks-as-the-forward-pass-does",
+        "c2r/models/offloading.py",
+        "down = 0 < index <= self._last",
+        "down = False",
+        f"{OFFLOADING}::test_the_block_that_runs_next_is_predicted",
+    ),
+    Mutation(
+        "parts-that-run-again-use-the-stored-weights",
+        "c2r/models/chunking.py",
+        'ffn.forward = module.bind("ffn", ffn.forward)',
+        "pass",
+        f"{OFFLOADING}::test_a_stored_block_has_the_gradients_of_the_rounded_weights",
+    ),
+    Mutation(
+        "parts-of-the-sequence-are-not-checkpointed",
+        "c2r/models/chunking.py",
+        "run_checkpointed(forward, part)",
+        "forward(part)",
+        "tests/models/test_chunking.py::test_a_part_keeps_its_input_alone",
+    ),
+    Mutation(
+        "a-step-in-the-backward-pass-takes-gradients-that-are-not-finite",
+        "c2r/training/backward_step.py",
+        "if norm.isfinite():",
+        "if True:",
+        "tests/training/test_backward_step.py::test_the_weights_are_those_of_a_step_after_the_backward_pass",
+    ),
+    Mutation(
+        "resumed-8-bit-states-are-not-read",
+        "c2r/training/shards.py",
+        "base.state[part.held][name] = shards.whole(part, name, like=value)",
+        "pass",
+        "tests/training/test_shards.py::test_8_bit_states_of_split_weights_are_those_of_whole_ones",
     ),
     Mutation(
         "the-projector-does-not-start-at-zero",

@@ -20,15 +20,15 @@ PHASE2_REQUIRED = ["--real_dataset=r", "--cg_dataset=c", "--output_dir=o", "--re
 
 def test_command_line_wins_over_config_over_defaults(tmp_path):
     config = tmp_path / "c.yaml"
-    config.write_text("lr_warmup_steps: 1e1\nadam_epsilon: 1e-5\nheight: 64\ngradient_checkpointing: false\n")
+    config.write_text("lr_warmup_steps: 1e1\nadam_epsilon: 1e-5\nheight: 64\ndry_run: false\n")
     with pytest.raises(InputError, match="--lr_warmup_steps 1e1: not a whole number"):
         options(["--config", str(config)])
-    config.write_text("adam_epsilon: 1e-5\nheight: 64\nreal_dataset: other\ngradient_checkpointing: false\n")
+    config.write_text("adam_epsilon: 1e-5\nheight: 64\nreal_dataset: other\ndry_run: false\n")
     args = options(["--config", str(config), "--height", "32"])
     assert args.adam_epsilon == 1e-5  # YAML reads 1e-5 as text
     assert args.height == 32
     assert args.width == 832
-    assert args.gradient_checkpointing is False
+    assert args.dry_run is False
     assert args.real_dataset == ["data"]
 
 
@@ -53,7 +53,8 @@ def test_config_can_give_required_options(tmp_path):
         ("hieght: 64", "--hieght: no such option; did you mean --height?"),
         ("cg_dataset: a", "--cg_dataset: is an option of train_phase2.py"),
         ("height: tall", "--height tall"),
-        ("gradient_checkpointing: 3", "--gradient_checkpointing 3: not true or false"),
+        ("dry_run: 3", "--dry_run 3: not true or false"),
+        ("gradient_checkpointing: false", "--gradient_checkpointing false: not one of the choices; give none, block"),
         ("lr_scheduler: cosin", "--lr_scheduler cosin: not one of the choices; give linear, cosine"),
         ("- a list", "option: value"),
         ("", "option: value"),

@@ -89,19 +89,25 @@ EVERYTHING = [
     "--num_validation_clips=1",
     "--control_guidance_scale=1.5",
     "--weighting_scheme=cosmap",
+    "--gradient_checkpointing=selective",
+    "--ffn_chunks=2",
+    "--fp8_backbone",
     "--max_train_steps=3",
 ]
 
 
 @pytest.mark.slow
 def test_a_run_with_everything_on_resumes_bit_for_bit(first, tiny_models, monitored_datasets, cache, tmp_path):
+    """The resumed half keeps everything on the device, which must make no difference."""
+    offloaded = ["--offload_backbone", "--offload_activations"]
+
     def run(out, *more):
         command = phase2(
             tiny_models, monitored_datasets, first[0] / "final", out, *EVERYTHING, cache, *more, launcher=[ON_DEVICE]
         )
         return succeed(*command, by=fork).stdout
 
-    assert "CG look" in run(tmp_path / "whole")
+    assert "CG look" in run(tmp_path / "whole", *offloaded)
     shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "halves/checkpoint-2")
     assert "checkpoint-2 at step 2" in run(tmp_path / "halves", "--resume_from_checkpoint=latest")
     assert same(weights(tmp_path / "halves/final"), weights(tmp_path / "whole/final"))
@@ -109,6 +115,7 @@ def test_a_run_with_everything_on_resumes_bit_for_bit(first, tiny_models, monito
 
 def test_a_dry_run_of_phase_1_in_bf16_with_an_average(tiny_models, small_datasets, cache, tmp_path):
     options = ["--dry_run", "--mixed_precision=bf16", "--ema_decay=0.9", "--num_validation_clips=1", cache]
+    options += ["--step_in_backward", "--gradient_accumulation_steps=1", "--max_grad_norm=0", "--offload_activations"]
     command = phase1(tiny_models, small_datasets, tmp_path / "out", *options, launcher=[ON_DEVICE])
     assert "dry run: passed" in succeed(*command, by=fork).stdout
 
@@ -117,7 +124,7 @@ def test_a_dry_run_of_phase_2_with_bf16_weights_and_cached_features(
     first, tiny_models, small_datasets, cache, tmp_path
 ):
     options = ["--dry_run", "--mixed_precision=bf16", "--weight_storage=bf16", "--cache_control_features"]
-    options += ["--no-gradient_checkpointing", "--num_validation_clips=1", "--num_samples=0", cache]
+    options += ["--gradient_checkpointing=none", "--num_validation_clips=1", "--num_samples=0", cache]
     backbone = first[0] / "final"
     command = phase2(tiny_models, small_datasets, backbone, tmp_path / "out", *options, launcher=[ON_DEVICE])
     assert "dry run: passed" in succeed(*command, by=fork).stdout

@@ -1,7 +1,9 @@
 """Adversarial loss: a small classifier tells CG from real, and its reversed gradient makes CG samples look real."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from torch import nn
 from typing_extensions import TypedDict
 
 from c2r import flow_matching
+from c2r.models.checkpointing import run_checkpointed
 from c2r.models.hub import Count
 from c2r.models.transformer import C2RTransformer
 
@@ -174,9 +177,9 @@ class WithAdversary(nn.Module):
         """Return the parameters that phase 2 optimizes, the classifier's last."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def enable_gradient_checkpointing(self):
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] = run_checkpointed):
         """See `C2RTransformer.enable_gradient_checkpointing`."""
-        self.model.enable_gradient_checkpointing()
+        self.model.enable_gradient_checkpointing(gradient_checkpointing_func)
 
     def disable_gradient_checkpointing(self):
         """See `C2RTransformer.disable_gradient_checkpointing`."""

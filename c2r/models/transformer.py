@@ -1,12 +1,15 @@
 """Backbone and control branch in one forward."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from einops import rearrange
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from c2r.models.checkpointing import run_checkpointed
 from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet
 
 
@@ -36,6 +39,7 @@ class C2RTransformer(nn.Module):
         self.transformer = transformer.requires_grad_(False).eval()
         self.controlnet = controlnet
         self.gradient_checkpointing = False
+        self._checkpointing_func: Callable[..., Any] = run_checkpointed
 
     @property
     def config(self):
@@ -62,9 +66,14 @@ class C2RTransformer(nn.Module):
         """Return the parameters that phase 2 optimizes."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def enable_gradient_checkpointing(self):
-        """Keep one input per block for the backward pass and recompute the rest."""
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] = run_checkpointed):
+        """Keep one input per block for the backward pass and recompute the rest.
+
+        Args:
+            gradient_checkpointing_func: a partial of `run_checkpointed`, called with a block and its inputs.
+        """
         self.gradient_checkpointing = True
+        self._checkpointing_func = gradient_checkpointing_func
 
     def disable_gradient_checkpointing(self):
         """Keep all activations for the backward pass."""
@@ -145,8 +154,7 @@ class C2RTransformer(nn.Module):
         """
         if not (self.gradient_checkpointing and hidden_states.requires_grad):
             return block(hidden_states, *shared)
-        # No random numbers are drawn in a block (Wan's dropout is 0), so there is no RNG state to keep.
-        return checkpoint(block, hidden_states, *shared, use_reentrant=False, preserve_rng_state=False)
+        return self._checkpointing_func(block, hidden_states, *shared)
 
     def _token_grid(self, noisy_latents):
         """Return (T, h, w), the grid of the backbone's tokens."""

@@ -30,7 +30,7 @@ SHARED_OPTIONS = {
     "fps": FPS,
     "train_batch_size": 8,
     "gradient_accumulation_steps": 1,
-    "gradient_checkpointing": False,
+    "gradient_checkpointing": "none",
     "mixed_precision": "no",
     "dataloader_num_workers": 0,
     "lr_warmup_steps": 10,

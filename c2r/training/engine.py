@@ -31,9 +31,11 @@ from accelerate.utils import (
 from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from c2r import InputError
 from c2r.files import fingerprint, write_problem
+from c2r.models.offloading import stored_names
 from c2r.training.optimizer import adamw_8bit, exact_state_dict
 from c2r.training.watchdog import joining
 
@@ -250,11 +252,17 @@ def require_supported(accelerator: Accelerator, args: Namespace):
             f"--weight_storage bf16: needs whole weights on every device, but {ENGINE_NAMES[engine]} splits them; "
             "give --weight_storage fp32, or single_gpu.yaml or multi_gpu.yaml"
         )
-    if args.optimizer == "adamw8bit" and engine == "fsdp2":
+    if args.step_in_backward and (engine is not None or accelerator.num_processes > 1):
         raise InputError(
-            "--optimizer adamw8bit: bitsandbytes cannot step on weights that FSDP2 has split; give --optimizer adamw, "
-            "or deepspeed_zero2.yaml or deepspeed_zero3.yaml"
+            "--step_in_backward: gradients of several processes are averaged or split first; leave it out, or give "
+            "single_gpu.yaml"
         )
+    for option in ("offload_backbone", "fp8_backbone"):
+        if getattr(args, option, False) and engine is not None:  # phase 1 has no frozen backbone
+            raise InputError(
+                f"--{option}: {ENGINE_NAMES[engine]} moves or splits all weights by itself; leave it out, or give "
+                "single_gpu.yaml or multi_gpu.yaml"
+            )
 
 
 def reads_weights(accelerator: Accelerator) -> bool:
@@ -267,7 +275,10 @@ def reads_weights(accelerator: Accelerator) -> bool:
 
 
 def prepare(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-    """Return `accelerator.prepare(model, optimizer)`, after the preparations of ZeRO-3 and FSDP2."""
+    """Return `accelerator.prepare(model, optimizer)`, after the preparations of DDP, ZeRO-3 and FSDP2."""
+    if ignored := stored_names(model):
+        # DDP would broadcast these weights, which may be on the CPU. They are frozen, and each process has read them.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     if sharding(accelerator) == "zero3":
         import deepspeed
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from c2r import InputError
@@ -83,7 +84,7 @@ def build_optimizer(
 
 
 def adamw_8bit() -> type[torch.optim.Optimizer]:
-    """Return bitsandbytes' AdamW.
+    """Return bitsandbytes' AdamW, which also steps on weights that FSDP2 has split.
 
     Raises:
         InputError: bitsandbytes is not installed.
@@ -94,7 +95,7 @@ def adamw_8bit() -> type[torch.optim.Optimizer]:
         raise InputError(
             "--optimizer adamw8bit: needs bitsandbytes; pip install bitsandbytes==0.50.2, or give --optimizer adamw"
         ) from error
-    return AdamW8bit
+    return type("AdamW8bit", (LocalShards, AdamW8bit), {})
 
 
 def build_lr_scheduler(optimizer: torch.optim.Optimizer, args: Namespace) -> LambdaLR:
@@ -121,6 +122,50 @@ def set_schedule(lr_scheduler: LambdaLR, global_step: int):
     lr_scheduler._last_lr = [lr * factor for lr, factor in zip(lr_scheduler.base_lrs, factors)]
     for group, lr in zip(lr_scheduler.optimizer.param_groups, lr_scheduler._last_lr):
         group["lr"] = lr
+
+
+# ------------------------------------------------------------------------------------- weights that FSDP2 has split
+class LocalShards:
+    """Mixin for an optimizer of plain tensors: steps on this process's part of each parameter, also under FSDP2.
+
+    `param_groups` and `state` refer to the parameters. A part is a plain tensor in the parameter's memory; its
+    moments are quantised in blocks of their own.
+    """
+
+    def step(self, closure=None):
+        if not any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
+            return super().step(closure)
+        loss = None if closure is None else closure()
+        groups = self.param_groups
+        try:
+            for group in groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._step_part(group, parameter)
+        finally:
+            self.param_groups = groups
+        return loss
+
+    def _step_part(self, group, parameter):
+        part = _local(parameter).detach()
+        if part.numel() == 0:  # the parameter has fewer rows than there are processes
+            return
+        part.grad = _local(parameter.grad)
+        self.state[part] = self.state[parameter]
+        self.param_groups = [group | {"params": [part]}]
+        super().step()
+        self.state[parameter] = self.state.pop(part)
+
+    def init_state(self, group, parameter, group_index, index):
+        """Create the states of a parameter's part; see bitsandbytes."""
+        part = _local(parameter)
+        super().init_state(group, part, group_index, index)
+        if part is not parameter:
+            self.state[parameter] = self.state.pop(part)
+
+
+def _local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 # ------------------------------------------------------------------------------------------------ bf16 weight storage

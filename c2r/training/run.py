@@ -17,6 +17,7 @@ from tqdm import tqdm
 from c2r import cli
 from c2r.data.settings import ClipSettings
 from c2r.models.adversary import DomainClassifier
+from c2r.training.backward_step import StepInBackward
 from c2r.training.interruption import Interruption
 from c2r.training.logs import start_logs
 from c2r.training.precision import frozen_dtype
@@ -37,6 +38,7 @@ class TrainState:
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     ema: EMAModel | None
     domain_classifier: DomainClassifier | None = None
+    step_in_backward: StepInBackward | None = None
 
 
 @dataclass

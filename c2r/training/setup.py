@@ -9,8 +9,11 @@ from accelerate.utils import set_seed
 from diffusers import ModelMixin, WanTransformer3DModel
 
 from c2r.models.adversary import DomainClassifier
+from c2r.models.checkpointing import set_checkpointing
+from c2r.models.chunking import chunk_feed_forward
 from c2r.options import clip_settings
 from c2r.sampler import MixedCGRealSampler
+from c2r.training.backward_step import StepInBackward
 from c2r.training.checkpoint import load_checkpoint
 from c2r.training.ema import build_ema
 from c2r.training.engine import prepare
@@ -67,15 +70,17 @@ def build_train_state(
     """
     args = run.args
     model.train()
-    if args.gradient_checkpointing:
-        model.enable_gradient_checkpointing()  # type: ignore[operator]
+    chunk_feed_forward(model, args.ffn_chunks)
+    set_checkpointing(model, args.gradient_checkpointing, args.offload_activations)
     disable_autocast(backbone.condition_embedder.time_embedder, run.device)
     enable_autocast(model, run.device, args.mixed_precision)
     optimizer = build_optimizer(trainable, OptimizerSettings.of(args), run.device, domain_classifier)
     lr_scheduler = build_lr_scheduler(optimizer, args)
     model, optimizer = prepare(run.accelerator, model, optimizer)
     ema = build_ema(trainable, args.ema_decay)
-    return TrainState(model, trainable, optimizer, lr_scheduler, ema, domain_classifier)
+    # After `prepare`, which may move the parameters and would lose their hooks.
+    in_backward = StepInBackward(lr_scheduler.optimizer) if args.step_in_backward else None
+    return TrainState(model, trainable, optimizer, lr_scheduler, ema, domain_classifier, in_backward)
 
 
 def resume(run: Run, state: TrainState, sampler: MixedCGRealSampler):

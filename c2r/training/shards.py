@@ -101,6 +101,8 @@ def optimizer_shard(optimizer: Any, parameters: Parameters) -> dict[str, torch.T
     """
     base, shard = _base(optimizer), {}
     for part in stepped_ranges(optimizer, parameters) if has_states(optimizer) else []:
+        if part.length == 0 and _quantises(base):  # a parameter with fewer rows than processes: it has no states here
+            continue
         if part.held not in base.state:
             raise RuntimeError(f"the optimizer has no states of {part.name}")
         for name, value in base.state[part.held].items():
@@ -139,7 +141,7 @@ def load_optimizer(files: list[Path], optimizer: Any, parameters: Parameters):
     with _Shards(files) as shards:
         for part in stepped_ranges(optimizer, parameters):
             if _quantises(base):
-                if part.offset == 0:
+                if part.offset == 0 and part.length > 0:
                     base.init_state(base.param_groups[0], part.held, 0, 0)
                     for name, value in base.state[part.held].items():
                         if not name.startswith("qmap"):

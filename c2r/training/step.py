@@ -1,8 +1,10 @@
 """The parts of a training step that both phases share: noisy batch, loss weights, augmentation, the step's end."""
 
+import math
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 
 from c2r import flow_matching
@@ -136,6 +138,18 @@ def augment_real_control(
         chosen = torch.rand((), generator=generator) < share
         clips.append(augment_control_frames(frames, generator) if chosen and domain == 0 else frames)
     return torch.stack(clips)
+
+
+def clip_gradients(accelerator: Accelerator, state: TrainState, max_grad_norm: float) -> float:
+    """Clip the gradients of a step to a norm, and return the norm that they had before.
+
+    Args:
+        accelerator, state: the script's.
+        max_grad_norm: 0 clips nothing.
+    """
+    if state.step_in_backward is not None:
+        return state.step_in_backward.take_grad_norm()
+    return float(accelerator.clip_grad_norm_(state.model.parameters(), max_grad_norm or math.inf))
 
 
 def finish_step(run: Run, state: TrainState, log: StepLog, guard: StepGuard, grad_norm: float, **numbers: float):

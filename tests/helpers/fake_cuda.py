@@ -102,7 +102,7 @@ def replace_tensors(module, fn, recurse=True):
     import torch
 
     for child in module.children() if recurse else ():
-        replace_tensors(child, fn)
+        child._apply(fn)  # also where a module has its own
     for name, parameter in module._parameters.items():
         if parameter is not None:
             module._parameters[name] = torch.nn.Parameter(fn(parameter.detach()), parameter.requires_grad)

@@ -3,7 +3,7 @@
 from argparse import Namespace
 
 from c2r import cli
-from c2r.options import PHASE1
+from c2r.options import PHASE1, PHASE2
 
 REQUIRED = ["--real_dataset", "data", "--output_dir", "out"]
 
@@ -17,3 +17,8 @@ def options(argv=()) -> Namespace:
         "learning_rate": 1e-3,
     }
     return cli.parse(PHASE1, [*REQUIRED, *(f"--{name}={value}" for name, value in small.items()), *argv])
+
+
+def phase2_options(argv=()) -> Namespace:
+    """Return phase 2's options with their defaults; `argv` overrides them."""
+    return cli.parse(PHASE2, [*REQUIRED, "--resume_backbone_from=backbone", "--cg_dataset=cg", *argv])

@@ -1,16 +1,8 @@
-"""A process group of one process, and a model sharded in it as FSDP2 shards it among many."""
+"""A model sharded in a process group of one process as FSDP2 shards it among many."""
 
 import pytest
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-
-
-@pytest.fixture
-def one_process(tmp_path):
-    """Start a process group of this process alone: engines wrap modules as in a group of many."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from c2r.models import transformer as transformer_module
+from c2r.models import checkpointing as checkpointing_module
 from c2r.models.controlnet import C2RControlBlock
 from c2r.models.transformer import C2RTransformer
 from tests.helpers.tiny import tiny_c2r_transformer, tiny_inputs, tiny_transformer
@@ -190,13 +190,13 @@ def test_no_graph_before_the_first_residual_and_recomputation_only_after_it(monk
     if checkpointing:
         model.enable_gradient_checkpointing()
     runs, graph, checkpointed = {}, {}, []
-    checkpoint = transformer_module.checkpoint
+    checkpoint = checkpointing_module.checkpoint
 
     def counted(block, *args, **options):
         checkpointed.append(block)
         return checkpoint(block, *args, **options)
 
-    monkeypatch.setattr(transformer_module, "checkpoint", counted)
+    monkeypatch.setattr(checkpointing_module, "checkpoint", counted)
     for name, module in model.named_modules():
         if (name.startswith("transformer.blocks.") and name.count(".") == 2) or isinstance(module, C2RControlBlock):
             # Counted in a pre-hook, because a recomputation stops as soon as the backward pass has its inputs.

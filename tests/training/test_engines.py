@@ -31,7 +31,7 @@ from c2r.training.watchdog import Watchdog
 from tests.helpers.commands import CONFIGS, ENGINES, SIZE, TORCHRUN, phase1, phase2, scalars, start, succeed, weights
 from tests.helpers.datasets import noise_video, write_dataset
 from tests.helpers.forks import fork, forked_twice, statuses
-from tests.helpers.options import options
+from tests.helpers.options import options, phase2_options
 from tests.helpers.settings import clip_settings
 from tests.helpers.tiny import tiny_transformer
 
@@ -40,9 +40,11 @@ pytestmark = pytest.mark.xdist_group("processes")
 STEPS, SAVED = 10, 8  # of a run, and of the checkpoint to resume from
 BAD_CLIP = "r1.mp4#3"
 SAVES_MEMORY = {
+    "fsdp2": ["--optimizer=adamw8bit"],
     "zero3": ["--optimizer=adamw8bit"],
     "ddp": ["--optimizer=adamw8bit", "--weight_storage=bf16", "--mixed_precision=bf16"],
 }
+MEMORY_MODES = ["--gradient_checkpointing=selective", "--offload_activations", "--ffn_chunks=2"]
 OTHER_MICRO_BATCHES = ["--train_batch_size=2", "--gradient_accumulation_steps=1"]
 SPLITS_OPTIMIZER = ("zero2", "zero3", "zero3_offload", "fsdp2")
 SPLITS_FROZEN = ("zero3", "fsdp2")  # those that are probed
@@ -115,6 +117,7 @@ def runs(command, large_backbone, tmp_path_factory):
     continue from their checkpoints SAVED. The latter tolerates no skipped step and trains until it draws BAD_CLIP.
     (2, "from one process") continues from that run's checkpoint, with another split of a step into micro-batches.
     (2, "bf16") is short, in the default precision; (1, "saves memory") is short, with the options of SAVES_MEMORY.
+    (2, "memory modes") is short, with MEMORY_MODES.
     Besides, "errors" are the error lines of the launch, and "reports" what `engine_probe` reports of each process.
     """
     found = {}
@@ -124,6 +127,8 @@ def runs(command, large_backbone, tmp_path_factory):
         resume = ["--resume_from_checkpoint=latest"]
         bf16 = ["--mixed_precision=bf16", "--max_train_steps=3", "--num_samples=0"]
         legs = {1: [], (1, "resumed"): resume, 2: [], (2, "bf16"): bf16}
+        offload = ["--offload_backbone"] if engine == "ddp" else []
+        legs[2, "memory modes"] = ["--max_train_steps=3", "--num_samples=0", *MEMORY_MODES, *offload]
         if engine in SAVES_MEMORY:
             legs[1, "saves memory"] = ["--max_train_steps=3", *SAVES_MEMORY[engine]]
         legs[2, "resumed"] = [
@@ -352,29 +357,43 @@ def test_options_that_save_memory_reach_the_same_losses(engine, runs):
     assert scalars(out)["train/loss"] == pytest.approx(expected, rel=3e-3)
     (optimizer, *_) = sorted((out / "checkpoint-3").glob("optimizer-*.safetensors"))
     dtypes = {tensor.dtype for tensor in load_file(optimizer).values()}
-    assert engine == "ddp" or torch.uint8 in dtypes  # below 4096 numbers bitsandbytes keeps fp32
+    assert engine != "zero3" or torch.uint8 in dtypes  # below 4096 numbers bitsandbytes keeps fp32
     assert {tensor.dtype for tensor in weights(out / "final").values()} == {torch.float32}
+
+
+@every_engine
+def test_memory_modes_reach_the_same_losses(engine, runs):
+    logged, expected = scalars(runs(engine)[2, "memory modes"][0]), scalars(runs("one process")[2][0])
+    for name, bounds in {"train/loss": LOSS, "train/grad_norm": NORM}.items():
+        torch.testing.assert_close(torch.tensor(logged[name]), torch.tensor(expected[name][:3]), **bounds)
 
 
 @pytest.mark.parametrize(
     ("kind", "stage", "option", "part"),
     [
-        ("FSDP", None, "--optimizer=adamw8bit", "give --optimizer adamw"),
+        ("FSDP", None, "--optimizer=adamw8bit", None),
         ("FSDP", None, "--weight_storage=bf16", "but FSDP2 splits them"),
         ("DEEPSPEED", 2, "--weight_storage=bf16", "but DeepSpeed ZeRO-2 splits them"),
         ("DEEPSPEED", 3, "--weight_storage=bf16", "but DeepSpeed ZeRO-3 splits them"),
         ("DEEPSPEED", 3, "--optimizer=adamw8bit", None),
         ("MULTI_GPU", None, "--weight_storage=bf16", None),
+        ("FSDP", None, "--offload_backbone", "FSDP2 moves or splits all weights by itself"),
+        ("DEEPSPEED", 2, "--offload_backbone", "DeepSpeed ZeRO-2 moves or splits all weights by itself"),
+        ("DEEPSPEED", 3, "--offload_backbone", "DeepSpeed ZeRO-3 moves or splits all weights by itself"),
+        ("MULTI_GPU", None, "--offload_backbone", None),
+        ("FSDP", None, "--fp8_backbone", "FSDP2 moves or splits all weights by itself"),
+        ("DEEPSPEED", 2, "--fp8_backbone", "DeepSpeed ZeRO-2 moves or splits all weights by itself"),
     ],
 )
 def test_options_that_do_not_work_on_an_engine_are_refused(kind, stage, option, part):
     plugin = SimpleNamespace(zero_stage=stage)
     accelerator = SimpleNamespace(distributed_type=kind, is_fsdp2=True, state=SimpleNamespace(deepspeed_plugin=plugin))
+    args = phase2_options([option]) if "backbone" in option else options([option])
     if part is None:
-        require_supported(accelerator, options([option]))
+        require_supported(accelerator, args)
         return
     with pytest.raises(InputError) as error:
-        require_supported(accelerator, options([option]))
+        require_supported(accelerator, args)
     assert str(error.value).startswith(f"{option.replace('=', ' ')}: ")
     assert part in str(error.value)
 

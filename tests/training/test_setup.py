@@ -23,7 +23,7 @@ def parts_of_phase(phase):
 @pytest.mark.parametrize("phase", [1, 2])
 def test_under_bf16_the_time_embedder_alone_runs_in_full_precision(phase):
     model, backbone, trainable = parts_of_phase(phase)
-    run = run_of(options(["--mixed_precision=bf16", "--gradient_checkpointing"]))
+    run = run_of(options(["--mixed_precision=bf16", "--gradient_checkpointing=block"]))
     state = build_train_state(run, model, backbone, trainable)
     embedder, block = backbone.condition_embedder.time_embedder, backbone.blocks[0]
     seen = {}

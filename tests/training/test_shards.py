@@ -4,12 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers.training_utils import EMAModel
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from c2r import InputError
+from c2r.training.optimizer import adamw_8bit
 from c2r.training.shards import (
     MOMENTS,
     Range,
@@ -111,3 +115,47 @@ def test_states_that_are_missing_are_named(tmp_path):
 def test_files_that_the_state_does_not_list_are_not_read(tmp_path):
     names = ["optimizer-00000-of-00001.safetensors", "ema-00000-of-00001.safetensors", "model/config.json"]
     assert shard_files(tmp_path, names, "optimizer") == [tmp_path / names[0]]
+
+
+def test_8_bit_states_of_split_weights_are_those_of_whole_ones(one_process, tmp_path):
+    """With one process a part is the whole; a resumed optimizer steps as the first one goes on."""
+    pytest.importorskip("bitsandbytes")
+
+    def build():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(96, 128), torch.nn.Linear(128, 2))
+        return model, adamw_8bit()(model.parameters(), lr=1e-2)
+
+    def train(model, optimizer, steps=range(2)):
+        for step in steps:
+            model(torch.randn(4, 96, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def whole(model):
+        return {
+            name: p.full_tensor() if isinstance(p, DTensor) else p.detach() for name, p in model.named_parameters()
+        }
+
+    def split():
+        model, _ = build()
+        fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+        return model, adamw_8bit()(model.parameters(), lr=1e-2)
+
+    plain, plain_optimizer = build()
+    train(plain, plain_optimizer, range(3))
+    model, optimizer = split()
+    train(model, optimizer)
+    assert optimizer.state[model[0].weight]["state1"].dtype == torch.uint8
+    assert set(optimizer.state) == set(model.parameters())
+
+    shard = optimizer_shard(SimpleNamespace(optimizer=optimizer), dict(model.named_parameters()))
+    save_file(shard, tmp_path / "optimizer-00000-of-00001.safetensors")
+    resumed, resumed_optimizer = split()
+    resumed.load_state_dict(model.state_dict())
+    files = files_of(tmp_path, "optimizer")
+    load_optimizer(files, SimpleNamespace(optimizer=resumed_optimizer), dict(resumed.named_parameters()))
+    for one, its_optimizer in ((model, optimizer), (resumed, resumed_optimizer)):
+        train(one, its_optimizer, range(2, 3))
+        for name, tensor in whole(plain).items():
+            assert torch.equal(whole(one)[name], tensor), name
