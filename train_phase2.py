@@ -49,7 +49,14 @@ from c2r.training.plan import Plan, check_phase2, encode_until_usable
 from c2r.training.results import save_model
 from c2r.training.run import Run, TrainState
 from c2r.training.setup import build_train_state, resume
-from c2r.training.step import NoiseSettings, augment_real_control, domain_weights, finish_step, make_noisy_batch
+from c2r.training.step import (
+    NoiseSettings,
+    augment_real_control,
+    domain_weights,
+    finish_step,
+    make_noisy_batch,
+    to_device,
+)
 
 
 @dataclass
@@ -172,11 +179,11 @@ def train(run: Run) -> Plan:
         log.start()
         for draw, batch in batches.of_one_step():
             noisy = make_noisy_batch(batch, noise, draw, real.empty_prompt_embeds, device)
-            domains = batch["domain"].to(device)  # (B,) 0 real, 1 CG
+            domains = to_device(batch["domain"], device)  # (B,) 0 real, 1 CG
             if args.cache_control_features:
-                control_features = batch["control_features"].to(device)  # (B, F, h, w, Dd)
+                control_features = to_device(batch["control_features"], device)  # (B, F, h, w, Dd)
             else:
-                control_frames = batch["control_frames"].to(device).float() / 255  # (B, F, 3, H, W)
+                control_frames = to_device(batch["control_frames"], device).float() / 255  # (B, F, 3, H, W)
                 control_features = dinov3(
                     augment_real_control(control_frames, batch["domain"], args.control_augmentation, args.seed, draw)
                 )
