@@ -40,6 +40,7 @@ from c2r.pipeline import Sampling
 from c2r.sampler import MixedCGRealSampler
 from c2r.training.batches import TrainBatches
 from c2r.training.checkpoint import load_domain_classifier, save_checkpoint
+from c2r.training.devices import to_device
 from c2r.training.dry_run import launch, limit_to_dry_run
 from c2r.training.ema import step_ema
 from c2r.training.engine import local_fingerprint, reads_weights
@@ -55,7 +56,6 @@ from c2r.training.step import (
     domain_weights,
     finish_step,
     make_noisy_batch,
-    to_device,
 )
 
 

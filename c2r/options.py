@@ -43,6 +43,16 @@ MUST_NOT_CHANGE = "must not change"
 NEW_BASELINE = "from the command line; a change starts a new baseline of validation"
 
 
+#: Attention kernels by Diffusers' names. Those from a package: flash (flash-attn), _flash_3 (flash-attn 3, built from
+#: source) and xformers; those that end in _hub are downloaded by the package kernels.
+ATTENTION_BACKENDS = (
+    *("native", "_native_flash", "_native_cudnn", "_native_efficient", "_native_math"),
+    *("flash", "flash_hub", "_flash_3", "_flash_3_hub", "flash_4_hub", "xformers"),
+)
+#: Those without a backward pass, which compute in 8 bits.
+INFERENCE_BACKENDS = ("sage", "sage_hub")
+
+
 @dataclass(frozen=True)
 class Option:
     """One option of a command.
@@ -216,6 +226,15 @@ WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 DATASET_METAVAR = "FOLDER[:WEIGHT]"
 
 
+def _attention_option(backends):
+    return Option(
+        "attention_backend",
+        "attention kernel by Diffusers' name, such as flash, which needs the package flash-attn; default: the one "
+        "that torch chooses",
+        Choice(backends),
+    )
+
+
 def _training_groups(before_data, after_data, **defaults):
     """Return the groups of options that both phases share.
 
@@ -305,6 +324,14 @@ def _training_groups(before_data, after_data, **defaults):
                 Switch(),
                 True,
                 common=True,
+            ),
+            _attention_option(ATTENTION_BACKENDS),
+            Option(
+                "compile",
+                "compile the blocks by torch.compile: the first steps take minutes longer, the others less time; one "
+                "GPU, DDP or ZeRO-2",
+                Flag(),
+                False,
             ),
             Option(
                 "weight_storage",
@@ -619,6 +646,7 @@ GENERATE = Command(
             Option("dtype", "dtype of the weights; default: bf16 on a GPU, else fp32", Choice(("bf16", "fp32"))),
             Option("cpu_offload", "keep only the model in use on the GPU", Flag(), False),
             Option("vae_tiling", "decode in tiles: less memory, more time", Flag(), False),
+            _attention_option(ATTENTION_BACKENDS + INFERENCE_BACKENDS),
         ),
         "what to generate": _all_common(
             Option("prompt", "prompt of a video; repeatable", repeatable=True, required=True),

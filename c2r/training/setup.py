@@ -9,9 +9,11 @@ from accelerate.utils import set_seed
 from diffusers import ModelMixin, WanTransformer3DModel
 
 from c2r.models.adversary import DomainClassifier
+from c2r.models.attention import use_lean_attention
 from c2r.options import clip_settings
 from c2r.sampler import MixedCGRealSampler
 from c2r.training.checkpoint import load_checkpoint
+from c2r.training.compilation import compile_blocks
 from c2r.training.ema import build_ema
 from c2r.training.engine import prepare
 from c2r.training.optimizer import OptimizerSettings, build_lr_scheduler, build_optimizer
@@ -67,6 +69,9 @@ def build_train_state(
     """
     args = run.args
     model.train()
+    use_lean_attention(model, args.attention_backend)
+    if args.compile:
+        compile_blocks(model)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()  # type: ignore[operator]
     disable_autocast(backbone.condition_embedder.time_embedder, run.device)

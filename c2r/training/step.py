@@ -9,6 +9,7 @@ from c2r import flow_matching
 from c2r.flow_matching import SigmaDensity
 from c2r.training.augmentation import augment_control_frames
 from c2r.training.batches import Draw
+from c2r.training.devices import to_device
 from c2r.training.guard import StepGuard
 from c2r.training.logs import StepLog
 from c2r.training.run import Run, TrainState
@@ -53,16 +54,6 @@ class NoisyBatch:
     weights: torch.Tensor  # (B,) fp32, weights of the samples' losses
     sigmas: torch.Tensor  # (B,) fp32
     dropped_control: torch.Tensor  # (B,) bool: train these samples without control
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a CPU tensor to the device; the host does not wait for the device's earlier work.
-
-    CUDA copies without waiting from pinned memory alone.
-    """
-    if device.type == "cuda" and not tensor.is_pinned():
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def make_noisy_batch(

@@ -133,6 +133,13 @@ def train(argv: list[str]):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     run = start_run(args, build_accelerator(args))
+    start_training = run.start_training
+
+    def start_counting():
+        start_training()
+        waits.clear()
+
+    run.start_training = start_counting
     run.progress.validated_step = 0  # that validation would cost more than all the rest; the one at the end remains
     try:
         train_phase2.train(run)

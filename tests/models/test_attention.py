@@ -5,7 +5,9 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 
 from benchmarks.step import build_variants, differences, draw_inputs
-from c2r.models.attention import Rotation, use_lean_attention
+from c2r import InputError
+from c2r.models.attention import Rotation, try_attention_backend, use_lean_attention
+from tests.helpers.attention import recorded_backends
 from tests.helpers.tiny import tiny_c2r_transformer, tiny_inputs, tiny_transformer
 
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 48, "num_layers": 5}
@@ -87,3 +89,36 @@ def test_the_step_equals_a_plain_reference(phase):
         loss, gradients = differences(variant, reference, inputs, target)
         assert loss < 1e-6
         assert gradients < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------------ backends
+
+
+def test_a_backend_computes_in_both_branches_and_gives_the_same_values():
+    model = tiny_c2r_transformer(trained=True).train()
+    results = []
+    for backend in ("native", "_native_math"):
+        use_lean_attention(model, backend)
+        with recorded_backends() as calls:
+            results.append(loss_and_gradients(model, torch.float32))
+        assert calls == [backend] * 2 * (4 + 2)  # self and cross attention of four blocks and two control blocks
+    for (output, gradients), (wanted_output, wanted) in [results]:
+        for found, expected in zip([output, *gradients], [wanted_output, *wanted], strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", [None, "native", "_native_math", "_native_flash"])
+def test_backends_that_work_are_accepted(backend):
+    for dtype in (torch.float32, torch.bfloat16):
+        try_attention_backend(backend, 128, torch.device("cpu"), dtype, backward=True)
+
+
+@pytest.mark.parametrize(
+    ("backend", "reason"), [("flash", "install `flash-attn"), ("flash_hub", "kernels"), ("_native_cudnn", "")]
+)
+def test_backends_that_do_not_work_are_refused_in_one_line(backend, reason):
+    with pytest.raises(InputError) as error:
+        try_attention_backend(backend, 128, torch.device("cpu"), torch.bfloat16, backward=True)
+    assert str(error.value).startswith(f"--attention_backend {backend}: does not work on cpu in bfloat16 with 128")
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)

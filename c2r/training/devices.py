@@ -1,0 +1,13 @@
+"""Copies to the device that do not hold up the host."""
+
+import torch
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a CPU tensor to the device; the host does not wait for the device's earlier work.
+
+    CUDA copies without waiting from pinned memory alone.
+    """
+    if device.type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -1,0 +1,88 @@
+"""--compile: the same training from compiled blocks, with one graph for all sizes of clips."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor import cpp_builder
+from torch._inductor.exc import InvalidCxxCompiler
+
+from c2r import InputError
+from c2r.models.adversary import DomainClassifier, WithAdversary
+from c2r.training.compilation import compile_blocks, require_compiler
+from c2r.training.setup import build_train_state
+from tests.helpers.options import options
+from tests.helpers.runs import run_of
+from tests.helpers.tiny import LATENT_CHANNELS, tiny_c2r_transformer, tiny_inputs, tiny_transformer
+
+#: Buckets: latent frames, height, width.
+BUCKETS = [(2, 64, 32), (1, 64, 64), (3, 32, 48)]
+
+
+def models_of_phase(phase):
+    """Return (model, backbone, trainable part)."""
+    if phase == 1:
+        transformer = tiny_transformer(num_layers=2)
+        return transformer, transformer, transformer
+    joined = tiny_c2r_transformer(control_layers=2, trained=True)
+    return WithAdversary(joined, DomainClassifier(LATENT_CHANNELS, width=8)), joined.transformer, joined.controlnet
+
+
+def train_on(state, bucket):
+    """Return loss and gradients of one micro-batch of two clips."""
+    frames, height, width = bucket
+    inputs = tiny_inputs(latent_frames=frames, height=height, width=width, prompt_length=9)
+    state.trainable.zero_grad()
+    loss = state.model(*inputs[: 4 if state.domain_classifier else 3]).sample.float().square().mean()
+    loss.backward()
+    return [loss.detach(), *(parameter.grad.clone() for parameter in state.trainable.parameters())]
+
+
+def build(phase, *argv):
+    torch._dynamo.reset()
+    model, backbone, trainable = models_of_phase(phase)
+    classifier = model.domain_classifier if phase == 2 else None
+    return build_train_state(run_of(options(argv)), model, backbone, trainable, classifier)
+
+
+@pytest.mark.slow  # Inductor calls g++ for each graph
+@pytest.mark.parametrize("checkpointing", ["--gradient_checkpointing", "--no-gradient_checkpointing"])
+@pytest.mark.parametrize("phase", [1, 2])
+def test_compiled_blocks_train_alike_and_no_bucket_compiles_twice(phase, checkpointing):
+    eager = [train_on(build(phase, "--mixed_precision=no", checkpointing), bucket) for bucket in BUCKETS]
+    state = build(phase, "--mixed_precision=no", checkpointing, "--compile")
+    counters.clear()
+    graphs = []
+    for bucket, expected in zip([*BUCKETS, *BUCKETS], [*eager, *eager]):
+        for found, wanted in zip(train_on(state, bucket), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] <= 4  # backbone's blocks before and after the first injection; control blocks
+    assert graphs == [graphs[0]] * len(graphs)  # the sizes are variables
+    assert not counters["graph_break"]
+    fresh = models_of_phase(phase)[2]
+    assert state.trainable.state_dict().keys() == fresh.state_dict().keys()  # no _orig_mod.
+
+
+def test_a_machine_without_a_compiler_is_told(monkeypatch):
+    require_compiler(torch.device("cpu"))
+
+    def no_compiler():
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", no_compiler)
+    with pytest.raises(InputError, match=r"--compile: needs a C\+\+ compiler; install g\+\+"):
+        require_compiler(torch.device("cpu"))
+
+
+def test_a_device_that_inductor_has_no_code_for_is_named():
+    with pytest.raises(InputError, match=r"--compile: torch\.compile has no code for mps; leave it out"):
+        require_compiler(torch.device("mps"))
+
+
+def test_blocks_are_compiled_where_they_stand():
+    model = tiny_c2r_transformer()
+    names = list(model.state_dict())
+    compile_blocks(model)
+    assert list(model.state_dict()) == names
+    blocks = [*model.transformer.blocks, *model.controlnet.control_blocks]
+    assert all(block._compiled_call_impl is not None for block in blocks)
