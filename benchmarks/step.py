@@ -1,6 +1,6 @@
 """Time and peak memory of a training step beside a plain reference, as ratios.
 
-    python -m benchmarks.step [--tokens 480 3456] [--phases 2 1] [--rounds 9]
+    python -m benchmarks.step [--tokens 480 3456] [--phases 2 1] [--rounds 9] [--compile]
 
 A small Wan (8 blocks of width 384, 4 control blocks, one clip) on the CPU in fp32. The reference is what one would
 write first: Diffusers' blocks in one loop, each checkpointed, and torch's AdamW as it comes. All variants run in one
@@ -30,6 +30,7 @@ from c2r.flow_matching import velocity_loss
 from c2r.models.attention import use_lean_attention
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.transformer import C2RTransformer
+from c2r.training.compilation import compile_blocks
 from c2r.training.optimizer import OptimizerSettings, build_optimizer
 
 WAN = {"num_attention_heads": 3, "attention_head_dim": 128, "ffn_dim": 2240, "num_layers": 8, "text_dim": 4096}
@@ -149,13 +150,17 @@ def draw_inputs(phase: int, grid: tuple[int, int, int]) -> tuple[list[torch.Tens
     return inputs, target
 
 
-def build_variants(phase: int, **overrides: int) -> list[Variant]:
+def build_variants(phase: int, compiled: bool = False, **overrides: int) -> list[Variant]:
     """Return the reference and the variants that are compared with it, each with one saving more than the last."""
     model = build_model(phase, **overrides)
     reference = phase2_reference(model) if phase == 2 else phase1_reference(model)
-    stock = our_variant("fused optimizer", model)
+    variants = [reference, our_variant("fused optimizer", model)]
     use_lean_attention(model)
-    return [reference, stock, our_variant("and lean attention", model)]
+    variants.append(our_variant("and lean attention (the default)", model))
+    if compiled:
+        variants.append(our_variant("and --compile", model))
+        compile_blocks(variants[-1].model)
+    return variants
 
 
 def differences(variant: Variant, reference: Variant, inputs, target) -> tuple[float, float]:
@@ -184,10 +189,10 @@ def peak_bytes(variant: Variant, inputs, target) -> int:
     return held + peak
 
 
-def measure(phase: int, tokens: int, rounds: int) -> None:
+def measure(phase: int, tokens: int, rounds: int, compiled: bool) -> None:
     """Print one row per variant."""
     inputs, target = draw_inputs(phase, GRIDS[tokens])
-    variants = build_variants(phase)
+    variants = build_variants(phase, compiled)
     reference = variants[0]
     equality = [differences(variant, reference, inputs, target) for variant in variants]
     for variant in variants:  # warm up: states of the optimizer, caches, compilation
@@ -214,11 +219,12 @@ def main():
     parser.add_argument("--tokens", type=int, nargs="+", default=list(GRIDS), choices=GRIDS)
     parser.add_argument("--phases", type=int, nargs="+", default=[2, 1], choices=(1, 2))
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--compile", action="store_true", help="add a row with --compile")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for phase in args.phases:
         for tokens in args.tokens:
-            measure(phase, tokens, args.rounds)
+            measure(phase, tokens, args.rounds, args.compile)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from torch import nn
 
 from c2r import InputError
 
-#: Graphs that one function may have. All blocks of both branches are one function to Dynamo: a graph for each class,
-#: with and without gradients, in training, validation and samples. Its own limit of 8 would end compilation silently.
+#: Graphs of one class of blocks: before and after the first injection, in training, validation and samples, and where
+#: a size is 1 or two sizes are equal. Dynamo's own limit of 8 would end compilation with no more than a warning.
 MAX_GRAPHS = 64
 
 
