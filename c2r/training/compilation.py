@@ -1,5 +1,7 @@
 """`--compile`: torch.compile for the blocks of both branches, each block's graph shared by all of its kind."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -32,12 +34,13 @@ def require_compiler(device: torch.device) -> None:
         raise InputError("--compile: needs a C++ compiler; install g++ or set CXX, or leave it out") from None
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module, **compile_options: Any) -> None:
     """Compile the blocks of a model in place, when they first run; names of parameters stay as they are.
 
     Args:
         model: backbone, or backbone and control branch. Sizes of clips and prompts are variables in the graphs, so
             that another bucket needs no other graph.
+        compile_options: see `torch.compile`.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
-    model.compile_repeated_blocks(dynamic=True)  # type: ignore[operator]
+    model.compile_repeated_blocks(dynamic=True, **compile_options)  # type: ignore[operator]

@@ -235,13 +235,13 @@ def require_supported(accelerator: Accelerator, args: Namespace):
     engine = sharding(accelerator)
     if args.optimizer == "adamw8bit":
         adamw_8bit()
-    if args.compile:
-        require_compiler(accelerator.device)
     if args.compile and engine in ("zero3", "fsdp2"):
         raise InputError(
-            f"--compile: does not work with {ENGINE_NAMES[engine]}, which gathers the weights of one block at a "
+            f"--compile: is not tested with {ENGINE_NAMES[engine]}, which gathers the weights of one block at a "
             "time; leave it out, or give multi_gpu.yaml or deepspeed_zero2.yaml"
         )
+    if args.compile:
+        require_compiler(accelerator.device)
     if args.weight_storage == "bf16" and args.mixed_precision != "bf16":
         raise InputError(
             f"--weight_storage bf16: does not work with --mixed_precision {args.mixed_precision}; give "

@@ -1,5 +1,7 @@
 """--compile: the same training from compiled blocks, with one graph for all sizes of clips."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -8,8 +10,9 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from c2r import InputError
 from c2r.models.adversary import DomainClassifier, WithAdversary
+from c2r.training import setup
 from c2r.training.compilation import compile_blocks, require_compiler
-from c2r.training.setup import build_train_state
+from tests.helpers.commands import ENGINES, LAUNCH, phase2, scalars, succeed, weights
 from tests.helpers.options import options
 from tests.helpers.runs import run_of
 from tests.helpers.tiny import LATENT_CHANNELS, tiny_c2r_transformer, tiny_inputs, tiny_transformer
@@ -41,13 +44,15 @@ def build(phase, *argv):
     torch._dynamo.reset()
     model, backbone, trainable = models_of_phase(phase)
     classifier = model.domain_classifier if phase == 2 else None
-    return build_train_state(run_of(options(argv)), model, backbone, trainable, classifier)
+    return setup.build_train_state(run_of(options(argv)), model, backbone, trainable, classifier)
 
 
-@pytest.mark.slow  # Inductor calls g++ for each graph
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["--gradient_checkpointing", "--no-gradient_checkpointing"])
 @pytest.mark.parametrize("phase", [1, 2])
-def test_compiled_blocks_train_alike_and_no_bucket_compiles_twice(phase, checkpointing):
+def test_compiled_blocks_train_alike_and_no_bucket_compiles_twice(phase, checkpointing, monkeypatch):
+    # Dynamo counts the same graphs as for Inductor, which takes minutes to call g++ for each.
+    monkeypatch.setattr(setup, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
     eager = [train_on(build(phase, "--mixed_precision=no", checkpointing), bucket) for bucket in BUCKETS]
     state = build(phase, "--mixed_precision=no", checkpointing, "--compile")
     counters.clear()
@@ -63,6 +68,21 @@ def test_compiled_blocks_train_alike_and_no_bucket_compiles_twice(phase, checkpo
     assert not counters["graph_break"]
     fresh = models_of_phase(phase)[2]
     assert state.trainable.state_dict().keys() == fresh.state_dict().keys()  # no _orig_mod.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["one process", "ddp", "zero2"])
+def test_a_compiled_run_has_the_losses_and_names_of_a_plain_one(
+    engine, first, second, tiny_models, small_datasets, tmp_path
+):
+    options = ["--compile", "--max_train_steps=4", "--num_samples=0"]
+    if engine != "one process":  # two processes take the samples of two micro-batches
+        options.append("--gradient_accumulation_steps=1")
+    launcher = ENGINES.get(engine, LAUNCH)
+    succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, *options, launcher=launcher))
+    for tag in ("train/loss", "train/grad_norm", "validation/loss"):
+        assert scalars(tmp_path)[tag] == pytest.approx(scalars(second[0])[tag], rel=1e-4)
+    assert weights(tmp_path / "final").keys() == weights(second[0] / "final").keys()
 
 
 def test_a_machine_without_a_compiler_is_told(monkeypatch):
