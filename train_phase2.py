@@ -41,6 +41,7 @@ from c2r.pipeline import Sampling
 from c2r.sampler import MixedCGRealSampler
 from c2r.training.batches import TrainBatches
 from c2r.training.checkpoint import load_domain_classifier, save_checkpoint
+from c2r.training.devices import to_device
 from c2r.training.dry_run import launch, limit_to_dry_run
 from c2r.training.ema import step_ema
 from c2r.training.engine import local_fingerprint, reads_weights
@@ -182,11 +183,11 @@ def train(run: Run) -> Plan:
         log.start()
         for draw, batch in batches.of_one_step():
             noisy = make_noisy_batch(batch, noise, draw, real.empty_prompt_embeds, device)
-            domains = batch["domain"].to(device)  # (B,) 0 real, 1 CG
+            domains = to_device(batch["domain"], device)  # (B,) 0 real, 1 CG
             if args.cache_control_features:
-                control_features = batch["control_features"].to(device)  # (B, F, h, w, Dd)
+                control_features = to_device(batch["control_features"], device)  # (B, F, h, w, Dd)
             else:
-                control_frames = batch["control_frames"].to(device).float() / 255  # (B, F, 3, H, W)
+                control_frames = to_device(batch["control_frames"], device).float() / 255  # (B, F, 3, H, W)
                 control_features = dinov3(
                     augment_real_control(control_frames, batch["domain"], args.control_augmentation, args.seed, draw)
                 )

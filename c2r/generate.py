@@ -199,6 +199,8 @@ def main(argv: list[str] | None = None):
     from diffusers.utils.torch_utils import get_device
 
     from c2r.data.video_writer import write_video
+    from c2r.models.assembly import read_transformer_config
+    from c2r.models.attention import try_attention_backend
     from c2r.models.contract import read_contract
     from c2r.pipeline import Sampling, encode_prompts, load_pipeline
 
@@ -211,10 +213,14 @@ def main(argv: list[str] | None = None):
     name_controls(args)
     if args.follow_control:
         follow_control(args)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype or ("fp32" if device == "cpu" else "bf16")]
+    if args.attention_backend is not None:
+        config = read_transformer_config(args.backbone if contract.phase == 2 else args.model, contract.base_model)
+        head_dim = config["attention_head_dim"]
+        try_attention_backend(args.attention_backend, head_dim, torch.device(device), dtype, backward=False)
     check_files(args, contract)
 
     # 2. Encode the prompts, then load the other models.
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype or ("fp32" if device == "cpu" else "bf16")]
     prompts = [args.negative_prompt or "", *args.prompt]
     negative_embeds, *embeds = encode_prompts(args.pretrained_model_name_or_path, prompts, device, dtype)
     pipeline = load_pipeline(
@@ -227,6 +233,7 @@ def main(argv: list[str] | None = None):
         dtype=dtype,
         cpu_offload=args.cpu_offload,
         vae_tiling=args.vae_tiling,
+        attention_backend=args.attention_backend,
     )
 
     # 3. Generate.

@@ -43,6 +43,18 @@ MUST_NOT_CHANGE = "must not change"
 NEW_BASELINE = "from the command line; a change starts a new baseline of validation"
 
 
+#: torch's own attention kernels by Diffusers' names.
+TORCH_ATTENTION = ("native", "_native_flash", "_native_cudnn", "_native_efficient")
+#: Attention that can be trained through. Those from a package: flash (flash-attn), _flash_3 (flash-attn 3, built from
+#: source) and xformers; those that end in _hub are downloaded by the package kernels.
+ATTENTION_BACKENDS = (
+    *TORCH_ATTENTION,
+    *("_native_math", "flash", "flash_hub", "_flash_3", "_flash_3_hub", "flash_4_hub", "xformers"),
+)
+#: Those without a backward pass, which compute in 8 bits.
+INFERENCE_BACKENDS = ("sage", "sage_hub")
+
+
 @dataclass(frozen=True)
 class Option:
     """One option of a command.
@@ -216,6 +228,15 @@ WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 DATASET_METAVAR = "FOLDER[:WEIGHT]"
 
 
+def _attention_option(backends):
+    return Option(
+        "attention_backend",
+        "attention kernel by Diffusers' name, such as flash, which needs the package flash-attn; default: the one "
+        "that torch chooses",
+        Choice(backends),
+    )
+
+
 def _training_groups(before_data, after_data, **defaults):
     """Return the groups of options that both phases share.
 
@@ -319,6 +340,14 @@ def _training_groups(before_data, after_data, **defaults):
                 COUNT,
                 1,
             ),
+            _attention_option(ATTENTION_BACKENDS),
+            Option(
+                "compile",
+                "compile the blocks by torch.compile: the first steps take minutes longer, the others less time; one "
+                "GPU, DDP or ZeRO-2",
+                Flag(),
+                False,
+            ),
             Option(
                 "weight_storage",
                 "precision of trainable weights; bf16 stores weights and gradients in bf16 and the low 16 bits beside "
@@ -408,6 +437,13 @@ def _check_training(args):
             "--offload_activations: moves the inputs of checkpointed blocks, but --gradient_checkpointing none keeps "
             "everything; give --gradient_checkpointing block"
         )
+    if args.gradient_checkpointing == "selective" and args.attention_backend not in (None, *TORCH_ATTENTION):
+        raise InputError(
+            "--gradient_checkpointing selective: keeps the outputs of torch's own attention kernels, not of "
+            f"--attention_backend {args.attention_backend}; give --gradient_checkpointing block, or no backend"
+        )
+    if args.compile:
+        _require_compilable(args)
     if args.step_in_backward and args.gradient_accumulation_steps > 1:
         raise InputError(
             f"--step_in_backward: would step in each of {args.gradient_accumulation_steps} micro-steps; give "
@@ -423,6 +459,20 @@ def _check_training(args):
             f"--save_before_timeout {args.save_before_timeout:g}s: the end of this slot is unknown; outside Slurm set "
             "SLURM_JOB_END_TIME to its end in seconds since 1970"
         )
+
+
+def _require_compilable(args):
+    """Raise InputError for an option that changes how blocks run, and with which --compile is not tested."""
+    together = {
+        "gradient_checkpointing selective": args.gradient_checkpointing == "selective",
+        "offload_activations": args.offload_activations,
+        f"ffn_chunks {args.ffn_chunks}": args.ffn_chunks > 1,
+        "offload_backbone": getattr(args, "offload_backbone", False),  # phase 1 has no frozen backbone
+        "fp8_backbone": getattr(args, "fp8_backbone", False),
+    }
+    for option, given in together.items():
+        if given:
+            raise InputError(f"--compile: is not tested with --{option}; leave one of them out")
 
 
 def _check_phase2(args):
@@ -674,6 +724,7 @@ GENERATE = Command(
             Option("dtype", "dtype of the weights; default: bf16 on a GPU, else fp32", Choice(("bf16", "fp32"))),
             Option("cpu_offload", "keep only the model in use on the GPU", Flag(), False),
             Option("vae_tiling", "decode in tiles: less memory, more time", Flag(), False),
+            _attention_option(ATTENTION_BACKENDS + INFERENCE_BACKENDS),
         ),
         "what to generate": _all_common(
             Option("prompt", "prompt of a video; repeatable", repeatable=True, required=True),

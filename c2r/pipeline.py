@@ -14,6 +14,7 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from c2r import InputError
 from c2r.models.adversary import WithAdversary
 from c2r.models.assembly import load_for_generation
+from c2r.models.attention import use_lean_attention
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.parts import load_pipeline_part, log_long_prompts, max_sequence_length
 from c2r.models.transformer import C2RTransformer
@@ -341,6 +342,7 @@ def load_pipeline(
     dtype: torch.dtype,
     cpu_offload: bool = False,
     vae_tiling: bool = False,
+    attention_backend: str | None = None,
 ) -> C2RPipeline:
     """Load a trained model into a pipeline without text encoder.
 
@@ -354,11 +356,13 @@ def load_pipeline(
         dtype: dtype of the weights; the VAE is in fp32, as in Wan's own examples, because it costs little.
         cpu_offload: keep only the model in use on the device.
         vae_tiling: decode in tiles: less memory, more time.
+        attention_backend: attention kernel by Diffusers' name, tried before by `try_attention_backend`.
 
     Raises:
         InputError: see `load_for_generation` and `with_flow_shift`.
     """
     transformer, _ = load_for_generation(model, backbone, dtype)
+    use_lean_attention(transformer, attention_backend)
     pipeline = C2RPipeline(
         tokenizer=None,
         text_encoder=None,

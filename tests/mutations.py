@@ -410,8 +410,8 @@ TRAINING = [
     Mutation(
         "the-two-dropouts-drop-the-same-samples",
         "c2r/training/step.py",
-        "(control_draws < settings.control_dropout)",
-        "(prompt_draws < settings.control_dropout)",
+        "control_draws < settings.control_dropout",
+        "prompt_draws < settings.control_dropout",
         STEP,
     ),
     Mutation(
@@ -452,8 +452,8 @@ TRAINING = [
     Mutation(
         "the-weights-of-the-domains-change-places",
         "c2r/training/step.py",
-        "[real_weight / mean, 1 / mean]",
-        "[1 / mean, real_weight / mean]",
+        "masked_fill(domains == 1, 1 / mean)",
+        "masked_fill(domains == 0, 1 / mean)",
         STEP,
     ),
     Mutation(
@@ -763,8 +763,8 @@ MODELS = [
     Mutation(
         "the-rarer-domain-has-the-smaller-weight",
         "c2r/models/adversary.py",
-        "torch.tensor([1 - cg_ratio, cg_ratio]",
-        "torch.tensor([cg_ratio, 1 - cg_ratio]",
+        "shares.masked_fill(domains == 1, max(cg_ratio, 0.01))",
+        "shares.masked_fill(domains == 0, max(cg_ratio, 0.01))",
         f"{ADVERSARY}::test_both_domains_have_half_of_the_loss",
     ),
     Mutation(

@@ -19,6 +19,7 @@ from c2r.models.controlnet import C2RControlNet
 from c2r.options import GENERATE
 from c2r.pipeline import encode_prompts, load_pipeline
 from tests.helpers import tiny
+from tests.helpers.attention import recorded_backends
 
 FRAMES, HEIGHT, WIDTH, FPS = 5, 32, 48, 8.0
 SIZE = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "fps": FPS}
@@ -136,6 +137,17 @@ def test_seed_control_and_scales_determine_the_video(folder, tmp_path):
 def test_each_sampling_option_reaches_the_video(folder, tmp_path, standard, name, value):
     changed = {"guidance_scale": 10.0, name: value}
     assert distance(standard, generated(folder, tmp_path / "out.mp4", **changed)) > 0
+
+
+def test_the_attention_backend_computes_the_same_video(folder, tmp_path):
+    videos = []
+    for backend in ("native", "_native_math"):
+        with recorded_backends() as calls:
+            output = tmp_path / f"{backend}.mp4"
+            # Guidance would enlarge the differences of rounding.
+            videos.append(generated(folder, output, attention_backend=backend, guidance_scale=1))
+        assert set(calls) == {backend}
+    assert distance(*videos) < 0.1
 
 
 def test_the_control_is_the_start_of_the_video_at_the_given_rate(folder):
@@ -258,6 +270,8 @@ BAD_INPUT = [
     ({"control_video": "{}/text.mp4"}, "{}/text.mp4: cannot be decoded"),
     ({"control_video": "{}/one.png"}, "--control_video {}/one.png: one picture, but --num_frames is 5; give a video"),
     ({"control_video": "{}/short.mp4"}, "{}/short.mp4: gives 3 frames at 8 fps, but --num_frames is 5"),
+    ({"attention_backend": "flash"}, "--attention_backend flash: does not work on "),
+    ({"attention_backend": "quick"}, "--attention_backend quick: not one of the choices"),
     ({"num_frames": 13}, "coarse0.mp4: gives 12 frames"),
     ({"phase": 1}, "phase 1 has no control"),
     ({"pretrained_model_name_or_path": "{}/dinov3"}, "has no vae/"),

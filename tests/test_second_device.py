@@ -194,12 +194,15 @@ def recorded(first, second, tiny_models, small_datasets, cache, tmp_path_factory
     """Return what `tests.helpers.device_mistakes` has recorded."""
     folder = tmp_path_factory.mktemp("mistakes")
     short = ["--max_train_steps=1", "--num_samples=1", "--num_inference_steps=1", "--num_validation_clips=1"]
-    short += ["--dataloader_num_workers=0", "--report_to=none", "--adversarial_weight=0.1"]
-    short += ["--guidance=cfg", "--gradient_accumulation_steps=1"]
+    short += ["--dataloader_num_workers=0", "--report_to=none", "--adversarial_weight=0.1", "--real_weight=2"]
+    short += ["--guidance=cfg"]
     train = phase2(tiny_models, small_datasets, first[0] / "final", "{}", *short, launcher=[])[1:]
     generate = generate_options(second[0] / "final", "{}/out.mp4", small_datasets / "cg/c0.mp4")
     encode = ["--cache_control_features", "--cache_dir={}"]
-    commands = [[*train, cache], [*train, *encode], [*generate, "--cpu_offload"]]
+    one, three = ([f"--gradient_accumulation_steps={number}"] for number in (1, 3))
+    augmented = ["--control_augmentation=0.5", cache]
+    commands = [[*train, *one, *augmented], [*train, *three, *augmented], [*train, *one, *encode]]
+    commands += [[*generate, "--cpu_offload"]]
     (folder / "commands.json").write_text(json.dumps(dict(zip(RUN, commands, strict=True))))
     succeed(ON_DEVICE, "tests/helpers/device_mistakes.py", folder / "commands.json", folder / "outcomes.json", by=fork)
     return json.loads((folder / "outcomes.json").read_text())
@@ -208,6 +211,12 @@ def recorded(first, second, tiny_models, small_datasets, cache, tmp_path_factory
 @pytest.mark.parametrize("command", RUN)
 def test_the_code_as_it_is_makes_no_mistake(recorded, command):
     assert recorded["outcomes"][command] is None
+
+
+def test_the_host_waits_for_the_device_once_per_step_but_not_per_micro_batch(recorded):
+    one, three = recorded["waits"]["train"], recorded["waits"]["train on micro-batches"]
+    assert three == one
+    assert any("grad_norm" in line for line in one)  # so waits are counted
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

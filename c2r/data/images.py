@@ -3,7 +3,6 @@
 import math
 
 import torch
-from einops import rearrange
 from torch.nn import functional as F
 
 #: Weights of the channels: Rec. 709 luma of linear RGB, applied to the stored values. Not photometrically exact.
@@ -12,8 +11,9 @@ LUMA = (0.2126, 0.7152, 0.0722)
 
 def luminance(frames: torch.Tensor) -> torch.Tensor:
     """Return the luminance of (F, 3, H, W) floats in [0, 1] as (F, 1, H, W) fp32."""
-    weights = frames.new_tensor(LUMA, dtype=torch.float32)
-    return (frames.float() * rearrange(weights, "c -> 1 c 1 1")).sum(1, keepdim=True)
+    # Python numbers: a tensor of them would be copied to the device, and the host would wait for the copy.
+    red, green, blue = (weight * channel for weight, channel in zip(LUMA, frames.float().unbind(1)))
+    return (red + green + blue).unsqueeze(1)
 
 
 def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:

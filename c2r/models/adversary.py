@@ -185,6 +185,10 @@ class WithAdversary(nn.Module):
         """See `C2RTransformer.disable_gradient_checkpointing`."""
         self.model.disable_gradient_checkpointing()
 
+    def compile_repeated_blocks(self, **compile_options):
+        """See `C2RTransformer.compile_repeated_blocks`."""
+        self.model.compile_repeated_blocks(**compile_options)
+
     def forward(
         self,
         noisy_latents: torch.Tensor,
@@ -228,6 +232,8 @@ def domain_loss(
     """
     # w = 1 / (2·share): each domain has half of the weight. Clamped, because batches in flight may still hold a domain
     # that is no longer drawn.
-    shares = torch.tensor([1 - cg_ratio, cg_ratio], device=domains.device).clamp(min=0.01)
+    # Filled on the device: a tensor of Python numbers would be copied there, and the host would wait for the copy.
+    shares = torch.full(domains.shape, max(1 - cg_ratio, 0.01), device=domains.device)
+    shares = shares.masked_fill(domains == 1, max(cg_ratio, 0.01))
     entropy = F.binary_cross_entropy_with_logits(domain_logits, domains.to(domain_logits.dtype), reduction="none")
-    return counted * entropy / (2 * shares[domains])
+    return counted * entropy / (2 * shares)

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from c2r.data.images import blur, luminance
+from c2r.training.devices import to_device
 
 #: Number of frames altered at once. It limits the memory and does not change the result.
 CHUNK_SIZE = 16
@@ -95,7 +96,7 @@ def draw_colour(generator: torch.Generator) -> Alteration:
     onto_grey = torch.outer(grey, grey)
     rotation = angle.cos() * torch.eye(3) + angle.sin() * cross + (1 - angle.cos()) * onto_grey
     mix = gains * (onto_grey + saturation * (rotation - onto_grey))  # (3, 3)
-    return lambda frames: torch.einsum("ij,njhw->nihw", mix.to(frames), frames)
+    return lambda frames: torch.einsum("ij,njhw->nihw", to_device(mix.to(frames.dtype), frames.device), frames)
 
 
 def draw_gamma(generator: torch.Generator) -> Alteration:

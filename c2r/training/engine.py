@@ -36,6 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from c2r import InputError
 from c2r.files import fingerprint, write_problem
 from c2r.models.offloading import stored_names
+from c2r.training.compilation import require_compiler
 from c2r.training.optimizer import adamw_8bit, exact_state_dict
 from c2r.training.watchdog import joining
 
@@ -119,8 +120,8 @@ def require_known_settings():
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend != "no":
         raise InputError(
-            f"the accelerate config asks for torch.compile (dynamo_backend {backend}), which training is not tested "
-            "with; remove its dynamo_config"
+            f"the accelerate config asks for torch.compile (dynamo_backend {backend}) of the whole model, which "
+            "training is not tested with; remove its dynamo_config, and give --compile to compile the blocks"
         )
     # Accelerate's launcher of one process sets the latter two if it was asked for several, but passes on no number.
     several = {"ACCELERATE_USE_CPU", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
@@ -236,6 +237,13 @@ def require_supported(accelerator: Accelerator, args: Namespace):
     engine = sharding(accelerator)
     if args.optimizer == "adamw8bit":
         adamw_8bit()
+    if args.compile and engine in ("zero3", "fsdp2"):
+        raise InputError(
+            f"--compile: is not tested with {ENGINE_NAMES[engine]}, which gathers the weights of one block at a "
+            "time; leave it out, or give multi_gpu.yaml or deepspeed_zero2.yaml"
+        )
+    if args.compile:
+        require_compiler(accelerator.device)
     if args.weight_storage == "bf16" and args.mixed_precision != "bf16":
         raise InputError(
             f"--weight_storage bf16: does not work with --mixed_precision {args.mixed_precision}; give "

@@ -34,11 +34,11 @@ class StepGuard:
         self.accelerator = accelerator
         self.progress = progress
         self.max_skipped_steps = max_skipped_steps
-        self._clips: list[tuple[str, float]] = []
+        self._clips: list[tuple[Sequence[str], torch.Tensor]] = []  # losses stay on the device until they are needed
 
     def add(self, losses: torch.Tensor, names: Sequence[str]):
         """Record one micro-batch: (B,) losses and the clips' names."""
-        self._clips += zip(names, losses.tolist())
+        self._clips.append((names, losses.detach()))
 
     def may_step(self, grad_norm: float) -> bool:
         """Return False if the gradient of any process is not finite: skip this step.
@@ -53,7 +53,7 @@ class StepGuard:
             self.progress.skipped_in_a_row = 0
             return True
         self.progress.skipped_in_a_row += 1
-        clips = gather_object(self._clips)
+        clips = gather_object(_losses_of(self._clips))
         culprits = [name for name, loss in clips if not math.isfinite(loss)]
         step = self.progress.global_step + 1
         if culprits:
@@ -78,11 +78,16 @@ class StepGuard:
         self.progress.log_losses = [*self.progress.log_losses, math.log(loss)][-WINDOW:]
         if math.log(loss) <= bound:
             return False
-        clips = sorted(gather_object(clips), key=lambda clip: -clip[1])
+        clips = sorted(gather_object(_losses_of(clips)), key=lambda clip: -clip[1])
         named = ", ".join(f"{name} ({clip_loss:.4f})" for name, clip_loss in clips)
         step = self.progress.global_step
         logger.info("step %d: loss %.4f is a spike, above %.4f: %s", step, loss, math.exp(bound), named)
         return True
+
+
+def _losses_of(clips):
+    """Return [(name, loss)] of all micro-batches; the host waits for the device."""
+    return [pair for names, losses in clips for pair in zip(names, losses.tolist())]
 
 
 def spike_bound(log_losses: Sequence[float]) -> float:

@@ -57,7 +57,10 @@ class StepLog:
         self._reset()
 
     def _reset(self) -> None:
-        self._sums = torch.zeros(2, len(self._names), dtype=torch.float64)  # sums of losses (or hits); their numbers
+        # Kept on the device: reading them in each micro-step would make the host wait for it.
+        self._losses: list[tuple[torch.Tensor, ...]] = []  # losses, sigmas, domains
+        self._weighted_losses: list[tuple[torch.Tensor, ...]] = []  # losses, domains
+        self._domain_logits: list[tuple[torch.Tensor, ...]] = []  # losses, logits, domains, counted
         self._started: float | None = None
 
     def start(self):
@@ -72,13 +75,7 @@ class StepLog:
             sigmas: (B,) in [0, 1].
             domains: (B,) on CPU, 0 real and 1 CG.
         """
-        losses, sigmas = losses.detach().double().cpu(), sigmas.cpu()
-        # The last bin includes 1.
-        bins = torch.bucketize(sigmas, torch.tensor(SIGMA_BINS[1:-1]), right=True)
-        # Columns in the order of `_names`: the loss, those of the two domains, those of the noise levels.
-        for columns in (torch.zeros_like(bins), 1 + domains, 3 + bins):
-            self._sums[0].index_add_(0, columns, losses)
-            self._sums[1].index_add_(0, columns, torch.ones_like(losses))
+        self._losses.append((losses.detach(), sigmas, domains))
 
     def add_weighted(self, losses: torch.Tensor, domains: torch.Tensor):
         """Add the losses that one micro-batch is trained on, to log the share of the real samples in them.
@@ -87,9 +84,7 @@ class StepLog:
             losses: (B,) weighted by domain too.
             domains: (B,) on CPU.
         """
-        losses = losses.detach().double().cpu()
-        column = self._names.index("real_loss_share")
-        self._sums[:, column] += torch.stack([losses[domains == 0].sum(), losses.sum()])
+        self._weighted_losses.append((losses.detach(), domains))
 
     def add_domain_logits(
         self, losses: torch.Tensor, logits: torch.Tensor, domains: torch.Tensor, counted: torch.Tensor
@@ -101,15 +96,12 @@ class StepLog:
             domains: (B,) on CPU.
             counted: (B,) bool, samples that the classifier is trained on.
         """
-        losses, hits, counted = losses.detach().double().cpu(), ((logits > 0).cpu() == domains).double(), counted.cpu()
-        first = self._names.index("domain_loss")
-        for columns, values in ((torch.zeros_like(domains), losses), (1 + domains, hits)):
-            self._sums[0].index_add_(0, first + columns[counted], values[counted])
-            self._sums[1].index_add_(0, first + columns[counted], torch.ones_like(values[counted]))
+        self._domain_logits.append((losses.detach(), logits.detach(), domains, counted))
 
     def finish(self, **numbers: Any) -> dict[str, float]:
         """Return the step's numbers and those given, by their TensorBoard names. Call it on every process."""
-        sums, samples = self.accelerator.reduce(self._sums.to(self.accelerator.device).float(), reduction="sum").cpu()
+        sums = self._sums().to(self.accelerator.device).float()
+        sums, samples = self.accelerator.reduce(sums, reduction="sum").cpu()
         logs = {f"train/{k}": (sums[i] / samples[i]).item() for i, k in enumerate(self._names) if samples[i]}
         # Also in a step without a counted sample: a run that resumes there continues from the logged numbers.
         if "train/domain_loss" in logs or None not in self._accuracies.values():
@@ -121,6 +113,32 @@ class StepLog:
         self._reset()
         return logs | {f"train/{k}": v for k, v in numbers.items()}
 
+    def _sums(self):
+        """Return the sums of this process's losses (or hits) and their numbers, (2, names) float64 on CPU."""
+        sums = torch.zeros(2, len(self._names), dtype=torch.float64)
+
+        def add(columns, values):
+            sums[0].index_add_(0, columns, values)
+            sums[1].index_add_(0, columns, torch.ones_like(values))
+
+        if self._losses:
+            losses, sigmas, domains = _on_cpu(self._losses)
+            # The last bin includes 1.
+            bins = torch.bucketize(sigmas, torch.tensor(SIGMA_BINS[1:-1]), right=True)
+            # Columns in the order of `_names`: the loss, those of the two domains, those of the noise levels.
+            for columns in (torch.zeros_like(bins), 1 + domains, 3 + bins):
+                add(columns, losses.double())
+        if self._weighted_losses:
+            losses, domains = _on_cpu(self._weighted_losses)
+            losses = losses.double()
+            sums[:, self._names.index("real_loss_share")] = torch.stack([losses[domains == 0].sum(), losses.sum()])
+        if self._domain_logits:
+            losses, logits, domains, counted = _on_cpu(self._domain_logits)
+            first, hits = self._names.index("domain_loss"), ((logits > 0) == domains).double()
+            for columns, values in ((torch.zeros_like(domains), losses.double()), (1 + domains, hits)):
+                add(first + columns[counted], values[counted])
+        return sums
+
     def _running_accuracies(self, logs):
         """Return each domain's accuracy over about twenty steps, and their mean: one step has too few samples."""
         for name, average in self._accuracies.items():
@@ -128,3 +146,8 @@ class StepLog:
             self._accuracies[name] = 0.95 * average + 0.05 * logs.get(f"train/{name}", average)
         accuracies = {f"train/{name}": value for name, value in self._accuracies.items()}
         return accuracies | {"train/domain_accuracy": sum(accuracies.values()) / 2}
+
+
+def _on_cpu(micro_batches):
+    """Return each column of the micro-batches' tensors as one tensor on the CPU."""
+    return [torch.cat(column).cpu() for column in zip(*micro_batches)]

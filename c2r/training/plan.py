@@ -14,6 +14,7 @@ from c2r.encoding.cache import current_encoders, encoder_fingerprint
 from c2r.encoding.encoding_pass import encode_control, encode_missing
 from c2r.encoding.missing import find_missing, find_missing_control
 from c2r.models.assembly import check_transformer, read_transformer_config
+from c2r.models.attention import try_attention_backend
 from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet, injection_layers
 from c2r.models.dinov3 import check_dinov3
 from c2r.models.hub import resolve_model_folder
@@ -57,6 +58,7 @@ def check_phase1(run: Run) -> Plan:
     require_access(base_model)
     backbone = args.dit_path or base_model
     config = read_transformer_config(backbone, base_model)
+    _try_attention(run, config)
     plan = Plan(backbone, config, *_read_mixtures(run))
     plan.num_trainable = count_parameters(WanTransformer3DModel, config)
     preflight(run, plan.mixtures, config, plan.num_trainable, frozen=0)
@@ -76,6 +78,7 @@ def check_phase2(run: Run) -> Plan:
     args, base_model = run.args, run.args.pretrained_model_name_or_path
     require_access(base_model, args.dinov3)
     backbone_config = read_transformer_config(args.resume_backbone_from, base_model)
+    _try_attention(run, backbone_config)
     layers = injection_layers(args.control_layers, args.control_stride, backbone_config["num_layers"])
     feature_dim, num_dinov3 = check_dinov3(args.dinov3, [bucket[1:] for bucket in run.settings.buckets])
     config = {name: backbone_config[name] for name in SHARED_CONFIG}
@@ -92,6 +95,11 @@ def check_phase2(run: Run) -> Plan:
     plan.inputs["backbone"] = fingerprint_backbone(run.accelerator, plan.backbone, base_model)
     _check_inputs(run, plan)  # again, with the fingerprint that took long
     return plan
+
+
+def _try_attention(run, backbone_config):
+    head_dim = backbone_config["attention_head_dim"]
+    try_attention_backend(run.args.attention_backend, head_dim, run.device, run.weight_dtype, backward=True)
 
 
 def _read_mixtures(run):

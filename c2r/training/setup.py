@@ -9,12 +9,14 @@ from accelerate.utils import set_seed
 from diffusers import ModelMixin, WanTransformer3DModel
 
 from c2r.models.adversary import DomainClassifier
+from c2r.models.attention import use_lean_attention
 from c2r.models.checkpointing import set_checkpointing
 from c2r.models.chunking import chunk_feed_forward
 from c2r.options import clip_settings
 from c2r.sampler import MixedCGRealSampler
 from c2r.training.backward_step import StepInBackward
 from c2r.training.checkpoint import load_checkpoint
+from c2r.training.compilation import compile_blocks
 from c2r.training.ema import build_ema
 from c2r.training.engine import prepare
 from c2r.training.optimizer import OptimizerSettings, build_lr_scheduler, build_optimizer
@@ -70,7 +72,10 @@ def build_train_state(
     """
     args = run.args
     model.train()
+    use_lean_attention(model, args.attention_backend)
     chunk_feed_forward(model, args.ffn_chunks)
+    if args.compile:
+        compile_blocks(model)
     set_checkpointing(model, args.gradient_checkpointing, args.offload_activations)
     disable_autocast(backbone.condition_embedder.time_embedder, run.device)
     enable_autocast(model, run.device, args.mixed_precision)

@@ -11,6 +11,7 @@ from c2r import flow_matching
 from c2r.flow_matching import SigmaDensity
 from c2r.training.augmentation import augment_control_frames
 from c2r.training.batches import Draw
+from c2r.training.devices import to_device
 from c2r.training.guard import StepGuard
 from c2r.training.logs import StepLog
 from c2r.training.run import Run, TrainState
@@ -86,15 +87,15 @@ def make_noisy_batch(
     prompt_embeds = torch.where(
         (prompt_draws < settings.prompt_dropout)[:, None, None], empty_prompt_embeds, batch["prompt_embeds"]
     )
-    latents, noise, sigmas = latents.to(device), noise.to(device), sigmas.to(device)
+    latents, noise, sigmas = to_device(latents, device), to_device(noise, device), to_device(sigmas, device)
     return NoisyBatch(
         noisy_latents=flow_matching.add_noise(latents, noise, sigmas),
         timesteps=flow_matching.timesteps_from_sigmas(sigmas),
-        prompt_embeds=prompt_embeds.to(device),
+        prompt_embeds=to_device(prompt_embeds, device),
         velocity_target=flow_matching.velocity_target(latents, noise),
         weights=compute_loss_weighting_for_sd3(settings.density.weighting_scheme, sigmas),
         sigmas=sigmas,
-        dropped_control=(control_draws < settings.control_dropout).to(device),
+        dropped_control=to_device(control_draws < settings.control_dropout, device),
     )
 
 
@@ -110,7 +111,8 @@ def domain_weights(domains: torch.Tensor, real_weight: float, cg_ratio: float) -
         (B,) fp32, 1 on average over the run: the gradient does not grow with `real_weight`.
     """
     mean = cg_ratio + real_weight * (1 - cg_ratio)
-    return torch.tensor([real_weight / mean, 1 / mean], device=domains.device)[domains]
+    # Filled on the device: a tensor of Python numbers would be copied there, and the host would wait for the copy.
+    return torch.full(domains.shape, real_weight / mean, device=domains.device).masked_fill(domains == 1, 1 / mean)
 
 
 def augment_real_control(

@@ -1,5 +1,7 @@
 """Plant mistakes with devices in the code, one after another, and record what the simulated device does.
 
+The commands run without mistakes first, and the lines that make the host wait for the device are counted.
+
     python tests/helpers/on_simulated_device.py tests/helpers/device_mistakes.py COMMANDS.json OUTCOMES.json
 
 COMMANDS.json holds the arguments of each command, by its name here; {} in them stands for a folder of their own. A
@@ -29,7 +31,7 @@ from c2r.pipeline import guided_velocity
 from c2r.training.engine import build_accelerator
 from c2r.training.setup import start_run
 from c2r.training.step import domain_weights, make_noisy_batch
-from tests.helpers.simulated_device import NAME
+from tests.helpers.simulated_device import NAME, waits
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,15 @@ class Mistake:
 
 
 MISTAKES = {
-    "noise left on the CPU": Mistake(make_noisy_batch, "noise.to(device)", "noise"),
+    "noise left on the CPU": Mistake(make_noisy_batch, "to_device(noise, device)", "noise"),
     "timesteps left on the CPU": Mistake(
         make_noisy_batch, "timesteps_from_sigmas(sigmas)", "timesteps_from_sigmas(sigmas.cpu())"
     ),
-    "prompts left on the CPU": Mistake(make_noisy_batch, "prompt_embeds.to(device)", "prompt_embeds"),
+    "prompts left on the CPU": Mistake(make_noisy_batch, "to_device(prompt_embeds, device)", "prompt_embeds"),
     "mask left on the CPU": Mistake(
         make_noisy_batch,
-        "(control_draws < settings.control_dropout).to(device)",
-        "(control_draws < settings.control_dropout)",
+        "to_device(control_draws < settings.control_dropout, device)",
+        "control_draws < settings.control_dropout",
     ),
     "generator of the CPU for noise of the device": Mistake(
         make_noisy_batch,
@@ -60,10 +62,13 @@ MISTAKES = {
     ),
     "new tensor without a device": Mistake(domain_weights, ", device=domains.device", ""),
     "control frames left on the CPU": Mistake(
-        train_phase2.train, '["control_frames"].to(device)', '["control_frames"]'
+        train_phase2.train, 'to_device(batch["control_frames"], device)', 'batch["control_frames"]'
     ),
     "cached features left on the CPU": Mistake(
-        train_phase2.train, '["control_features"].to(device)', '["control_features"]', "encode and train"
+        train_phase2.train,
+        'to_device(batch["control_features"], device)',
+        'batch["control_features"]',
+        "encode and train",
     ),
     "control of the validation left on the CPU": Mistake(_ControlBranch.frames, ".to(self.device)", ""),
     "clip to encode left on the CPU": Mistake(
@@ -128,6 +133,13 @@ def train(argv: list[str]):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     run = start_run(args, build_accelerator(args))
+    start_training = run.start_training
+
+    def start_counting():
+        start_training()
+        waits.clear()
+
+    run.start_training = start_counting
     run.progress.validated_step = 0  # that validation would cost more than all the rest; the one at the end remains
     try:
         train_phase2.train(run)
@@ -135,7 +147,12 @@ def train(argv: list[str]):
         run.watchdog.close()
 
 
-RUN = {"train": train, "encode and train": train, "generate with offloading": c2r.generate.main}
+RUN = {
+    "train": train,
+    "train on micro-batches": train,
+    "encode and train": train,
+    "generate with offloading": c2r.generate.main,
+}
 
 
 def outcome(command: str, argv: list[str]) -> str | None:
@@ -154,12 +171,16 @@ def main():
     def argv(command, number):
         return [argument.replace("{}", str(output.with_name(f"run{number}"))) for argument in commands[command]]
 
-    outcomes = {command: outcome(command, argv(command, name)) for name, command in enumerate(RUN)}
+    outcomes, waits_of = {}, {}
+    for number, command in enumerate(RUN):
+        waits.clear()
+        outcomes[command] = outcome(command, argv(command, number))
+        waits_of[command] = dict(waits)
     for number, (name, mistake) in enumerate(MISTAKES.items(), start=len(RUN)):
         with planted(mistake):
             outcomes[name] = outcome(mistake.command, argv(mistake.command, number))
     refused = [expression for expression in EXPRESSIONS if refuses(expression, NAME)]
-    output.write_text(json.dumps({"outcomes": outcomes, "refused": refused}))
+    output.write_text(json.dumps({"outcomes": outcomes, "refused": refused, "waits": waits_of}))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ Not simulated: CUDA's own kernels and memory, several devices, collectives, and 
 
 import os
 import re
+import traceback
+from collections import Counter
 from functools import cache, partial
 from pathlib import Path
 
@@ -34,6 +36,18 @@ INDEXING = {
     aten._unsafe_index.Tensor,
     aten._unsafe_index_put.default,
 }
+
+#: Operators that need a value or a number of values on the host: CUDA's wait until the device has computed them.
+WAITING = {
+    aten._local_scalar_dense.default,
+    aten.equal.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten._unique2.default,
+    aten.repeat_interleave.Tensor,
+}
+#: Waits of the host for the device so far, by the line of the project's code that is to blame.
+waits: Counter[str] = Counter()
 
 
 class MixedDevices(RuntimeError):
@@ -106,6 +120,8 @@ def run_operator(operator, *args, **kwargs):
         MixedDevices: where CUDA would raise.
         NotImplementedError: the operator changes a tensor's shape in place.
     """
+    if makes_the_host_wait(operator, args, kwargs):
+        waits[blamed_line()] += 1
     if torch.Tag.inplace_view in operator.tags:
         raise NotImplementedError(f"{operator}: would change the shape of the tensor inside alone")
     inner_args = map_tensors(inner_of, args)
@@ -143,6 +159,28 @@ def convolution_backward(gradient, inputs, weight, *settings):
 
 #: Kernels that replace the CPU's.
 KERNELS = {aten.convolution_backward.default: convolution_backward}
+
+
+def makes_the_host_wait(operator, args, kwargs):
+    """Return True if CUDA's operator would return only after the device has done all its work."""
+    if operator in WAITING:
+        return True
+    if operator is aten.copy_.default:
+        non_blocking = kwargs.get("non_blocking", len(args) > 2 and args[2])
+        return not non_blocking and isinstance(args[0], SimulatedTensor) != isinstance(args[1], SimulatedTensor)
+    if operator is aten._to_copy.default:
+        to, from_device = kwargs.get("device"), isinstance(args[0], SimulatedTensor)
+        # To the host nothing is copied in passing: the code behind reads the copy.
+        return to is not None and is_simulated(to) != from_device and (from_device or not kwargs.get("non_blocking"))
+    if operator is aten.index.Tensor:
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return False
+
+
+def blamed_line():
+    """Return the innermost line of the project on the stack."""
+    frames = [f for f in traceback.extract_stack() if "/c2r/" in f.filename or "/train_phase" in f.filename]
+    return f"{Path(frames[-1].filename).name}: {frames[-1].line}" if frames else "elsewhere"
 
 
 def require_one_device(operator, args, kwargs):

@@ -375,6 +375,8 @@ def test_memory_modes_reach_the_same_losses(engine, runs):
         ("FSDP", None, "--weight_storage=bf16", "but FSDP2 splits them"),
         ("DEEPSPEED", 2, "--weight_storage=bf16", "but DeepSpeed ZeRO-2 splits them"),
         ("DEEPSPEED", 3, "--weight_storage=bf16", "but DeepSpeed ZeRO-3 splits them"),
+        ("FSDP", None, "--compile", "is not tested with FSDP2"),
+        ("DEEPSPEED", 3, "--compile", "is not tested with DeepSpeed ZeRO-3"),
         ("DEEPSPEED", 3, "--optimizer=adamw8bit", None),
         ("MULTI_GPU", None, "--weight_storage=bf16", None),
         ("FSDP", None, "--offload_backbone", "FSDP2 moves or splits all weights by itself"),
