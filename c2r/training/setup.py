@@ -66,16 +66,28 @@ def build_train_state(
         backbone, trainable, domain_classifier: parts of `model`.
     """
     args = run.args
-    model.train()
-    if args.gradient_checkpointing:
-        model.enable_gradient_checkpointing()  # type: ignore[operator]
-    disable_autocast(backbone.condition_embedder.time_embedder, run.device)
-    enable_autocast(model, run.device, args.mixed_precision)
+    set_forward(args, model, backbone, run.device)
     optimizer = build_optimizer(trainable, OptimizerSettings.of(args), run.device, domain_classifier)
     lr_scheduler = build_lr_scheduler(optimizer, args)
     model, optimizer = prepare(run.accelerator, model, optimizer)
     ema = build_ema(trainable, args.ema_decay)
     return TrainState(model, trainable, optimizer, lr_scheduler, ema, domain_classifier)
+
+
+def set_forward(args: Namespace, model: torch.nn.Module, backbone: WanTransformer3DModel, device: torch.device):
+    """Set how a model's forward runs in training: its mode, precision and checkpointing.
+
+    Args:
+        args: options of a training script.
+        model: the module that trains.
+        backbone: the part of it whose time embedding stays outside autocast.
+        device: the run's.
+    """
+    model.train()
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()  # type: ignore[operator]
+    disable_autocast(backbone.condition_embedder.time_embedder, device)
+    enable_autocast(model, device, args.mixed_precision)
 
 
 def resume(run: Run, state: TrainState, sampler: MixedCGRealSampler):

@@ -1,0 +1,158 @@
+"""Follow the memory and the FLOPs of a computation, operator by operator."""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+
+# Kinds of memory.
+FROZEN = "frozen weights"
+TRAINABLE = "trainable weights"
+GRADIENTS = "gradients"
+OPTIMIZER = "optimizer"
+SAVED = "saved activations"  # made by a forward pass, inputs of the step included
+RECOMPUTED = "recomputation"  # made again in the backward pass
+TEMPORARY = "temporaries"  # made by backward formulas and by the optimizer
+HOST = "host"  # not on the device
+
+KINDS = (FROZEN, TRAINABLE, GRADIENTS, OPTIMIZER, SAVED, RECOMPUTED, TEMPORARY)
+
+FORWARD, RECOMPUTATION, BACKWARD = "forward", "recomputation", "backward"
+LINEAR, ATTENTION = "linear", "attention"
+
+_ATTENTION_NAMES = ("_scaled_dot_product_", "_flash_attention_", "_efficient_attention_")
+
+#: Attention kernels whose backward pass sums the gradient of the queries in fp32, with one more number per query.
+_FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_backward.default
+
+
+@dataclass
+class Recording:
+    """Every allocation and release of a computation, in order, and its FLOPs."""
+
+    events: list[tuple[str, int]] = field(default_factory=list)  #: (kind, bytes), negative for a release
+    flops: Counter[tuple[str, str]] = field(default_factory=Counter)  #: by (pass, LINEAR or ATTENTION)
+    start: int = 0  #: number of events before the part that is measured
+
+    def peak(self, factors: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Return the bytes of each kind at the moment when their sum is largest.
+
+        Args:
+            factors: share of each kind that this device holds, where it is not 1.
+        """
+        factors = factors or {}
+        now = dict.fromkeys(KINDS, 0.0)
+        total, largest, at_peak = 0.0, -1.0, dict(now)
+        for number, (kind, num_bytes) in enumerate(self.events):
+            if kind == HOST:
+                continue
+            change = num_bytes * factors.get(kind, 1.0)
+            now[kind] += change
+            total += change
+            if number >= self.start and total > largest and num_bytes > 0:
+                largest, at_peak = total, dict(now)
+        return at_peak
+
+    def host_peak(self) -> int:
+        """Return the largest number of bytes on the host."""
+        now = largest = 0
+        for kind, num_bytes in self.events:
+            now += num_bytes if kind == HOST else 0
+            largest = max(largest, now)
+        return largest
+
+
+class Tracker(TorchDispatchMode):
+    """Record the storages that operators make, from their first tensor to their last, and the operators' FLOPs.
+
+    Enter it inside the fake mode. Memory is what tensors take, which is what the allocator is asked for.
+
+    Args:
+        granularity: bytes that each allocation is rounded up to: 512 in CUDA's allocator.
+        flash_workspace: count the fp32 sum that CUDA's flash attention allocates in its backward pass.
+    """
+
+    def __init__(self, granularity: int = 1, flash_workspace: bool = False):
+        super().__init__()
+        self.recording = Recording()
+        self._granularity, self._flash_workspace = granularity, flash_workspace
+        self._alive: dict[int, tuple[str, int]] = {}  # by the storage's address
+        self._forced: str | None = None
+
+    @contextmanager
+    def making(self, kind: str) -> Iterator[None]:
+        """Give everything that is made inside the context this kind."""
+        before, self._forced = self._forced, kind
+        try:
+            yield
+        finally:
+            self._forced = before
+
+    def mark(self, tensor: torch.Tensor, kind: str) -> None:
+        """Give the storage of a tensor a kind; a storage that was made outside is added."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._alive:
+            self._add(storage, kind)
+            return
+        before, num_bytes = self._alive[storage._cdata]
+        if before != kind:
+            self._alive[storage._cdata] = (kind, num_bytes)
+            self.recording.events += [(before, -num_bytes), (kind, num_bytes)]
+
+    def kind_of(self, tensor: torch.Tensor) -> str | None:
+        """Return the kind of a tensor's storage; None if it is not known."""
+        return self._alive.get(tensor.untyped_storage()._cdata, (None, 0))[0]
+
+    def start_measuring(self) -> None:
+        """Leave everything before this out of the peak and of the FLOPs; what is alive stays counted."""
+        self.recording.start = len(self.recording.events)
+        self.recording.flops.clear()
+
+    def _add(self, storage, kind):
+        num_bytes = -(-storage.nbytes() // self._granularity) * self._granularity
+        if num_bytes == 0:
+            return
+        self._alive[storage._cdata] = (kind, num_bytes)
+        self.recording.events.append((kind, num_bytes))
+        weakref.finalize(storage, self._release, storage._cdata).atexit = False
+
+    def _release(self, address):
+        kind, num_bytes = self._alive.pop(address)
+        self.recording.events.append((kind, -num_bytes))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is torch.ops.prim.device.default:
+            return result
+        stage = _stage()
+        kind = self._forced or {FORWARD: SAVED, RECOMPUTATION: RECOMPUTED, BACKWARD: TEMPORARY}[stage]
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self._alive:
+                    self._add(storage, kind)
+        if func is _FLASH_BACKWARD and self._flash_workspace:
+            batch, heads, tokens, head_dim = args[1].shape
+            workspace = 4 * batch * heads * (-(-tokens // 128) * 128) * (-(-head_dim // 32) * 32 + 1)
+            self.recording.events += [(kind, workspace), (kind, -workspace)]
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            what = ATTENTION if packet.__name__.startswith(_ATTENTION_NAMES) else LINEAR
+            self.recording.flops[stage, what] += flop_registry[packet](*args, **kwargs, out_val=result)
+        return result
+
+
+def _stage():
+    """Return the pass that runs now: forward, backward, or the forward that a checkpoint repeats inside backward."""
+    if torch._C._current_graph_task_id() == -1:
+        return FORWARD
+    return RECOMPUTATION if torch.is_grad_enabled() else BACKWARD
