@@ -60,6 +60,13 @@ class CudaRules(TorchFunctionMode):
             return True
         if not self._cuda:
             return func(*args, **kwargs)
+        if func is torch.autograd.backward:
+            # Called through torch's function, the mode would be off until it returns, also for what is recomputed.
+            (loss,) = args[0]
+            with self:
+                return torch.autograd.graph._engine_run_backward(
+                    (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+                )
         name = getattr(func, "__name__", "").strip("_").removeprefix("r" if func is torch.Tensor.__rmatmul__ else "")
         run = _REPLACED.get(name, func)
         if not torch.is_autocast_enabled("cpu"):
@@ -102,7 +109,23 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
 def _rms_norm(input, normalized_shape, weight=None, eps=None):  # noqa: A002 (torch's name)
     if weight is not None and weight.dtype != input.dtype:
         return F.rms_norm(input, normalized_shape, weight, eps)
-    return torch._fused_rms_norm(input, normalized_shape, weight, eps)[0]
+    return _FusedRMSNorm.apply(input, weight)
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """The memory of CUDA's fused kernel; the CPU has none, and would keep the normalised input as well."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight):
+        scales = torch.empty(*hidden_states.shape[:-1], 1, dtype=torch.float32, device=hidden_states.device)
+        ctx.save_for_backward(hidden_states, weight, scales)
+        return torch.empty_like(hidden_states)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        hidden_states, weight, _ = ctx.saved_tensors
+        of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        return torch.empty_like(hidden_states), of_weight
 
 
 _REPLACED = {"scaled_dot_product_attention": _attention, "rms_norm": _rms_norm}
