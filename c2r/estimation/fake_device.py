@@ -1,7 +1,8 @@
-"""Fake tensors: they have a shape, a dtype and an autograd graph, but no memory and no values.
+"""A device without memory: torch's meta device, on which a training step runs as on a GPU or as on the CPU.
 
-The fake device is the CPU, so that a CPU build of torch without a compiler is enough, and nothing is left behind in a
-process that trains afterwards. `CudaRules` makes functions keep what they would keep on a GPU.
+Meta tensors have a shape, a dtype and an autograd graph, but no values. They need neither a GPU nor a compiler, and
+leave nothing behind in a process that trains afterwards. `DeviceRules` makes functions keep the tensors that they
+would keep on the device that is meant.
 """
 
 from collections.abc import Iterator
@@ -9,26 +10,24 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from c2r.estimation.tracker import FROZEN, TRAINABLE, Tracker
 from c2r.models.control_adapter import SafeConv3d
 
-#: The device that fake tensors are on.
-DEVICE = torch.device("cpu")
+#: The device of all tensors of an estimate.
+DEVICE = torch.device("meta")
 
 #: Bytes that CUDA's caching allocator rounds every allocation up to.
 CUDA_GRANULARITY = 512
 
-#: Functions that CUDA's autocast runs in half precision.
+#: Functions that autocast runs in half precision, on CUDA and on the CPU.
 HALF = frozenset(
-    "addbmm addmm addmv addr baddbmm bmm chain_matmul conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d "
-    "conv_transpose3d convolution einsum linalg_multi_dot linalg_vecdot linear matmul mm mv prelu "
-    "scaled_dot_product_attention".split()
+    "addbmm addmm baddbmm bmm conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d "
+    "einsum linalg_multi_dot linalg_vecdot linear matmul mm mv scaled_dot_product_attention".split()
 )
 #: Functions that CUDA's autocast runs in fp32.
-FULL = frozenset(
+CUDA_FULL = frozenset(
     "acos asin binary_cross_entropy_with_logits cdist cosh cosine_embedding_loss cosine_similarity dist erfinv exp "
     "expm1 frobenius_norm group_norm hinge_embedding_loss huber_loss kl_div l1_loss layer_norm log log10 log1p log2 "
     "logsumexp margin_ranking_loss mse_loss multi_margin_loss multilabel_margin_loss native_layer_norm nll_loss "
@@ -36,30 +35,38 @@ FULL = frozenset(
     "softplus tan triplet_margin_loss".split()
 )
 #: Functions whose result is fp32 under CUDA's autocast.
-FULL_RESULT = frozenset("cumprod cumsum linalg_matrix_norm linalg_vector_norm log_softmax norm prod softmax sum".split())
+CUDA_FULL_RESULT = frozenset(
+    "cumprod cumsum linalg_matrix_norm linalg_vector_norm log_softmax norm prod softmax sum".split()
+)
+#: Functions that the CPU's autocast runs in fp32, of those that the models call.
+CPU_FULL = frozenset(["mse_loss"])
 
 
-class CudaRules(TorchFunctionMode):
-    """Run functions on fake CPU tensors as CUDA runs them, where the CPU would keep other tensors.
+class DeviceRules(TorchFunctionMode):
+    """Run functions on meta tensors as they run on a device, where they would keep other tensors.
 
-    - Autocast on the CPU casts what CUDA's casts.
-    - Attention is the kernel that CUDA chooses: flash attention in half precision without a mask, else the memory
-      efficient one. Both keep queries, keys, values, output and one number per query.
-    - RMSNorm is the fused kernel, which keeps its input and one number per row.
+    - Autocast casts what the device's casts; its state is that of the CPU's autocast.
+    - Attention is the kernel that the device chooses. On CUDA this is flash attention in half precision without a
+      mask, else the memory efficient one. All keep queries, keys, values, output and one number per query.
+    - RMSNorm on CUDA is the fused kernel, which keeps its input and one number per row.
+    - A tensor that is read as a condition is true.
 
-    With or without CUDA, a fake tensor that is read as a condition is true.
+    Args:
+        device_type: "cuda" or "cpu".
     """
 
-    def __init__(self, cuda: bool):
+    def __init__(self, device_type: str):
         super().__init__()
-        self._cuda = cuda
+        cuda = device_type == "cuda"
+        self._full, self._full_result = (CUDA_FULL, CUDA_FULL_RESULT) if cuda else (CPU_FULL, frozenset())
+        self._replaced = {"scaled_dot_product_attention": _cuda_attention if cuda else _cpu_attention}
+        if cuda:
+            self._replaced["rms_norm"] = _fused_rms_norm
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.Tensor.__bool__ and isinstance(args[0], FakeTensor):
+        if func is torch.Tensor.__bool__ and args[0].is_meta:
             return True
-        if not self._cuda:
-            return func(*args, **kwargs)
         if func is torch.autograd.backward:
             # Called through torch's function, the mode would be off until it returns, also for what is recomputed.
             (loss,) = args[0]
@@ -67,28 +74,26 @@ class CudaRules(TorchFunctionMode):
                 return torch.autograd.graph._engine_run_backward(
                     (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
                 )
-        name = getattr(func, "__name__", "").strip("_").removeprefix("r" if func is torch.Tensor.__rmatmul__ else "")
-        run = _REPLACED.get(name, func)
+        name = getattr(func, "__name__", "").strip("_")
+        if func is torch.Tensor.__rmatmul__:
+            name = "matmul"
+        run = self._replaced.get(name, func)
         if not torch.is_autocast_enabled("cpu"):
             return run(*args, **kwargs)
         half = torch.get_autocast_dtype("cpu")
         if name in HALF:
             args, kwargs = _cast((args, kwargs), torch.float32, half)
-        elif name in FULL:
+        elif name in self._full:
             args, kwargs = _cast((args, kwargs), half, torch.float32)
-        elif name in FULL_RESULT and kwargs.get("dtype") is None and args[0].dtype == half:
+        elif name in self._full_result and kwargs.get("dtype") is None and args[0].dtype == half:
             kwargs = kwargs | {"dtype": torch.float32}
-        torch.set_autocast_enabled("cpu", False)  # otherwise the CPU's own rules would apply as well
-        try:
-            return run(*args, **kwargs)
-        finally:
-            torch.set_autocast_enabled("cpu", True)
+        return run(*args, **kwargs)
 
 
 def _cast(values, before, after):
-    """Cast the tensors of one dtype in nested lists, tuples and dicts to another."""
+    """Cast the meta tensors of one dtype in nested lists, tuples and dicts to another."""
     if isinstance(values, torch.Tensor):
-        return values.to(after) if values.dtype == before else values
+        return values.to(after) if values.dtype == before and values.is_meta else values
     if isinstance(values, dict):
         return {name: _cast(value, before, after) for name, value in values.items()}
     if type(values) in (list, tuple):
@@ -96,7 +101,7 @@ def _cast(values, before, after):
     return values
 
 
-def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def _cuda_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     aten = torch.ops.aten
     if attn_mask is None and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
@@ -106,8 +111,14 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
     )[0]
 
 
-def _rms_norm(input, normalized_shape, weight=None, eps=None):  # noqa: A002 (torch's name)
-    if weight is not None and weight.dtype != input.dtype:
+def _cpu_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+    )[0]
+
+
+def _fused_rms_norm(input, normalized_shape, weight=None, eps=None):  # noqa: A002 (torch's name)
+    if weight is None or weight.dtype != input.dtype:
         return F.rms_norm(input, normalized_shape, weight, eps)
     return _FusedRMSNorm.apply(input, weight)
 
@@ -128,36 +139,47 @@ class _FusedRMSNorm(torch.autograd.Function):
         return torch.empty_like(hidden_states), of_weight
 
 
-_REPLACED = {"scaled_dot_product_attention": _attention, "rms_norm": _rms_norm}
+class _Autocast(torch.autocast):
+    """Autocast whose state on the meta device is that of the CPU, because the meta device has none."""
+
+    def __init__(self, device_type, *args, **kwargs):
+        super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+
+@contextmanager
+def _meta_autocast():
+    """Replace torch's functions of autocast by ones that accept the meta device."""
+
+    def of_the_cpu(function):
+        return lambda *device_type: function(*("cpu" if name == "meta" else name for name in device_type))
+
+    replaced = {name: getattr(torch, name) for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype")}
+    try:
+        for name, function in replaced.items():
+            setattr(torch, name, _Autocast if name == "autocast" else of_the_cpu(function))
+        yield
+    finally:
+        for name, function in replaced.items():
+            setattr(torch, name, function)
 
 
 @contextmanager
 def fake_device(device_type: str) -> Iterator[Tracker]:
-    """Make every new tensor fake inside the context; yield the tracker of their memory.
+    """Let code run on DEVICE as on a device of this type inside the context; yield the tracker of its memory.
 
     Args:
-        device_type: "cuda" for what a GPU would keep; "cpu" for what the CPU's own kernels keep.
+        device_type: "cuda" or "cpu".
     """
     cuda = device_type == "cuda"
     tracker = Tracker(CUDA_GRANULARITY, flash_workspace=True) if cuda else Tracker()
-    with FakeTensorMode(), tracker, CudaRules(cuda):
+    with _meta_autocast(), tracker, DeviceRules(device_type):
         yield tracker
 
 
 def put_on_device(module: torch.nn.Module, tracker: Tracker, device_type: str) -> None:
-    """Replace a module's parameters and buffers, which are on the meta device, by fake ones."""
-
-    def fake(tensor, kind):
-        with tracker.making(kind):
-            return torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
-
+    """Count a module, whose tensors are on DEVICE already, as frozen and trainable weights of the device."""
     for part in module.modules():
         if type(part) is SafeConv3d and device_type == "cuda":
-            part.__class__ = torch.nn.Conv3d  # its detour is for real CPUs alone
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                kind = TRAINABLE if parameter.requires_grad else FROZEN
-                part._parameters[name] = torch.nn.Parameter(fake(parameter, kind), parameter.requires_grad)
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = fake(buffer, FROZEN)
+            part.__class__ = torch.nn.Conv3d  # its detour is for the CPU alone
+    for tensor in (*module.parameters(), *module.buffers()):
+        tracker.mark(tensor, TRAINABLE if tensor.requires_grad else FROZEN)

@@ -1,6 +1,6 @@
-"""The stages of a run beside its training step: encoding, validation, samples, saving and generation.
+"""The stages of a run: encoding, the training step, validation, samples, saving, and generation afterwards.
 
-Each runs our own functions on fake tensors. Those within the training loop run beside the training state.
+Each runs our own functions on the fake device. Those of the training loop run beside the training state.
 """
 
 from argparse import Namespace
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers.models.dinov3_vit import modeling_dinov3_vit
 
 from c2r.data.buckets import Bucket
 from c2r.encoding.encoders import LatentEncoder
@@ -22,133 +21,106 @@ from c2r.estimation.configs import (
     with_stored_dtypes,
 )
 from c2r.estimation.fake_device import DEVICE, fake_device, put_on_device
-from c2r.estimation.step import PROMPT_TOKENS, fake_batch, fake_features, put_state_on_device
-from c2r.estimation.tracker import HOST, TEMPORARY, Recording
+from c2r.estimation.step import PROMPT_TOKENS, Inputs, build_models, put_state_on_device, record_step
+from c2r.estimation.tracker import TEMPORARY, Recording
 from c2r.models.parts import freeze
 from c2r.models.vae import decode_latents, encode_frames
 from c2r.training.optimizer import merge_weight
 from c2r.training.precision import frozen_dtype
 
-GENERATION_DTYPE = torch.bfloat16  # the default of c2r.generate on a GPU
+# Names of the stages.
+TEXT_ENCODING, VAE_ENCODING = "encoding prompts", "encoding clips"
+CONTROL, STEP = "DINOv3 in a step", "training step"
+VALIDATION, SAMPLES, SAVING = "validation", "sample videos", "saving"
+GENERATION = "generation"
+
+
+def half_precision(device_type: str) -> torch.dtype:
+    """Return the dtype of models outside training: bf16 on a GPU, as encoding and generation choose by themselves."""
+    return torch.bfloat16 if device_type == "cuda" else torch.float32
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding
 
 
-def record_vae_encoding(configs: ModelConfigs, bucket: Bucket, device_type: str) -> Recording:
-    """Encode one batch of the encoding pass by the VAE."""
-    with fake_device(device_type) as tracker, torch.no_grad():
-        vae = build_vae(configs.vae)
-        put_on_device(vae, tracker, device_type)
-        tracker.start_measuring()
-        clips = LatentEncoder.clips_at_once(bucket)
-        encode_frames(vae, torch.zeros(clips, bucket.num_frames, 3, bucket.height, bucket.width, dtype=torch.uint8))
-        return tracker.recording
-
-
 def record_text_encoding(configs: ModelConfigs, device_type: str) -> Recording:
     """Encode one prompt."""
-    dtype = torch.bfloat16 if device_type == "cuda" else torch.float32
+    text_encoder = build_text_encoder(configs.text_encoder, half_precision(device_type))
     with fake_device(device_type) as tracker, torch.no_grad():
-        text_encoder = build_text_encoder(configs.text_encoder, dtype)
         put_on_device(text_encoder, tracker, device_type)
-        tracker.start_measuring()
-        tokens = torch.zeros(1, PROMPT_TOKENS, dtype=torch.int64)
-        text_encoder(tokens, torch.ones_like(tokens))
-        return tracker.recording
+        with tracker.measuring() as recording:
+            tokens = torch.zeros(1, PROMPT_TOKENS, dtype=torch.int64, device=DEVICE)
+            text_encoder(tokens, torch.ones_like(tokens))
+    return recording
 
 
-def record_control_encoding(
-    configs: ModelConfigs, bucket: Bucket, dtype: torch.dtype, device_type: str, clips: int = 1
-) -> Recording:
-    """Compute the control features of a batch of clips by DINOv3 alone."""
-    with fake_device(device_type) as tracker:
-        dinov3 = build_dinov3(configs.dinov3, dtype)
-        put_on_device(dinov3, tracker, device_type)
-        tracker.start_measuring()
-        _encode_control(dinov3, bucket, clips, tracker)
-        return tracker.recording
-
-
-def _encode_control(dinov3, bucket, clips, tracker):
-    """Return the features of clips whose frames come from the host."""
-    with tracker.making(HOST):
-        frames = torch.zeros(clips, bucket.num_frames, 3, bucket.height, bucket.width, dtype=torch.uint8)
-    with _uncached_coordinates():
-        return dinov3(frames.clone().float() / 255)
-
-
-@contextmanager
-def _uncached_coordinates() -> Iterator[None]:
-    """Leave no fake tensor in transformers' cache of coordinates, which a real DINOv3 would find there."""
-    cached = modeling_dinov3_vit.get_patches_center_coordinates
-    modeling_dinov3_vit.get_patches_center_coordinates = cached.__wrapped__
-    try:
-        yield
-    finally:
-        modeling_dinov3_vit.get_patches_center_coordinates = cached
-
-
-# -------------------------------------------------------------------------------------------- beside the training state
-
-
-def record_validation(args: Namespace, configs: ModelConfigs, bucket: Bucket, device_type: str) -> Recording:
-    """Compute one validation loss: the model in eval mode, with the controls of all conditions on the device."""
-    dtype = frozen_dtype(args.mixed_precision)
+def record_vae_encoding(configs: ModelConfigs, bucket: Bucket, device_type: str) -> Recording:
+    """Encode one batch of the encoding pass by the VAE."""
+    vae = build_vae(configs.vae)
+    inputs = Inputs(configs, bucket, LatentEncoder.clips_at_once(bucket), torch.float32)
     with fake_device(device_type) as tracker, torch.no_grad():
-        state = put_state_on_device(args, configs, tracker, device_type)
-        state.model.eval()
-        tracker.start_measuring()
-        noisy = fake_batch(args.train_batch_size, configs, bucket, tracker)
-        inputs: tuple = (noisy.noisy_latents, noisy.timesteps, noisy.prompt_embeds)
-        if state.has_control:
-            own, _other, _none = (fake_features(args.train_batch_size, configs, bucket, dtype) for _ in range(3))
-            inputs = (*inputs, own, args.conditioning_scale)
-        state.model(*inputs)
-        return tracker.recording
-
-
-def record_sampling(args: Namespace, configs: ModelConfigs, bucket: Bucket, device_type: str) -> Recording:
-    """Denoise a video once with guidance and decode it in tiles, beside the training state."""
-    dtype = frozen_dtype(args.mixed_precision)
-    with fake_device(device_type) as tracker, torch.no_grad():
-        state = put_state_on_device(args, configs, tracker, device_type)
-        state.model.eval()
-        vae = build_vae(configs.vae)
         put_on_device(vae, tracker, device_type)
-        vae.enable_tiling()
-        tracker.start_measuring()
-        features = fake_features(1, configs, bucket, dtype)
-        latents = _denoise(state.model, configs, bucket, dtype, (features, torch.zeros_like(features)), tracker)
-        decode_latents(vae, latents)
-        return tracker.recording
+        with tracker.measuring() as recording:
+            encode_frames(vae, inputs.control_frames())
+    return recording
 
 
-def _denoise(model, configs, bucket, dtype, controls, tracker):
-    """Return latents after the predictions of one guided denoising step, with these control features or without."""
-    noisy = fake_batch(1, configs, bucket, tracker)
-    latents, embeds = noisy.noisy_latents, noisy.prompt_embeds.to(dtype)
-    others = (controls[0], 1.0) if controls else ()
-    predictions = [
-        model(latents.to(dtype), noisy.timesteps, embeds, *others).sample.float()
-        for _ in range(2)  # with the prompt and without
-    ]
-    return latents + predictions[0] - predictions[1]
+# ------------------------------------------------------------------------------------------------- the training process
 
 
-def record_saving(args: Namespace, configs: ModelConfigs, device_type: str) -> Recording:
-    """Gather the weights for a checkpoint: in place, or with bf16 storage each merged to fp32 before it is copied."""
-    with fake_device(device_type) as tracker, torch.no_grad():
-        state = put_state_on_device(args, configs, tracker, device_type)
-        tracker.start_measuring()
-        low_bits = getattr(state.optimizer, "low_bits", {})
-        with tracker.making(TEMPORARY):
-            for parameter in state.trainable:
-                if parameter in low_bits:
-                    merge_weight(parameter.detach(), low_bits[parameter])
-        with tracker.making(HOST):
-            _on_host = [torch.empty(parameter.shape) for parameter in state.trainable]
-        return tracker.recording
+def record_training(
+    args: Namespace, configs: ModelConfigs, bucket: Bucket, device_type: str, *, step_only: bool = False
+) -> dict[str, Recording]:
+    """Run each stage that a training process has while its models and optimizer are on the device.
+
+    Args:
+        args: options of a training script; with `control_layers` they are phase 2's.
+        configs: of the models.
+        bucket: size of the clips.
+        device_type: see `fake_device`.
+        step_only: leave out all but the step.
+
+    Returns:
+        {name of the stage: its recording}.
+
+    Raises:
+        InputError: the backbone has too few blocks for the control branch.
+    """
+    models = build_models(args, configs)
+    vae = build_vae(configs.vae)
+    inputs = Inputs(configs, bucket, args.train_batch_size, frozen_dtype(args.mixed_precision))
+    one = Inputs(configs, bucket, 1, inputs.dtype)
+    with fake_device(device_type) as tracker:
+        state = put_state_on_device(args, models, tracker, device_type)
+        recordings = {STEP: record_step(args, state, inputs, tracker)}
+        if step_only:
+            return recordings
+        with torch.no_grad():
+            if models.dinov3 is not None:
+                with tracker.measuring() as recordings[CONTROL]:
+                    models.dinov3(inputs.control_frames().float() / 255)
+            with tracker.measuring() as recordings[SAVING], tracker.making(TEMPORARY):
+                for parameter, low_bits in getattr(state.optimizer, "low_bits", {}).items():
+                    merge_weight(parameter.detach(), low_bits)
+            models.model.eval()
+            with tracker.measuring() as recordings[VALIDATION]:
+                _validate(args, models, inputs)
+            if models.dinov3 is not None and args.num_samples > 0:
+                vae.enable_tiling()
+                put_on_device(vae, tracker, device_type)
+                with tracker.measuring() as recordings[SAMPLES]:
+                    _generate(models.model, models.dinov3, vae, one)
+    return recordings
+
+
+def _validate(args, models, inputs):
+    """Compute one validation loss, with the controls of all conditions on the device."""
+    noisy = inputs.noisy_batch()
+    values: tuple = (noisy.noisy_latents, noisy.timesteps, noisy.prompt_embeds)
+    if models.has_control:
+        own, _other, _none = (inputs.control_features() for _ in range(3))
+        values = (*values, own, args.conditioning_scale)
+    models.model(*values)
 
 
 # ---------------------------------------------------------------------------------------------------------- generation
@@ -163,9 +135,7 @@ def record_generation(
     cpu_offload: bool = False,
     vae_tiling: bool = False,
 ) -> Recording:
-    """Generate a video as `c2r.generate` does: one denoising step with guidance, then the decoder.
-
-    The prompts are left out: they are encoded first, and the text encoder is freed.
+    """Generate a video as `c2r.generate` does, whose text encoder is freed before: DINOv3, one denoising step, decoder.
 
     Args:
         configs: of the models.
@@ -174,35 +144,28 @@ def record_generation(
         control: control layers and stride of a phase 2 model; None: a phase 1 model.
         cpu_offload, vae_tiling: as the options of `c2r.generate`.
     """
-    dtype = GENERATION_DTYPE if device_type == "cuda" else torch.float32
+    dtype = half_precision(device_type)
+    vae, dinov3 = build_vae(configs.vae), build_dinov3(configs.dinov3, dtype) if control else None
+    transformer = freeze(_generator(configs, dtype, control))
+    if vae_tiling:
+        vae.enable_tiling()
     with fake_device(device_type) as tracker, torch.no_grad():
-        vae, transformer = build_vae(configs.vae), freeze(_generator(configs, dtype, control))
-        dinov3 = build_dinov3(configs.dinov3, dtype) if control else None
-        if vae_tiling:
-            vae.enable_tiling()
+
+        @contextmanager
+        def in_use(model: torch.nn.Module) -> Iterator[None]:
+            put_on_device(model, tracker, device_type)
+            yield
+            if cpu_offload:
+                for tensor in (*model.parameters(), *model.buffers()):
+                    tracker.remove(tensor)
+
         if not cpu_offload:
             for model in (vae, transformer, dinov3):
                 if model is not None:
                     put_on_device(model, tracker, device_type)
-
-        @contextmanager
-        def in_use(model):
-            if cpu_offload:
-                put_on_device(model, tracker, device_type)
-            yield model
-            if cpu_offload:
-                _remove(model)
-
-        controls: tuple = ()
-        if dinov3 is not None:
-            with in_use(dinov3):
-                features = _encode_control(dinov3, bucket, 1, tracker)
-            controls = (features, torch.zeros_like(features))
-        with in_use(transformer):
-            latents = _denoise(transformer, configs, bucket, dtype, controls, tracker)
-        with in_use(vae):
-            decode_latents(vae, latents)
-        return tracker.recording
+        with tracker.measuring() as recording:
+            _generate(transformer, dinov3, vae, Inputs(configs, bucket, 1, dtype), in_use)
+    return recording
 
 
 def _generator(configs, dtype, control):
@@ -213,7 +176,25 @@ def _generator(configs, dtype, control):
     return joined
 
 
-def _remove(model):
-    for part in model.modules():
-        part._parameters.clear()
-        part._buffers.clear()
+@contextmanager
+def _on_device_already(model):
+    yield
+
+
+def _generate(transformer, dinov3, vae, inputs, in_use=_on_device_already):
+    """Make a video: control features, the two predictions of one guided denoising step, frames."""
+    control: tuple = ()
+    if dinov3 is not None:
+        with in_use(dinov3):
+            features = dinov3(inputs.control_frames().float() / 255).to(inputs.dtype)
+        _blank = torch.zeros_like(features)  # as the pipeline holds it
+        control = (features, 1.0)
+    noisy = inputs.noisy_batch()
+    with in_use(transformer):
+        latents, embeds = noisy.noisy_latents, noisy.prompt_embeds.to(inputs.dtype)
+        with_prompt, without_prompt = (
+            transformer(latents.to(inputs.dtype), noisy.timesteps, embeds, *control).sample.float() for _ in range(2)
+        )
+        latents = latents + with_prompt - without_prompt
+    with in_use(vae):
+        decode_latents(vae, latents)

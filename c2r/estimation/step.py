@@ -8,11 +8,12 @@ from diffusers import ModelMixin, WanTransformer3DModel
 
 from c2r import flow_matching
 from c2r.data.buckets import Bucket
-from c2r.estimation.configs import ModelConfigs, build_backbone, build_joined
-from c2r.estimation.fake_device import DEVICE, fake_device, put_on_device
-from c2r.estimation.tracker import GRADIENTS, HOST, OPTIMIZER, SAVED, TEMPORARY, Recording, Tracker
+from c2r.estimation.configs import ModelConfigs, build_backbone, build_dinov3, build_joined
+from c2r.estimation.fake_device import DEVICE, put_on_device
+from c2r.estimation.tracker import GRADIENTS, OPTIMIZER, TEMPORARY, TRAINABLE, Recording, Tracker
 from c2r.flow_matching import SigmaDensity
 from c2r.models.adversary import DomainClassifier, WithAdversary, domain_loss
+from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.training.batches import Draw
 from c2r.training.optimizer import OptimizerSettings, build_optimizer
 from c2r.training.precision import frozen_dtype
@@ -38,7 +39,7 @@ class EightBitStates(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and not self.state[parameter]:
-                    self.state[parameter] = dict(self._states(parameter))
+                    self.state[parameter].update(self._states(parameter))
 
     def _states(self, parameter):
         count = parameter.numel()
@@ -49,6 +50,38 @@ class EightBitStates(torch.optim.Optimizer):
                 yield f"absmax{moment}", torch.zeros(-(-count // 256), dtype=torch.float32, device=parameter.device)
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """Sizes of a micro-batch, and tensors of these sizes."""
+
+    configs: ModelConfigs
+    bucket: Bucket
+    batch_size: int
+    dtype: torch.dtype  #: of the control features
+
+    def noisy_batch(self) -> NoisyBatch:
+        """Return a noisy batch as of the training loop: it is drawn on the CPU, and its tensors are on DEVICE."""
+        latents = torch.zeros(self.batch_size, self.configs.transformer["in_channels"], *self.bucket.latent_grid)
+        text = torch.zeros(self.batch_size, PROMPT_TOKENS, self.configs.transformer["text_dim"])
+        batch = {"latents_mean": latents, "latents_logvar": latents, "prompt_embeds": text}
+        settings = NoiseSettings(seed=0, density=SigmaDensity())
+        draw = Draw(list(range(self.batch_size)), 0, self.batch_size)
+        return make_noisy_batch(batch, settings, draw, text[0], DEVICE)
+
+    def control_features(self) -> torch.Tensor:
+        """Return control features (B, F, h, w, Dd) as DINOv3 makes them."""
+        patch, width = self.configs.dinov3["patch_size"], self.configs.dinov3["hidden_size"]
+        frames, height, pixels = self.bucket
+        return torch.empty(
+            self.batch_size, frames, height // patch, pixels // patch, width, dtype=self.dtype, device=DEVICE
+        )
+
+    def control_frames(self) -> torch.Tensor:
+        """Return the frames that DINOv3 reads, (B, F, 3, H, W) uint8."""
+        frames, height, width = self.bucket
+        return torch.empty(self.batch_size, frames, 3, height, width, dtype=torch.uint8, device=DEVICE)
+
+
 @dataclass
 class TrainingModels:
     """A run's models on the meta device."""
@@ -57,11 +90,12 @@ class TrainingModels:
     backbone: WanTransformer3DModel
     module: ModelMixin  #: the part that trains, a domain classifier apart
     classifier: DomainClassifier | None = None
+    dinov3: DINOv3FeatureExtractor | None = None  #: in phase 2
 
     @property
     def has_control(self) -> bool:
         """True in phase 2."""
-        return self.module is not self.backbone
+        return self.dinov3 is not None
 
 
 def build_models(args: Namespace, configs: ModelConfigs) -> TrainingModels:
@@ -73,17 +107,16 @@ def build_models(args: Namespace, configs: ModelConfigs) -> TrainingModels:
     if not hasattr(args, "control_layers"):
         backbone = build_backbone(configs.transformer, torch.float32).requires_grad_(True)
         return TrainingModels(backbone, backbone, backbone)
-    joined = build_joined(
-        configs,
-        frozen_dtype(args.mixed_precision),
-        control_layers=args.control_layers,
-        control_stride=args.control_stride,
+    dtype = frozen_dtype(args.mixed_precision)
+    joined = build_joined(configs, dtype, control_layers=args.control_layers, control_stride=args.control_stride)
+    models = TrainingModels(
+        joined, joined.transformer, joined.controlnet, dinov3=build_dinov3(configs.dinov3, dtype)
     )
-    if args.adversarial_weight == 0:
-        return TrainingModels(joined, joined.transformer, joined.controlnet)
-    with torch.device("meta"):
-        classifier = DomainClassifier(joined.transformer.config.out_channels)
-    return TrainingModels(WithAdversary(joined, classifier), joined.transformer, joined.controlnet, classifier)
+    if args.adversarial_weight > 0:
+        with DEVICE:
+            models.classifier = DomainClassifier(joined.transformer.config.out_channels)
+        models.model = WithAdversary(joined, models.classifier)
+    return models
 
 
 @dataclass
@@ -106,11 +139,16 @@ def put_state_on_device(args: Namespace, models: TrainingModels, tracker: Tracke
         device_type: see `fake_device`.
     """
     put_on_device(models.model, tracker, device_type)
+    if models.dinov3 is not None:
+        put_on_device(models.dinov3, tracker, device_type)
     set_forward(args, models.model, models.backbone, DEVICE)
     with tracker.making(OPTIMIZER):
         optimizer = build_optimizer(
             models.module, OptimizerSettings.of(args), DEVICE, models.classifier, lambda: EightBitStates
         )
+    for parameter in models.model.parameters():
+        if parameter.requires_grad:
+            tracker.mark(parameter, TRAINABLE)  # --weight_storage bf16 has replaced it
     trainable = [parameter for parameter in models.model.parameters() if parameter.requires_grad]
     with tracker.making(GRADIENTS):
         for parameter in trainable:
@@ -127,76 +165,42 @@ def put_state_on_device(args: Namespace, models: TrainingModels, tracker: Tracke
     return TrainingState(models, trainable, optimizer, average)
 
 
-def record_step(args: Namespace, configs: ModelConfigs, bucket: Bucket, device_type: str = "cuda") -> Recording:
-    """Run an optimizer step on fake tensors; return its allocations, and the FLOPs of its last micro-step.
+def record_step(args: Namespace, state: TrainingState, inputs: Inputs, tracker: Tracker) -> Recording:
+    """Take an optimizer step; the FLOPs are those of its last micro-step.
 
-    Two micro-steps stand for any number of them: the second meets the gradients of the first.
+    Two micro-steps stand for any larger number: the second meets the gradients of the first.
 
     Args:
         args: options of a training script.
-        configs: of the models.
-        bucket: size of the clips.
-        device_type: see `fake_device`.
+        state: of the run.
+        inputs: sizes of a micro-batch.
+        tracker: of the fake device that is entered.
     """
-    models = build_models(args, configs)
-    with fake_device(device_type) as tracker:
-        state = put_state_on_device(args, models, tracker, device_type)
-        tracker.start_measuring()
-        micro_steps = min(2, args.gradient_accumulation_steps)
-        for number in range(micro_steps):
-            if number == micro_steps - 1:
-                tracker.recording.flops.clear()
-            _micro_step(args, configs, state, bucket, tracker)
+    with tracker.measuring() as recording:
+        for _ in range(min(2, args.gradient_accumulation_steps)):
+            recording.flops.clear()
+            _micro_step(args, state, inputs)
         with tracker.making(TEMPORARY):
             torch.nn.utils.clip_grad_norm_(state.trainable, args.max_grad_norm)
             state.optimizer.step()
         state.optimizer.zero_grad()
-        return tracker.recording
+    return recording
 
 
-def _micro_step(args, configs, state, bucket, tracker):
-    noisy = fake_batch(args.train_batch_size, configs, bucket, tracker)
+def _micro_step(args, state, sizes):
+    models = state.models
+    noisy = sizes.noisy_batch()
     inputs: tuple = (noisy.noisy_latents, noisy.timesteps, noisy.prompt_embeds)
-    domains = torch.zeros(args.train_batch_size, dtype=torch.int64, device=DEVICE)
-    if not state.models.has_control:
-        prediction = state.models.model(*inputs)
-    else:
-        features = fake_features(args.train_batch_size, configs, bucket, frozen_dtype(args.mixed_precision))
-        inputs = (*inputs, features, args.conditioning_scale)
-        if state.models.classifier is not None:
-            inputs = (*inputs, args.adversarial_weight * domains)
-        prediction = state.models.model(*inputs)
+    domains = torch.zeros(sizes.batch_size, dtype=torch.int64, device=DEVICE)
+    if models.has_control:
+        inputs = (*inputs, sizes.control_features(), args.conditioning_scale)
+    if models.classifier is not None:
+        inputs = (*inputs, args.adversarial_weight * domains)
+    prediction = models.model(*inputs)
     losses = noisy.weights * flow_matching.velocity_loss(prediction.sample, noisy.velocity_target)
-    if not state.models.has_control:
-        loss = losses.mean()
-    else:
+    loss = losses.mean()
+    if models.has_control:
         loss = (domain_weights(domains, args.real_weight, args.cg_ratio) * losses).mean()
-        if state.models.classifier is not None:
-            counted = ~noisy.dropped_control
-            loss = loss + domain_loss(prediction.domain_logits, domains, counted, args.cg_ratio).mean()
+    if models.classifier is not None:
+        loss = loss + domain_loss(prediction.domain_logits, domains, ~noisy.dropped_control, args.cg_ratio).mean()
     torch.autograd.backward(loss / args.gradient_accumulation_steps)
-
-
-def fake_batch(batch_size: int, configs: ModelConfigs, bucket: Bucket, tracker: Tracker) -> NoisyBatch:
-    """Return a noisy batch as of the training loop: it is drawn on the host, and its result is on the device."""
-    latents = (batch_size, configs.transformer["in_channels"], *bucket.latent_grid)
-    text = (PROMPT_TOKENS, configs.transformer["text_dim"])
-    with tracker.making(HOST):
-        batch = {
-            "latents_mean": torch.zeros(latents),
-            "latents_logvar": torch.zeros(latents),
-            "prompt_embeds": torch.zeros(batch_size, *text),
-        }
-        settings = NoiseSettings(seed=0, density=SigmaDensity())
-        draw = Draw(list(range(batch_size)), 0, batch_size)
-        noisy = make_noisy_batch(batch, settings, draw, torch.zeros(text), DEVICE)
-    for tensor in vars(noisy).values():
-        tracker.mark(tensor, SAVED)
-    return noisy
-
-
-def fake_features(batch_size: int, configs: ModelConfigs, bucket: Bucket, dtype: torch.dtype) -> torch.Tensor:
-    """Return control features as DINOv3 makes them from a bucket's frames, (B, F, h, w, Dd)."""
-    patch = configs.dinov3["patch_size"]
-    grid = (bucket.num_frames, bucket.height // patch, bucket.width // patch)
-    return torch.empty(batch_size, *grid, configs.dinov3["hidden_size"], dtype=dtype, device=DEVICE)

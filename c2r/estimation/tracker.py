@@ -21,7 +21,6 @@ OPTIMIZER = "optimizer"
 SAVED = "saved activations"  # made by a forward pass, inputs of the step included
 RECOMPUTED = "recomputation"  # made again in the backward pass
 TEMPORARY = "temporaries"  # made by backward formulas and by the optimizer
-HOST = "host"  # not on the device
 
 KINDS = (FROZEN, TRAINABLE, GRADIENTS, OPTIMIZER, SAVED, RECOMPUTED, TEMPORARY)
 
@@ -34,46 +33,39 @@ _ATTENTION_NAMES = ("_scaled_dot_product_", "_flash_attention_", "_efficient_att
 _FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_backward.default
 
 
+Event = tuple[str, int]  # kind, bytes: negative for a release
+
+
 @dataclass
 class Recording:
-    """Every allocation and release of a computation, in order, and its FLOPs."""
+    """A measured part of a computation: its allocations and releases, after those that came before, and its FLOPs."""
 
-    events: list[tuple[str, int]] = field(default_factory=list)  #: (kind, bytes), negative for a release
+    events: list[Event]  #: from the beginning on
+    start: int  #: number of events before the measured part
+    end: int = 0  #: number of events at its end
     flops: Counter[tuple[str, str]] = field(default_factory=Counter)  #: by (pass, LINEAR or ATTENTION)
-    start: int = 0  #: number of events before the part that is measured
 
     def peak(self, factors: Mapping[str, float] | None = None) -> dict[str, float]:
-        """Return the bytes of each kind at the moment when their sum is largest.
+        """Return the bytes of each kind at the moment of the measured part when their sum is largest.
 
         Args:
             factors: share of each kind that this device holds, where it is not 1.
         """
-        factors = factors or {}
         now = dict.fromkeys(KINDS, 0.0)
         total, largest, at_peak = 0.0, -1.0, dict(now)
-        for number, (kind, num_bytes) in enumerate(self.events):
-            if kind == HOST:
-                continue
-            change = num_bytes * factors.get(kind, 1.0)
+        for number, (kind, num_bytes) in enumerate(self.events[: self.end]):
+            change = num_bytes * (factors or {}).get(kind, 1.0)
             now[kind] += change
             total += change
-            if number >= self.start and total > largest and num_bytes > 0:
+            if number >= self.start - 1 and total > largest:
                 largest, at_peak = total, dict(now)
         return at_peak
-
-    def host_peak(self) -> int:
-        """Return the largest number of bytes on the host."""
-        now = largest = 0
-        for kind, num_bytes in self.events:
-            now += num_bytes if kind == HOST else 0
-            largest = max(largest, now)
-        return largest
 
 
 class Tracker(TorchDispatchMode):
     """Record the storages that operators make, from their first tensor to their last, and the operators' FLOPs.
 
-    Enter it inside the fake mode. Memory is what tensors take, which is what the allocator is asked for.
+    Only tensors on the meta device count, see `fake_device`. Their memory is what an allocator would be asked for.
 
     Args:
         granularity: bytes that each allocation is rounded up to: 512 in CUDA's allocator.
@@ -82,10 +74,20 @@ class Tracker(TorchDispatchMode):
 
     def __init__(self, granularity: int = 1, flash_workspace: bool = False):
         super().__init__()
-        self.recording = Recording()
+        self._events: list[Event] = []
+        self._flops: Counter[tuple[str, str]] = Counter()
         self._granularity, self._flash_workspace = granularity, flash_workspace
-        self._alive: dict[int, tuple[str, int]] = {}  # by the storage's address
+        self._alive: dict[int, Event] = {}  # by the storage's address
         self._forced: str | None = None
+
+    @contextmanager
+    def measuring(self) -> Iterator[Recording]:
+        """Yield a recording that is complete when the context ends."""
+        recording = Recording(self._events, start=len(self._events))
+        self._flops = recording.flops
+        yield recording
+        self._flops = Counter()
+        recording.end = len(self._events)
 
     @contextmanager
     def making(self, kind: str) -> Iterator[None]:
@@ -105,28 +107,24 @@ class Tracker(TorchDispatchMode):
         before, num_bytes = self._alive[storage._cdata]
         if before != kind:
             self._alive[storage._cdata] = (kind, num_bytes)
-            self.recording.events += [(before, -num_bytes), (kind, num_bytes)]
+            self._events += [(before, -num_bytes), (kind, num_bytes)]
 
-    def kind_of(self, tensor: torch.Tensor) -> str | None:
-        """Return the kind of a tensor's storage; None if it is not known."""
-        return self._alive.get(tensor.untyped_storage()._cdata, (None, 0))[0]
-
-    def start_measuring(self) -> None:
-        """Leave everything before this out of the peak and of the FLOPs; what is alive stays counted."""
-        self.recording.start = len(self.recording.events)
-        self.recording.flops.clear()
+    def remove(self, tensor: torch.Tensor) -> None:
+        """Take the storage of a tensor off the device."""
+        self._release(tensor.untyped_storage()._cdata)
 
     def _add(self, storage, kind):
         num_bytes = -(-storage.nbytes() // self._granularity) * self._granularity
         if num_bytes == 0:
             return
         self._alive[storage._cdata] = (kind, num_bytes)
-        self.recording.events.append((kind, num_bytes))
+        self._events.append((kind, num_bytes))
         weakref.finalize(storage, self._release, storage._cdata).atexit = False
 
     def _release(self, address):
-        kind, num_bytes = self._alive.pop(address)
-        self.recording.events.append((kind, -num_bytes))
+        if address in self._alive:  # not where `remove` was called
+            kind, num_bytes = self._alive.pop(address)
+            self._events.append((kind, -num_bytes))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -136,18 +134,18 @@ class Tracker(TorchDispatchMode):
         stage = _stage()
         kind = self._forced or {FORWARD: SAVED, RECOMPUTATION: RECOMPUTED, BACKWARD: TEMPORARY}[stage]
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and leaf.is_meta:
                 storage = leaf.untyped_storage()
                 if storage._cdata not in self._alive:
                     self._add(storage, kind)
         if func is _FLASH_BACKWARD and self._flash_workspace:
             batch, heads, tokens, head_dim = args[1].shape
             workspace = 4 * batch * heads * (-(-tokens // 128) * 128) * (-(-head_dim // 32) * 32 + 1)
-            self.recording.events += [(kind, workspace), (kind, -workspace)]
+            self._events += [(kind, workspace), (kind, -workspace)]
         packet = func._overloadpacket
         if packet in flop_registry:
             what = ATTENTION if packet.__name__.startswith(_ATTENTION_NAMES) else LINEAR
-            self.recording.flops[stage, what] += flop_registry[packet](*args, **kwargs, out_val=result)
+            self._flops[stage, what] += flop_registry[packet](*args, **kwargs, out_val=result)
         return result
 
 

@@ -15,7 +15,7 @@ class SafeConv3d(nn.Conv3d):
     """Convolution in fp32 on the CPU: oneDNN's bf16 gradient of a depthwise kernel has uninitialised values."""
 
     def forward(self, frames):
-        if frames.device.type != "cpu":
+        if frames.device.type not in ("cpu", "meta"):
             return super().forward(frames)
         with torch.autocast("cpu", enabled=False):
             return self._conv_forward(frames.float(), self.weight.float(), None).to(self.weight.dtype)
