@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from diffusers import AutoencoderKLWan
 
 from c2r.data.buckets import Bucket
 from c2r.encoding.encoders import LatentEncoder
@@ -22,7 +23,7 @@ from c2r.estimation.configs import (
 )
 from c2r.estimation.fake_device import DEVICE, fake_device, put_on_device
 from c2r.estimation.step import PROMPT_TOKENS, Inputs, build_models, put_state_on_device, record_step
-from c2r.estimation.tracker import TEMPORARY, Recording
+from c2r.estimation.tracker import TEMPORARY, Recording, Summary, Tracker
 from c2r.models.parts import freeze
 from c2r.models.vae import decode_latents, encode_frames
 from c2r.training.optimizer import merge_weight
@@ -33,6 +34,11 @@ TEXT_ENCODING, VAE_ENCODING = "encoding prompts", "encoding clips"
 CONTROL, STEP = "DINOv3 in a step", "training step"
 VALIDATION, SAMPLES, SAVING = "validation", "sample videos", "saving"
 GENERATION = "generation"
+
+
+#: Groups of frames of a clip or tile that the VAE runs for real: the first, the second, and one that stands for all
+#: later ones. Only then do its caches of earlier frames have their final sizes.
+GROUPS_RUN = 3
 
 
 def half_precision(device_type: str) -> torch.dtype:
@@ -60,9 +66,39 @@ def record_vae_encoding(configs: ModelConfigs, bucket: Bucket, device_type: str)
     inputs = Inputs(configs, bucket, LatentEncoder.clips_at_once(bucket), torch.float32)
     with fake_device(device_type) as tracker, torch.no_grad():
         put_on_device(vae, tracker, device_type)
-        with tracker.measuring() as recording:
+        with _in_brief(vae, tracker), tracker.measuring() as recording:
             encode_frames(vae, inputs.control_frames())
     return recording
+
+
+@contextmanager
+def _in_brief(vae: AutoencoderKLWan, tracker: Tracker) -> Iterator[None]:
+    """Let the VAE run the first groups of frames of each clip or tile, and repeat the record of the last of these."""
+    parts = (vae.encoder, vae.decoder)
+
+    def brief(forward):
+        groups, summary = 0, Summary()
+
+        def run(frames, feat_cache, feat_idx, **first):
+            nonlocal groups, summary
+            groups = 1 if all(cached is None for cached in feat_cache) else groups + 1
+            if groups <= GROUPS_RUN:
+                with tracker.summing_up() as summary:
+                    result = forward(frames, feat_cache=feat_cache, feat_idx=feat_idx, **first)
+                run.shape = result.shape
+                return result
+            tracker.repeat(summary)
+            return torch.empty(run.shape, dtype=frames.dtype, device=DEVICE)
+
+        return run
+
+    for part in parts:
+        part.forward = brief(part.forward)
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.forward
 
 
 # ------------------------------------------------------------------------------------------------- the training process
@@ -108,7 +144,7 @@ def record_training(
             if models.dinov3 is not None and args.num_samples > 0:
                 vae.enable_tiling()
                 put_on_device(vae, tracker, device_type)
-                with tracker.measuring() as recordings[SAMPLES]:
+                with _in_brief(vae, tracker), tracker.measuring() as recordings[SAMPLES]:
                     _generate(models.model, models.dinov3, vae, one)
     return recordings
 
@@ -163,7 +199,7 @@ def record_generation(
             for model in (vae, transformer, dinov3):
                 if model is not None:
                     put_on_device(model, tracker, device_type)
-        with tracker.measuring() as recording:
+        with _in_brief(vae, tracker), tracker.measuring() as recording:
             _generate(transformer, dinov3, vae, Inputs(configs, bucket, 1, dtype), in_use)
     return recording
 

@@ -62,6 +62,14 @@ class Recording:
         return at_peak
 
 
+@dataclass
+class Summary:
+    """A computation in short."""
+
+    most: int = 0  #: bytes at its peak beyond those before it
+    flops: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+
 class Tracker(TorchDispatchMode):
     """Record the storages that operators make, from their first tensor to their last, and the operators' FLOPs.
 
@@ -108,6 +116,22 @@ class Tracker(TorchDispatchMode):
         if before != kind:
             self._alive[storage._cdata] = (kind, num_bytes)
             self._events += [(before, -num_bytes), (kind, num_bytes)]
+
+    @contextmanager
+    def summing_up(self) -> Iterator["Summary"]:
+        """Yield the sum of what happens inside the context: it is complete when the context ends."""
+        first, flops_before, summary = len(self._events), Counter(self._flops), Summary()
+        yield summary
+        change = 0
+        for _, num_bytes in self._events[first:]:
+            change += num_bytes
+            summary.most = max(summary.most, change)
+        summary.flops = self._flops - flops_before
+
+    def repeat(self, summary: "Summary") -> None:
+        """Record a computation again that leaves nothing alive but what the caller makes."""
+        self._events += [(SAVED, summary.most), (SAVED, -summary.most)]
+        self._flops.update(summary.flops)
 
     def remove(self, tensor: torch.Tensor) -> None:
         """Take the storage of a tensor off the device."""
