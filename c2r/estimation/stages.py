@@ -22,7 +22,7 @@ from c2r.estimation.configs import (
     with_stored_dtypes,
 )
 from c2r.estimation.fake_device import DEVICE, fake_device, put_on_device
-from c2r.estimation.step import PROMPT_TOKENS, Inputs, build_models, put_state_on_device, record_step
+from c2r.estimation.step import PROMPT_TOKENS, Inputs, TrainingModels, put_state_on_device, record_step
 from c2r.estimation.tracker import TEMPORARY, Recording, Summary, Tracker
 from c2r.models.parts import freeze
 from c2r.models.vae import decode_latents, encode_frames
@@ -105,12 +105,19 @@ def _in_brief(vae: AutoencoderKLWan, tracker: Tracker) -> Iterator[None]:
 
 
 def record_training(
-    args: Namespace, configs: ModelConfigs, bucket: Bucket, device_type: str, *, step_only: bool = False
+    args: Namespace,
+    models: TrainingModels,
+    configs: ModelConfigs,
+    bucket: Bucket,
+    device_type: str,
+    *,
+    step_only: bool = False,
 ) -> dict[str, Recording]:
     """Run each stage that a training process has while its models and optimizer are on the device.
 
     Args:
         args: options of a training script; with `control_layers` they are phase 2's.
+        models: from `build_models`, used here alone.
         configs: of the models.
         bucket: size of the clips.
         device_type: see `fake_device`.
@@ -118,14 +125,8 @@ def record_training(
 
     Returns:
         {name of the stage: its recording}.
-
-    Raises:
-        InputError: the backbone has too few blocks for the control branch.
     """
-    models = build_models(args, configs)
-    vae = build_vae(configs.vae)
     inputs = Inputs(configs, bucket, args.train_batch_size, frozen_dtype(args.mixed_precision))
-    one = Inputs(configs, bucket, 1, inputs.dtype)
     with fake_device(device_type) as tracker:
         state = put_state_on_device(args, models, tracker, device_type)
         recordings = {STEP: record_step(args, state, inputs, tracker)}
@@ -142,10 +143,11 @@ def record_training(
             with tracker.measuring() as recordings[VALIDATION]:
                 _validate(args, models, inputs)
             if models.dinov3 is not None and args.num_samples > 0:
+                vae = build_vae(configs.vae)
                 vae.enable_tiling()
                 put_on_device(vae, tracker, device_type)
                 with _in_brief(vae, tracker), tracker.measuring() as recordings[SAMPLES]:
-                    _generate(models.model, models.dinov3, vae, one)
+                    _generate(models.model, models.dinov3, vae, Inputs(configs, bucket, 1, inputs.dtype))
     return recordings
 
 

@@ -231,9 +231,13 @@ def sharding(accelerator: Accelerator) -> str | None:
 
 def require_supported(accelerator: Accelerator, args: Namespace):
     """Raise InputError if an option does not work on the engine, with another option, or without a missing package."""
-    engine = sharding(accelerator)
     if args.optimizer == "adamw8bit":
         adamw_8bit()
+    check_options(args, sharding(accelerator))
+
+
+def check_options(args: Namespace, engine: str | None):
+    """Raise InputError if an option does not work on an engine, see `sharding`, or with another option."""
     if args.weight_storage == "bf16" and args.mixed_precision != "bf16":
         raise InputError(
             f"--weight_storage bf16: does not work with --mixed_precision {args.mixed_precision}; give "

@@ -12,6 +12,7 @@ from c2r import flow_matching
 from c2r.data.buckets import Bucket
 from c2r.estimation.configs import ModelConfigs
 from c2r.estimation.stages import STEP, record_training
+from c2r.estimation.step import build_models
 from c2r.estimation.tracker import FROZEN, GRADIENTS, OPTIMIZER, TRAINABLE
 from c2r.flow_matching import SigmaDensity
 from c2r.models.adversary import DomainClassifier, WithAdversary, domain_loss
@@ -148,5 +149,5 @@ def test_the_peak_of_a_step_is_within_2_percent_of_the_allocators_events(phase, 
     real = RealStep(args)
     real.take()  # torch sets up its kernels
     measured = real.state_bytes + peak_bytes(real.take)
-    estimated = record_training(args, CONFIGS, BUCKET, "cpu", step_only=True)[STEP].peak()
+    estimated = record_training(args, build_models(args, CONFIGS), CONFIGS, BUCKET, "cpu", step_only=True)[STEP].peak()
     assert sum(estimated.values()) == pytest.approx(measured, rel=0.02)
