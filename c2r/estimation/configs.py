@@ -1,6 +1,6 @@
 """Configurations of the models that an estimate is about: Wan 2.1's two sizes, or those in a folder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,12 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class ModelConfigs:
-    """Entries of the models' config.json."""
+    """Entries of the models' config.json; those that a training step alone does not need may be empty."""
 
     transformer: dict[str, Any]
-    vae: dict[str, Any]
-    text_encoder: dict[str, Any]
-    dinov3: dict[str, Any]
+    vae: dict[str, Any] = field(default_factory=dict)
+    text_encoder: dict[str, Any] = field(default_factory=dict)
+    dinov3: dict[str, Any] = field(default_factory=dict)
 
 
 def read_configs(model: str, dinov3: str | None) -> ModelConfigs:

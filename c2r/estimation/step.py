@@ -1,7 +1,7 @@
 """A training step on fake tensors: our models, our forward, our optimizer, and the loop's own functions around them."""
 
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from diffusers import ModelMixin, WanTransformer3DModel
@@ -126,7 +126,13 @@ class TrainingState:
     models: TrainingModels
     trainable: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
-    average: list[torch.Tensor]  #: of --ema_decay
+    average: list[torch.Tensor] = field(default_factory=list)  #: of --ema_decay
+
+    def make_gradients(self, tracker: Tracker) -> None:
+        """Give every trainable parameter a gradient."""
+        with tracker.making(GRADIENTS):
+            for parameter in self.trainable:
+                parameter.grad = torch.empty_like(parameter)
 
 
 def put_state_on_device(args: Namespace, models: TrainingModels, tracker: Tracker, device_type: str) -> TrainingState:
@@ -150,25 +156,20 @@ def put_state_on_device(args: Namespace, models: TrainingModels, tracker: Tracke
         if parameter.requires_grad:
             tracker.mark(parameter, TRAINABLE)  # --weight_storage bf16 has replaced it
     trainable = [parameter for parameter in models.model.parameters() if parameter.requires_grad]
-    with tracker.making(GRADIENTS):
-        for parameter in trainable:
-            parameter.grad = torch.empty_like(parameter)
+    state = TrainingState(models, trainable, optimizer)
+    state.make_gradients(tracker)
     with tracker.making(OPTIMIZER):
         optimizer.step()
+        if args.ema_decay is not None:
+            state.average = [parameter.detach().clone() for parameter in models.module.parameters()]
     optimizer.zero_grad()
-    average = []
-    if args.ema_decay is not None:
-        with tracker.making(OPTIMIZER):
-            average = [parameter.detach().clone() for parameter in models.module.parameters()]
     for parameter in trainable:
         parameter.register_post_accumulate_grad_hook(lambda p: tracker.mark(p.grad, GRADIENTS))
-    return TrainingState(models, trainable, optimizer, average)
+    return state
 
 
 def record_step(args: Namespace, state: TrainingState, inputs: Inputs, tracker: Tracker) -> Recording:
-    """Take an optimizer step; the FLOPs are those of its last micro-step.
-
-    Two micro-steps stand for any larger number: the second meets the gradients of the first.
+    """Take an optimizer step of one micro-step, or the last of several micro-steps, which meets earlier gradients.
 
     Args:
         args: options of a training script.
@@ -177,9 +178,9 @@ def record_step(args: Namespace, state: TrainingState, inputs: Inputs, tracker: 
         tracker: of the fake device that is entered.
     """
     with tracker.measuring() as recording:
-        for _ in range(min(2, args.gradient_accumulation_steps)):
-            recording.flops.clear()
-            _micro_step(args, state, inputs)
+        if args.gradient_accumulation_steps > 1:
+            state.make_gradients(tracker)
+        _micro_step(args, state, inputs)
         with tracker.making(TEMPORARY):
             torch.nn.utils.clip_grad_norm_(state.trainable, args.max_grad_norm)
             state.optimizer.step()

@@ -2,9 +2,11 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -87,6 +89,7 @@ class Tracker(TorchDispatchMode):
         self._granularity, self._flash_workspace = granularity, flash_workspace
         self._alive: dict[int, Event] = {}  # by the storage's address
         self._forced: str | None = None
+        self._known: dict[Hashable, Any] = {}  # layouts of results, by operator and arguments
 
     @contextmanager
     def measuring(self) -> Iterator[Recording]:
@@ -152,9 +155,7 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func is torch.ops.prim.device.default:
-            return result
+        result = self._run(func, args, kwargs)
         stage = _stage()
         kind = self._forced or {FORWARD: SAVED, RECOMPUTATION: RECOMPUTED, BACKWARD: TEMPORARY}[stage]
         for leaf in tree_leaves(result):
@@ -171,6 +172,54 @@ class Tracker(TorchDispatchMode):
             what = ATTENTION if packet.__name__.startswith(_ATTENTION_NAMES) else LINEAR
             self._flops[stage, what] += flop_registry[packet](*args, **kwargs, out_val=result)
         return result
+
+
+    def _run(self, func, args, kwargs):
+        """Run an operator, or make its result by the layout that an earlier call with such arguments gave."""
+        if not _makes_new_tensors(func):
+            return func(*args, **kwargs)
+        key = (func, _key(args), _key(tuple(kwargs.items())))
+        if key not in self._known:
+            result = func(*args, **kwargs)
+            layouts = [_layout(tensor) for tensor in (result if isinstance(result, tuple) else (result,))]
+            if None in layouts:
+                return result
+            self._known[key] = layouts if isinstance(result, tuple) else layouts[0]
+            return result
+        layouts = self._known[key]
+        if isinstance(layouts, list):
+            return tuple(_make(layout) for layout in layouts)
+        return _make(layouts)
+
+
+@cache
+def _makes_new_tensors(func):
+    return not func._schema.is_mutable and all(
+        str(returned.type) in ("Tensor", "Optional[Tensor]") and returned.alias_info is None
+        for returned in func._schema.returns
+    )
+
+
+def _key(value):
+    """Return a hashable equal of arguments in which tensors are their layouts."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype, value.is_meta
+    if isinstance(value, list | tuple):
+        return tuple(map(_key, value))
+    return type(value), value
+
+
+def _layout(tensor):
+    """Return the layout of a meta tensor that fills its storage, () for no tensor, else None."""
+    if tensor is None:
+        return ()
+    if not tensor.is_meta or tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes():
+        return None
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _make(layout):
+    return torch.empty_strided(layout[0], layout[1], dtype=layout[2], device="meta") if layout else None
 
 
 def _stage():
