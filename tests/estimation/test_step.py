@@ -9,58 +9,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from c2r import flow_matching
-from c2r.data.buckets import Bucket
-from c2r.estimation.configs import ModelConfigs
 from c2r.estimation.stages import STEP, record_training
-from c2r.estimation.step import build_models
-from c2r.estimation.tracker import FROZEN, GRADIENTS, OPTIMIZER, TRAINABLE
+from c2r.estimation.step import EightBitStates, build_models
+from c2r.estimation import tracker
+from c2r.estimation.tracker import LINEAR
 from c2r.flow_matching import SigmaDensity
 from c2r.models.adversary import DomainClassifier, WithAdversary, domain_loss
 from c2r.models.assembly import stored_dtype
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.transformer import C2RTransformer
-from c2r.options import PHASE1, PHASE2
 from c2r.training.batches import Draw
 from c2r.training.optimizer import OptimizerSettings, build_optimizer
 from c2r.training.precision import frozen_dtype
 from c2r.training.setup import set_forward
 from c2r.training.step import NoiseSettings, domain_weights, make_noisy_batch
+from tests.helpers.estimates import BUCKET, CONFIGS, DINOV3, TRANSFORMER, training_options
 from tests.helpers.memory import peak_bytes, storage_bytes
 
-TRANSFORMER = {
-    "num_attention_heads": 4,
-    "attention_head_dim": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 32,
-    "freq_dim": 32,
-    "ffn_dim": 512,
-    "num_layers": 4,
-    "patch_size": [1, 2, 2],
-    "rope_max_seq_len": 64,
-}
-DINOV3 = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_register_tokens": 4,
-    "patch_size": 16,
-}
-CONFIGS = ModelConfigs(TRANSFORMER, {}, {}, DINOV3)
-BUCKET = Bucket(17, 192, 192)
 CPU = torch.device("cpu")
-
-
-def options(phase: int, **given) -> Namespace:
-    """Return the options of a training script, with its defaults where none is given."""
-    args = Namespace(**{option.name: option.default for option in (PHASE1, PHASE2)[phase - 1].options.values()})
-    small = {"train_batch_size": 1, "gradient_accumulation_steps": 1}
-    if phase == 2:
-        small["control_layers"] = 2
-    vars(args).update(small | given)
-    return args
 
 
 class RealStep:
@@ -145,9 +112,49 @@ CASES = [
 
 @pytest.mark.parametrize(("phase", "given"), CASES)
 def test_the_peak_of_a_step_is_within_2_percent_of_the_allocators_events(phase, given):
-    args = options(phase, **given)
+    args = training_options(phase, **given)
     real = RealStep(args)
     real.take()  # torch sets up its kernels
     measured = real.state_bytes + peak_bytes(real.take)
     estimated = record_training(args, build_models(args, CONFIGS), CONFIGS, BUCKET, "cpu", step_only=True)[STEP].peak()
     assert sum(estimated.values()) == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_flops_equal_those_of_flop_counter_mode(phase, monkeypatch):
+    args = training_options(phase)
+    # Its counter has no formula for the CPU's attention.
+    real = RealStep(args)
+    with FlopCounterMode(display=False) as counter:
+        real.take()
+    on_cpu = record_training(args, build_models(args, CONFIGS), CONFIGS, BUCKET, "cpu", step_only=True)[STEP].flops
+    assert sum(on_cpu.values()) == counter.get_total_flops()
+    # It sees the fake device's operators if none is left out because its result is known.
+    models = build_models(args, CONFIGS)
+    known = record_training(args, build_models(args, CONFIGS), CONFIGS, BUCKET, "cuda", step_only=True)[STEP]
+    monkeypatch.setattr(tracker, "_makes_new_tensors", lambda func: False)
+    with FlopCounterMode(display=False) as counter:
+        recording = record_training(args, models, CONFIGS, BUCKET, "cuda", step_only=True)[STEP]
+    assert recording.flops == known.flops
+    assert recording.peak() == known.peak()
+    assert sum(recording.flops.values()) == counter.get_total_flops()
+    linear = sum(count for (_, what), count in recording.flops.items() if what == LINEAR)
+    assert linear == sum(on_cpu.values())
+
+
+def test_eight_bit_states_have_the_sizes_of_bitsandbytes():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in ((64, 64), (100, 41), (7,))]
+    settings = {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.0, "eps": 1e-8}
+    theirs, ours = bitsandbytes.optim.AdamW8bit(parameters, **settings), EightBitStates(parameters, **settings)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    theirs.step()
+    ours.step()
+
+    def sizes(optimizer, parameter):
+        states = {name: value for name, value in optimizer.state[parameter].items() if torch.is_tensor(value)}
+        return {name: value.nbytes for name, value in states.items() if not name.startswith("qmap")}
+
+    for parameter in parameters:
+        assert sizes(ours, parameter) == sizes(theirs, parameter)
