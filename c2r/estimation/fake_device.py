@@ -120,10 +120,10 @@ def _cpu_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=F
 def _fused_rms_norm(input, normalized_shape, weight=None, eps=None):  # noqa: A002 (torch's name)
     if weight is None or weight.dtype != input.dtype:
         return F.rms_norm(input, normalized_shape, weight, eps)
-    return _FusedRMSNorm.apply(input, weight)
+    return FusedRMSNorm.apply(input, weight)
 
 
-class _FusedRMSNorm(torch.autograd.Function):
+class FusedRMSNorm(torch.autograd.Function):
     """The memory of CUDA's fused kernel; the CPU has none, and would keep the normalised input as well."""
 
     @staticmethod

@@ -43,7 +43,7 @@ def test_each_stage_of_a_process_has_the_state_and_its_own_tensors():
     assert list(recordings) == [STEP, CONTROL, SAVING, VALIDATION, SAMPLES]
     state = recordings[SAVING].peak()
     assert state[GRADIENTS] == 0
-    assert sum(state.values()) == state[FROZEN] + state[TRAINABLE] + state[OPTIMIZER]
+    assert sum(state.values()) - state[FROZEN] - state[TRAINABLE] - state[OPTIMIZER] < 4096  # DINOv3's coordinates
     assert state[OPTIMIZER] == pytest.approx(2 * state[TRAINABLE], rel=0.05)  # small tensors take 512 bytes
     for stage in (STEP, CONTROL, VALIDATION, SAMPLES):
         peak = recordings[stage].peak()
