@@ -176,16 +176,11 @@ def train(run: Run) -> Plan:
             if args.cache_control_features:
                 control_features = batch["control_features"].to(device)  # (B, F, h, w, Dd)
             else:
-                # No name is given to the frames, (B, F, 3, H, W): they would stay on the device during the step.
+                control_frames = batch["control_frames"].to(device).float() / 255  # (B, F, 3, H, W)
                 control_features = dinov3(
-                    augment_real_control(
-                        batch["control_frames"].to(device).float() / 255,
-                        batch["domain"],
-                        args.control_augmentation,
-                        args.seed,
-                        draw,
-                    )
+                    augment_real_control(control_frames, batch["domain"], args.control_augmentation, args.seed, draw)
                 )
+                del control_frames  # otherwise they would stay on the device during the step
             # A dropped control is zero features, not a branch left out: guidance must know what no control looks like.
             control_features[noisy.dropped_control] = 0
             inputs = (noisy.noisy_latents, noisy.timesteps, noisy.prompt_embeds, control_features)

@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> None:
             )
         estimate, training = fit.estimate, fit.args
         margin = args.fit - estimate.total(estimate.largest)
-        print(f"fits {args.fit / GIB:g} GB with {margin / GIB:.1f} GiB to spare: {' '.join(fit.options) or 'defaults'}")
+        print(
+            f"fits {args.fit / GIB:g} GB with {margin / GIB:.1f} GiB to spare: {' '.join(fit.options) or 'defaults'}"
+        )
     size = f"{bucket}, {training.train_batch_size} clips at a time"
     print(f"{args.model}, phase {args.phase}, {size}, {args.engine} of {args.num_processes}: computed, not measured")
     for table in (memory_table(estimate), flops_table(estimate), other_lines(training, estimate, args.tflops)):

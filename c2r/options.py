@@ -683,7 +683,9 @@ def _estimate_options():
         if other is not None and other.default == option.default:
             yield option
         else:
-            default = f"{option.default:g}" if other is None else f"{other.default:g} in phase 1, {option.default:g} in 2"
+            default = (
+                f"{option.default:g}" if other is None else f"{other.default:g} in phase 1, {option.default:g} in 2"
+            )
             yield replace(option, default=None, help=f"{option.help}; default: {default}")
 
 
@@ -691,7 +693,9 @@ def _check_estimate(args):
     if args.phase == "1":
         for name in _OF_PHASE2:
             if getattr(args, name) is not None:
-                raise InputError(f"--{name} {getattr(args, name):g}: phase 1 has no control; leave it out, or give --phase 2")
+                raise InputError(
+                    f"--{name} {getattr(args, name):g}: phase 1 has no control; leave it out, or give --phase 2"
+                )
     if args.engine == "one_device" and args.num_processes > 1:
         raise InputError(f"--num_processes {args.num_processes}: --engine one_device has one; give another engine")
     for bucket in args.buckets or []:
@@ -710,7 +714,9 @@ ESTIMATE = Command(
             Option("engine", "training engine, see docs/engines.md", Choice(ENGINES), "one_device"),
             Option("num_processes", "number of devices", COUNT, 1),
             Option("tflops", "10^12 FLOPs that a device does in a second, to compute the time of a step", POSITIVE),
-            Option("fit", "memory of a device, such as 24GB: find the fastest options with which the run fits", MEMORY),
+            Option(
+                "fit", "memory of a device, such as 24GB: find the fastest options with which the run fits", MEMORY
+            ),
             *_estimate_options(),
             Option("cpu_offload", "as in c2r.generate: keep only the model in use on the GPU", Flag(), False),
             Option("vae_tiling", "as in c2r.generate: decode in tiles", Flag(), False),

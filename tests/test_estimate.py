@@ -1,6 +1,5 @@
 """`python -m c2r.estimate`: its output, its refusals, its search, and the figures of the studies."""
 
-
 from functools import partial
 
 import pytest
@@ -72,7 +71,7 @@ def test_bad_input_is_refused_in_one_line_before_any_work(argv, message):
     assert "\n" not in str(caught.value)
 
 
-# -------------------------------------------------------------------------------------------------------------- engines
+# ------------------------------------------------------------------------------------------------------------- engines
 
 
 def test_ddp_keeps_all_gradients_from_the_start():
@@ -133,7 +132,7 @@ def test_the_fastest_options_that_fit_are_found():
     assert find_fit(args, RESERVED, run) is None
 
 
-# ------------------------------------------------------------------------------------------------------- real sizes
+# ---------------------------------------------------------------------------------------------------------- real sizes
 
 
 @pytest.mark.slow

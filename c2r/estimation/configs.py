@@ -70,7 +70,10 @@ def read_configs(model: str, dinov3: str | None) -> ModelConfigs:
     folder = Path(model)
     transformer = read_transformer_config(folder)
     return ModelConfigs(
-        transformer, dict(read_vae_config(folder / "vae")), dict(read_text_encoder_config(folder / "text_encoder")), vit
+        transformer,
+        dict(read_vae_config(folder / "vae")),
+        dict(read_text_encoder_config(folder / "text_encoder")),
+        vit,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a training engine changes on one device: its part of each kind of memory, and its own buffers.
+"""The part of a run's memory that a training engine leaves on one device, and the engine's own buffers.
 
 The engines' communication cannot run on the fake device, so this is arithmetic on sizes, with the engines' defaults.
 """

@@ -5,7 +5,7 @@ leave nothing behind in a process that trains afterwards. `DeviceRules` makes fu
 would keep on the device that is meant.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -24,19 +24,19 @@ CUDA_GRANULARITY = 512
 #: Functions that autocast runs in half precision, on CUDA and on the CPU.
 HALF = frozenset(
     "addbmm addmm baddbmm bmm conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d "
-    "einsum linalg_multi_dot linalg_vecdot linear matmul mm mv scaled_dot_product_attention".split()
+    "einsum linalg_multi_dot linalg_vecdot linear matmul mm mv scaled_dot_product_attention".split()  # noqa: SIM905
 )
 #: Functions that CUDA's autocast runs in fp32.
 CUDA_FULL = frozenset(
-    "acos asin binary_cross_entropy_with_logits cdist cosh cosine_embedding_loss cosine_similarity dist erfinv exp "
-    "expm1 frobenius_norm group_norm hinge_embedding_loss huber_loss kl_div l1_loss layer_norm log log10 log1p log2 "
-    "logsumexp margin_ranking_loss mse_loss multi_margin_loss multilabel_margin_loss native_layer_norm nll_loss "
-    "nuclear_norm pdist poisson_nll_loss pow reciprocal renorm rms_norm rsqrt sinh smooth_l1_loss soft_margin_loss "
-    "softplus tan triplet_margin_loss".split()
+    "acos asin binary_cross_entropy_with_logits cdist cosh cosine_embedding_loss cosine_similarity dist erfinv "
+    "exp expm1 frobenius_norm group_norm hinge_embedding_loss huber_loss kl_div l1_loss layer_norm log log10 "
+    "log1p log2 logsumexp margin_ranking_loss mse_loss multi_margin_loss multilabel_margin_loss native_layer_norm "
+    "nll_loss nuclear_norm pdist poisson_nll_loss pow reciprocal renorm rms_norm rsqrt sinh smooth_l1_loss "
+    "soft_margin_loss softplus tan triplet_margin_loss".split()  # noqa: SIM905
 )
 #: Functions whose result is fp32 under CUDA's autocast.
 CUDA_FULL_RESULT = frozenset(
-    "cumprod cumsum linalg_matrix_norm linalg_vector_norm log_softmax norm prod softmax sum".split()
+    "cumprod cumsum linalg_matrix_norm linalg_vector_norm log_softmax norm prod softmax sum".split()  # noqa: SIM905
 )
 #: Functions that the CPU's autocast runs in fp32, of those that the models call.
 CPU_FULL = frozenset(["mse_loss"])
@@ -59,7 +59,9 @@ class DeviceRules(TorchFunctionMode):
         super().__init__()
         cuda = device_type == "cuda"
         self._full, self._full_result = (CUDA_FULL, CUDA_FULL_RESULT) if cuda else (CPU_FULL, frozenset())
-        self._replaced = {"scaled_dot_product_attention": _cuda_attention if cuda else _cpu_attention}
+        self._replaced: dict[str, Callable] = {
+            "scaled_dot_product_attention": _cuda_attention if cuda else _cpu_attention
+        }
         if cuda:
             self._replaced["rms_norm"] = _fused_rms_norm
 
@@ -117,7 +119,7 @@ def _cpu_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=F
     )[0]
 
 
-def _fused_rms_norm(input, normalized_shape, weight=None, eps=None):  # noqa: A002 (torch's name)
+def _fused_rms_norm(input, normalized_shape, weight=None, eps=None):
     if weight is None or weight.dtype != input.dtype:
         return F.rms_norm(input, normalized_shape, weight, eps)
     return FusedRMSNorm.apply(input, weight)
@@ -180,6 +182,6 @@ def put_on_device(module: torch.nn.Module, tracker: Tracker, device_type: str) -
     """Count a module, whose tensors are on DEVICE already, as frozen and trainable weights of the device."""
     for part in module.modules():
         if type(part) is SafeConv3d and device_type == "cuda":
-            part.__class__ = torch.nn.Conv3d  # its detour is for the CPU alone
+            part.__class__ = torch.nn.Conv3d  # type: ignore[assignment]  # its detour is for the CPU alone
     for tensor in (*module.parameters(), *module.buffers()):
         tracker.mark(tensor, TRAINABLE if tensor.requires_grad else FROZEN)

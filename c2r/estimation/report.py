@@ -85,9 +85,7 @@ def estimate_run(
         peaks[GENERATION] = record_generation(
             configs, bucket, device_type, control=control, cpu_offload=cpu_offload, vae_tiling=vae_tiling
         ).peak()
-    return Estimate(
-        peaks, recordings[STEP].flops, checkpoint_bytes(sizes.count, args), 4 * sizes.count, split.host
-    )
+    return Estimate(peaks, recordings[STEP].flops, checkpoint_bytes(sizes.count, args), 4 * sizes.count, split.host)
 
 
 def memory_table(estimate: Estimate) -> Iterator[str]:

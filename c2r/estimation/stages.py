@@ -101,7 +101,7 @@ def _in_brief(vae: AutoencoderKLWan, tracker: Tracker) -> Iterator[None]:
             del part.forward
 
 
-# ------------------------------------------------------------------------------------------------- the training process
+# ------------------------------------------------------------------------------------------------ the training process
 
 
 def record_training(
@@ -173,7 +173,7 @@ def record_generation(
     cpu_offload: bool = False,
     vae_tiling: bool = False,
 ) -> Recording:
-    """Generate a video as `c2r.generate` does, whose text encoder is freed before: DINOv3, one denoising step, decoder.
+    """Generate a video as `c2r.generate` does once the prompts are encoded: DINOv3, one denoising step, decoder.
 
     Args:
         configs: of the models.

@@ -1,4 +1,4 @@
-"""A training step on fake tensors: our models, our forward, our optimizer, and the loop's own functions around them."""
+"""A training step without memory: the models, forward and optimizer of a run, and the functions of its loop."""
 
 from argparse import Namespace
 from dataclasses import dataclass, field
@@ -109,9 +109,7 @@ def build_models(args: Namespace, configs: ModelConfigs) -> TrainingModels:
         return TrainingModels(backbone, backbone, backbone)
     dtype = frozen_dtype(args.mixed_precision)
     joined = build_joined(configs, dtype, control_layers=args.control_layers, control_stride=args.control_stride)
-    models = TrainingModels(
-        joined, joined.transformer, joined.controlnet, dinov3=build_dinov3(configs.dinov3, dtype)
-    )
+    models = TrainingModels(joined, joined.transformer, joined.controlnet, dinov3=build_dinov3(configs.dinov3, dtype))
     if args.adversarial_weight > 0:
         with DEVICE:
             models.classifier = DomainClassifier(joined.transformer.config.out_channels)

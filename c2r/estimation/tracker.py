@@ -173,7 +173,6 @@ class Tracker(TorchDispatchMode):
             self._flops[stage, what] += flop_registry[packet](*args, **kwargs, out_val=result)
         return result
 
-
     def _run(self, func, args, kwargs):
         """Run an operator, or make its result by the layout that an earlier call with such arguments gave."""
         if not _makes_new_tensors(func):

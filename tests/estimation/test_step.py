@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from c2r import flow_matching
+from c2r.estimation import tracker
 from c2r.estimation.stages import STEP, record_training
 from c2r.estimation.step import EightBitStates, build_models
-from c2r.estimation import tracker
 from c2r.estimation.tracker import LINEAR
 from c2r.flow_matching import SigmaDensity
 from c2r.models.adversary import DomainClassifier, WithAdversary, domain_loss
