@@ -77,7 +77,7 @@ def read_configs(model: str, dinov3: str | None) -> ModelConfigs:
     )
 
 
-# ------------------------------------------------------------------------------ models on the meta device, without data
+# ----------------------------------------------------------------------------- models on the meta device, without data
 
 
 def build_backbone(config: dict[str, Any], dtype: torch.dtype) -> WanTransformer3DModel:

@@ -21,23 +21,26 @@ DEVICE = torch.device("meta")
 #: Bytes that CUDA's caching allocator rounds every allocation up to.
 CUDA_GRANULARITY = 512
 
+
+def _words(text):
+    return frozenset(text.split())
+
+
 #: Functions that autocast runs in half precision, on CUDA and on the CPU.
-HALF = frozenset(
+HALF = _words(
     "addbmm addmm baddbmm bmm conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d "
-    "einsum linalg_multi_dot linalg_vecdot linear matmul mm mv scaled_dot_product_attention".split()  # noqa: SIM905
+    "einsum linalg_multi_dot linalg_vecdot linear matmul mm mv scaled_dot_product_attention"
 )
 #: Functions that CUDA's autocast runs in fp32.
-CUDA_FULL = frozenset(
+CUDA_FULL = _words(
     "acos asin binary_cross_entropy_with_logits cdist cosh cosine_embedding_loss cosine_similarity dist erfinv "
     "exp expm1 frobenius_norm group_norm hinge_embedding_loss huber_loss kl_div l1_loss layer_norm log log10 "
     "log1p log2 logsumexp margin_ranking_loss mse_loss multi_margin_loss multilabel_margin_loss native_layer_norm "
     "nll_loss nuclear_norm pdist poisson_nll_loss pow reciprocal renorm rms_norm rsqrt sinh smooth_l1_loss "
-    "soft_margin_loss softplus tan triplet_margin_loss".split()  # noqa: SIM905
+    "soft_margin_loss softplus tan triplet_margin_loss"
 )
 #: Functions whose result is fp32 under CUDA's autocast.
-CUDA_FULL_RESULT = frozenset(
-    "cumprod cumsum linalg_matrix_norm linalg_vector_norm log_softmax norm prod softmax sum".split()  # noqa: SIM905
-)
+CUDA_FULL_RESULT = _words("cumprod cumsum linalg_matrix_norm linalg_vector_norm log_softmax norm prod softmax sum")
 #: Functions that the CPU's autocast runs in fp32, of those that the models call.
 CPU_FULL = frozenset(["mse_loss"])
 
