@@ -107,8 +107,9 @@ def split_by(engine: str, num_processes: int, sizes: Sizes, dinov3: int = 0) -> 
         return Split({GRADIENTS: share, OPTIMIZER: share}, {OPTIMIZER: copies, ENGINE: bucket})
     live = (sizes.frozen + sizes.trainable) * min(1.0, ZERO3_LIVE / sizes.elements)
     if engine == "zero3":
-        factors = {FROZEN: frozen, TRAINABLE: share, GRADIENTS: share, OPTIMIZER: share}
-        return Split(factors, {OPTIMIZER: copies, ENGINE: bucket + live})
+        # Its part of the gradients has a buffer that stays.
+        factors = {FROZEN: frozen, TRAINABLE: share, GRADIENTS: 0.0, OPTIMIZER: share}
+        return Split(factors, {GRADIENTS: sizes.trainable * share, OPTIMIZER: copies, ENGINE: bucket + live})
     factors = {FROZEN: dinov3 / max(sizes.frozen + dinov3, 1), TRAINABLE: 0.0, GRADIENTS: 0.0, OPTIMIZER: 0.0}
     # Weights, gradients and AdamW's moments beside the copies.
     host = sizes.frozen + sizes.trainable * 2 + 4 * sizes.count + 8 * sizes.count

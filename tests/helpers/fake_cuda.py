@@ -159,15 +159,22 @@ def peak_of(function, *kept):
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    alive, most = {}, 0
+    alive, now, most = set(), 0, 0
 
     def add(tensor):
-        nonlocal most
+        nonlocal now, most
         storage = tensor.untyped_storage()
         if tensor.device.type == "cuda" and storage._cdata not in alive:
-            alive[storage._cdata] = -(-storage.nbytes() // 512) * 512
-            weakref.finalize(storage, alive.pop, storage._cdata).atexit = False
-            most = max(most, sum(alive.values()))
+            num_bytes = -(-storage.nbytes() // 512) * 512
+            alive.add(storage._cdata)
+            weakref.finalize(storage, remove, storage._cdata, num_bytes).atexit = False
+            now += num_bytes
+            most = max(most, now)
+
+    def remove(address, num_bytes):
+        nonlocal now
+        alive.remove(address)
+        now -= num_bytes
 
     class Peak(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
