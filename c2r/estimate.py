@@ -64,16 +64,18 @@ def main(argv: list[str] | None = None) -> None:
         fit = find_fit(training, args.fit, estimate_of, supported)
         if fit is None:
             raise InputError(
-                f"--fit {args.fit / GIB:g}GB: this run does not fit with any options; give fewer --control_layers, "
-                "a smaller size, or more devices by --engine and --num_processes"
+                f"--fit {args.fit / GIB:g}GB: this run does not fit with any options; lower --train_batch_size "
+                "or the size of the clips, or give more devices by --engine and --num_processes"
             )
         estimate, training = fit.estimate, fit.args
         margin = args.fit - estimate.total(estimate.largest)
         print(
             f"fits {args.fit / GIB:g} GB with {margin / GIB:.1f} GiB to spare: {' '.join(fit.options) or 'defaults'}"
         )
-    size = f"{bucket}, {training.train_batch_size} clips at a time"
-    print(f"{args.model}, phase {args.phase}, {size}, {args.engine} of {args.num_processes}: computed, not measured")
+    print(
+        f"{args.model}, phase {args.phase}, {bucket}, batch {training.train_batch_size}, {args.engine} on "
+        f"{args.num_processes}: computed, not measured"
+    )
     for table in (memory_table(estimate), flops_table(estimate), other_lines(training, estimate, args.tflops)):
         print()
         print("\n".join(table), flush=True)

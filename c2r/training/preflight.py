@@ -160,18 +160,17 @@ def _disk_line(args, trainable):
 def _memory_line(run, configs):
     accelerator = run.accelerator
     needed = None
-    with failing_together(accelerator, "the estimate of the memory"):
-        if accelerator.is_main_process:
-            estimate = estimate_run(
-                run.planned,
-                configs,
-                max(run.settings.buckets, key=lambda bucket: math.prod(bucket.latent_grid)),
-                device_type="cuda" if accelerator.device.type == "cuda" else "cpu",
-                engine=_engine(accelerator),
-                num_processes=accelerator.num_processes,
-                step_only=True,
-            )
-            needed = estimate.total(estimate.largest)
+    if accelerator.is_main_process:
+        estimate = estimate_run(
+            run.planned,
+            configs,
+            max(run.settings.buckets, key=lambda bucket: math.prod(bucket.latent_grid)),
+            device_type="cuda" if accelerator.device.type == "cuda" else "cpu",
+            engine=_engine(accelerator),
+            num_processes=accelerator.num_processes,
+            step_only=True,
+        )
+        needed = estimate.total(estimate.largest)
     needed = broadcast_object_list([needed])[0]
     about = f"{needed / GIB:.1f} GiB at the peak of a step, computed"
     if accelerator.device.type != "cuda":
