@@ -61,7 +61,8 @@ class DeviceRules(TorchFunctionMode):
     def __init__(self, device_type: str):
         super().__init__()
         cuda = device_type == "cuda"
-        self._full, self._full_result = (CUDA_FULL, CUDA_FULL_RESULT) if cuda else (CPU_FULL, frozenset())
+        self._full: frozenset[str] = CUDA_FULL if cuda else CPU_FULL
+        self._full_result: frozenset[str] = CUDA_FULL_RESULT if cuda else frozenset()
         self._replaced: dict[str, Callable] = {
             "scaled_dot_product_attention": _cuda_attention if cuda else _cpu_attention
         }

@@ -24,6 +24,8 @@ SAVED = "saved activations"  # made by a forward pass, inputs of the step includ
 RECOMPUTED = "recomputation"  # made again in the backward pass
 TEMPORARY = "temporaries"  # made by backward formulas and by the optimizer
 
+HOST = "host"  # copied from the device to the CPU; not in any peak
+
 KINDS = (FROZEN, TRAINABLE, GRADIENTS, OPTIMIZER, SAVED, RECOMPUTED, TEMPORARY)
 
 FORWARD, RECOMPUTATION, BACKWARD = "forward", "recomputation", "backward"
@@ -56,12 +58,22 @@ class Recording:
         now = dict.fromkeys(KINDS, 0.0)
         total, largest, at_peak = 0.0, -1.0, dict(now)
         for number, (kind, num_bytes) in enumerate(self.events[: self.end]):
+            if kind == HOST:
+                continue
             change = num_bytes * (factors or {}).get(kind, 1.0)
             now[kind] += change
             total += change
             if number >= self.start - 1 and total > largest:
                 largest, at_peak = total, dict(now)
         return at_peak
+
+    def host_peak(self) -> int:
+        """Return the most bytes that tensors copied to the host take there."""
+        now = most = 0
+        for kind, num_bytes in self.events[: self.end]:
+            now += num_bytes if kind == HOST else 0
+            most = max(most, now)
+        return most
 
 
 @dataclass
@@ -155,6 +167,8 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self._is_to_host(func, args, kwargs):
+            return self._copy_to_host(func, args, kwargs)
         result = self._run(func, args, kwargs)
         stage = _stage()
         kind = self._forced or {FORWARD: SAVED, RECOMPUTATION: RECOMPUTED, BACKWARD: TEMPORARY}[stage]
@@ -172,6 +186,24 @@ class Tracker(TorchDispatchMode):
             what = ATTENTION if packet.__name__.startswith(_ATTENTION_NAMES) else LINEAR
             self._flops[stage, what] += flop_registry[packet](*args, **kwargs, out_val=result)
         return result
+
+    def _is_to_host(self, func, args, kwargs):
+        if func is aten._to_copy.default:
+            return args[0].is_meta and kwargs.get("device") == torch.device("cpu")
+        return func is aten.copy_.default and args[1].is_meta and not args[0].is_meta
+
+    def _copy_to_host(self, func, args, kwargs):
+        """Copy a tensor to the CPU, where its copy has one value in place of all."""
+        if func is aten.copy_.default:
+            on_host = args[0]  # of `torch.empty`, whose memory is never touched
+        else:
+            on_host = torch.empty((), dtype=kwargs.get("dtype") or args[0].dtype).expand(args[0].shape)
+        storage, num_bytes = on_host.untyped_storage(), args[0].numel() * args[0].element_size()
+        if storage._cdata not in self._alive:
+            self._alive[storage._cdata] = (HOST, num_bytes)
+            self._events.append((HOST, num_bytes))
+            weakref.finalize(storage, self._release, storage._cdata).atexit = False
+        return on_host
 
     def _run(self, func, args, kwargs):
         """Run an operator, or make its result by the layout that an earlier call with such arguments gave."""

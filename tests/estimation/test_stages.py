@@ -1,6 +1,7 @@
 """The stages of a run on the fake device: what is left out to save time changes no figure."""
 
 import pytest
+import torch
 
 from c2r.data.buckets import Bucket
 from c2r.estimation import stages
@@ -16,7 +17,7 @@ from c2r.estimation.stages import (
     record_vae_encoding,
 )
 from c2r.estimation.step import build_models
-from c2r.estimation.tracker import FROZEN, GRADIENTS, OPTIMIZER, TRAINABLE
+from c2r.estimation.tracker import FROZEN, GRADIENTS, OPTIMIZER, SAVED, TRAINABLE
 from tests.helpers.estimates import BUCKET, CONFIGS, training_options
 
 
@@ -85,3 +86,15 @@ def test_offloading_and_tiles_lower_the_peak_of_generation():
 def test_the_text_encoder_is_counted_in_half_precision_on_a_gpu():
     gpu, cpu = (record_text_encoding(CONFIGS, device).peak()[FROZEN] for device in ("cuda", "cpu"))
     assert gpu < 0.7 * cpu
+
+
+def test_activations_that_are_saved_on_the_host_leave_the_device():
+    args = training_options(1, gradient_checkpointing=False)
+    on_device = record_training(args, build_models(args, CONFIGS), CONFIGS, BUCKET, "cuda", step_only=True)[STEP]
+    with torch.autograd.graph.save_on_cpu():
+        on_host = record_training(args, build_models(args, CONFIGS), CONFIGS, BUCKET, "cuda", step_only=True)[STEP]
+    assert on_host.flops == on_device.flops
+    assert on_device.host_peak() == 0
+    saved, left = on_device.peak()[SAVED], on_host.peak()[SAVED]
+    assert left < 0.2 * saved
+    assert on_host.host_peak() > 0.8 * saved
