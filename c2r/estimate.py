@@ -10,6 +10,7 @@ The models' own code and the training step run on tensors without memory, see `c
 import math
 from argparse import Namespace
 from functools import partial
+from typing import Any
 
 from c2r import InputError, cli
 from c2r.data.buckets import Bucket
@@ -23,6 +24,20 @@ def training_options(args: Namespace) -> Namespace:
     values = {name: option.default for name, option in command.options.items()}
     given = {name: value for name, value in vars(args).items() if name in values and value is not None}
     return Namespace(**values | given)
+
+
+def command_line(args: Namespace, changes: dict[str, Any]) -> str:
+    """Return the command of a run: the training options that were given here, and changes to them."""
+    defaults = {name: option.default for name, option in ESTIMATE.options.items()}
+    trained = (PHASE1 if args.phase == "1" else PHASE2).options
+    given = {name: value for name, value in vars(args).items() if name in trained and value != defaults[name]}
+    words = ["accelerate launch", f"train_phase{args.phase}.py"]
+    for name, value in (given | changes).items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return " ".join(words)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,9 +84,7 @@ def main(argv: list[str] | None = None) -> None:
             )
         estimate, training = fit.estimate, fit.args
         margin = args.fit - estimate.total(estimate.largest)
-        print(
-            f"fits {args.fit / GIB:g} GB with {margin / GIB:.1f} GiB to spare: {' '.join(fit.options) or 'defaults'}"
-        )
+        print(f"fits {args.fit / GIB:g} GB with {margin / GIB:.1f} GiB to spare: {command_line(args, fit.changes)}")
     print(
         f"{args.model}, phase {args.phase}, {bucket}, batch {training.train_batch_size}, {args.engine} on "
         f"{args.num_processes}: computed, not measured"

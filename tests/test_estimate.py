@@ -69,6 +69,20 @@ def test_bad_input_is_refused_in_one_line_before_any_work(argv, message):
     assert "\n" not in str(caught.value)
 
 
+def test_the_command_that_fits_is_printed_with_the_options_given(folders, capsys):
+    model, dinov3 = folders
+    argv = ["--model", model, "--dinov3", dinov3, "--control_layers", "2", "--buckets", "5x64x96", "1x64x96"]
+    estimate.main([*argv, "--fit", "80GB"])
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("fits 80 GB with ")
+    assert first.endswith(
+        "GiB to spare: accelerate launch train_phase2.py --buckets 5x64x96 1x64x96 --control_layers 2 "
+        "--no-gradient_checkpointing"
+    )
+    with pytest.raises(InputError, match="--fit 1GB: this run does not fit with any options"):
+        estimate.main([*argv, "--fit", "1GB"])
+
+
 # ------------------------------------------------------------------------------------------------------------- engines
 
 
@@ -126,11 +140,11 @@ def test_the_fastest_options_that_fit_are_found():
     )
     assert checkpointed < plain
     fits = find_fit(args, plain + RESERVED, run)
-    assert fits.options == ["--no-gradient_checkpointing"]
+    assert fits.changes == {"gradient_checkpointing": False}
     assert not fits.args.gradient_checkpointing
     assert fits.estimate.total(STEP) == plain
     checkpointing = find_fit(args, checkpointed + RESERVED, run, lambda options: options.optimizer == "adamw")
-    assert checkpointing.options == []
+    assert checkpointing.changes == {}
     assert find_fit(args, RESERVED, run) is None
 
 

@@ -29,7 +29,7 @@ class Fit:
     """A row of MODES with which a run fits."""
 
     args: Namespace  #: the run's options with those of the mode
-    options: list[str]  #: the options of the mode as they are typed
+    changes: dict[str, Any]  #: the options of the mode
     estimate: Estimate
 
 
@@ -55,13 +55,9 @@ def find_fit(
             continue
         whole = estimate(changed, step_only=False)
         if _fits(whole, memory):
-            return Fit(changed, [_typed(name, value) for name, value in mode.items()], whole)
+            return Fit(changed, mode, whole)
     return None
 
 
 def _fits(estimate, memory):
     return estimate.total(estimate.largest) <= memory - RESERVED
-
-
-def _typed(name, value):
-    return f"--no-{name}" if value is False else f"--{name} {value}"
