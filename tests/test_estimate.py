@@ -76,8 +76,8 @@ def test_the_command_that_fits_is_printed_with_the_options_given(folders, capsys
     first = capsys.readouterr().out.splitlines()[0]
     assert first.startswith("fits 80 GB with ")
     assert first.endswith(
-        "GiB to spare: accelerate launch train_phase2.py --buckets 5x64x96 1x64x96 --control_layers 2 "
-        "--no-gradient_checkpointing"
+        f"GiB to spare: accelerate launch train_phase2.py --dinov3 {dinov3} --buckets 5x64x96 1x64x96 "
+        "--control_layers 2 --no-gradient_checkpointing"
     )
     with pytest.raises(InputError, match="--fit 1GB: this run does not fit with any options"):
         estimate.main([*argv, "--fit", "1GB"])
