@@ -191,6 +191,7 @@ def train(run: Run) -> Plan:
                 control_features = dinov3(
                     augment_real_control(control_frames, batch["domain"], args.control_augmentation, args.seed, draw)
                 )
+                del control_frames  # otherwise they would stay on the device during the step
             # A dropped control is zero features, not a branch left out: guidance must know what no control looks like.
             control_features[noisy.dropped_control] = 0
             inputs = (noisy.noisy_latents, noisy.timesteps, noisy.prompt_embeds, control_features)

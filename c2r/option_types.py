@@ -117,6 +117,14 @@ def _duration(text):
         raise ValueError("not a duration; give one such as 90s, 5m or 1h") from None
 
 
+def _memory(text):
+    number = text.upper().removesuffix("B").removesuffix("G")
+    try:
+        return POSITIVE(number) * 2**30
+    except ValueError:
+        raise ValueError("not a size of memory; give one such as 16GB") from None
+
+
 COUNT = Number(least=1, whole=True)
 COUNT_OR_ZERO = Number(least=0, whole=True)
 SEED = Number(least=0, most=2**31 - 1, whole=True)  # numpy takes no others
@@ -132,4 +140,5 @@ MODEL = Text("a folder or hub name")
 PIXELS = Checked(check_pixels, "pixels, divisible by 16")
 FRAMES = Checked(check_num_frames, "frames, 4k + 1")
 BUCKET = Checked(parse_bucket, "frames x height x width")
+MEMORY = Checked(_memory, "a size such as 16GB")
 DURATION = Checked(_duration, "a duration such as 90s, 5m or 1h")

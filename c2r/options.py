@@ -24,6 +24,7 @@ from c2r.option_types import (
     FOLDER,
     FRAME_RATE,
     FRAMES,
+    MEMORY,
     MODEL,
     NOT_NEGATIVE,
     PIXELS,
@@ -432,6 +433,16 @@ def _check_clips(args):
 
 def _check_training(args):
     _check_clips(args)
+    check_modes(args)
+    if args.save_before_timeout is not None and not os.environ.get("SLURM_JOB_END_TIME", "").isdigit():
+        raise InputError(
+            f"--save_before_timeout {args.save_before_timeout:g}s: the end of this slot is unknown; outside Slurm set "
+            "SLURM_JOB_END_TIME to its end in seconds since 1970"
+        )
+
+
+def check_modes(args: Namespace):
+    """Raise InputError for options of a training script that trade time for memory and exclude each other."""
     if args.offload_activations and args.gradient_checkpointing == "none":
         raise InputError(
             "--offload_activations: moves the inputs of checkpointed blocks, but --gradient_checkpointing none keeps "
@@ -454,11 +465,12 @@ def _check_training(args):
             "--step_in_backward: the norm of all gradients, which clipping needs, is known only after the last step; "
             "give --max_grad_norm 0"
         )
-    if args.save_before_timeout is not None and not os.environ.get("SLURM_JOB_END_TIME", "").isdigit():
-        raise InputError(
-            f"--save_before_timeout {args.save_before_timeout:g}s: the end of this slot is unknown; outside Slurm set "
-            "SLURM_JOB_END_TIME to its end in seconds since 1970"
-        )
+    for option in ("offload_backbone", "fp8_backbone"):  # phase 1 has no frozen backbone
+        if getattr(args, option, False) and args.gradient_checkpointing == "none":
+            raise InputError(
+                f"--{option}: with --gradient_checkpointing none the device would hold whole weights of all blocks; "
+                "give --gradient_checkpointing block"
+            )
 
 
 def _require_compilable(args):
@@ -477,12 +489,6 @@ def _require_compilable(args):
 
 def _check_phase2(args):
     _check_training(args)
-    for option in ("offload_backbone", "fp8_backbone"):
-        if getattr(args, option) and args.gradient_checkpointing == "none":
-            raise InputError(
-                f"--{option}: with --gradient_checkpointing none the device would hold whole weights of all blocks; "
-                "give --gradient_checkpointing block"
-            )
     if args.cg_ratio > 0 and args.cg_dataset is None:
         raise InputError(f"--cg_ratio {args.cg_ratio:g}: needs CG pairs; give --cg_dataset, or --cg_ratio 0")
     if args.cg_ratio_min is not None and args.cg_ratio_min > args.cg_ratio:
@@ -770,6 +776,70 @@ def _output_dir(default):
     return Option("output_dir", "folder for everything that is written", FOLDER, default)
 
 
+#: Training engines by their configurations in accelerate_configs/.
+ENGINES = ("one_device", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2")
+
+#: Options of the training scripts that change what a run takes.
+_OF_BOTH_PHASES = (
+    *("height", "width", "num_frames", "buckets", "train_batch_size", "gradient_accumulation_steps"),
+    *("max_train_steps", "mixed_precision", "weight_storage", "optimizer", "ema_decay", "gradient_checkpointing"),
+    *("offload_activations", "ffn_chunks", "step_in_backward", "max_grad_norm"),
+)
+_OF_PHASE2 = (
+    *("control_layers", "control_stride", "adversarial_weight", "num_samples", "offload_backbone", "fp8_backbone"),
+)
+
+
+def _estimate_options():
+    """Return the training options of `c2r.estimate`: those whose default depends on the phase have none."""
+    for name in (*_OF_BOTH_PHASES, *_OF_PHASE2):
+        option, other = PHASE2.options[name], PHASE1.options.get(name)
+        if isinstance(option.type, Flag) or (other is not None and other.default == option.default):
+            yield option
+        else:
+            default = (
+                f"{option.default:g}" if other is None else f"{other.default:g} in phase 1, {option.default:g} in 2"
+            )
+            yield replace(option, default=None, help=f"{option.help}; default: {default}")
+
+
+def _check_estimate(args):
+    if args.phase == "1":
+        for name in _OF_PHASE2:
+            value = getattr(args, name)
+            if value is not None and value is not False:
+                given = name if value is True else f"{name} {value:g}"
+                raise InputError(f"--{given}: phase 1 has no control; leave it out, or give --phase 2")
+    if args.engine == "one_device" and args.num_processes > 1:
+        raise InputError(f"--num_processes {args.num_processes}: --engine one_device has one; give another engine")
+    for bucket in args.buckets or []:
+        if args.buckets.count(bucket) > 1:
+            raise InputError(f"--buckets {bucket}: named twice; name it once")
+
+
+ESTIMATE = Command(
+    "python -m c2r.estimate",
+    "Compute the memory, FLOPs, disk space and time of a run before it runs, without weights and without a GPU.",
+    {
+        "options": _all_common(
+            Option("model", "1.3b, 14b, or the folder of a Wan pipeline", Text("1.3b, 14b or a folder"), "1.3b"),
+            Option("phase", "phase of the training", Choice(("1", "2")), "2"),
+            Option("dinov3", "folder of a DINOv3 ViT; default: ViT-B", FOLDER),
+            Option("engine", "training engine, see docs/engines.md", Choice(ENGINES), "one_device"),
+            Option("num_processes", "number of devices", COUNT, 1),
+            Option("tflops", "10^12 FLOPs that a device does in a second, to compute the time of a step", POSITIVE),
+            Option(
+                "fit", "memory of a device, such as 24GB: find the fastest options with which the run fits", MEMORY
+            ),
+            *_estimate_options(),
+            Option("cpu_offload", "as in c2r.generate: keep only the model in use on the GPU", Flag(), False),
+            Option("vae_tiling", "as in c2r.generate: decode in tiles", Flag(), False),
+        )
+    },
+    _check_estimate,
+)
+
+
 def _check_prepare(args):
     for name, other in (("fine_pattern", "coarse_pattern"), ("coarse_pattern", "fine_pattern")):
         pattern = getattr(args, name)
@@ -876,7 +946,7 @@ TOY = _command_of_one_group(
     Option("train", "train the base models from scratch (hours) instead of writing the shipped ones", Flag(), False),
 )
 
-COMMANDS = (PHASE1, PHASE2, PREPARE, ENCODE, GENERATE, QUICKSTART, STUDY, TOY)
+COMMANDS = (PHASE1, PHASE2, PREPARE, ENCODE, GENERATE, ESTIMATE, QUICKSTART, STUDY, TOY)
 
 
 # ----------------------------------------------------------------------------------------------------------- docs page

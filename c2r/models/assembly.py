@@ -5,6 +5,7 @@ architecture, a ControlNet of another backbone) raise one `InputError` line, bef
 or the safetensors header is enough to tell.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypeVar
 
@@ -118,17 +119,19 @@ def load_transformer(
     # Not by from_single_file: in bf16 it would keep no module in fp32, and in fp32 a 14B file would need 57 GB.
     with init_empty_weights():
         transformer = WanTransformer3DModel.from_config(config)
-    keep = set(transformer._keep_in_fp32_modules)
-
-    def dtype_of(name):
-        return torch.float32 if keep.intersection(name.split(".")) else torch_dtype
-
+    dtype_of = partial(stored_dtype, transformer, torch_dtype=torch_dtype)
     if empty:
         named = ((name, torch.empty(p.shape, dtype=dtype_of(name))) for name, p in transformer.named_parameters())
     else:
         named = ((name, tensor.to(dtype_of(name))) for name, tensor in WeightIndex(path).tensors())
     transformer.load_state_dict(dict(named), assign=True)
     return transformer.requires_grad_(True).eval()
+
+
+def stored_dtype(model: torch.nn.Module, name: str, torch_dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that `from_pretrained(torch_dtype=…)` gives a parameter: fp32 for those the model keeps so."""
+    keep = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return torch.float32 if keep.intersection(name.split(".")) else torch_dtype
 
 
 def load_controlnet(folder: str | Path, torch_dtype: torch.dtype | None = None) -> C2RControlNet:

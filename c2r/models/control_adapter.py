@@ -11,11 +11,11 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 
-class _Conv3d(nn.Conv3d):
+class SafeConv3d(nn.Conv3d):
     """Convolution in fp32 on the CPU: oneDNN's bf16 gradient of a depthwise kernel has uninitialised values."""
 
     def forward(self, frames):
-        if frames.device.type != "cpu":
+        if frames.device.type not in ("cpu", "meta"):
             return super().forward(frames)
         with torch.autocast("cpu", enabled=False):
             return self._conv_forward(frames.float(), self.weight.float(), None).to(self.weight.dtype)
@@ -29,7 +29,7 @@ class TemporalDownsample(nn.Module):
 
     def __init__(self, feature_dim: int, stride: int):
         super().__init__()
-        self.conv = _Conv3d(
+        self.conv = SafeConv3d(
             feature_dim,
             feature_dim,
             kernel_size=(2 * stride + 1, 1, 1),

@@ -137,6 +137,12 @@ class StoredBlock(nn.Module):
     def _apply(self, fn, recurse=True):
         return self if self.offload else super()._apply(fn, recurse)
 
+    def move_to_host(self):
+        """Replace the tensors, which are on the meta device, by unused memory of the host."""
+        self.block.to_empty(device="cpu")
+        for name, buffer in self.named_buffers(recurse=False):
+            self._buffers[name] = torch.empty_like(buffer, device="cpu")
+
     def fetch(self):
         """Start to copy the weights to the device, unless they are there or under way."""
         if self._copies is None and self._whole is None:

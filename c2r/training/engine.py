@@ -234,16 +234,20 @@ def sharding(accelerator: Accelerator) -> str | None:
 
 def require_supported(accelerator: Accelerator, args: Namespace):
     """Raise InputError if an option does not work on the engine, with another option, or without a missing package."""
-    engine = sharding(accelerator)
     if args.optimizer == "adamw8bit":
         adamw_8bit()
+    if args.compile:
+        require_compiler(accelerator.device)
+    check_options(args, sharding(accelerator), accelerator.num_processes)
+
+
+def check_options(args: Namespace, engine: str | None, num_processes: int):
+    """Raise InputError if an option does not work on an engine, see `sharding`, or with another option."""
     if args.compile and engine in ("zero3", "fsdp2"):
         raise InputError(
             f"--compile: is not tested with {ENGINE_NAMES[engine]}, which gathers the weights of one block at a "
             "time; leave it out, or give multi_gpu.yaml or deepspeed_zero2.yaml"
         )
-    if args.compile:
-        require_compiler(accelerator.device)
     if args.weight_storage == "bf16" and args.mixed_precision != "bf16":
         raise InputError(
             f"--weight_storage bf16: does not work with --mixed_precision {args.mixed_precision}; give "
@@ -260,7 +264,7 @@ def require_supported(accelerator: Accelerator, args: Namespace):
             f"--weight_storage bf16: needs whole weights on every device, but {ENGINE_NAMES[engine]} splits them; "
             "give --weight_storage fp32, or single_gpu.yaml or multi_gpu.yaml"
         )
-    if args.step_in_backward and (engine is not None or accelerator.num_processes > 1):
+    if args.step_in_backward and (engine is not None or num_processes > 1):
         raise InputError(
             "--step_in_backward: gradients of several processes are averaged or split first; leave it out, or give "
             "single_gpu.yaml"

@@ -1,6 +1,7 @@
 """AdamW, its schedule, and `--weight_storage bf16`, which halves weights and gradients and loses no update."""
 
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ def build_optimizer(
     settings: OptimizerSettings,
     device: torch.device,
     domain_classifier: DomainClassifier | None = None,
+    adamw_8bit_class: Callable[[], type[torch.optim.Optimizer]] | None = None,
 ) -> torch.optim.Optimizer:
     """Build AdamW over the trainable parameters. Call it before DDP is built: bf16 storage changes their dtypes.
 
@@ -54,6 +56,7 @@ def build_optimizer(
         settings: see `OptimizerSettings`.
         device: device that the module is on or will be moved to.
         domain_classifier: trains beside the module, in fp32, at its own learning rate and on the same schedule.
+        adamw_8bit_class: gives the class for `adamw8bit`; None: `adamw_8bit`.
 
     Raises:
         InputError: bitsandbytes is missing, or a weight is beyond the range of bf16.
@@ -66,7 +69,7 @@ def build_optimizer(
         "eps": settings.epsilon,
     }
     if settings.optimizer == "adamw8bit":
-        cls = adamw_8bit()
+        cls = (adamw_8bit_class or adamw_8bit)()
     else:
         cls, options["fused"] = torch.optim.AdamW, device.type in ("cuda", "cpu")
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}

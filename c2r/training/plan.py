@@ -13,10 +13,11 @@ from c2r.data.mixture import Mixture, read_mixture, read_on_all
 from c2r.encoding.cache import current_encoders, encoder_fingerprint
 from c2r.encoding.encoding_pass import encode_control, encode_missing
 from c2r.encoding.missing import find_missing, find_missing_control
+from c2r.estimation.configs import ModelConfigs
 from c2r.models.assembly import check_transformer, read_transformer_config
 from c2r.models.attention import try_attention_backend
 from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet, injection_layers
-from c2r.models.dinov3 import check_dinov3
+from c2r.models.dinov3 import check_dinov3, read_dinov3_config
 from c2r.models.hub import resolve_model_folder
 from c2r.models.parts import ENCODERS, check_pipeline_parts
 from c2r.training.preflight import (
@@ -61,7 +62,7 @@ def check_phase1(run: Run) -> Plan:
     _try_attention(run, config)
     plan = Plan(backbone, config, *_read_mixtures(run))
     plan.num_trainable = count_parameters(WanTransformer3DModel, config)
-    preflight(run, plan.mixtures, config, plan.num_trainable, frozen=0)
+    preflight(run, plan.mixtures, ModelConfigs(config), plan.num_trainable, frozen=0)
     _check_inputs(run, plan)
     check_pipeline_parts(base_model)
     check_transformer(backbone, base_model)
@@ -87,7 +88,9 @@ def check_phase2(run: Run) -> Plan:
     plan = Plan(args.resume_backbone_from, config, real, cg, scenes, feature_dim=feature_dim)
     plan.num_trainable = count_parameters(C2RControlNet, config)
     num_frozen = count_parameters(WanTransformer3DModel, backbone_config) + num_dinov3
-    preflight(run, plan.mixtures, backbone_config, plan.num_trainable, num_frozen)
+    dinov3_config = dict(read_dinov3_config(resolve_model_folder(args.dinov3)))
+    configs = ModelConfigs(backbone_config, dinov3=dinov3_config)
+    preflight(run, plan.mixtures, configs, plan.num_trainable, num_frozen)
     plan.inputs["DINOv3"] = encoder_fingerprint(resolve_model_folder(args.dinov3))
     _check_inputs(run, plan)
     check_pipeline_parts(base_model, [*ENCODERS, "scheduler"])

@@ -17,21 +17,23 @@ from diffusers import ModelMixin
 
 from c2r import InputError
 from c2r.data.mixture import Mixture
+from c2r.estimation.configs import ModelConfigs
+from c2r.estimation.report import estimate_run
 from c2r.files import complete_folder, existing_parent
 from c2r.models.assembly import fingerprint_transformer
 from c2r.models.contract import CONTRACT, read_contract
 from c2r.models.hub import resolve_model_folder
 from c2r.training.checkpoint import checkpoint_bytes
 from c2r.training.engine import failing_together, sharding
-from c2r.training.memory import estimate_memory
 from c2r.training.resume import list_checkpoints
 from c2r.training.run import Run
 from c2r.units import GIB, size_text
 
 logger = logging.getLogger(__name__)
 
-# The estimate is within 15 % of simulated steps: a model that exceeds the device by more is refused.
-ESTIMATE_MARGIN = 1.15
+# The estimate counts tensors alone, so a device needs more than it says. A step that changes between the estimate and
+# the run, such as by an engine's new default, must not stop a run that would fit: hence the margin.
+ESTIMATE_MARGIN = 1.05
 
 
 def require_access(*names: str):
@@ -73,13 +75,13 @@ def fingerprint_backbone(accelerator: Accelerator, name_or_path: str, base_model
     return broadcast_object_list([sha256])[0]
 
 
-def preflight(run: Run, mixtures: list[Mixture], config: dict[str, Any], trainable: int, frozen: int):
+def preflight(run: Run, mixtures: list[Mixture], configs: ModelConfigs, trainable: int, frozen: int):
     """Check and print batches, memory and disk. Call it on every process.
 
     Args:
         run: the script's run.
         mixtures: the mixtures that are trained on.
-        config: the backbone's config.
+        configs: of the models.
         trainable: number of parameters that train, which checkpoints hold.
         frozen: number of parameters that stay on the device beside them.
 
@@ -91,7 +93,7 @@ def preflight(run: Run, mixtures: list[Mixture], config: dict[str, Any], trainab
     lines = [
         _batches_line(args, run.samples_per_step, accelerator.num_processes, mixtures),
         f"{trainable:,} parameters train, {frozen:,} are frozen",
-        _memory_line(run, config, trainable, frozen),
+        _memory_line(run, configs),
     ]
     if args.lr_warmup_steps >= args.max_train_steps:
         lines.append(
@@ -155,35 +157,40 @@ def _disk_line(args, trainable):
     return f"{about}, the run up to {size_text(needed)}; {size_text(free)} free in {out}"
 
 
-def _memory_line(run, config, trainable, frozen):
+def _memory_line(run, configs):
     accelerator = run.accelerator
-    estimate = estimate_memory(
-        run.planned,
-        config,
-        trainable=trainable,
-        frozen=frozen,
-        latent_grid=max((bucket.latent_grid for bucket in run.settings.buckets), key=math.prod),
-        sharding=_memory_sharding(accelerator),
-        num_processes=accelerator.num_processes,
-    ).total
-    about = f"about {estimate / GIB:.1f} GiB at the peak of a step, computed"
+    needed = None
+    if accelerator.is_main_process:
+        estimate = estimate_run(
+            run.planned,
+            configs,
+            max(run.settings.buckets, key=lambda bucket: math.prod(bucket.latent_grid)),
+            device_type="cuda" if accelerator.device.type == "cuda" else "cpu",
+            engine=_engine(accelerator),
+            num_processes=accelerator.num_processes,
+            step_only=True,
+        )
+        needed = estimate.total(estimate.largest)
+    needed = broadcast_object_list([needed])[0]
+    about = f"{needed / GIB:.1f} GiB at the peak of a step, computed"
     if accelerator.device.type != "cuda":
         return about
     total = torch.cuda.get_device_properties(accelerator.device).total_memory
-    if estimate > ESTIMATE_MARGIN * total:
+    if needed > ESTIMATE_MARGIN * total:
         raise InputError(
             f"{about}, but the device has {total / GIB:.1f} GiB; shard the model "
-            "(accelerate_configs/deepspeed_zero3.yaml), lower --train_batch_size or the size of the clips, or give "
-            "--optimizer adamw8bit"
+            "(accelerate_configs/deepspeed_zero3.yaml), lower --train_batch_size or the size of the clips, or see "
+            "`python -m c2r.estimate --fit`"
         )
-    remark = "; it may not fit: try --dry_run" if estimate + 3 * GIB > total else ""
+    remark = "; it may not fit: try --dry_run" if needed + 3 * GIB > total else ""
     return f"{about}, of {total / GIB:.1f} GiB on the device{remark}"
 
 
-def _memory_sharding(accelerator):
+def _engine(accelerator):
+    """Return the name of the run's engine in `c2r.options.ENGINES`."""
     engine = sharding(accelerator)
     if engine == "zero3":
         plugin = accelerator.state.deepspeed_plugin
         if plugin.offload_optimizer_device == plugin.offload_param_device == "cpu":
             return "zero3_offload"
-    return engine
+    return engine or ("one_device" if accelerator.num_processes == 1 else "ddp")

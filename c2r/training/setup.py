@@ -71,14 +71,9 @@ def build_train_state(
         backbone, trainable, domain_classifier: parts of `model`.
     """
     args = run.args
-    model.train()
-    use_lean_attention(model, args.attention_backend)
-    chunk_feed_forward(model, args.ffn_chunks)
+    set_forward(args, model, backbone, run.device)
     if args.compile:
         compile_blocks(model)
-    set_checkpointing(model, args.gradient_checkpointing, args.offload_activations)
-    disable_autocast(backbone.condition_embedder.time_embedder, run.device)
-    enable_autocast(model, run.device, args.mixed_precision)
     optimizer = build_optimizer(trainable, OptimizerSettings.of(args), run.device, domain_classifier)
     lr_scheduler = build_lr_scheduler(optimizer, args)
     model, optimizer = prepare(run.accelerator, model, optimizer)
@@ -86,6 +81,23 @@ def build_train_state(
     # After `prepare`, which may move the parameters and would lose their hooks.
     in_backward = StepInBackward(lr_scheduler.optimizer) if args.step_in_backward else None
     return TrainState(model, trainable, optimizer, lr_scheduler, ema, domain_classifier, in_backward)
+
+
+def set_forward(args: Namespace, model: torch.nn.Module, backbone: WanTransformer3DModel, device: torch.device):
+    """Set how a model's forward runs in training: its mode, attention, memory modes and precision.
+
+    Args:
+        args: options of a training script.
+        model: the module that trains.
+        backbone: the part of it whose time embedding stays outside autocast.
+        device: the run's; on the meta device attention is torch's own.
+    """
+    model.train()
+    use_lean_attention(model, None if device.type == "meta" else args.attention_backend)
+    chunk_feed_forward(model, args.ffn_chunks)
+    set_checkpointing(model, args.gradient_checkpointing, args.offload_activations)
+    disable_autocast(backbone.condition_embedder.time_embedder, device)
+    enable_autocast(model, device, args.mixed_precision)
 
 
 def resume(run: Run, state: TrainState, sampler: MixedCGRealSampler):

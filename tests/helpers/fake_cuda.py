@@ -9,7 +9,8 @@ accept them. The library must be loaded before torch is imported, so this module
 
     python -m tests.helpers.fake_cuda phase1 phase2
 
-For each phase one line of JSON is printed: properties of the step's results.
+For each phase one line of JSON is printed: properties of the step's results, and the most bytes that the step had
+on the device.
 """
 
 import ctypes
@@ -119,6 +120,8 @@ def fake_cuda():
     import torch.nn.functional as F
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from c2r.estimation.fake_device import FusedRMSNorm
+
     def flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
         # A CPU build would choose the kernel that stores all N x N scores, and promote dtypes unlike CUDA.
         assert attn_mask is None
@@ -129,12 +132,64 @@ def fake_cuda():
             query, key, value, dropout_p, is_causal, scale=scale
         )[0]
 
+    def fused_rms_norm(hidden_states, normalized_shape, weight, eps=None):
+        # CUDA has a fused kernel, for which autocast casts to fp32. The CPU's keeps more for the backward pass.
+        if torch.is_autocast_enabled("cuda"):
+            hidden_states, weight = hidden_states.float(), weight.float()
+        return FusedRMSNorm.apply(hidden_states, weight)
+
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda *args, **options: True
     F.scaled_dot_product_attention = flash_attention
+    torch.nn.functional.rms_norm = fused_rms_norm
     torch.nn.Module._apply = replace_tensors
     with FakeTensorMode():
         yield
+
+
+def peak_of(function, *kept):
+    """Run a function on fake CUDA tensors; return its result and the most bytes on the device at a time.
+
+    Args:
+        function: takes no arguments.
+        kept: tensors that are on the device before.
+    """
+    import weakref
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    alive, now, most = set(), 0, 0
+
+    def add(tensor):
+        nonlocal now, most
+        storage = tensor.untyped_storage()
+        if tensor.device.type == "cuda" and storage._cdata not in alive:
+            num_bytes = -(-storage.nbytes() // 512) * 512
+            alive.add(storage._cdata)
+            weakref.finalize(storage, remove, storage._cdata, num_bytes).atexit = False
+            now += num_bytes
+            most = max(most, now)
+
+    def remove(address, num_bytes):
+        nonlocal now
+        alive.remove(address)
+        now -= num_bytes
+
+    class Peak(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            import torch
+
+            result = func(*args, **kwargs or {})
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, torch.Tensor):
+                    add(leaf)
+            return result
+
+    for tensor in kept:
+        add(tensor)
+    with Peak():
+        return function(), most
 
 
 def to_bf16(model):
@@ -216,7 +271,7 @@ def training_step(model, dinov3, optimizer, batch, device):
         control_features[noisy.dropped_control] = 0
         inputs.append(control_features)
     domains = batch["domain"].to(device)
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
         output = model(*inputs) if dinov3 is None else model(*inputs, reversal_strength=0.1 * domains)
     losses = noisy.weights * velocity_loss(output.sample, noisy.velocity_target)
     loss = (domain_weights(domains, 2.0, cg_ratio=0.2) * losses).mean()
@@ -243,11 +298,19 @@ def run(phase):
     disable_autocast(backbone.condition_embedder.time_embedder, device)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
-    loss = training_step(model, dinov3, optimizer, data_batch(), device)
+    for parameter in trainable:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    kept = [*model.parameters(), *model.buffers(), *([] if dinov3 is None else dinov3.parameters())]
+    kept += [value for state in optimizer.state.values() for value in state.values()]
+    batch = data_batch()
+    loss, peak = peak_of(lambda: training_step(model, dinov3, optimizer, batch, device), *kept)
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     states = [value for state in optimizer.state.values() for value in state.values()]
     return {
         "loss": [str(loss.device), str(loss.dtype), list(loss.shape)],
+        "peak": peak,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trainable": sum(parameter.numel() for parameter in trainable),
         "with_gradient": sum(grad.numel() for grad in grads),

@@ -9,6 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from c2r.data.buckets import Bucket
+from c2r.estimation.configs import read_configs
+from c2r.estimation.report import estimate_run
+from c2r.estimation.stages import STEP
+from tests.helpers.estimates import training_options
+
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
     # A CUDA build has its own device guard, which needs a real GPU.
@@ -38,5 +44,12 @@ def test_a_step_of_the_whole_model_stays_on_the_gpu():
     assert process.returncode == 0, process.stderr
     phase1, phase2 = map(json.loads, process.stdout.splitlines())
     control = ADAPTER + 15 * CONTROL_BLOCK
+    peaks = [phase1.pop("peak"), phase2.pop("peak")]
     assert phase1 == expected(BACKBONE, BACKBONE)
     assert phase2 == expected(BACKBONE + control + CLASSIFIER, control + CLASSIFIER)
+    # The estimate finds this peak without fake CUDA tensors, and so without a compiler.
+    for phase, peak in enumerate(peaks, 1):
+        options = {"train_batch_size": 2, "control_layers": 15, "adversarial_weight": 0.1}
+        args = training_options(phase, **options if phase == 2 else {"train_batch_size": 2})
+        step = estimate_run(args, read_configs("1.3b", None), Bucket(81, 480, 832), step_only=True)
+        assert step.total(STEP) == pytest.approx(peak, rel=0.01)

@@ -9,6 +9,9 @@ import torch
 from accelerate import Accelerator
 
 from c2r import InputError
+from c2r.data.buckets import Bucket
+from c2r.estimation.configs import ModelConfigs
+from c2r.estimation.report import estimate_run
 from c2r.files import existing_parent
 from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet
 from c2r.models.parts import check_pipeline_parts
@@ -35,7 +38,7 @@ def check(out, *argv, cg_ratio=0.0, trainable=1000, planned=None):
     args = options([f"--output_dir={out}", "--height=32", "--width=48", *argv])
     args.cg_ratio = cg_ratio
     run = run_of(args, planned=planned or args)
-    preflight(run, [mixture("real", 30), mixture("cg", 5)], config=CONFIG, trainable=trainable, frozen=500)
+    preflight(run, [mixture("real", 30), mixture("cg", 5)], ModelConfigs(CONFIG), trainable=trainable, frozen=500)
 
 
 @pytest.mark.parametrize("warmup", [20, 100])
@@ -92,24 +95,28 @@ def test_a_run_that_does_not_fit_the_disk_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("gib", "message"),
-    [(1, "refused"), (2.8, "may not fit: try --dry_run"), (80, None)],
+    ("share", "more", "message"),
+    [(0.9, 0, "refused"), (1, 2**30, "may not fit: try --dry_run"), (1, 4 * 2**30, None)],
 )
 def test_a_model_too_large_for_the_device_is_refused_and_a_tight_one_warned_about(
-    gib, message, tmp_path, monkeypatch, capsys
+    share, more, message, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Namespace(total_memory=gib * 2**30))
+    args = options([f"--output_dir={tmp_path}", "--max_train_steps=10", "--checkpointing_steps=10"])
+    configs = ModelConfigs(CONFIG)
+    estimate = estimate_run(args, configs, Bucket(81, 480, 832), step_only=True)
+    total = int(share * estimate.total(estimate.largest)) + more
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Namespace(total_memory=total))
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr(type(accelerator), "device", torch.device("cuda"))
-    args = options([f"--output_dir={tmp_path}", "--max_train_steps=10", "--checkpointing_steps=10"])
     run = run_of(args, accelerator)
-    values = {"config": CONFIG, "trainable": 2**27, "frozen": 0}  # 2 GiB
     if message == "refused":
-        with pytest.raises(InputError, match=r"the device has 1.0 GiB; shard the model .* --train_batch_size"):
-            preflight(run, [mixture("real", 30)], **values)
+        with pytest.raises(InputError, match=r"but the device has .* GiB; shard the model .* --train_batch_size"):
+            preflight(run, [mixture("real", 30)], configs, trainable=1000, frozen=0)
         return
-    preflight(run, [mixture("real", 30)], **values)
-    assert ("may not fit" in capsys.readouterr().out) == (message is not None)
+    preflight(run, [mixture("real", 30)], configs, trainable=1000, frozen=0)
+    printed = capsys.readouterr().out
+    assert f"{estimate.total(estimate.largest) / 2**30:.1f} GiB at the peak of a step, computed, of" in printed
+    assert ("may not fit" in printed) == (message is not None)
 
 
 def test_parameters_are_counted_without_creating_the_model():

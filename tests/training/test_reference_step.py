@@ -38,6 +38,8 @@ def record_steps(script, command, argv):
 
     def record(optimizer, args, kwargs):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if parameters[0].is_meta:
+            return  # the estimate of the preflight
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
         steps.append(([p.detach().clone() for p in parameters], grads))
 

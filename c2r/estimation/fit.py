@@ -1,0 +1,86 @@
+"""Find the fastest options with which a run fits a device's memory."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from c2r import InputError
+from c2r.estimation.report import Estimate
+from c2r.units import GIB
+
+#: Bytes of a device that tensors cannot have: CUDA's context, its libraries' workspaces and gaps between tensors.
+RESERVED = 1.5 * GIB
+
+EIGHT_BIT = {"optimizer": "adamw8bit"}
+SMALL = EIGHT_BIT | {"weight_storage": "bf16"}
+IN_PARTS = {"ffn_chunks": 4}
+OFFLOADED = IN_PARTS | {"offload_activations": True}
+STREAMED = OFFLOADED | {"offload_backbone": True}
+IN_BACKWARD = {"step_in_backward": True, "max_grad_norm": 0.0}
+
+#: Options of the training scripts that trade time or exactness for memory, from the fastest to the smallest. Of two
+#: rows that take the same time, the one with fewer changes comes first. None stores the backbone in 8 bit: it changes
+#: what is learned.
+MODES: tuple[dict[str, Any], ...] = (
+    *({"gradient_checkpointing": "none"} | states for states in ({}, EIGHT_BIT, SMALL)),
+    *({"gradient_checkpointing": "selective"} | states for states in ({}, EIGHT_BIT, SMALL)),
+    *({}, EIGHT_BIT, {"weight_storage": "bf16"}, SMALL),
+    *(IN_PARTS | states for states in ({}, EIGHT_BIT, SMALL)),
+    *(OFFLOADED | states for states in ({}, EIGHT_BIT, SMALL)),
+    *(STREAMED | states for states in ({}, EIGHT_BIT, SMALL)),
+    OFFLOADED | SMALL | IN_BACKWARD,
+    STREAMED | SMALL | IN_BACKWARD,
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A row of MODES with which a run fits."""
+
+    args: Namespace  #: the run's options with those of the mode
+    changes: dict[str, Any]  #: the options of the mode
+    estimate: Estimate
+
+
+def find_fit(
+    args: Namespace,
+    memory: float,
+    estimate: Callable[..., Estimate],
+    supported: Callable[[Namespace], bool] = lambda args: True,
+) -> Fit:
+    """Return the first of MODES with which every stage of a run fits a device.
+
+    Args:
+        args: options of a training script.
+        memory: bytes of the device.
+        estimate: called with options, and `step_only=True` for the training step alone.
+        supported: False for options that do not work together.
+
+    Raises:
+        InputError: there is none; it names the stage that is too large.
+    """
+    smallest = None
+    for mode in MODES:
+        if mode.keys() - vars(args).keys():
+            continue  # phase 1 has no frozen backbone
+        changed = Namespace(**vars(args) | {"gradient_checkpointing": "block"} | mode)
+        if not supported(changed):
+            continue
+        tried = estimate(changed, step_only=True)
+        if _fits(tried, memory):
+            tried = estimate(changed, step_only=False)
+            if _fits(tried, memory):
+                return Fit(changed, mode, tried)
+        smallest = min(smallest or tried, tried, key=lambda estimate: estimate.total(estimate.largest))
+    assert smallest is not None  # plain training is always supported
+    stage = smallest.largest
+    raise InputError(
+        f"--fit {memory / GIB:g}GB: does not fit with any options; the least that was found takes "
+        f"{smallest.total(stage) / GIB:.1f} GiB for {stage}, of {(memory - RESERVED) / GIB:.1f} that tensors can have; "
+        "lower --train_batch_size or the size of the clips, or give more devices by --engine and --num_processes"
+    )
+
+
+def _fits(estimate, memory):
+    return estimate.total(estimate.largest) <= memory - RESERVED

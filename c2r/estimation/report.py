@@ -1,0 +1,137 @@
+"""An estimate in numbers, and as text."""
+
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from c2r.data.buckets import Bucket
+from c2r.estimation.configs import ModelConfigs
+from c2r.estimation.engines import ENGINE, Sizes, num_bytes, split_by
+from c2r.estimation.stages import (
+    GENERATION,
+    STEP,
+    TEXT_ENCODING,
+    VAE_ENCODING,
+    record_generation,
+    record_text_encoding,
+    record_training,
+    record_vae_encoding,
+)
+from c2r.estimation.step import build_models
+from c2r.estimation.tracker import ATTENTION, BACKWARD, FORWARD, KINDS, LINEAR, RECOMPUTATION
+from c2r.training.checkpoint import checkpoint_bytes
+from c2r.units import GIB, duration_text, size_text
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The memory, the FLOPs and the disk space of a run on one device."""
+
+    peaks: dict[str, dict[str, float]]  #: {stage: {kind: bytes at its peak}}, in the order of a run
+    flops: Counter[tuple[str, str]]  #: of a micro-step by (pass, LINEAR or ATTENTION)
+    checkpoint: int  #: bytes
+    exported: int  #: bytes of best/ and of final/
+    host: float  #: bytes of the model and the optimizer on the host, over all processes
+
+    @property
+    def largest(self) -> str:
+        """The stage with the highest peak."""
+        return max(self.peaks, key=self.total)
+
+    def total(self, stage: str) -> float:
+        """Return the bytes at the peak of a stage."""
+        return sum(self.peaks[stage].values())
+
+
+def estimate_run(
+    args: Namespace,
+    configs: ModelConfigs,
+    bucket: Bucket,
+    *,
+    device_type: str = "cuda",
+    engine: str = "one_device",
+    num_processes: int = 1,
+    step_only: bool = False,
+    cpu_offload: bool = False,
+    vae_tiling: bool = False,
+) -> Estimate:
+    """Compute what a run takes on one device, by running it on the fake device.
+
+    Args:
+        args: options of a training script; with `control_layers` they are phase 2's.
+        configs: of the models.
+        bucket: largest size of its clips.
+        device_type: "cuda" or "cpu".
+        engine: one of `c2r.options.ENGINES`.
+        num_processes: number of devices.
+        step_only: leave out all stages but the training step.
+        cpu_offload, vae_tiling: options of `c2r.generate`.
+
+    Raises:
+        InputError: the backbone has too few blocks for the control branch.
+    """
+    models = build_models(args, configs)
+    sizes = Sizes.of(models.model)
+    split = split_by(engine, num_processes, sizes, num_bytes(models.dinov3) if models.dinov3 else 0)
+    peaks: dict[str, dict[str, float]] = {}
+    if not step_only:
+        peaks[TEXT_ENCODING] = record_text_encoding(configs, device_type).peak()
+        peaks[VAE_ENCODING] = record_vae_encoding(configs, bucket, device_type).peak()
+    recordings = record_training(args, models, configs, bucket, device_type, step_only=step_only)
+    peaks |= {stage: split.peak(recording) for stage, recording in recordings.items()}
+    if not step_only:
+        control = (args.control_layers, args.control_stride) if models.has_control else None
+        peaks[GENERATION] = record_generation(
+            configs, bucket, device_type, control=control, cpu_offload=cpu_offload, vae_tiling=vae_tiling
+        ).peak()
+    return Estimate(peaks, recordings[STEP].flops, checkpoint_bytes(sizes.count, args), 4 * sizes.count, split.host)
+
+
+def memory_table(estimate: Estimate) -> Iterator[str]:
+    """Yield the lines of a table of all stages, in GiB."""
+    kinds = [kind for kind in (*KINDS, ENGINE) if any(peak.get(kind) for peak in estimate.peaks.values())]
+    heads = ["GiB at the peak of", *kinds, "in all"]
+    rows = [
+        [stage, *(f"{peak.get(kind, 0) / GIB:.2f}" for kind in kinds), f"{estimate.total(stage) / GIB:.2f}"]
+        for stage, peak in estimate.peaks.items()
+    ]
+    yield from _table([heads, *rows])
+
+
+def flops_table(estimate: Estimate) -> Iterator[str]:
+    """Yield the lines of a table of a micro-step's FLOPs, in 10^12."""
+    passes = [name for name in (FORWARD, RECOMPUTATION, BACKWARD) if any(key[0] == name for key in estimate.flops)]
+    rows = [["TFLOP of a micro-step", LINEAR, ATTENTION, "in all"]]
+    for name in passes:
+        numbers = [estimate.flops[name, what] for what in (LINEAR, ATTENTION)]
+        rows.append([name, *(f"{number / 1e12:.4g}" for number in (*numbers, sum(numbers)))])
+    totals = [sum(estimate.flops[name, what] for name in passes) for what in (LINEAR, ATTENTION)]
+    rows.append(["in all", *(f"{number / 1e12:.4g}" for number in (*totals, sum(totals)))])
+    yield from _table(rows)
+
+
+def _table(rows):
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        yield "  ".join(cells).rstrip()
+
+
+def other_lines(args: Namespace, estimate: Estimate, tflops: float | None) -> Iterator[str]:
+    """Yield lines on the largest stage, the time at a rate of `tflops` · 10^12 FLOPs a second, disk and host."""
+    largest = estimate.largest
+    yield f"largest: {largest}, {estimate.total(largest) / GIB:.1f} GiB allocated; a card shows 1 to 3 GiB more"
+    if tflops is not None:
+        seconds = args.gradient_accumulation_steps * sum(estimate.flops.values()) / (tflops * 1e12)
+        yield (
+            f"time: {seconds:.3g} s a step of {args.gradient_accumulation_steps} micro-steps at {tflops:g} TFLOP/s, "
+            f"{duration_text(seconds * args.max_train_steps)} for {args.max_train_steps:,} steps, without encoding, "
+            "validation and communication"
+        )
+    yield (
+        f"disk: {size_text(estimate.checkpoint)} a checkpoint, {size_text(estimate.exported)} for each of best/ and "
+        "final/"
+    )
+    if estimate.host:
+        yield f"host: {size_text(estimate.host)} of weights and optimizer over all processes"

@@ -1,0 +1,222 @@
+"""A training step without memory: the models, forward and optimizer of a run, and the functions of its loop."""
+
+import math
+from argparse import Namespace
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import ModelMixin, WanTransformer3DModel
+
+from c2r import flow_matching
+from c2r.data.buckets import Bucket
+from c2r.estimation.configs import ModelConfigs, build_backbone, build_dinov3, build_joined
+from c2r.estimation.fake_device import DEVICE, put_on_device
+from c2r.estimation.tracker import FROZEN, GRADIENTS, OPTIMIZER, TEMPORARY, TRAINABLE, Recording, Tracker
+from c2r.flow_matching import SigmaDensity
+from c2r.models.adversary import DomainClassifier, WithAdversary, domain_loss
+from c2r.models.dinov3 import DINOv3FeatureExtractor
+from c2r.models.offloading import store_blocks
+from c2r.training.backward_step import StepInBackward
+from c2r.training.batches import Draw
+from c2r.training.optimizer import OptimizerSettings, build_optimizer
+from c2r.training.precision import frozen_dtype
+from c2r.training.setup import set_forward
+from c2r.training.step import NoiseSettings, NoisyBatch, domain_weights, make_noisy_batch
+
+#: Tokens of a prompt, which is padded to them.
+PROMPT_TOKENS = 512
+
+
+class EightBitStates(torch.optim.Optimizer):
+    """The memory of bitsandbytes' AdamW8bit, whose kernels cannot run on fake tensors.
+
+    Each moment takes one byte per number and one fp32 scale per 256 numbers; small parameters have fp32 moments.
+    """
+
+    def __init__(self, params, lr, betas, weight_decay, eps):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Make the states of parameters that have a gradient and no states yet."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and not self.state[parameter]:
+                    self.state[parameter].update(self._states(parameter))
+
+    def _states(self, parameter):
+        count = parameter.numel()
+        dtype = torch.float32 if count < 4096 else torch.uint8
+        for moment in ("1", "2"):
+            yield f"state{moment}", torch.zeros_like(parameter, dtype=dtype)
+            if dtype == torch.uint8:
+                yield f"absmax{moment}", torch.zeros(-(-count // 256), dtype=torch.float32, device=parameter.device)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Sizes of a micro-batch, and tensors of these sizes."""
+
+    configs: ModelConfigs
+    bucket: Bucket
+    batch_size: int
+    dtype: torch.dtype  #: of the control features
+
+    def noisy_batch(self) -> NoisyBatch:
+        """Return a noisy batch as of the training loop: it is drawn on the CPU, and its tensors are on DEVICE."""
+        latents = torch.zeros(self.batch_size, self.configs.transformer["in_channels"], *self.bucket.latent_grid)
+        text = torch.zeros(self.batch_size, PROMPT_TOKENS, self.configs.transformer["text_dim"])
+        batch = {"latents_mean": latents, "latents_logvar": latents, "prompt_embeds": text}
+        settings = NoiseSettings(seed=0, density=SigmaDensity())
+        draw = Draw(list(range(self.batch_size)), 0, self.batch_size)
+        return make_noisy_batch(batch, settings, draw, text[0], DEVICE)
+
+    def control_features(self) -> torch.Tensor:
+        """Return control features (B, F, h, w, Dd) as DINOv3 makes them."""
+        patch, width = self.configs.dinov3["patch_size"], self.configs.dinov3["hidden_size"]
+        frames, height, pixels = self.bucket
+        return torch.empty(
+            self.batch_size, frames, height // patch, pixels // patch, width, dtype=self.dtype, device=DEVICE
+        )
+
+    def control_frames(self) -> torch.Tensor:
+        """Return the frames that DINOv3 reads, (B, F, 3, H, W) uint8."""
+        frames, height, width = self.bucket
+        return torch.empty(self.batch_size, frames, 3, height, width, dtype=torch.uint8, device=DEVICE)
+
+
+@dataclass
+class TrainingModels:
+    """A run's models on the meta device."""
+
+    model: torch.nn.Module  #: the one that is called
+    backbone: WanTransformer3DModel
+    module: ModelMixin  #: the part that trains, a domain classifier apart
+    classifier: DomainClassifier | None = None
+    dinov3: DINOv3FeatureExtractor | None = None  #: in phase 2
+
+    @property
+    def has_control(self) -> bool:
+        """True in phase 2."""
+        return self.dinov3 is not None
+
+
+def build_models(args: Namespace, configs: ModelConfigs) -> TrainingModels:
+    """Build the models that the scripts build; with `control_layers` the options are phase 2's.
+
+    Raises:
+        InputError: the backbone has too few blocks for the control branch.
+    """
+    if not hasattr(args, "control_layers"):
+        backbone = build_backbone(configs.transformer, torch.float32).requires_grad_(True)
+        return TrainingModels(backbone, backbone, backbone)
+    dtype = frozen_dtype(args.mixed_precision)
+    joined = build_joined(configs, dtype, control_layers=args.control_layers, control_stride=args.control_stride)
+    models = TrainingModels(joined, joined.transformer, joined.controlnet, dinov3=build_dinov3(configs.dinov3, dtype))
+    if args.offload_backbone or args.fp8_backbone:
+        store_blocks(joined.transformer.blocks, DEVICE, args.offload_backbone, args.fp8_backbone)
+    if args.offload_backbone:
+        for block in joined.transformer.blocks:
+            block.move_to_host()
+    if args.adversarial_weight > 0:
+        with DEVICE:
+            models.classifier = DomainClassifier(joined.transformer.config.out_channels)
+        models.model = WithAdversary(joined, models.classifier)
+    return models
+
+
+@dataclass
+class TrainingState:
+    """A run's models and optimizer on the fake device."""
+
+    models: TrainingModels
+    trainable: list[torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    average: list[torch.Tensor] = field(default_factory=list)  #: of --ema_decay
+    fetched_ahead: list[torch.Tensor] = field(default_factory=list)  #: the backbone block that is copied next
+    in_backward: StepInBackward | None = None
+
+    def make_gradients(self, tracker: Tracker) -> None:
+        """Give every trainable parameter a gradient."""
+        with tracker.making(GRADIENTS):
+            for parameter in self.trainable:
+                parameter.grad = torch.empty_like(parameter)
+
+
+def put_state_on_device(args: Namespace, models: TrainingModels, tracker: Tracker, device_type: str) -> TrainingState:
+    """Put the models on the fake device and build the optimizer, with the states that its first step makes.
+
+    Args:
+        args: options of a training script.
+        models: from `build_models`.
+        tracker: of the fake device that is entered.
+        device_type: see `fake_device`.
+    """
+    put_on_device(models.model, tracker, device_type)
+    if models.dinov3 is not None:
+        put_on_device(models.dinov3, tracker, device_type)
+    set_forward(args, models.model, models.backbone, DEVICE)
+    with tracker.making(OPTIMIZER):
+        optimizer = build_optimizer(
+            models.module, OptimizerSettings.of(args), DEVICE, models.classifier, lambda: EightBitStates
+        )
+    for parameter in models.model.parameters():
+        if parameter.requires_grad:
+            tracker.mark(parameter, TRAINABLE)  # --weight_storage bf16 has replaced it
+    trainable = [parameter for parameter in models.model.parameters() if parameter.requires_grad]
+    state = TrainingState(models, trainable, optimizer)
+    if getattr(args, "offload_backbone", False):
+        with tracker.making(FROZEN):
+            first_block = models.backbone.blocks[0]
+            state.fetched_ahead = [torch.empty_like(tensor, device=DEVICE) for tensor in first_block.parameters()]
+    state.make_gradients(tracker)
+    with tracker.making(OPTIMIZER):
+        optimizer.step()
+        if args.ema_decay is not None:
+            state.average = [parameter.detach().clone() for parameter in models.module.parameters()]
+    optimizer.zero_grad()
+    for parameter in trainable:
+        parameter.register_post_accumulate_grad_hook(lambda p: tracker.mark(p.grad, GRADIENTS))
+    if args.step_in_backward:  # after the hooks above: it frees each gradient
+        state.in_backward = StepInBackward(optimizer)
+    return state
+
+
+def record_step(args: Namespace, state: TrainingState, inputs: Inputs, tracker: Tracker) -> Recording:
+    """Take an optimizer step of one micro-step, or the last of several micro-steps, which meets earlier gradients.
+
+    Args:
+        args: options of a training script.
+        state: of the run.
+        inputs: sizes of a micro-batch.
+        tracker: of the fake device that is entered.
+    """
+    with tracker.measuring() as recording:
+        if args.gradient_accumulation_steps > 1:
+            state.make_gradients(tracker)
+        _micro_step(args, state, inputs)
+        if state.in_backward is None:
+            with tracker.making(TEMPORARY):
+                torch.nn.utils.clip_grad_norm_(state.trainable, args.max_grad_norm or math.inf)
+                state.optimizer.step()
+            state.optimizer.zero_grad()
+    return recording
+
+
+def _micro_step(args, state, sizes):
+    models = state.models
+    noisy = sizes.noisy_batch()
+    inputs: tuple = (noisy.noisy_latents, noisy.timesteps, noisy.prompt_embeds)
+    domains = torch.zeros(sizes.batch_size, dtype=torch.int64, device=DEVICE)
+    if models.has_control:
+        inputs = (*inputs, sizes.control_features(), args.conditioning_scale)
+    if models.classifier is not None:
+        inputs = (*inputs, args.adversarial_weight * domains)
+    prediction = models.model(*inputs)
+    losses = noisy.weights * flow_matching.velocity_loss(prediction.sample, noisy.velocity_target)
+    loss = losses.mean()
+    if models.has_control:
+        loss = (domain_weights(domains, args.real_weight, args.cg_ratio) * losses).mean()
+    if models.classifier is not None:
+        loss = loss + domain_loss(prediction.domain_logits, domains, ~noisy.dropped_control, args.cg_ratio).mean()
+    torch.autograd.backward(loss / args.gradient_accumulation_steps)
