@@ -74,10 +74,10 @@ def find_fit(
                 return Fit(changed, mode, tried)
         smallest = min(smallest or tried, tried, key=lambda estimate: estimate.total(estimate.largest))
     assert smallest is not None  # plain training is always supported
-    stage = smallest.largest
+    stage, left = smallest.largest, max(0, memory - RESERVED)
     raise InputError(
         f"--fit {memory / GIB:g}GB: does not fit with any options; the least that was found takes "
-        f"{smallest.total(stage) / GIB:.1f} GiB for {stage}, of {(memory - RESERVED) / GIB:.1f} that tensors can have; "
+        f"{smallest.total(stage) / GIB:.1f} GiB for {stage}, of {left / GIB:.1f} that tensors can have; "
         "lower --train_batch_size or the size of the clips, or give more devices by --engine and --num_processes"
     )
 
