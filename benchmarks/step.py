@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from c2r import cli
 from c2r.flow_matching import velocity_loss
 from c2r.models.attention import use_lean_attention
+from c2r.models.checkpointing import set_checkpointing
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.transformer import C2RTransformer
 from c2r.training.compilation import compile_blocks
@@ -120,7 +121,7 @@ def with_stock_attention(model):
 def our_variant(name: str, model: torch.nn.Module) -> Variant:
     """Return the step as the scripts take it."""
     model = copy.deepcopy(model).train()
-    model.enable_gradient_checkpointing()
+    set_checkpointing(model, "block")
     trainable = model.controlnet if isinstance(model, C2RTransformer) else model
     optimizer = build_optimizer(trainable, OptimizerSettings(LEARNING_RATE), torch.device("cpu"))
     return Variant(name, model, lambda *inputs: model(*inputs).sample, optimizer)

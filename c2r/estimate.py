@@ -31,7 +31,10 @@ def command_line(args: Namespace, changes: dict[str, Any]) -> str:
     defaults = {name: option.default for name, option in ESTIMATE.options.items()}
     trained = (PHASE1 if args.phase == "1" else PHASE2).options
     given = {name: value for name, value in vars(args).items() if name in trained and value != defaults[name]}
-    words = ["accelerate launch", f"train_phase{args.phase}.py"]
+    words = ["accelerate launch", f"--config_file accelerate_configs/{args.engine}.yaml"]
+    if args.num_processes > 1:
+        words.append(f"--num_processes {args.num_processes}")
+    words.append(f"train_phase{args.phase}.py")
     for name, value in (given | changes).items():
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
@@ -46,16 +49,13 @@ def main(argv: list[str] | None = None) -> None:
     training = training_options(args)
 
     from c2r.estimation.configs import read_configs
-    from c2r.estimation.fit import find_fit
+    from c2r.estimation.fit import RESERVED, find_fit
     from c2r.estimation.report import estimate_run, flops_table, memory_table, other_lines
-    from c2r.training.engine import check_options
-
-    sharding = {"zero3_offload": "zero3"}.get(args.engine, args.engine)
-    sharding = None if sharding in ("one_device", "ddp") else sharding
+    from c2r.training.engine import SHARDING, check_options
 
     def check(options):
         check_modes(options)
-        check_options(options, sharding, args.num_processes)
+        check_options(options, SHARDING[args.engine], args.num_processes)
 
     check(training)
     configs = read_configs(args.model, args.dinov3)
@@ -84,8 +84,11 @@ def main(argv: list[str] | None = None) -> None:
         # These options of c2r.generate cost little time beside the denoising steps.
         fit = find_fit(training, args.fit, partial(estimate_of, cpu_offload=True, vae_tiling=True), supported)
         estimate, training = fit.estimate, fit.args
-        margin = args.fit - estimate.total(estimate.largest)
-        print(f"fits {args.fit / GIB:g} GB with {margin / GIB:.1f} GiB to spare: {command_line(args, fit.changes)}")
+        margin = args.fit - RESERVED - estimate.total(estimate.largest)
+        print(
+            f"fits {args.fit / GIB:g} GB with {margin / GIB:.1f} GiB to spare, if c2r.generate is given --cpu_offload "
+            f"--vae_tiling: {command_line(args, fit.changes)}"
+        )
     print(
         f"{args.model}, phase {args.phase}, {bucket}, batch {training.train_batch_size}, {args.engine} on "
         f"{args.num_processes}: computed, not measured"

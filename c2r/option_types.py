@@ -1,6 +1,7 @@
 """Types of option values: each reads one value from text, or refuses it with a reason and a remedy."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -118,9 +119,9 @@ def _duration(text):
 
 
 def _memory(text):
-    number = text.upper().removesuffix("B").removesuffix("G")
+    number = re.fullmatch(r"(.+?)\s*GI?B?", text.upper())
     try:
-        return POSITIVE(number) * 2**30
+        return POSITIVE(number[1] if number else "") * 2**30
     except ValueError:
         raise ValueError("not a size of memory; give one such as 16GB") from None
 

@@ -586,6 +586,7 @@ PHASE2 = Command(
                 "store the matrices of the backbone's blocks in 8 bit; on the toy this changes the gradients by 2 %",
                 Flag(),
                 False,
+                on_resume=MUST_NOT_CHANGE,
             ),
         ],
         "control": [
@@ -777,7 +778,7 @@ def _output_dir(default):
 
 
 #: Training engines by their configurations in accelerate_configs/.
-ENGINES = ("one_device", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2")
+ENGINES = ("single_gpu", "multi_gpu", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload", "fsdp2")
 
 #: Options of the training scripts that change what a run takes.
 _OF_BOTH_PHASES = (
@@ -810,8 +811,8 @@ def _check_estimate(args):
             if value is not None and value is not False:
                 given = name if value is True else f"{name} {value:g}"
                 raise InputError(f"--{given}: phase 1 has no control; leave it out, or give --phase 2")
-    if args.engine == "one_device" and args.num_processes > 1:
-        raise InputError(f"--num_processes {args.num_processes}: --engine one_device has one; give another engine")
+    if args.engine == "single_gpu" and args.num_processes > 1:
+        raise InputError(f"--num_processes {args.num_processes}: --engine single_gpu has one; give another engine")
     for bucket in args.buckets or []:
         if args.buckets.count(bucket) > 1:
             raise InputError(f"--buckets {bucket}: named twice; name it once")
@@ -825,11 +826,13 @@ ESTIMATE = Command(
             Option("model", "1.3b, 14b, or the folder of a Wan pipeline", Text("1.3b, 14b or a folder"), "1.3b"),
             Option("phase", "phase of the training", Choice(("1", "2")), "2"),
             Option("dinov3", "folder of a DINOv3 ViT; default: ViT-B", FOLDER),
-            Option("engine", "training engine, see docs/engines.md", Choice(ENGINES), "one_device"),
+            Option("engine", "training engine, see docs/engines.md", Choice(ENGINES), "single_gpu"),
             Option("num_processes", "number of devices", COUNT, 1),
             Option("tflops", "10^12 FLOPs that a device does in a second, to compute the time of a step", POSITIVE),
             Option(
-                "fit", "memory of a device, such as 24GB: find the fastest options with which the run fits", MEMORY
+                "fit",
+                "memory of a device, such as 24GB: find options with which the run fits, fast ones first",
+                MEMORY,
             ),
             *_estimate_options(),
             Option("cpu_offload", "as in c2r.generate: keep only the model in use on the GPU", Flag(), False),

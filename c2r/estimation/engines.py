@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from c2r.estimation.tracker import FROZEN, GRADIENTS, OPTIMIZER, TRAINABLE, Recording
+from c2r.estimation.tracker import AVERAGE, FROZEN, GRADIENTS, OPTIMIZER, TRAINABLE, Recording
 
 #: The kind of memory that an engine adds: gathered weights, and buffers for sums over processes.
 ENGINE = "engine's buffers"
@@ -86,9 +86,9 @@ def split_by(engine: str, num_processes: int, sizes: Sizes, dinov3: int = 0) -> 
         sizes: of the model that the engine wraps.
         dinov3: bytes of the frozen model beside it, which no engine splits.
     """
-    if engine == "one_device":
+    if engine == "single_gpu":
         return Split()
-    if engine == "ddp":
+    if engine == "multi_gpu":
         # Gradients are views of DDP's buckets, which stay.
         return Split({GRADIENTS: 0.0}, {GRADIENTS: sizes.trainable})
     share = 1 / num_processes
@@ -99,18 +99,20 @@ def split_by(engine: str, num_processes: int, sizes: Sizes, dinov3: int = 0) -> 
         # gradients before they are split.
         gathered = 2 * sizes.largest_block + sizes.outside + sizes.largest_gradient
         return Split(
-            {FROZEN: frozen, TRAINABLE: share, GRADIENTS: share, OPTIMIZER: share}, {ENGINE: gathered * (1 - share)}
+            {FROZEN: frozen, TRAINABLE: share, GRADIENTS: share, OPTIMIZER: share, AVERAGE: share},
+            {ENGINE: gathered * (1 - share)},
         )
     # ZeRO steps on fp32 copies of its partitions, beside the module's own weights.
     copies, bucket = 4 * sizes.count * share, 4 * DEEPSPEED_BUCKET
-    if engine == "zero2":
-        return Split({GRADIENTS: share, OPTIMIZER: share}, {OPTIMIZER: copies, ENGINE: bucket})
+    if engine == "deepspeed_zero2":
+        return Split({GRADIENTS: share, OPTIMIZER: share}, {OPTIMIZER: copies, ENGINE: bucket})  # averages stay whole
     live = (sizes.frozen + sizes.trainable) * min(1.0, ZERO3_LIVE / sizes.elements)
-    if engine == "zero3":
+    if engine == "deepspeed_zero3":
         # Its part of the gradients has a buffer that stays.
-        factors = {FROZEN: frozen, TRAINABLE: share, GRADIENTS: 0.0, OPTIMIZER: share}
+        factors = {FROZEN: frozen, TRAINABLE: share, GRADIENTS: 0.0, OPTIMIZER: share, AVERAGE: share}
         return Split(factors, {GRADIENTS: sizes.trainable * share, OPTIMIZER: copies, ENGINE: bucket + live})
-    factors = {FROZEN: dinov3 / max(sizes.frozen + dinov3, 1), TRAINABLE: 0.0, GRADIENTS: 0.0, OPTIMIZER: 0.0}
+    factors = {FROZEN: dinov3 / max(sizes.frozen + dinov3, 1)}
+    factors |= dict.fromkeys((TRAINABLE, GRADIENTS, OPTIMIZER, AVERAGE), 0.0)
     # Weights, gradients and AdamW's moments beside the copies.
     host = sizes.frozen + sizes.trainable * 2 + 4 * sizes.count + 8 * sizes.count
     return Split(factors, {ENGINE: bucket + live}, host)

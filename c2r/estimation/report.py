@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from c2r.data.buckets import Bucket
 from c2r.estimation.configs import ModelConfigs
-from c2r.estimation.engines import ENGINE, Sizes, num_bytes, split_by
+from c2r.estimation.engines import ENGINE, Sizes, bytes_of, num_bytes, split_by
 from c2r.estimation.stages import (
     GENERATION,
     STEP,
@@ -32,7 +32,7 @@ class Estimate:
     flops: Counter[tuple[str, str]]  #: of a micro-step by (pass, LINEAR or ATTENTION)
     checkpoint: int  #: bytes
     exported: int  #: bytes of best/ and of final/
-    host: float  #: bytes of the model and the optimizer on the host, over all processes
+    host: float  #: bytes on the host in training, over all processes: what offloading moves there
 
     @property
     def largest(self) -> str:
@@ -50,7 +50,7 @@ def estimate_run(
     bucket: Bucket,
     *,
     device_type: str = "cuda",
-    engine: str = "one_device",
+    engine: str = "single_gpu",
     num_processes: int = 1,
     step_only: bool = False,
     cpu_offload: bool = False,
@@ -72,20 +72,24 @@ def estimate_run(
         InputError: the backbone has too few blocks for the control branch.
     """
     models = build_models(args, configs)
-    sizes = Sizes.of(models.model)
-    split = split_by(engine, num_processes, sizes, num_bytes(models.dinov3) if models.dinov3 else 0)
     peaks: dict[str, dict[str, float]] = {}
     if not step_only:
         peaks[TEXT_ENCODING] = record_text_encoding(configs, device_type).peak()
         peaks[VAE_ENCODING] = record_vae_encoding(configs, bucket, device_type).peak()
     recordings = record_training(args, models, configs, bucket, device_type, step_only=step_only)
+    sizes = Sizes.of(models.model)  # now: the optimizer has chosen how weights are stored
+    split = split_by(engine, num_processes, sizes, num_bytes(models.dinov3) if models.dinov3 else 0)
     peaks |= {stage: split.peak(recording) for stage, recording in recordings.items()}
     if not step_only:
         control = (args.control_layers, args.control_stride) if models.has_control else None
         peaks[GENERATION] = record_generation(
             configs, bucket, device_type, control=control, cpu_offload=cpu_offload, vae_tiling=vae_tiling
         ).peak()
-    return Estimate(peaks, recordings[STEP].flops, checkpoint_bytes(sizes.count, args), 4 * sizes.count, split.host)
+    kept_back = sum(bytes_of(tensor) for tensor in models.model.parameters() if not tensor.is_meta)
+    host = split.host + num_processes * (kept_back + recordings[STEP].host_peak())
+    if engine == "deepspeed_zero3_offload" and args.ema_decay is not None:
+        host += 4 * sizes.count
+    return Estimate(peaks, recordings[STEP].flops, checkpoint_bytes(sizes.count, args), 4 * sizes.count, host)
 
 
 def memory_table(estimate: Estimate) -> Iterator[str]:
@@ -127,11 +131,11 @@ def other_lines(args: Namespace, estimate: Estimate, tflops: float | None) -> It
         yield (
             f"time: {seconds:.3g} s a step of {args.gradient_accumulation_steps} micro-steps at {tflops:g} TFLOP/s, "
             f"{duration_text(seconds * args.max_train_steps)} for {args.max_train_steps:,} steps, without encoding, "
-            "validation and communication"
+            "DINOv3, validation and communication"
         )
     yield (
         f"disk: {size_text(estimate.checkpoint)} a checkpoint, {size_text(estimate.exported)} for each of best/ and "
         "final/"
     )
     if estimate.host:
-        yield f"host: {size_text(estimate.host)} of weights and optimizer over all processes"
+        yield f"host: {size_text(estimate.host)} for what is offloaded, over all processes"

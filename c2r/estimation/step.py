@@ -11,7 +11,7 @@ from c2r import flow_matching
 from c2r.data.buckets import Bucket
 from c2r.estimation.configs import ModelConfigs, build_backbone, build_dinov3, build_joined
 from c2r.estimation.fake_device import DEVICE, put_on_device
-from c2r.estimation.tracker import FROZEN, GRADIENTS, OPTIMIZER, TEMPORARY, TRAINABLE, Recording, Tracker
+from c2r.estimation.tracker import AVERAGE, FROZEN, GRADIENTS, OPTIMIZER, TEMPORARY, TRAINABLE, Recording, Tracker
 from c2r.flow_matching import SigmaDensity
 from c2r.models.adversary import DomainClassifier, WithAdversary, domain_loss
 from c2r.models.dinov3 import DINOv3FeatureExtractor
@@ -117,12 +117,19 @@ def build_models(args: Namespace, configs: ModelConfigs) -> TrainingModels:
         store_blocks(joined.transformer.blocks, DEVICE, args.offload_backbone, args.fp8_backbone)
     if args.offload_backbone:
         for block in joined.transformer.blocks:
-            block.move_to_host()
+            _move_to_host(block)
     if args.adversarial_weight > 0:
         with DEVICE:
             models.classifier = DomainClassifier(joined.transformer.config.out_channels)
         models.model = WithAdversary(joined, models.classifier)
     return models
+
+
+def _move_to_host(block):
+    """Replace the tensors of a `StoredBlock` by memory of the host that is never touched."""
+    block.block.to_empty(device="cpu")
+    for name, buffer in block.named_buffers(recurse=False):
+        block._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
 @dataclass
@@ -172,7 +179,8 @@ def put_state_on_device(args: Namespace, models: TrainingModels, tracker: Tracke
     state.make_gradients(tracker)
     with tracker.making(OPTIMIZER):
         optimizer.step()
-        if args.ema_decay is not None:
+    if args.ema_decay is not None:
+        with tracker.making(AVERAGE):
             state.average = [parameter.detach().clone() for parameter in models.module.parameters()]
     optimizer.zero_grad()
     for parameter in trainable:

@@ -20,13 +20,14 @@ FROZEN = "frozen weights"
 TRAINABLE = "trainable weights"
 GRADIENTS = "gradients"
 OPTIMIZER = "optimizer"
+AVERAGE = "moving average"
 SAVED = "saved activations"  # made by a forward pass, inputs of the step included
 RECOMPUTED = "recomputation"  # made again in the backward pass
 TEMPORARY = "temporaries"  # made by backward formulas and by the optimizer
 
 HOST = "host"  # copied from the device to the CPU; not in any peak
 
-KINDS = (FROZEN, TRAINABLE, GRADIENTS, OPTIMIZER, SAVED, RECOMPUTED, TEMPORARY)
+KINDS = (FROZEN, TRAINABLE, GRADIENTS, OPTIMIZER, AVERAGE, SAVED, RECOMPUTED, TEMPORARY)
 
 FORWARD, RECOMPUTATION, BACKWARD = "forward", "recomputation", "backward"
 LINEAR, ATTENTION = "linear", "attention"

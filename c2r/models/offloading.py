@@ -22,16 +22,18 @@ class OnDevice:
         if stream is None:
             self._tensor = tensor.to(device)
             return
+        # Memory of the computing stream, which may be what an earlier block has freed: the copy waits until that block
+        # has run. With memory of its own stream, the host would run ahead and allocate every block anew.
+        self._tensor = torch.empty_like(tensor, device=device)
+        stream.wait_stream(torch.accelerator.current_stream(device))
         with stream:
-            self._tensor = tensor.to(device, non_blocking=True)
+            self._tensor.copy_(tensor, non_blocking=True)
         self._copied = stream.record_event()
 
     def get(self) -> torch.Tensor:
         """Return the tensor on the device; what the caller's stream does next waits for the copy."""
         if self._copied is not None:
-            current = torch.accelerator.current_stream(self._tensor.device)
-            current.wait_event(self._copied)
-            self._tensor.record_stream(current)
+            torch.accelerator.current_stream(self._tensor.device).wait_event(self._copied)
         return self._tensor
 
 
@@ -56,7 +58,7 @@ class _Parked:
         stream.wait_stream(torch.accelerator.current_stream(tensor.device))
         with stream:
             self.host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(stream)
+        self.copied = stream.record_event()
 
     def fetch(self):
         if self.fetched is None:
@@ -77,6 +79,7 @@ class OffloadedActivations:
     def __init__(self):
         self._stream: torch.Stream | None = None
         self._last: weakref.ref[_Parked] | None = None
+        self._leaving: tuple[torch.Tensor, torch.Event] | None = None  # kept until it is copied
 
     def hooks(self) -> saved_tensors_hooks:
         """Return a context, in which tensors that autograd saves are copied to the CPU."""
@@ -89,6 +92,10 @@ class OffloadedActivations:
             self._stream = copy_stream(tensor.device)
         parked = _Parked(tensor, self._stream, self._last)
         self._last = weakref.ref(parked)
+        if self._stream is not None:
+            if self._leaving is not None:  # what reuses its memory must come after the copy
+                torch.accelerator.current_stream(tensor.device).wait_event(self._leaving[1])
+            self._leaving = tensor, parked.copied
         return parked
 
     def _unpack(self, packed):
@@ -136,12 +143,6 @@ class StoredBlock(nn.Module):
 
     def _apply(self, fn, recurse=True):
         return self if self.offload else super()._apply(fn, recurse)
-
-    def move_to_host(self):
-        """Replace the tensors, which are on the meta device, by unused memory of the host."""
-        self.block.to_empty(device="cpu")
-        for name, buffer in self.named_buffers(recurse=False):
-            self._buffers[name] = torch.empty_like(buffer, device="cpu")
 
     def fetch(self):
         """Start to copy the weights to the device, unless they are there or under way."""

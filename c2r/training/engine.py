@@ -209,6 +209,15 @@ def _log_ignored_settings(args):
             logger.warning("the accelerate config's %s %s is ignored: --%s %s decides", name, given, name, value)
 
 
+#: What the configurations of accelerate_configs/ for one machine split, see `sharding`.
+SHARDING = {
+    "single_gpu": None,
+    "multi_gpu": None,
+    "deepspeed_zero2": "zero2",
+    "deepspeed_zero3": "zero3",
+    "deepspeed_zero3_offload": "zero3",
+    "fsdp2": "fsdp2",
+}
 ENGINE_NAMES = {None: "DDP", "zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3", "fsdp2": "FSDP2"}
 
 

@@ -20,6 +20,7 @@ from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet, injection_layers
 from c2r.models.dinov3 import check_dinov3, read_dinov3_config
 from c2r.models.hub import resolve_model_folder
 from c2r.models.parts import ENCODERS, check_pipeline_parts
+from c2r.training.engine import failing_together
 from c2r.training.preflight import (
     count_parameters,
     fingerprint_backbone,
@@ -102,7 +103,8 @@ def check_phase2(run: Run) -> Plan:
 
 def _try_attention(run, backbone_config):
     head_dim = backbone_config["attention_head_dim"]
-    try_attention_backend(run.args.attention_backend, head_dim, run.device, run.weight_dtype, backward=True)
+    with failing_together(run.accelerator, run.args.output_dir):
+        try_attention_backend(run.args.attention_backend, head_dim, run.device, run.weight_dtype, backward=True)
 
 
 def _read_mixtures(run):

@@ -160,23 +160,25 @@ def _disk_line(args, trainable):
 def _memory_line(run, configs):
     accelerator = run.accelerator
     needed = None
-    if accelerator.is_main_process:
-        estimate = estimate_run(
-            run.planned,
-            configs,
-            max(run.settings.buckets, key=lambda bucket: math.prod(bucket.latent_grid)),
-            device_type="cuda" if accelerator.device.type == "cuda" else "cpu",
-            engine=_engine(accelerator),
-            num_processes=accelerator.num_processes,
-            step_only=True,
-        )
-        needed = estimate.total(estimate.largest)
+    with failing_together(accelerator, run.args.output_dir):
+        if accelerator.is_main_process:
+            estimate = estimate_run(
+                run.planned,
+                configs,
+                max(run.settings.buckets, key=lambda bucket: math.prod(bucket.latent_grid)),
+                device_type="cuda" if accelerator.device.type == "cuda" else "cpu",
+                engine=_engine(accelerator),
+                num_processes=accelerator.num_processes,
+                step_only=True,
+            )
+            needed = estimate.total(estimate.largest)
     needed = broadcast_object_list([needed])[0]
     about = f"{needed / GIB:.1f} GiB at the peak of a step, computed"
     if accelerator.device.type != "cuda":
         return about
     total = torch.cuda.get_device_properties(accelerator.device).total_memory
-    if needed > ESTIMATE_MARGIN * total:
+    offloads_in_part = _offloads(accelerator, "optimizer") and _engine(accelerator) != "deepspeed_zero3_offload"
+    if needed > ESTIMATE_MARGIN * total and not offloads_in_part:  # of which the estimate knows nothing
         raise InputError(
             f"{about}, but the device has {total / GIB:.1f} GiB; shard the model "
             "(accelerate_configs/deepspeed_zero3.yaml), lower --train_batch_size or the size of the clips, or see "
@@ -187,10 +189,13 @@ def _memory_line(run, configs):
 
 
 def _engine(accelerator):
-    """Return the name of the run's engine in `c2r.options.ENGINES`."""
-    engine = sharding(accelerator)
-    if engine == "zero3":
-        plugin = accelerator.state.deepspeed_plugin
-        if plugin.offload_optimizer_device == plugin.offload_param_device == "cpu":
-            return "zero3_offload"
-    return engine or ("one_device" if accelerator.num_processes == 1 else "ddp")
+    """Return the run's engine by its configuration in accelerate_configs/."""
+    engine, whole = sharding(accelerator), "single_gpu" if accelerator.num_processes == 1 else "multi_gpu"
+    if engine == "zero3" and _offloads(accelerator, "optimizer") and _offloads(accelerator, "param"):
+        return "deepspeed_zero3_offload"
+    return {None: whole, "zero2": "deepspeed_zero2", "zero3": "deepspeed_zero3", "fsdp2": "fsdp2"}[engine]
+
+
+def _offloads(accelerator, what):
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return plugin is not None and getattr(plugin, f"offload_{what}_device") == "cpu"

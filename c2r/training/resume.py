@@ -179,9 +179,12 @@ def require_resumable(
     """
     state = read_state(path)
     for name, now in saved_options(args).items():
-        before = state["options"].get(name)
-        if now != before and TRAINING_OPTIONS[name].on_resume == MUST_NOT_CHANGE:
-            written = f"with {before}; give that one" if before is not None else "without it; leave it out"
+        option = TRAINING_OPTIONS[name]
+        before = state["options"].get(name, option.default)  # an option that did not exist yet
+        if now != before and option.on_resume == MUST_NOT_CHANGE:
+            if before is True:
+                raise InputError(f"--{name}: {path} was written with it; give it again")
+            written = "without it; leave it out" if before in (None, False) else f"with {before}; give that one"
             raise InputError(f"--{name} {now}: {path} was written {written}")
     saved_config = read_json(path / "model/config.json")
     for name, value in config.items():
@@ -231,12 +234,14 @@ def changed_options(path: Path, args: Namespace) -> list[str]:
         path: the checkpoint.
         args: the options of the resumed run.
     """
-    before = read_state(path)["options"]
-    return [
-        f"--{name} {now} (was {before.get(name)}): {TRAINING_OPTIONS[name].on_resume}"
-        for name, now in saved_options(args).items()
-        if now != before.get(name)
-    ]
+    saved = read_state(path)["options"]
+    changed = []
+    for name, now in saved_options(args).items():
+        option = TRAINING_OPTIONS[name]
+        before = saved.get(name, option.default)  # an option that did not exist yet
+        if now != before:
+            changed.append(f"--{name} {now} (was {before}): {option.on_resume}")
+    return changed
 
 
 def changed_engine(path: Path, accelerator: Accelerator) -> str | None:
