@@ -245,9 +245,9 @@ def require_supported(accelerator: Accelerator, args: Namespace):
     """Raise InputError if an option does not work on the engine, with another option, or without a missing package."""
     if args.optimizer == "adamw8bit":
         adamw_8bit()
+    check_options(args, sharding(accelerator), accelerator.num_processes)
     if args.compile:
         require_compiler(accelerator.device)
-    check_options(args, sharding(accelerator), accelerator.num_processes)
 
 
 def check_options(args: Namespace, engine: str | None, num_processes: int):

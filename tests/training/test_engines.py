@@ -389,7 +389,8 @@ def test_memory_modes_reach_the_same_losses(engine, runs):
 )
 def test_options_that_do_not_work_on_an_engine_are_refused(kind, stage, option, part):
     plugin = SimpleNamespace(zero_stage=stage)
-    accelerator = SimpleNamespace(distributed_type=kind, is_fsdp2=True, state=SimpleNamespace(deepspeed_plugin=plugin))
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    accelerator = SimpleNamespace(distributed_type=kind, is_fsdp2=True, state=state, num_processes=2)
     args = phase2_options([option]) if "backbone" in option else options([option])
     if part is None:
         require_supported(accelerator, args)
