@@ -12,7 +12,8 @@ from c2r import InputError
 from c2r.models.adversary import DomainClassifier, WithAdversary
 from c2r.training import setup
 from c2r.training.compilation import compile_blocks, require_compiler
-from tests.helpers.commands import ENGINES, LAUNCH, phase2, scalars, succeed, weights
+from tests.helpers.commands import phase2, scalars, succeed, weights
+from tests.helpers.forks import fork
 from tests.helpers.options import options, phase2_options
 from tests.helpers.runs import run_of
 from tests.helpers.tiny import LATENT_CHANNELS, tiny_c2r_transformer, tiny_inputs, tiny_transformer
@@ -48,8 +49,9 @@ def build(phase, *argv):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["--gradient_checkpointing=block", "--gradient_checkpointing=none"])
-@pytest.mark.parametrize("phase", [1, 2])
+@pytest.mark.parametrize(
+    ("phase", "checkpointing"), [(1, "--gradient_checkpointing=none"), (2, "--gradient_checkpointing=block")]
+)
 def test_compiled_blocks_train_alike_and_no_bucket_compiles_twice(phase, checkpointing, monkeypatch):
     # Dynamo counts the same graphs as for Inductor, which takes minutes to call g++ for each.
     monkeypatch.setattr(setup, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
@@ -71,15 +73,9 @@ def test_compiled_blocks_train_alike_and_no_bucket_compiles_twice(phase, checkpo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["one process", "ddp", "zero2"])
-def test_a_compiled_run_has_the_losses_and_names_of_a_plain_one(
-    engine, first, second, tiny_models, small_datasets, tmp_path
-):
+def test_a_compiled_run_has_the_losses_and_names_of_a_plain_one(first, second, tiny_models, small_datasets, tmp_path):
     options = ["--compile", "--max_train_steps=4", "--num_samples=0"]
-    if engine != "one process":  # two processes take the samples of two micro-batches
-        options.append("--gradient_accumulation_steps=1")
-    launcher = ENGINES.get(engine, LAUNCH)
-    succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, *options, launcher=launcher))
+    succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, *options), by=fork)
     for tag in ("train/loss", "train/grad_norm", "validation/loss"):
         assert scalars(tmp_path)[tag] == pytest.approx(scalars(second[0])[tag], rel=1e-4)
     assert weights(tmp_path / "final").keys() == weights(second[0] / "final").keys()
