@@ -97,6 +97,7 @@ def signal_handlers():
         signal.signal(number, handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Keep each file's tests on one worker, as its fixtures are costly, and start the slow ones first.
 
