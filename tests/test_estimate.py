@@ -189,12 +189,9 @@ def test_the_fastest_options_that_fit_are_found():
 @pytest.mark.parametrize(
     ("phase", "options", "simulated"),
     [
-        (1, {}, 25.7),
-        (1, {"train_batch_size": 4}, 45.6),
         (1, {"optimizer": "adamw8bit"}, 17.8),
         # The study had no DINOv3 in memory, 0.16 GiB.
         (2, {"control_layers": 15}, 19.3 + 0.16),
-        (2, {"control_layers": 15, "gradient_checkpointing": "none"}, 142.2 + 0.16),
     ],
 )
 def test_a_step_of_1_3b_is_within_3_percent_of_the_studys(phase, options, simulated):
