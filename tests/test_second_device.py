@@ -223,7 +223,8 @@ def test_the_host_waits_for_the_device_once_per_step_but_not_per_micro_batch(rec
 def test_a_planted_mistake_is_noticed(recorded, mistake):
     error = recorded["outcomes"][mistake]
     assert error is not None
-    assert "MixedDevices" in error or ".numpy() is not supported" in error
+    # The preflight's estimate, on the meta device, may be the first to meet it.
+    assert any(sign in error for sign in ("MixedDevices", ".numpy() is not supported", "not on the expected device"))
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)

@@ -10,6 +10,7 @@ from typing import cast
 
 import av
 import numpy as np
+from av.video.frame import PictureType
 
 from c2r.data.containers import DECODE_TIMES_FORMATS, is_image, open_video
 from c2r.data.drop_reasons import DropReason
@@ -187,6 +188,11 @@ def frame_time(frame: av.VideoFrame) -> Fraction | None:
     return None if frame.pts is None else frame.pts * Fraction(frame.time_base)
 
 
+def is_predicted(frame: av.VideoFrame) -> bool:
+    """Return True if a frame is known to be predicted from others. Some decoders tell nothing of their frames."""
+    return not frame.key_frame and frame.pict_type in (PictureType.P, PictureType.B)
+
+
 def first_frame(
     path: str | Path, container: av.container.InputContainer, decoder: Iterator[av.VideoFrame]
 ) -> tuple[av.VideoFrame, Fraction]:
@@ -295,13 +301,13 @@ def timed_frames(
         decoder = decoded_frames(container, stream, damage)
         frame = next(decoder, None)
         landed = None if frame is None else frame_time(frame)
-        if frame is None or landed is None or landed > first + start or not frame.key_frame:
+        if frame is None or landed is None or landed > first + start or is_predicted(frame):
             # A container without an exact index, such as MPEG-TS, is decoded from the beginning. Decoders of older
             # codecs start at any frame, and predict from frames that they have not seen.
             with open_video(path, of_window=True) as (again, same_stream):
                 yield from timed_frames(path, again, same_stream, start, end, search=False, lost=lost)
             return
-    elif not frame.key_frame:
+    elif is_predicted(frame):
         damage.add(first)  # the file was cut before it
 
     def is_loss(frame, before, time):

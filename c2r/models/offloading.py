@@ -23,7 +23,7 @@ class OnDevice:
             self._tensor = tensor.to(device)
             return
         # Memory of the computing stream, which may be what an earlier block has freed: the copy waits until that block
-        # has run. With memory of its own stream, the host would run ahead and allocate every block anew.
+        # has run. With memory of its own stream, the host would run ahead and allocate every block again.
         self._tensor = torch.empty_like(tensor, device=device)
         stream.wait_stream(torch.accelerator.current_stream(device))
         with stream:

@@ -208,7 +208,10 @@ def phase1_model():
     """Return the bare backbone: fp32, checkpointed, on the CPU."""
     from diffusers import WanTransformer3DModel
 
+    from c2r.models.attention import use_lean_attention
+
     transformer = WanTransformer3DModel(**WAN_1_3B).train()
+    use_lean_attention(transformer)
     transformer.enable_gradient_checkpointing()
     return transformer
 
@@ -220,6 +223,7 @@ def phase2_models():
     from transformers.initialization import no_init_weights
 
     from c2r.models.adversary import DomainClassifier, WithAdversary
+    from c2r.models.attention import use_lean_attention
     from c2r.models.controlnet import C2RControlNet
     from c2r.models.dinov3 import DINOv3FeatureExtractor
     from c2r.models.transformer import C2RTransformer
@@ -227,6 +231,7 @@ def phase2_models():
     transformer = to_bf16(WanTransformer3DModel(**WAN_1_3B))
     controlnet = C2RControlNet.from_transformer(transformer, 15)
     model = WithAdversary(C2RTransformer(transformer, controlnet), DomainClassifier()).train()
+    use_lean_attention(model)
     model.enable_gradient_checkpointing()
     with no_init_weights():  # drawing from a truncated normal reads values, which fake tensors do not have
         dinov3 = DINOv3ViTModel(DINOv3ViTConfig(**DINOV3_VITB))

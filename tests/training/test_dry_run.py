@@ -33,7 +33,6 @@ def test_a_dry_run_of_phase_2_trains_resumes_and_leaves_no_files(first, tiny_mod
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
 def test_a_dry_run_of_phase_1_works_on_split_weights(tiny_models, small_datasets, tmp_path):
     command = phase1(tiny_models, small_datasets, tmp_path / "out", "--dry_run", launcher=ENGINES["zero3"])
     assert "dry run: passed" in succeed(*command).stdout

@@ -35,8 +35,6 @@ from tests.helpers.options import options, phase2_options
 from tests.helpers.settings import clip_settings
 from tests.helpers.tiny import tiny_transformer
 
-pytestmark = pytest.mark.xdist_group("processes")
-
 STEPS, SAVED = 10, 8  # of a run, and of the checkpoint to resume from
 BAD_CLIP = "r1.mp4#3"
 SAVES_MEMORY = {

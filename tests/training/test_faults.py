@@ -169,7 +169,6 @@ def test_signals_stop_a_run_after_saving_and_nothing_is_lost(resume_command, und
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
 def test_two_processes_stop_together_and_a_dead_or_hung_one_is_named(resume_command, tmp_path):
     out = tmp_path / "run"
     command = resume_command(out, "--distributed_timeout_minutes=0.2", "--validation_steps=1000", launcher=TORCHRUN)

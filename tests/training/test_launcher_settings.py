@@ -127,7 +127,6 @@ def test_our_own_configs_are_followed(name, launched):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
 def test_torchrun_starts_two_processes_where_accelerate_launch_starts_one(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

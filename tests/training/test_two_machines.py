@@ -19,7 +19,7 @@ from c2r.training.resume import list_checkpoints
 from c2r.training.watchdog import EXIT_HUNG
 from tests.helpers.commands import CONFIGS, ENVIRONMENT, ROOT, phase1, phase2, scalars
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
+pytestmark = pytest.mark.slow
 
 STEPS, SAVED = 3, 2  # of a run, and of the checkpoint to resume from
 SILENCE = 12  # seconds without an answer after which a machine counts as lost
