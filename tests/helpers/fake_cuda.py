@@ -68,13 +68,6 @@ C10_REGISTER_GUARD_IMPL(CUDA, Guard);
 """
 
 WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
-DINOV3_VITB = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "num_register_tokens": 4,
-}
 FRAMES, HEIGHT, WIDTH, BATCH_SIZE = 81, 480, 832, 2
 
 
@@ -222,6 +215,7 @@ def phase2_models():
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
     from transformers.initialization import no_init_weights
 
+    from c2r.estimation.configs import DINOV3_VITB
     from c2r.models.adversary import DomainClassifier, WithAdversary
     from c2r.models.attention import use_lean_attention
     from c2r.models.controlnet import C2RControlNet

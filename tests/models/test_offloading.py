@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def on_device():
-    """What `tests.helpers.memory_on_device` measures."""
+    """Return the numbers that `tests.helpers.memory_on_device` prints."""
     done = succeed("tests/helpers/on_simulated_device.py", "tests/helpers/memory_on_device.py", by=fork)
     return json.loads(done.stdout.splitlines()[-1])
 
