@@ -154,7 +154,7 @@ def draw_inputs(phase: int, grid: tuple[int, int, int]) -> tuple[list[torch.Tens
 def build_variants(phase: int, compiled: bool = False, **overrides: int) -> list[Variant]:
     """Return the reference and the variants that are compared with it, each with one saving more than the last."""
     model = build_model(phase, **overrides)
-    reference = phase2_reference(model) if phase == 2 else phase1_reference(model)
+    reference = {1: phase1_reference, 2: phase2_reference}[phase](model)
     variants = [reference, our_variant("fused optimizer", model)]
     use_lean_attention(model)
     variants.append(our_variant("and lean attention (the default)", model))
@@ -173,7 +173,8 @@ def differences(variant: Variant, reference: Variant, inputs, target) -> tuple[f
     gradients = [torch.cat([p.grad.flatten() for p in each.trained]) for each in (reference, variant)]
     for each in (reference, variant):
         each.optimizer.zero_grad()
-    return tuple(((a - b).abs().max() / a.abs().max()).item() for a, b in (losses, gradients))
+    loss, gradient = (((a - b).abs().max() / a.abs().max()).item() for a, b in (losses, gradients))
+    return loss, gradient
 
 
 def peak_bytes(variant: Variant, inputs, target) -> int:

@@ -11,9 +11,9 @@ import argparse
 import math
 from argparse import Namespace
 from collections.abc import Callable
+from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,12 +21,13 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 from transformers.initialization import no_init_weights
 
 from c2r import cli
+from c2r.estimation.configs import DINOV3_VITB
 from c2r.evaluation.monitor_reference import CLIPS_PER_DOMAIN
 from c2r.evaluation.validation import QUANTILES
 from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet, injection_layers
 from c2r.models.transformer import C2RTransformer
 from c2r.options import PHASE2
-from tests.helpers.fake_cuda import DINOV3_VITB, FRAMES, HEIGHT, WAN_1_3B, WIDTH
+from tests.helpers.fake_cuda import FRAMES, HEIGHT, WAN_1_3B, WIDTH
 
 CONTROL_LAYERS = 15
 #: {condition of `ControlConditions`: number of domains that have it}.
@@ -51,8 +52,7 @@ def operations(function: Callable[[], object]) -> int:
 
 def measure(num_layers: int) -> dict[str, int]:
     """Return {unit of work: its operations for one clip} with a backbone of this many blocks."""
-    F.scaled_dot_product_attention = flash_attention
-    with FakeTensorMode():
+    with FakeTensorMode(), patch("torch.nn.functional.scaled_dot_product_attention", flash_attention):
         transformer = WanTransformer3DModel(**WAN_1_3B | {"num_layers": num_layers})
         shared = {name: transformer.config[name] for name in SHARED_CONFIG}
         controlnet = C2RControlNet(injection_layers=injection_layers(CONTROL_LAYERS, 1, num_layers), **shared)
