@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from c2r import InputError
-from c2r.option_types import Flag, Switch
-from c2r.options import COMMANDS, Command, Option
+from c2r.options import COMMANDS
+from c2r.options.option import Command, Option
+from c2r.options.types import Flag, Switch
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

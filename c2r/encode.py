@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 
 from c2r import InputError, cli
 from c2r.data.settings import ClipSettings
-from c2r.options import ENCODE, clip_settings
+from c2r.options import ENCODE
+from c2r.options.shared import clip_settings
 
 logger = logging.getLogger("c2r.encode")  # under python -m, __name__ is "__main__"
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from c2r import InputError, cli
 from c2r.data.buckets import Bucket
-from c2r.options import ESTIMATE, PHASE1, PHASE2, check_modes
+from c2r.options import ESTIMATE, PHASE1, PHASE2
+from c2r.options.training import check_modes
 from c2r.units import GIB
 
 

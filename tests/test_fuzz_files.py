@@ -36,8 +36,8 @@ from c2r.models.controlnet import C2RControlNet
 from c2r.models.dinov3 import DINOv3FeatureExtractor, check_dinov3
 from c2r.models.parts import ENCODERS, check_pipeline_parts, load_pipeline_part
 from c2r.models.vae import decode_latents, encode_frames
-from c2r.option_types import Choice, Number
 from c2r.options import ENCODE, GENERATE, PHASE1, PHASE2, QUICKSTART, STUDY, TOY
+from c2r.options.types import Choice, Number
 from c2r.pipeline import encode_prompts, with_flow_shift
 from c2r.toy.folder import Scene, Toy, read_toy
 from c2r.training.resume import changed_options, find_checkpoint, require_resumable

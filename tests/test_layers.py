@@ -19,7 +19,6 @@ LAYERS = (
     ("c2r.training", "c2r.estimation"),
     ("c2r.cli",),
     ("c2r.options",),
-    ("c2r.option_types",),
     ("c2r.preparation",),
     ("c2r.encoding",),
     ("c2r.data",),
@@ -33,7 +32,11 @@ WITHOUT_OPTIONS = (
     *("c2r.data", "c2r.encoding", "c2r.flow_matching", "c2r.models", "c2r.pipeline", "c2r.preparation", "c2r.sampler"),
 )
 #: Imported before a command has answered --help: they must load within a moment.
-LIGHT = ("c2r", "c2r.cli", "c2r.data.buckets", "c2r.data.settings", "c2r.option_types", "c2r.options")
+LIGHT = (
+    *("c2r", "c2r.cli", "c2r.data.buckets", "c2r.data.settings"),
+    *("c2r.options", "c2r.options.option", "c2r.options.shared", "c2r.options.tools", "c2r.options.training"),
+    "c2r.options.types",
+)
 HEAVY = {"torch", "numpy", "diffusers", "transformers", "accelerate", "datasets", "av", "pyarrow", "matplotlib"}
 
 

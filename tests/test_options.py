@@ -10,8 +10,11 @@ from diffusers.optimization import SchedulerType
 from tqdm import tqdm
 
 from c2r import InputError, cli, flow_matching, pipeline
-from c2r.option_types import Choice, Number
-from c2r.options import COMMANDS, GENERATE, GUIDANCE_SCALES, LR_SCHEDULERS, PHASE1, PHASE2, WEIGHTING_SCHEMES, markdown
+from c2r.options import COMMANDS, GENERATE, PHASE1, PHASE2
+from c2r.options.__main__ import markdown
+from c2r.options.shared import GUIDANCE_SCALES
+from c2r.options.training import LR_SCHEDULERS, WEIGHTING_SCHEMES
+from c2r.options.types import Choice, Number
 from tests.helpers.commands import ENVIRONMENT, ROOT
 from tests.helpers.options import options
 

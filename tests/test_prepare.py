@@ -15,7 +15,8 @@ from c2r import InputError, cli
 from c2r.data.folders import read_frames
 from c2r.data.manifest import read_manifest
 from c2r.data.video import UnusableVideo, read_window
-from c2r.options import ENCODE, PREPARE, clip_settings
+from c2r.options import ENCODE, PREPARE
+from c2r.options.shared import clip_settings
 from c2r.prepare import main, name_the_folder
 from tests.helpers.caption_model import WORDS, save_tiny_caption_model
 from tests.helpers.scenes import read_scene, scene_frames

@@ -12,7 +12,7 @@ from c2r.models.adversary import DomainClassifier
 from c2r.models.attention import use_lean_attention
 from c2r.models.checkpointing import set_checkpointing
 from c2r.models.chunking import chunk_feed_forward
-from c2r.options import clip_settings
+from c2r.options.shared import clip_settings
 from c2r.sampler import MixedCGRealSampler
 from c2r.training.backward_step import StepInBackward
 from c2r.training.checkpoint import load_checkpoint

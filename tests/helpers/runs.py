@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from c2r.models.adversary import DomainClassifier, WithAdversary
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.transformer import C2RTransformer
-from c2r.options import clip_settings
+from c2r.options.shared import clip_settings
 from c2r.sampler import MixedCGRealSampler
 from c2r.training.checkpoint import load_checkpoint, load_domain_classifier, save_checkpoint
 from c2r.training.ema import build_ema, step_ema

@@ -17,7 +17,8 @@ from c2r.encoding.dataset import ClipDataset
 from c2r.models.adversary import DomainClassifier
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.dinov3 import DINOv3FeatureExtractor
-from c2r.options import PHASE1, PHASE2, clip_settings
+from c2r.options import PHASE1, PHASE2
+from c2r.options.shared import clip_settings
 from c2r.sampler import MixedCGRealSampler
 from c2r.training.augmentation import augment_control_frames
 from tests.helpers.commands import SIZE
