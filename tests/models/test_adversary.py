@@ -193,21 +193,6 @@ def test_the_output_is_a_pytree(domain_logits):
     assert again.domain_logits is domain_logits
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_model_with_adversary_compiles_to_one_graph(checkpointing):
-    model, inputs, results = tiny_model(), tiny_inputs(), []
-    if checkpointing:
-        model.enable_gradient_checkpointing()
-    for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
-        model.zero_grad()
-        output = forward(*inputs, reversal_strength=STRENGTH)
-        assert isinstance(output, AdversaryOutput)
-        loss_of(output).backward()
-        results.append([output.sample, output.domain_logits, *(p.grad for p in model.trainable_parameters())])
-    for eager, compiled in zip(*results):
-        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-3)
-
-
 def test_ddp_gives_the_gradients_of_the_unwrapped_model(one_process):
     expected, model, inputs = tiny_model(), tiny_model(), tiny_inputs()
     model.load_state_dict(expected.state_dict())
