@@ -8,20 +8,21 @@ started again. It ends with report.png and a table, which report.json holds too.
 
 import shlex
 import time
+from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 
-from c2r import InputError, cli
-from c2r.options import QUICKSTART
+from c2r import InputError, cli, options
 from c2r.toy.commands import LAUNCH, PHASE1, PHASE2, require_clone, run_command
 
 RESUME = ["--resume_from_checkpoint", "latest"]
-# The guidance scales with the highest people correlation in the report, among those tried.
-SAMPLING = ["--num_inference_steps=20", "--guidance=cfg", "--guidance_scale=2", "--seed=0"]
-CONTROL_SAMPLING = ["--control_guidance_scale=3"]
+# Options of phase 2's sample videos, which c2r.generate has too.
+SAMPLING = ("num_inference_steps", "guidance", "guidance_scale")
+CONTROL_SAMPLING = ("control_guidance_scale",)
 
 
 def main(argv: list[str] | None = None):
-    args = cli.parse(QUICKSTART, argv)
+    args = cli.parse(options.QUICKSTART, argv)
     require_clone()
     started = time.time()
     out = Path(args.output_dir)
@@ -48,17 +49,18 @@ def main(argv: list[str] | None = None):
     config = ["--config", str(toy_dir / "phase2.yaml"), "--output_dir", str(phase2)]
     config += ["--resume_backbone_from", str(phase1 / "best")]
     run_step("phase 2: ground the control", [*LAUNCH, str(PHASE2), *config, *RESUME], phase2 / "final/c2r.json")
+    trained = cli.parse(options.PHASE2, config)
 
     prompts = [f"--prompt={scene['prompt']}" for scene in toy["test"]]
     controls = [f"--control_video={scene['control_video']}" for scene in toy["test"]]
     videos = {}
     for name, model, control in (
         ("before", phase1 / "best", []),
-        ("generated", phase2 / "best", [*controls, *CONTROL_SAMPLING]),
+        ("generated", phase2 / "best", [*controls, *given(CONTROL_SAMPLING, trained)]),
     ):
         videos[name] = [out / f"videos/{name}-{i}.mp4" for i in range(len(prompts))]
-        generate = ["python", "-m", "c2r.generate", "--model", str(model), *SAMPLING, *prompts, *control]
-        generate += ["--output", str(out / f"videos/{name}.mp4")]
+        generate = ["python", "-m", "c2r.generate", "--model", str(model), *given(SAMPLING, trained), "--seed=0"]
+        generate += [*prompts, *control, "--output", str(out / f"videos/{name}.mp4")]
         run_step(f"generate with {model}", generate, videos[name][-1])
 
     print("\n== report", flush=True)
@@ -67,6 +69,11 @@ def main(argv: list[str] | None = None):
     for name, value in write_report(out, toy, phase1, phase2, videos).items():
         print(f"{name:52s} {value:8.4f}")
     print(f"\n{out / 'report.png'} shows the clips; the quickstart took {time.time() - started:.0f} s")
+
+
+def given(names: Iterable[str], args: Namespace) -> list[str]:
+    """Return options of a command as another command's line has them."""
+    return [f"--{name}={getattr(args, name)}" for name in names]
 
 
 def run_step(title: str, command: list[str], done: Path):

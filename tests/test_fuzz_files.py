@@ -465,7 +465,7 @@ def run_in_fork(main, argv):
 
 
 def test_mutated_files_and_random_command_lines_end_in_success_or_one_line(tmp_path):
-    counts = [os.environ.get("FUZZ_FILES", "110"), os.environ.get("FUZZ_LINES", "6")]
+    counts = [os.environ.get("FUZZ_FILES", "60"), os.environ.get("FUZZ_LINES", "4")]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.test_fuzz_files", tmp_path, *counts],
         capture_output=True,

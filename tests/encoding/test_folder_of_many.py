@@ -159,20 +159,20 @@ def test_two_processes_fill_the_same_cache_byte_for_byte(by_one, folder, tiny_mo
 
 
 @pytest.mark.slow
-def test_two_passes_killed_twenty_times_leave_the_same_cache(by_one, folder, tiny_models, tmp_path):
+def test_two_passes_killed_eight_times_leave_the_same_cache(by_one, folder, tiny_models, tmp_path):
     arguments = encode(folder, tiny_models / "pipeline", tmp_path / "killed")[2:]
     passes = []
     for seed in (0, 1):
         rng = random.Random(seed)
-        moments = ",".join(f"{rng.randrange(7)}:{rng.uniform(0, 0.1):.3f}" for _ in range(20))
+        moments = ",".join(f"{rng.randrange(7)}:{rng.uniform(0, 0.1):.3f}" for _ in range(8))
         call = [sys.executable, "-m", "tests.helpers.encode_server", moments, *arguments]
         environment = ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}
         passes.append(subprocess.Popen(call, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True))
     for process in passes:
         out = process.communicate(timeout=200)[0]
         kills = [int(count) for count in re.findall(r"killed at (\d+) clips", out)]
-        assert len(kills) >= 15, out
-        assert len({count for count in kills if 0 < count < 160}) >= 5, kills  # killed while encoding
+        assert len(kills) >= 6, out
+        assert len({count for count in kills if 0 < count < 160}) >= 2, kills  # killed while encoding
         assert "ended with 0" in out
     once, killed = content(by_one[0]), content(tmp_path / "killed")
     assert once.keys() == killed.keys()

@@ -1,8 +1,8 @@
-"""One training step of each phase on fake CUDA tensors, at the real size, on a machine without a GPU.
+"""One training step of each phase on fake CUDA tensors, at the real width, on a machine without a GPU.
 
-Fake tensors have a device, a dtype and a shape but no memory. So the 1.3B model runs its whole step (forward under
-bf16 autocast, checkpointed backward, clipping, AdamW) at 480x832x81 within seconds. Whole commands, with true values
-but tiny models, run on the device of `tests.helpers.simulated_device`.
+Fake tensors have a device, a dtype and a shape but no memory. So six of the 1.3B model's 30 blocks, which are all
+alike, run a whole step (forward under bf16 autocast, checkpointed backward, clipping, AdamW) at 480x832x81 within
+seconds. Whole commands, with true values but tiny models, run on the device of `tests.helpers.simulated_device`.
 
 A CPU-only torch refuses CUDA devices in autograd and autocast. A small library with an empty device guard makes it
 accept them. The library must be loaded before torch is imported, so this module runs in a separate process:
@@ -68,6 +68,7 @@ C10_REGISTER_GUARD_IMPL(CUDA, Guard);
 """
 
 WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+NUM_LAYERS, CONTROL_LAYERS = 6, 3
 FRAMES, HEIGHT, WIDTH, BATCH_SIZE = 81, 480, 832, 2
 
 
@@ -203,7 +204,7 @@ def phase1_model():
 
     from c2r.models.attention import use_lean_attention
 
-    transformer = WanTransformer3DModel(**WAN_1_3B).train()
+    transformer = WanTransformer3DModel(**WAN_1_3B | {"num_layers": NUM_LAYERS}).train()
     use_lean_attention(transformer)
     transformer.enable_gradient_checkpointing()
     return transformer
@@ -222,8 +223,8 @@ def phase2_models():
     from c2r.models.dinov3 import DINOv3FeatureExtractor
     from c2r.models.transformer import C2RTransformer
 
-    transformer = to_bf16(WanTransformer3DModel(**WAN_1_3B))
-    controlnet = C2RControlNet.from_transformer(transformer, 15)
+    transformer = to_bf16(WanTransformer3DModel(**WAN_1_3B | {"num_layers": NUM_LAYERS}))
+    controlnet = C2RControlNet.from_transformer(transformer, CONTROL_LAYERS)
     model = WithAdversary(C2RTransformer(transformer, controlnet), DomainClassifier()).train()
     use_lean_attention(model)
     model.enable_gradient_checkpointing()

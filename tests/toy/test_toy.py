@@ -141,7 +141,7 @@ def test_toy_folder_is_complete_and_not_written_twice(tmp_path):
 
 @pytest.mark.slow
 def test_quickstart_runs_every_step_and_continues_where_it_was(tmp_path):
-    """The whole quickstart, on little data and for two steps a phase."""
+    """The whole quickstart, on little data, with two steps a phase and two denoising steps a video."""
     write_toy(tmp_path / "toy", num_real=4, num_cg=3)
     for name in ("phase1.yaml", "phase2.yaml"):
         options = yaml.safe_load((tmp_path / "toy" / name).read_text())

@@ -183,27 +183,22 @@ def test_two_processes_stop_together_and_a_dead_or_hung_one_is_named(resume_comm
         assert f"exitcode  : {EXIT_STOPPED}" in done.text
 
     before = checksums(out)
-    # One process is killed.
-    with Background(command) as done:
-        done.wait_until(lambda: done.steps)
-        done.family()
-        done.rank(1).kill()
-        assert done.end() != 0
-        assert len(done.errors) == 1, done.text
-        assert "process 1 on " in done.errors[0]
-        assert "no longer answers" in done.errors[0]
 
-    # One process hangs.
-    processes = forked_twice(command[len(TORCHRUN) :], tmp_path)
-    output = tmp_path / "0/stderr"
-    while not output.exists() or "phase 2: " not in output.read_text():
-        assert all(process.is_alive() for process in processes)
-        time.sleep(0.1)
-    os.kill(processes[1].pid, signal.SIGSTOP)
-    processes[0].join(60)
-    processes[1].kill()
-    assert statuses(processes) == [EXIT_HUNG, -signal.SIGKILL]
-    assert "process 1 on " in one_line(output.read_text(), "no longer answers")
+    def second_one(harmed_by):
+        """Send a signal to the second process when training begins; return the errors of the first."""
+        processes = forked_twice(command[len(TORCHRUN) :], tmp_path)
+        output = tmp_path / "0/stderr"
+        while not output.exists() or "phase 2: " not in output.read_text():
+            assert all(process.is_alive() for process in processes)
+            time.sleep(0.1)
+        os.kill(processes[1].pid, harmed_by)
+        processes[0].join(60)
+        processes[1].kill()
+        assert statuses(processes) == [EXIT_HUNG, -signal.SIGKILL]
+        return output.read_text()
+
+    for harmed_by in (signal.SIGKILL, signal.SIGSTOP):  # one process dies, and one hangs
+        assert "process 1 on " in one_line(second_one(harmed_by), "no longer answers")
     assert before.items() <= checksums(out).items()
 
 
