@@ -118,10 +118,10 @@ def with_stock_attention(model):
 
 
 # ---------------------------------------------------------------------------------------------------------------- ours
-def our_variant(name: str, model: torch.nn.Module) -> Variant:
+def our_variant(name: str, model: torch.nn.Module, checkpointing: str = "block") -> Variant:
     """Return the step as the scripts take it."""
     model = copy.deepcopy(model).train()
-    set_checkpointing(model, "block")
+    set_checkpointing(model, checkpointing)
     trainable = model.controlnet if isinstance(model, C2RTransformer) else model
     optimizer = build_optimizer(trainable, OptimizerSettings(LEARNING_RATE), torch.device("cpu"))
     return Variant(name, model, lambda *inputs: model(*inputs).sample, optimizer)
@@ -152,15 +152,21 @@ def draw_inputs(phase: int, grid: tuple[int, int, int]) -> tuple[list[torch.Tens
 
 
 def build_variants(phase: int, compiled: bool = False, **overrides: int) -> list[Variant]:
-    """Return the reference and the variants that are compared with it, each with one saving more than the last."""
+    """Return the reference and the variants that are compared with it.
+
+    Up to the default each has one saving more than the last; the others each change one option of the default.
+    """
     model = build_model(phase, **overrides)
     reference = {1: phase1_reference, 2: phase2_reference}[phase](model)
     variants = [reference, our_variant("fused optimizer", model)]
     use_lean_attention(model)
     variants.append(our_variant("and lean attention (the default)", model))
+    variants.append(our_variant("--gradient_checkpointing selective", model, "selective"))
+    variants.append(our_variant("--gradient_checkpointing none", model, "none"))
     if compiled:
-        variants.append(our_variant("and --compile", model))
-        compile_blocks(variants[-1].model)
+        for name, checkpointing in (("--compile", "block"), ("--gradient_checkpointing none --compile", "none")):
+            variants.append(our_variant(name, model, checkpointing))
+            compile_blocks(variants[-1].model)
     return variants
 
 
@@ -210,7 +216,7 @@ def measure(phase: int, tokens: int, rounds: int, compiled: bool) -> None:
     for variant, peak, (loss, gradients) in zip(variants, peaks, equality):
         ratio = median(times[variant.name]) / median(times[reference.name])
         print(
-            f"  {variant.name:<32} time {ratio:.2f}  peak memory {peak / peaks[0]:.2f}  "
+            f"  {variant.name:<40} time {ratio:.2f}  peak memory {peak / peaks[0]:.2f}  "
             f"difference of loss {loss:.0e}, of gradients {gradients:.0e}",
             flush=True,
         )
