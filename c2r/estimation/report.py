@@ -33,6 +33,7 @@ class Estimate:
     checkpoint: int  #: bytes
     exported: int  #: bytes of best/ and of final/
     host: float  #: bytes on the host in training, over all processes: what offloading moves there
+    streams_text_encoder: bool = False  #: in the stage of encoding prompts, which would be the largest otherwise
 
     @property
     def largest(self) -> str:
@@ -73,8 +74,9 @@ def estimate_run(
     """
     models = build_models(args, configs)
     peaks: dict[str, dict[str, float]] = {}
+    streamed = False
     if not step_only:
-        peaks[TEXT_ENCODING] = record_text_encoding(configs, device_type).peak()
+        peaks[TEXT_ENCODING] = {}
         peaks[VAE_ENCODING] = record_vae_encoding(configs, bucket, device_type).peak()
     recordings = record_training(args, models, configs, bucket, device_type, step_only=step_only)
     sizes = Sizes.of(models.model)  # now: the optimizer has chosen how weights are stored
@@ -85,11 +87,19 @@ def estimate_run(
         peaks[GENERATION] = record_generation(
             configs, bucket, device_type, control=control, cpu_offload=cpu_offload, vae_tiling=vae_tiling
         ).peak()
+        # On a device that is just large enough for the other stages, as `load_text_encoder` chooses there.
+        whole_text_encoder = record_text_encoding(configs, device_type).peak()
+        streamed = sum(whole_text_encoder.values()) > max(sum(peak.values()) for peak in peaks.values())
+        peaks[TEXT_ENCODING] = (
+            record_text_encoding(configs, device_type, streamed=True).peak() if streamed else whole_text_encoder
+        )
     kept_back = sum(bytes_of(tensor) for tensor in models.model.parameters() if not tensor.is_meta)
     host = split.host + num_processes * (kept_back + recordings[STEP].host_peak())
     if engine == "deepspeed_zero3_offload" and args.ema_decay is not None:
         host += 4 * sizes.count
-    return Estimate(peaks, recordings[STEP].flops, checkpoint_bytes(sizes.count, args), 4 * sizes.count, host)
+    return Estimate(
+        peaks, recordings[STEP].flops, checkpoint_bytes(sizes.count, args), 4 * sizes.count, host, streamed
+    )
 
 
 def memory_table(estimate: Estimate) -> Iterator[str]:
@@ -126,6 +136,11 @@ def other_lines(args: Namespace, estimate: Estimate, tflops: float | None) -> It
     """Yield lines on the largest stage, the time at a rate of `tflops` · 10^12 FLOPs a second, disk and host."""
     largest = estimate.largest
     yield f"largest: {largest}, {estimate.total(largest) / GIB:.1f} GiB allocated; a card shows 1 to 3 GiB more"
+    if estimate.streams_text_encoder:
+        yield (
+            f"{TEXT_ENCODING}: the text encoder's blocks are copied to the device one at a time, as on a device that "
+            "is too small for all of them"
+        )
     if tflops is not None:
         seconds = args.gradient_accumulation_steps * sum(estimate.flops.values()) / (tflops * 1e12)
         yield (

@@ -2,6 +2,7 @@
 
 import math
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ from c2r.estimation.tracker import AVERAGE, FROZEN, GRADIENTS, OPTIMIZER, TEMPOR
 from c2r.flow_matching import SigmaDensity
 from c2r.models.adversary import DomainClassifier, WithAdversary, domain_loss
 from c2r.models.dinov3 import DINOv3FeatureExtractor
-from c2r.models.offloading import store_blocks
+from c2r.models.offloading import StoredBlock, store_blocks
 from c2r.training.backward_step import StepInBackward
 from c2r.training.batches import Draw
 from c2r.training.optimizer import OptimizerSettings, build_optimizer
@@ -116,8 +117,7 @@ def build_models(args: Namespace, configs: ModelConfigs) -> TrainingModels:
     if args.offload_backbone or args.fp8_backbone:
         store_blocks(joined.transformer.blocks, DEVICE, args.offload_backbone, args.fp8_backbone)
     if args.offload_backbone:
-        for block in joined.transformer.blocks:
-            _move_to_host(block)
+        move_to_host(joined.transformer.blocks)
     if args.adversarial_weight > 0:
         with DEVICE:
             models.classifier = DomainClassifier(joined.transformer.config.out_channels)
@@ -125,11 +125,18 @@ def build_models(args: Namespace, configs: ModelConfigs) -> TrainingModels:
     return models
 
 
-def _move_to_host(block):
-    """Replace the tensors of a `StoredBlock` by memory of the host that is never touched."""
-    block.block.to_empty(device="cpu")
-    for name, buffer in block.named_buffers(recurse=False):
-        block._buffers[name] = torch.empty_like(buffer, device="cpu")
+def move_to_host(blocks: Iterable[StoredBlock]) -> None:
+    """Replace the tensors of `StoredBlock`s by memory of the host that is never touched."""
+    for block in blocks:
+        block.block.to_empty(device="cpu")
+        for name, buffer in block.named_buffers(recurse=False):
+            block._buffers[name] = torch.empty_like(buffer, device="cpu")
+
+
+def fetch_ahead(block: torch.nn.Module, tracker: Tracker) -> list[torch.Tensor]:
+    """Return memory like that of the block which is copied to the device while another one runs."""
+    with tracker.making(FROZEN):
+        return [torch.empty_like(tensor, device=DEVICE) for tensor in block.parameters()]
 
 
 @dataclass
@@ -173,9 +180,7 @@ def put_state_on_device(args: Namespace, models: TrainingModels, tracker: Tracke
     trainable = [parameter for parameter in models.model.parameters() if parameter.requires_grad]
     state = TrainingState(models, trainable, optimizer)
     if getattr(args, "offload_backbone", False):
-        with tracker.making(FROZEN):
-            first_block = models.backbone.blocks[0]
-            state.fetched_ahead = [torch.empty_like(tensor, device=DEVICE) for tensor in first_block.parameters()]
+        state.fetched_ahead = fetch_ahead(models.backbone.blocks[0], tracker)
     state.make_gradients(tracker)
     with tracker.making(OPTIMIZER):
         optimizer.step()
