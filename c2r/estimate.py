@@ -15,6 +15,7 @@ from typing import Any
 from c2r import InputError, cli
 from c2r.data.buckets import Bucket
 from c2r.options import ESTIMATE, PHASE1, PHASE2
+from c2r.options.presets import option_words
 from c2r.options.training import check_modes
 from c2r.units import GIB
 
@@ -30,18 +31,13 @@ def training_options(args: Namespace) -> Namespace:
 def command_line(args: Namespace, changes: dict[str, Any]) -> str:
     """Return the command of a run: the training options that were given here, and changes to them."""
     defaults = {name: option.default for name, option in ESTIMATE.options.items()}
-    trained = (PHASE1 if args.phase == "1" else PHASE2).options
+    trained = (PHASE1 if args.phase == "1" else PHASE2).options.keys() - {"preset"}  # whose options are given too
     given = {name: value for name, value in vars(args).items() if name in trained and value != defaults[name]}
     words = ["accelerate launch", f"--config_file accelerate_configs/{args.engine}.yaml"]
     if args.num_processes > 1:
         words.append(f"--num_processes {args.num_processes}")
     words.append(f"train_phase{args.phase}.py")
-    for name, value in (given | changes).items():
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return " ".join(words)
+    return " ".join([*words, option_words(given | changes)]).rstrip()
 
 
 def main(argv: list[str] | None = None) -> None:
