@@ -7,7 +7,18 @@ from dataclasses import dataclass
 
 from c2r.data.buckets import Bucket
 from c2r.estimation.configs import ModelConfigs
-from c2r.estimation.engines import ENGINE, Sizes, bytes_of, num_bytes, split_by
+from c2r.estimation.engines import (
+    ADAPTER,
+    DEVICES_OF_A_MACHINE,
+    ENGINE,
+    NVLINK,
+    Communication,
+    Sizes,
+    bytes_of,
+    communication_of,
+    num_bytes,
+    split_by,
+)
 from c2r.estimation.stages import (
     GENERATION,
     STEP,
@@ -33,6 +44,7 @@ class Estimate:
     checkpoint: int  #: bytes
     exported: int  #: bytes of best/ and of final/
     host: float  #: bytes on the host in training, over all processes: what offloading moves there
+    communication: Communication
     streams_text_encoder: bool = False  #: in the stage of encoding prompts, which would be the largest otherwise
 
     @property
@@ -98,7 +110,13 @@ def estimate_run(
     if engine == "deepspeed_zero3_offload" and args.ema_decay is not None:
         host += 4 * sizes.count
     return Estimate(
-        peaks, recordings[STEP].flops, checkpoint_bytes(sizes.count, args), 4 * sizes.count, host, streamed
+        peaks,
+        recordings[STEP].flops,
+        checkpoint=checkpoint_bytes(sizes.count, args),
+        exported=4 * sizes.count,
+        host=host,
+        communication=communication_of(engine, num_processes, sizes, args.gradient_accumulation_steps),
+        streams_text_encoder=streamed,
     )
 
 
@@ -141,12 +159,28 @@ def other_lines(args: Namespace, estimate: Estimate, tflops: float | None) -> It
             f"{TEXT_ENCODING}: the text encoder's blocks are copied to the device one at a time, as on a device that "
             "is too small for all of them"
         )
+    moved = estimate.communication
     if tflops is not None:
         seconds = args.gradient_accumulation_steps * sum(estimate.flops.values()) / (tflops * 1e12)
-        yield (
+        run = seconds * args.max_train_steps
+        line = (
             f"time: {seconds:.3g} s a step of {args.gradient_accumulation_steps} micro-steps at {tflops:g} TFLOP/s, "
-            f"{duration_text(seconds * args.max_train_steps)} for {args.max_train_steps:,} steps, without encoding, "
-            "DINOv3, validation and communication"
+            f"{duration_text(run)} for {args.max_train_steps:,} steps"
+        )
+        if moved.num_processes > 1:
+            line += f", {moved.num_processes * run / 3600:,.0f} GPU hours"
+        yield f"{line}, without encoding, DINOv3, validation and communication"
+    if moved.num_processes > 1:
+        yield (
+            f"communication: in a step each device collects {moved.gathered / 1e9:.1f} GB of weights and the devices "
+            f"sum {moved.reduced / 1e9:.1f} GB of gradients, of which each receives {moved.received / 1e9:.1f} GB; "
+            f"{moved.nvlink_seconds:.2f} s over NVLink at {NVLINK / 1e9:g} GB/s"
+        )
+    if moved.num_processes > DEVICES_OF_A_MACHINE:
+        yield (
+            f"network: {moved.network_seconds(1):.2f} s between machines of {DEVICES_OF_A_MACHINE} devices with one "
+            f"adapter of 400 Gb/s ({ADAPTER / 1e9:g} GB/s) each, {moved.network_seconds(DEVICES_OF_A_MACHINE):.2f} s "
+            f"with {DEVICES_OF_A_MACHINE}; rates of links are those of their specifications"
         )
     yield (
         f"disk: {size_text(estimate.checkpoint)} a checkpoint, {size_text(estimate.exported)} for each of best/ and "
