@@ -47,7 +47,9 @@ def main(argv: list[str] | None = None) -> None:
 
     from c2r.estimation.configs import read_configs
     from c2r.estimation.fit import RESERVED, find_fit
+    from c2r.estimation.measure import measure_step, require_gpu
     from c2r.estimation.report import estimate_run, flops_table, memory_table, other_lines
+    from c2r.estimation.stages import STEP
     from c2r.training.engine import SHARDING, check_options
 
     def check(options):
@@ -55,6 +57,8 @@ def main(argv: list[str] | None = None) -> None:
         check_options(options, SHARDING[args.engine], args.num_processes)
 
     check(training)
+    if args.measure:
+        require_gpu()
     configs = read_configs(args.model, args.dinov3)
     buckets = args.buckets or [Bucket(args.num_frames, args.height, args.width)]
     bucket = max(buckets, key=lambda bucket: math.prod(bucket.latent_grid))
@@ -93,6 +97,13 @@ def main(argv: list[str] | None = None) -> None:
     for table in (memory_table(estimate), flops_table(estimate), other_lines(training, estimate, args.tflops)):
         print()
         print("\n".join(table), flush=True)
+    if args.measure:
+        measured, computed = measure_step(training, configs, bucket), estimate.total(STEP)
+        print(
+            f"\nmeasured: {measured.peak / GIB:.2f} GiB allocated at the peak of a training step, "
+            f"{computed / GIB:.2f} computed; {measured.reserved / GIB:.2f} GiB reserved; {measured.seconds:.3g} s for "
+            "a micro-step and the optimizer's step"
+        )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """`python -m c2r.estimate`: its output, its refusals, its search, and the figures of the studies."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from c2r.estimation.configs import build_backbone, read_configs
 from c2r.estimation.engines import ENGINE, Sizes, communication_of, num_bytes
 from c2r.estimation.fit import RESERVED, find_fit
 from c2r.estimation.report import estimate_run
-from c2r.estimation.stages import STEP
+from c2r.estimation.stages import GENERATION, STEP
 from c2r.estimation.step import build_models
 from c2r.estimation.tracker import AVERAGE, FROZEN, GRADIENTS, OPTIMIZER, SAVED, TRAINABLE
 from c2r.options.presets import PRESETS
@@ -65,6 +67,7 @@ def test_the_command_prints_every_stage_and_the_largest(folders, capsys):
         ),
         (["--mixed_precision", "no", "--weight_storage", "bf16"], "--weight_storage bf16: does not work with"),
         (["--buckets", "5x64x96", "5x64x96"], "--buckets 5x64x96: named twice"),
+        (["--measure", "--engine", "fsdp2"], "--measure: runs one process; leave it out, or leave out --engine fsdp2"),
         (["--height", "100"], "--height 100: must be divisible by 16"),
     ],
 )
@@ -73,6 +76,12 @@ def test_bad_input_is_refused_in_one_line_before_any_work(argv, message):
         estimate.main(argv)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_measure_needs_a_gpu():
+    with pytest.raises(InputError, match="--measure: there is no GPU here; leave it out"):
+        estimate.main(["--measure"])
 
 
 def test_the_command_that_fits_is_printed_with_the_options_given(folders, capsys):
@@ -242,6 +251,18 @@ def test_one_clip_at_a_time_is_tried_before_a_slower_mode():
         "train_batch_size": 1,
         "gradient_accumulation_steps": 8,
     }
+
+
+def test_the_stage_that_does_not_fit_is_named_where_the_step_does():
+    args = training_options(1)
+    full = estimate_run(args, CONFIGS, BUCKET)
+    whole = replace(full, peaks={**full.peaks, GENERATION: {FROZEN: 2.0 * GIB}})
+
+    def run(options, step_only):
+        return full if step_only else whole
+
+    with pytest.raises(InputError, match=r"the least that was found takes 2\.0 GiB for generation, of 1\.0 that"):
+        find_fit(args, GIB + RESERVED, run)
 
 
 # ---------------------------------------------------------------------------------------------------------- real sizes

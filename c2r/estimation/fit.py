@@ -62,7 +62,9 @@ def find_fit(
     Raises:
         InputError: there is none; it names the stage that is too large.
     """
-    smallest = found = None
+    found: Fit | None = None
+    steps: list[Estimate] = []
+    runs: list[Estimate] = []
     for mode in MODES:
         if mode.keys() - vars(args).keys():
             continue  # phase 1 has no frozen backbone
@@ -72,18 +74,20 @@ def find_fit(
             if not supported(changed):
                 continue
             tried = estimate(changed, step_only=True)
-            smallest = min(smallest or tried, tried, key=lambda estimate: estimate.total(estimate.largest))
+            steps.append(tried)
             if not _fits(tried, memory):
                 if args.gradient_accumulation_steps > 1:
                     break  # more clips at a time would not either
                 continue
             tried = estimate(changed, step_only=False)
+            runs.append(tried)
             if _fits(tried, memory):
                 changes = {name: value for name, value in changes.items() if getattr(args, name) != value}
                 found = Fit(changed, changes, tried)
         if found is not None:
             return found
-    assert smallest is not None  # plain training is always supported
+    # Plain training is always supported, so there is a step. Where it fits, another stage does not.
+    smallest = min(runs or steps, key=lambda estimate: estimate.total(estimate.largest))
     stage, left = smallest.largest, max(0, memory - RESERVED)
     raise InputError(
         f"--fit {memory / GIB:g}GB: does not fit with any options; the least that was found takes "

@@ -179,6 +179,8 @@ def _check_estimate(args):
                 raise InputError(f"--{given}: phase 1 has no control; leave it out, or give --phase 2")
     if args.engine == "single_gpu" and args.num_processes > 1:
         raise InputError(f"--num_processes {args.num_processes}: --engine single_gpu has one; give another engine")
+    if args.measure and args.engine != "single_gpu":
+        raise InputError(f"--measure: runs one process; leave it out, or leave out --engine {args.engine}")
     for bucket in args.buckets or []:
         if args.buckets.count(bucket) > 1:
             raise InputError(f"--buckets {bucket}: named twice; name it once")
@@ -206,6 +208,12 @@ ESTIMATE = Command(
                 Choice(tuple(PRESETS["1"] | PRESETS["2"])),
             ),
             *_estimate_options(),
+            Option(
+                "measure",
+                "take a few real steps with random weights on this machine's GPU, and print their memory and time",
+                Flag(),
+                False,
+            ),
             Option("cpu_offload", "as in c2r.generate: keep only the model in use on the GPU", Flag(), False),
             Option("vae_tiling", "as in c2r.generate: decode in tiles", Flag(), False),
         )
