@@ -1,7 +1,7 @@
 """Options of the training scripts by the memory of a device: those that `python -m c2r.estimate --fit` found.
 
-They are for Wan 2.1 1.3B on one device or DDP, with clips of 480×832×81. 14B depends on the engine and
-the number of devices more than on these options: docs/hardware.md has its commands.
+They are for Wan 2.1 1.3B on one device, with clips of 480×832×81. 14B depends on the engine and the number of devices
+more than on these options: docs/hardware.md has its commands.
 """
 
 from argparse import Namespace
@@ -61,7 +61,7 @@ def preset_line(args: Namespace) -> str:
     """
     options = PRESETS["2" if hasattr(args, "control_layers") else "1"][args.preset]
     kept = {name: value for name, value in options.items() if getattr(args, name) == value}
-    line = f"--preset {args.preset} sets {option_words(kept)}"
+    line = f"--preset {args.preset} sets {option_words(kept) or 'nothing'}"
     others = {name: getattr(args, name) for name in options if name not in kept}
     return f"{line}; given otherwise: {option_words(others)}" if others else line
 

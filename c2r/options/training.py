@@ -89,7 +89,7 @@ def _training_groups(phase, before_data, after_data, **defaults):
             Option(
                 "preset",
                 "memory of the GPU: sets options that trade time for memory, for 1.3B and clips of 480x832x81 on one "
-                "GPU or DDP, see docs/hardware.md; options that are given win",
+                "GPU, see docs/hardware.md; options that are given win",
                 Choice(tuple(PRESETS[phase])),
                 common=True,
             ),
