@@ -698,6 +698,13 @@ MODELS = [
         f"{OFFLOADING}::test_the_block_that_runs_next_is_predicted",
     ),
     Mutation(
+        "nothing-is-left-beside-the-text-encoder",
+        "c2r/models/parts.py",
+        "if free is not None and needed + TEXT_ENCODER_ROOM > free:",
+        "if free is not None and needed > free:",
+        "tests/models/test_parts.py",
+    ),
+    Mutation(
         "parts-that-run-again-use-the-stored-weights",
         "c2r/models/chunking.py",
         'ffn.forward = module.bind("ffn", ffn.forward)',
