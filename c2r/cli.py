@@ -38,7 +38,7 @@ HEAD_START = 5.0
 
 
 def parse(command: Command, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line over --config FILE.yaml over the defaults, and check all values.
+    """Parse the command line over --config FILE.yaml over --preset over the defaults, and check all values.
 
     Args:
         command: one of `c2r.options`.
@@ -66,11 +66,9 @@ def parse(command: Command, argv: list[str] | None = None) -> argparse.Namespace
             raise SystemExit(0)
 
     options = command.options
-    values = {name: option.default for name, option in options.items()}
-    if "config" in given:
-        values |= _read_config(given["config"], command)
-    for name, text in given.items():
-        values[name] = _typed(options[name], text)
+    configured = _read_config(given["config"], command) if "config" in given else {}
+    typed = configured | {name: _typed(options[name], text) for name, text in given.items()}
+    values = {name: option.default for name, option in options.items()} | command.preset(typed) | typed
     for name, option in options.items():
         if option.required and values[name] is None:
             raise InputError(f"--{name}: missing; give {option.type}")
@@ -122,7 +120,7 @@ def _help_text(option):
     text = option.help.replace("%", "%%")
     if option.required:
         return f"{text} (required)"
-    if option.default is None or isinstance(option.type, Flag) or "default:" in text:
+    if option.default is None or option.default is False or isinstance(option.type, Flag) or "default:" in text:
         return text
     default = f"{option.default:g}" if isinstance(option.default, float) else option.default
     return f"{text} (default: {default})"

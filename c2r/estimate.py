@@ -15,6 +15,7 @@ from typing import Any
 from c2r import InputError, cli
 from c2r.data.buckets import Bucket
 from c2r.options import ESTIMATE, PHASE1, PHASE2
+from c2r.options.presets import option_words
 from c2r.options.training import check_modes
 from c2r.units import GIB
 
@@ -30,18 +31,13 @@ def training_options(args: Namespace) -> Namespace:
 def command_line(args: Namespace, changes: dict[str, Any]) -> str:
     """Return the command of a run: the training options that were given here, and changes to them."""
     defaults = {name: option.default for name, option in ESTIMATE.options.items()}
-    trained = (PHASE1 if args.phase == "1" else PHASE2).options
+    trained = (PHASE1 if args.phase == "1" else PHASE2).options.keys() - {"preset"}  # whose options are given too
     given = {name: value for name, value in vars(args).items() if name in trained and value != defaults[name]}
     words = ["accelerate launch", f"--config_file accelerate_configs/{args.engine}.yaml"]
     if args.num_processes > 1:
         words.append(f"--num_processes {args.num_processes}")
     words.append(f"train_phase{args.phase}.py")
-    for name, value in (given | changes).items():
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return " ".join(words)
+    return " ".join([*words, option_words(given | changes)]).rstrip()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,7 +47,9 @@ def main(argv: list[str] | None = None) -> None:
 
     from c2r.estimation.configs import read_configs
     from c2r.estimation.fit import RESERVED, find_fit
+    from c2r.estimation.measure import measure_step, require_gpu
     from c2r.estimation.report import estimate_run, flops_table, memory_table, other_lines
+    from c2r.estimation.stages import STEP
     from c2r.training.engine import SHARDING, check_options
 
     def check(options):
@@ -59,6 +57,8 @@ def main(argv: list[str] | None = None) -> None:
         check_options(options, SHARDING[args.engine], args.num_processes)
 
     check(training)
+    if args.measure:
+        require_gpu()
     configs = read_configs(args.model, args.dinov3)
     buckets = args.buckets or [Bucket(args.num_frames, args.height, args.width)]
     bucket = max(buckets, key=lambda bucket: math.prod(bucket.latent_grid))
@@ -97,6 +97,13 @@ def main(argv: list[str] | None = None) -> None:
     for table in (memory_table(estimate), flops_table(estimate), other_lines(training, estimate, args.tflops)):
         print()
         print("\n".join(table), flush=True)
+    if args.measure:
+        measured, computed = measure_step(training, configs, bucket), estimate.total(STEP)
+        print(
+            f"\nmeasured: {measured.peak / GIB:.2f} GiB allocated at the peak of a training step, "
+            f"{computed / GIB:.2f} computed; {measured.reserved / GIB:.2f} GiB reserved; {measured.seconds:.3g} s for "
+            "a micro-step and the optimizer's step"
+        )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from c2r.models.adversary import WithAdversary
 from c2r.models.assembly import load_for_generation
 from c2r.models.attention import use_lean_attention
 from c2r.models.dinov3 import DINOv3FeatureExtractor
-from c2r.models.parts import load_pipeline_part, log_long_prompts, max_sequence_length
+from c2r.models.parts import load_pipeline_part, load_text_encoder, log_long_prompts, max_sequence_length
 from c2r.models.transformer import C2RTransformer
 from c2r.models.vae import decode_latents
 
@@ -316,7 +316,7 @@ def encode_prompts(
         N embeddings (1, L, D_text) on CPU.
     """
     tokenizer = load_pipeline_part(base_model, "tokenizer")
-    text_encoder = load_pipeline_part(base_model, "text_encoder", dtype).to(device)
+    text_encoder = load_text_encoder(base_model, dtype, torch.device(device))
     pipeline = C2RPipeline(tokenizer, text_encoder, vae=None, scheduler=None)
     length = max_sequence_length(tokenizer)
     log_long_prompts(tokenizer, prompts)

@@ -698,6 +698,13 @@ MODELS = [
         f"{OFFLOADING}::test_the_block_that_runs_next_is_predicted",
     ),
     Mutation(
+        "nothing-is-left-beside-the-text-encoder",
+        "c2r/models/parts.py",
+        "if free is not None and needed + TEXT_ENCODER_ROOM > free:",
+        "if free is not None and needed > free:",
+        "tests/models/test_parts.py",
+    ),
+    Mutation(
         "parts-that-run-again-use-the-stored-weights",
         "c2r/models/chunking.py",
         'ffn.forward = module.bind("ffn", ffn.forward)',
@@ -1083,9 +1090,16 @@ COMMANDS = [
     Mutation(
         "the-config-wins-over-the-command-line",
         "c2r/cli.py",
-        "values[name] = _typed(options[name], text)",
-        "values[name] = values[name] or _typed(options[name], text)",
+        "typed = configured | {name: _typed(options[name], text) for name, text in given.items()}",
+        "typed = {name: _typed(options[name], text) for name, text in given.items()} | configured",
         f"{OPTIONS}::test_command_line_wins_over_config_over_defaults",
+    ),
+    Mutation(
+        "a-preset-wins-over-given-options",
+        "c2r/cli.py",
+        "| command.preset(typed) | typed",
+        "| typed | command.preset(typed)",
+        f"{OPTIONS}::test_given_options_win_over_a_preset",
     ),
     Mutation(
         "an-exclusive-bound-is-inclusive",

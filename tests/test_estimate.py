@@ -1,16 +1,20 @@
 """`python -m c2r.estimate`: its output, its refusals, its search, and the figures of the studies."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from c2r import InputError, estimate
 from c2r.data.buckets import Bucket
 from c2r.estimation.configs import build_backbone, read_configs
-from c2r.estimation.engines import ENGINE, num_bytes
+from c2r.estimation.engines import ENGINE, Sizes, communication_of, num_bytes
 from c2r.estimation.fit import RESERVED, find_fit
 from c2r.estimation.report import estimate_run
-from c2r.estimation.stages import STEP
+from c2r.estimation.stages import GENERATION, STEP
+from c2r.estimation.step import build_models
 from c2r.estimation.tracker import AVERAGE, FROZEN, GRADIENTS, OPTIMIZER, SAVED, TRAINABLE
+from c2r.options.presets import PRESETS
 from tests.helpers.estimates import BUCKET, CONFIGS, training_options
 from tests.helpers.tiny import save_tiny_dinov3, save_tiny_pipeline
 
@@ -63,6 +67,7 @@ def test_the_command_prints_every_stage_and_the_largest(folders, capsys):
         ),
         (["--mixed_precision", "no", "--weight_storage", "bf16"], "--weight_storage bf16: does not work with"),
         (["--buckets", "5x64x96", "5x64x96"], "--buckets 5x64x96: named twice"),
+        (["--measure", "--engine", "fsdp2"], "--measure: runs one process; leave it out, or leave out --engine fsdp2"),
         (["--height", "100"], "--height 100: must be divisible by 16"),
     ],
 )
@@ -71,6 +76,12 @@ def test_bad_input_is_refused_in_one_line_before_any_work(argv, message):
         estimate.main(argv)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_measure_needs_a_gpu():
+    with pytest.raises(InputError, match="--measure: there is no GPU here; leave it out"):
+        estimate.main(["--measure"])
 
 
 def test_the_command_that_fits_is_printed_with_the_options_given(folders, capsys):
@@ -117,6 +128,45 @@ def test_zero2_splits_states_alone_and_offload_leaves_none():
     offloaded = step_of("deepspeed_zero3_offload", 2)
     assert offloaded.peaks[STEP][OPTIMIZER] == offloaded.peaks[STEP][TRAINABLE] == 0
     assert offloaded.host >= 5 * one[TRAINABLE]
+
+
+def test_communication_is_counted_from_the_sizes_of_weights():
+    sizes = Sizes.of(build_models(training_options(2), CONFIGS).model)
+    weights, trained = sizes.frozen + sizes.trainable, sizes.trainable
+    expected = {  # gathered, reduced in a step of three micro-steps
+        "single_gpu": (trained, trained),
+        "multi_gpu": (trained, trained),
+        "deepspeed_zero2": (trained, 3 * trained),
+        "deepspeed_zero3": (6 * weights, 3 * trained),
+        "deepspeed_zero3_offload": (6 * weights, 3 * trained),
+        "fsdp2": (6 * weights, 3 * trained),
+    }
+    for engine, numbers in expected.items():
+        moved = communication_of(engine, 16, sizes, 3)
+        assert (moved.gathered, moved.reduced) == numbers
+        assert moved.received == pytest.approx(sum(numbers) * 15 / 16)
+        assert moved.nvlink_seconds == pytest.approx(moved.received / 450e9)
+        # Each of two machines lacks half of what its devices collect.
+        assert moved.network_seconds(1) == pytest.approx(sum(numbers) / 2 / 50e9)
+        assert moved.network_seconds(8) == pytest.approx(moved.network_seconds(1) / 8)
+    assert communication_of("single_gpu", 1, sizes, 1).received == 0
+    assert communication_of("fsdp2", 8, sizes, 1).network_seconds(1) == 0
+
+
+def test_communication_is_printed_for_several_devices(folders, capsys):
+    model, dinov3 = folders
+    argv = ["--model", model, "--dinov3", dinov3, "--control_layers", "2", "--buckets", "5x64x96", "--tflops", "1"]
+    estimate.main(argv)
+    out = capsys.readouterr().out
+    assert "communication:" not in out
+    assert "GPU hours" not in out
+    estimate.main([*argv, "--engine", "fsdp2", "--num_processes", "8"])
+    out = capsys.readouterr().out
+    assert "s over NVLink at 450 GB/s" in out
+    assert "GPU hours" in out
+    assert "network:" not in out
+    estimate.main([*argv, "--engine", "deepspeed_zero3", "--num_processes", "16"])
+    assert "s between machines of 8 devices with one adapter of 400 Gb/s (50 GB/s) each" in capsys.readouterr().out
 
 
 def test_options_change_the_peak_by_their_bytes():
@@ -182,6 +232,39 @@ def test_the_fastest_options_that_fit_are_found():
         find_fit(args, RESERVED, run)
 
 
+def test_one_clip_at_a_time_is_tried_before_a_slower_mode():
+    args = training_options(1, train_batch_size=4, gradient_accumulation_steps=2)
+
+    def run(options, step_only):
+        return estimate_run(options, CONFIGS, BUCKET, step_only=True)
+
+    def needed(batch, accumulation):
+        options = training_options(
+            1, train_batch_size=batch, gradient_accumulation_steps=accumulation, gradient_checkpointing="none"
+        )
+        return run(options, True).total(STEP)
+
+    assert needed(1, 8) < needed(4, 2)
+    assert find_fit(args, needed(4, 2) + RESERVED, run).changes == {"gradient_checkpointing": "none"}
+    assert find_fit(args, needed(1, 8) + RESERVED, run).changes == {
+        "gradient_checkpointing": "none",
+        "train_batch_size": 1,
+        "gradient_accumulation_steps": 8,
+    }
+
+
+def test_the_stage_that_does_not_fit_is_named_where_the_step_does():
+    args = training_options(1)
+    full = estimate_run(args, CONFIGS, BUCKET)
+    whole = replace(full, peaks={**full.peaks, GENERATION: {FROZEN: 2.0 * GIB}})
+
+    def run(options, step_only):
+        return full if step_only else whole
+
+    with pytest.raises(InputError, match=r"the least that was found takes 2\.0 GiB for generation, of 1\.0 that"):
+        find_fit(args, GIB + RESERVED, run)
+
+
 # ---------------------------------------------------------------------------------------------------------- real sizes
 
 
@@ -202,3 +285,11 @@ def test_a_step_of_1_3b_is_within_3_percent_of_the_studys(phase, options, simula
     tera = sum(step.flops.values()) / 1e12 / args.train_batch_size
     expected = {1: 1232, 2: 1337 if args.gradient_checkpointing == "none" else 1754}[phase]
     assert tera == pytest.approx(expected, rel=0.001)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("phase", "name"), [("2", "12gb"), ("1", "16gb")])
+def test_a_preset_fits_its_card_in_every_stage(phase, name):
+    args = training_options(int(phase), **({"control_layers": 15} if phase == "2" else {}), **PRESETS[phase][name])
+    estimated = estimate_run(args, read_configs("1.3b", None), Bucket(81, 480, 832), cpu_offload=True, vae_tiling=True)
+    assert estimated.total(estimated.largest) <= int(name.removesuffix("gb")) * GIB - RESERVED

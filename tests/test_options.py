@@ -10,13 +10,16 @@ from diffusers.optimization import SchedulerType
 from tqdm import tqdm
 
 from c2r import InputError, cli, flow_matching, pipeline
-from c2r.options import COMMANDS, GENERATE, PHASE1, PHASE2
+from c2r.options import COMMANDS, ESTIMATE, GENERATE, PHASE1, PHASE2
 from c2r.options.__main__ import markdown
+from c2r.options.presets import PRESETS, option_words, preset_line
 from c2r.options.shared import GUIDANCE_SCALES
 from c2r.options.training import LR_SCHEDULERS, WEIGHTING_SCHEMES
 from c2r.options.types import Choice, Number
+from c2r.training.engine import check_options
+from c2r.training.resume import saved_options
 from tests.helpers.commands import ENVIRONMENT, ROOT
-from tests.helpers.options import options
+from tests.helpers.options import options, phase2_options
 
 PHASE2_REQUIRED = ["--real_dataset=r", "--cg_dataset=c", "--output_dir=o", "--resume_backbone_from=b"]
 
@@ -240,3 +243,51 @@ def test_an_error_line_stands_alone(error, capsys, signal_handlers):
     with pytest.raises(SystemExit, match=r"^error: a\.mp4: "):
         cli.run(main)
     assert capsys.readouterr().err.endswith("\n")  # the bar is closed, though the error still holds its frame
+
+
+# ------------------------------------------------------------------------------------------------------------- presets
+
+
+def typed_out(phase: str, name: str) -> list[str]:
+    return option_words(PRESETS[phase][name]).split()
+
+
+EVERY_PRESET = [(phase, name) for phase, presets in PRESETS.items() for name in presets]
+
+
+@pytest.mark.parametrize(("phase", "name"), EVERY_PRESET)
+def test_a_preset_stands_for_its_options(phase, name):
+    """A run that is resumed with the options themselves, or the other way round, sees no change."""
+    parse = phase2_options if phase == "2" else parse_phase1
+    preset, typed = parse([f"--preset={name}"]), parse(typed_out(phase, name))
+    assert preset.preset == name
+    assert saved_options(preset) == saved_options(typed)
+    assert preset_line(preset) == f"--preset {name} sets {option_words(PRESETS[phase][name])}"
+    check_options(preset, None, 2)  # of the engine: DDP
+
+
+def parse_phase1(argv):
+    return cli.parse(PHASE1, ["--real_dataset=r", "--output_dir=o", *argv])
+
+
+def test_given_options_win_over_a_preset(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("preset: 12gb\nffn_chunks: 1\noffload_backbone: false\n")
+    args = phase2_options(["--config", str(config), "--optimizer=adamw", "--no-offload_activations"])
+    assert (args.preset, args.weight_storage) == ("12gb", "bf16")
+    assert (args.ffn_chunks, args.offload_backbone) == (1, False)
+    assert (args.optimizer, args.offload_activations) == ("adamw", False)
+    assert preset_line(args).endswith(
+        "sets --weight_storage bf16; given otherwise: --ffn_chunks 1 --no-offload_activations "
+        "--no-offload_backbone --optimizer adamw"
+    )
+    args = phase2_options(["--config", str(config), "--preset=16gb"])
+    assert args.preset == "16gb"
+
+
+def test_a_phase_refuses_presets_of_the_other():
+    with pytest.raises(InputError, match="--preset 12gb: not one of the choices; give 16gb, "):
+        parse_phase1(["--preset=12gb"])
+    with pytest.raises(InputError, match="--preset 12gb: phase 1 has none of this name; give one of 16gb, "):
+        cli.parse(ESTIMATE, ["--phase=1", "--preset=12gb"])
+    assert cli.parse(ESTIMATE, ["--preset=12gb"]).offload_backbone

@@ -39,7 +39,7 @@ from c2r.encoding.missing import (
     prompt_dtype,
 )
 from c2r.files import is_complete, save_tensors
-from c2r.models.parts import load_pipeline_part, log_long_prompts, max_sequence_length
+from c2r.models.parts import load_pipeline_part, load_text_encoder, log_long_prompts, max_sequence_length
 from c2r.units import duration_text, size_text
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ def _encode_prompts(missing, settings, accelerator, watchdog):
     if not prompts:
         return
     device = accelerator.device
-    text_encoder = load_pipeline_part(settings.base_model, "text_encoder", torch_dtype=prompt_dtype()).to(device)
+    text_encoder = load_text_encoder(settings.base_model, prompt_dtype(), device)
     tokenizer = load_pipeline_part(settings.base_model, "tokenizer")
     pipeline = WanPipeline(tokenizer=tokenizer, text_encoder=text_encoder, vae=None, scheduler=None)
     max_length = max_sequence_length(tokenizer)

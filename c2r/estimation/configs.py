@@ -77,12 +77,12 @@ def read_configs(model: str, dinov3: str | None) -> ModelConfigs:
     )
 
 
-# ----------------------------------------------------------------------------- models on the meta device, without data
+# ------------------------------------------------------ models on the meta device, without data, or on the CPU
 
 
-def build_backbone(config: dict[str, Any], dtype: torch.dtype) -> WanTransformer3DModel:
-    """Return the backbone as `load_transformer` loads it."""
-    with torch.device("meta"):
+def build_backbone(config: dict[str, Any], dtype: torch.dtype, device: str = "meta") -> WanTransformer3DModel:
+    """Return the backbone as `load_transformer` loads it, on the CPU with random weights."""
+    with torch.device(device):
         return with_stored_dtypes(WanTransformer3DModel.from_config(config).eval(), dtype)
 
 
@@ -92,6 +92,7 @@ def build_joined(
     *,
     control_layers: int,
     control_stride: int,
+    device: str = "meta",
 ) -> C2RTransformer:
     """Return phase 2's model: the backbone frozen in `dtype`, the control branch in fp32.
 
@@ -99,20 +100,21 @@ def build_joined(
         configs: of the models.
         dtype: of the frozen weights.
         control_layers, control_stride: see `injection_layers`.
+        device: "meta" or "cpu".
 
     Raises:
         InputError: the backbone has too few blocks.
     """
-    backbone = build_backbone(configs.transformer, dtype)
+    backbone = build_backbone(configs.transformer, dtype, device)
     controlnet = C2RControlNet.from_transformer(
-        backbone, control_layers, control_stride, configs.dinov3["hidden_size"], empty=True
+        backbone, control_layers, control_stride, configs.dinov3["hidden_size"], empty=device == "meta"
     )
     return C2RTransformer(backbone, controlnet)
 
 
-def build_dinov3(config: dict[str, Any], dtype: torch.dtype) -> DINOv3FeatureExtractor:
+def build_dinov3(config: dict[str, Any], dtype: torch.dtype, device: str = "meta") -> DINOv3FeatureExtractor:
     """Return the frozen DINOv3 as `DINOv3FeatureExtractor.from_pretrained` loads it."""
-    with torch.device("meta"):
+    with torch.device(device):
         model = with_stored_dtypes(DINOv3ViTModel(DINOv3ViTConfig(**config)), dtype)
         return DINOv3FeatureExtractor(model, _MEAN, _STD)
 

@@ -116,3 +116,57 @@ def split_by(engine: str, num_processes: int, sizes: Sizes, dinov3: int = 0) -> 
     # Weights, gradients and AdamW's moments beside the copies.
     host = sizes.frozen + sizes.trainable * 2 + 4 * sizes.count + 8 * sizes.count
     return Split(factors, {ENGINE: bucket + live}, host)
+
+
+# ------------------------------------------------------------------------------------------------------- communication
+
+#: Bytes that a link moves in a second in one direction, by specification; none is measured.
+#: NVLink 4 of an H100 SXM: 900 GB/s in both directions together.
+NVLINK = 450e9
+#: A network adapter of 400 Gb/s, such as InfiniBand NDR.
+ADAPTER = 400e9 / 8
+#: Devices that NVLink joins: those of one machine.
+DEVICES_OF_A_MACHINE = 8
+
+
+@dataclass(frozen=True)
+class Communication:
+    """The tensors that an engine moves in an optimizer step, each whole, as if it were on one device."""
+
+    gathered: float  #: bytes of weights that every device collects from the others
+    reduced: float  #: bytes of gradients that are summed over all devices, each of which gets its part
+    num_processes: int
+
+    @property
+    def received(self) -> float:
+        """Bytes that each device receives."""
+        # Rings: of n parts a device has one, and receives n - 1.
+        return (self.gathered + self.reduced) * (1 - 1 / self.num_processes)
+
+    @property
+    def nvlink_seconds(self) -> float:
+        """Time within a machine."""
+        return self.received / NVLINK
+
+    def network_seconds(self, adapters: int) -> float:
+        """Time between machines, each of which receives what it does not have, through a number of adapters."""
+        machines = self.num_processes / DEVICES_OF_A_MACHINE
+        return (self.gathered + self.reduced) * max(0.0, 1 - 1 / machines) / (adapters * ADAPTER)
+
+
+def communication_of(engine: str, num_processes: int, sizes: Sizes, micro_steps: int) -> Communication:
+    """Return what an engine moves in an optimizer step, in the dtypes in which the weights are stored.
+
+    Args:
+        engine: one of `c2r.options.ENGINES`.
+        num_processes: number of devices.
+        sizes: of the model that the engine wraps.
+        micro_steps: of an optimizer step.
+    """
+    weights = sizes.frozen + sizes.trainable
+    if engine in ("single_gpu", "multi_gpu"):  # DDP's all-reduce is a reduction, and a gathering of its result
+        return Communication(sizes.trainable, sizes.trainable, num_processes)
+    if engine == "deepspeed_zero2":
+        return Communication(sizes.trainable, micro_steps * sizes.trainable, num_processes)
+    # ZeRO-3 and FSDP2 gather all weights for the forward and again for the backward pass.
+    return Communication(micro_steps * 2 * weights, micro_steps * sizes.trainable, num_processes)

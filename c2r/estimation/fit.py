@@ -50,6 +50,9 @@ def find_fit(
 ) -> Fit:
     """Return the first of MODES with which every stage of a run fits a device.
 
+    With each mode --train_batch_size is kept if it fits; otherwise one clip at a time is tried, with more
+    accumulation, so that a step has as many clips.
+
     Args:
         args: options of a training script.
         memory: bytes of the device.
@@ -59,28 +62,46 @@ def find_fit(
     Raises:
         InputError: there is none; it names the stage that is too large.
     """
-    smallest = None
+    found: Fit | None = None
+    steps: list[Estimate] = []
+    runs: list[Estimate] = []
     for mode in MODES:
         if mode.keys() - vars(args).keys():
             continue  # phase 1 has no frozen backbone
-        changed = Namespace(**vars(args) | {"gradient_checkpointing": "block"} | mode)
-        if not supported(changed):
-            continue
-        tried = estimate(changed, step_only=True)
-        if _fits(tried, memory):
+        for batch in _batches(args):
+            changes = {"gradient_checkpointing": "block"} | mode | batch
+            changed = Namespace(**vars(args) | changes)
+            if not supported(changed):
+                continue
+            tried = estimate(changed, step_only=True)
+            steps.append(tried)
+            if not _fits(tried, memory):
+                if args.gradient_accumulation_steps > 1:
+                    break  # more clips at a time would not either
+                continue
             tried = estimate(changed, step_only=False)
+            runs.append(tried)
             if _fits(tried, memory):
-                changes = {"gradient_checkpointing": "block"} | mode
                 changes = {name: value for name, value in changes.items() if getattr(args, name) != value}
-                return Fit(changed, changes, tried)
-        smallest = min(smallest or tried, tried, key=lambda estimate: estimate.total(estimate.largest))
-    assert smallest is not None  # plain training is always supported
+                found = Fit(changed, changes, tried)
+        if found is not None:
+            return found
+    # Plain training is always supported, so there is a step. Where it fits, another stage does not.
+    smallest = min(runs or steps, key=lambda estimate: estimate.total(estimate.largest))
     stage, left = smallest.largest, max(0, memory - RESERVED)
     raise InputError(
         f"--fit {memory / GIB:g}GB: does not fit with any options; the least that was found takes "
         f"{smallest.total(stage) / GIB:.1f} GiB for {stage}, of {left / GIB:.1f} that tensors can have; "
-        "lower --train_batch_size or the size of the clips, or give more devices by --engine and --num_processes"
+        "lower the size of the clips, or give more devices by --engine and --num_processes"
     )
+
+
+def _batches(args):
+    """Yield ways to split the clips of an optimizer step into micro-steps: one clip at a time, and that of args."""
+    clips = args.train_batch_size * args.gradient_accumulation_steps
+    if args.train_batch_size > 1:
+        yield {"train_batch_size": 1, "gradient_accumulation_steps": clips}
+    yield {}
 
 
 def _fits(estimate, memory):

@@ -7,7 +7,18 @@ from dataclasses import dataclass
 
 from c2r.data.buckets import Bucket
 from c2r.estimation.configs import ModelConfigs
-from c2r.estimation.engines import ENGINE, Sizes, bytes_of, num_bytes, split_by
+from c2r.estimation.engines import (
+    ADAPTER,
+    DEVICES_OF_A_MACHINE,
+    ENGINE,
+    NVLINK,
+    Communication,
+    Sizes,
+    bytes_of,
+    communication_of,
+    num_bytes,
+    split_by,
+)
 from c2r.estimation.stages import (
     GENERATION,
     STEP,
@@ -33,6 +44,8 @@ class Estimate:
     checkpoint: int  #: bytes
     exported: int  #: bytes of best/ and of final/
     host: float  #: bytes on the host in training, over all processes: what offloading moves there
+    communication: Communication
+    streams_text_encoder: bool = False  #: in the stage of encoding prompts, which would be the largest otherwise
 
     @property
     def largest(self) -> str:
@@ -73,8 +86,9 @@ def estimate_run(
     """
     models = build_models(args, configs)
     peaks: dict[str, dict[str, float]] = {}
+    streamed = False
     if not step_only:
-        peaks[TEXT_ENCODING] = record_text_encoding(configs, device_type).peak()
+        peaks[TEXT_ENCODING] = {}
         peaks[VAE_ENCODING] = record_vae_encoding(configs, bucket, device_type).peak()
     recordings = record_training(args, models, configs, bucket, device_type, step_only=step_only)
     sizes = Sizes.of(models.model)  # now: the optimizer has chosen how weights are stored
@@ -85,11 +99,25 @@ def estimate_run(
         peaks[GENERATION] = record_generation(
             configs, bucket, device_type, control=control, cpu_offload=cpu_offload, vae_tiling=vae_tiling
         ).peak()
+        # On a device that is just large enough for the other stages, as `load_text_encoder` chooses there.
+        whole_text_encoder = record_text_encoding(configs, device_type).peak()
+        streamed = sum(whole_text_encoder.values()) > max(sum(peak.values()) for peak in peaks.values())
+        peaks[TEXT_ENCODING] = (
+            record_text_encoding(configs, device_type, streamed=True).peak() if streamed else whole_text_encoder
+        )
     kept_back = sum(bytes_of(tensor) for tensor in models.model.parameters() if not tensor.is_meta)
     host = split.host + num_processes * (kept_back + recordings[STEP].host_peak())
     if engine == "deepspeed_zero3_offload" and args.ema_decay is not None:
         host += 4 * sizes.count
-    return Estimate(peaks, recordings[STEP].flops, checkpoint_bytes(sizes.count, args), 4 * sizes.count, host)
+    return Estimate(
+        peaks,
+        recordings[STEP].flops,
+        checkpoint=checkpoint_bytes(sizes.count, args),
+        exported=4 * sizes.count,
+        host=host,
+        communication=communication_of(engine, num_processes, sizes, args.gradient_accumulation_steps),
+        streams_text_encoder=streamed,
+    )
 
 
 def memory_table(estimate: Estimate) -> Iterator[str]:
@@ -126,12 +154,33 @@ def other_lines(args: Namespace, estimate: Estimate, tflops: float | None) -> It
     """Yield lines on the largest stage, the time at a rate of `tflops` · 10^12 FLOPs a second, disk and host."""
     largest = estimate.largest
     yield f"largest: {largest}, {estimate.total(largest) / GIB:.1f} GiB allocated; a card shows 1 to 3 GiB more"
+    if estimate.streams_text_encoder:
+        yield (
+            f"{TEXT_ENCODING}: the text encoder's blocks are copied to the device one at a time, as on a device that "
+            "is too small for all of them"
+        )
+    moved = estimate.communication
     if tflops is not None:
         seconds = args.gradient_accumulation_steps * sum(estimate.flops.values()) / (tflops * 1e12)
-        yield (
+        run = seconds * args.max_train_steps
+        line = (
             f"time: {seconds:.3g} s a step of {args.gradient_accumulation_steps} micro-steps at {tflops:g} TFLOP/s, "
-            f"{duration_text(seconds * args.max_train_steps)} for {args.max_train_steps:,} steps, without encoding, "
-            "DINOv3, validation and communication"
+            f"{duration_text(run)} for {args.max_train_steps:,} steps"
+        )
+        if moved.num_processes > 1:
+            line += f", {moved.num_processes * run / 3600:,.0f} GPU hours"
+        yield f"{line}, without encoding, DINOv3, validation and communication"
+    if moved.num_processes > 1:
+        yield (
+            f"communication: in a step each device collects {moved.gathered / 1e9:.1f} GB of weights and the devices "
+            f"sum {moved.reduced / 1e9:.1f} GB of gradients, of which each receives {moved.received / 1e9:.1f} GB; "
+            f"{moved.nvlink_seconds:.2f} s over NVLink at {NVLINK / 1e9:g} GB/s"
+        )
+    if moved.num_processes > DEVICES_OF_A_MACHINE:
+        yield (
+            f"network: {moved.network_seconds(1):.2f} s between machines of {DEVICES_OF_A_MACHINE} devices with one "
+            f"adapter of 400 Gb/s ({ADAPTER / 1e9:g} GB/s) each, {moved.network_seconds(DEVICES_OF_A_MACHINE):.2f} s "
+            f"with {DEVICES_OF_A_MACHINE}; rates of links are those of their specifications"
         )
     yield (
         f"disk: {size_text(estimate.checkpoint)} a checkpoint, {size_text(estimate.exported)} for each of best/ and "

@@ -22,9 +22,17 @@ from c2r.estimation.configs import (
     with_stored_dtypes,
 )
 from c2r.estimation.fake_device import DEVICE, fake_device, put_on_device
-from c2r.estimation.step import PROMPT_TOKENS, Inputs, TrainingModels, put_state_on_device, record_step
+from c2r.estimation.step import (
+    PROMPT_TOKENS,
+    Inputs,
+    TrainingModels,
+    fetch_ahead,
+    move_to_host,
+    put_state_on_device,
+    record_step,
+)
 from c2r.estimation.tracker import TEMPORARY, Recording, Summary, Tracker
-from c2r.models.parts import freeze
+from c2r.models.parts import freeze, stream_text_encoder
 from c2r.models.vae import decode_latents, encode_frames
 from c2r.training.optimizer import merge_weight
 from c2r.training.precision import frozen_dtype
@@ -49,11 +57,21 @@ def half_precision(device_type: str) -> torch.dtype:
 # ------------------------------------------------------------------------------------------------------------ encoding
 
 
-def record_text_encoding(configs: ModelConfigs, device_type: str) -> Recording:
-    """Encode one prompt."""
+def record_text_encoding(configs: ModelConfigs, device_type: str, *, streamed: bool = False) -> Recording:
+    """Encode one prompt.
+
+    Args:
+        configs: of the models.
+        device_type: see `fake_device`.
+        streamed: copy one block at a time, as `load_text_encoder` does on a device that is too small for all.
+    """
     text_encoder = build_text_encoder(configs.text_encoder, half_precision(device_type))
+    if streamed:
+        stream_text_encoder(text_encoder, DEVICE)
+        move_to_host(text_encoder.encoder.block)
     with fake_device(device_type) as tracker, torch.no_grad():
         put_on_device(text_encoder, tracker, device_type)
+        _ahead = fetch_ahead(text_encoder.encoder.block[0], tracker) if streamed else []
         with tracker.measuring() as recording:
             tokens = torch.zeros(1, PROMPT_TOKENS, dtype=torch.int64, device=DEVICE)
             text_encoder(tokens, torch.ones_like(tokens))

@@ -1,7 +1,12 @@
-"""A training step without memory: the models, forward and optimizer of a run, and the functions of its loop."""
+"""A training step: the models, forward and optimizer of a run, and the functions of its loop.
+
+It runs without memory on the fake device, and for `--measure` on a real one.
+"""
 
 import math
 from argparse import Namespace
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +20,7 @@ from c2r.estimation.tracker import AVERAGE, FROZEN, GRADIENTS, OPTIMIZER, TEMPOR
 from c2r.flow_matching import SigmaDensity
 from c2r.models.adversary import DomainClassifier, WithAdversary, domain_loss
 from c2r.models.dinov3 import DINOv3FeatureExtractor
-from c2r.models.offloading import store_blocks
+from c2r.models.offloading import StoredBlock, store_blocks
 from c2r.training.backward_step import StepInBackward
 from c2r.training.batches import Draw
 from c2r.training.optimizer import OptimizerSettings, build_optimizer
@@ -61,22 +66,23 @@ class Inputs:
     bucket: Bucket
     batch_size: int
     dtype: torch.dtype  #: of the control features
+    device: torch.device = DEVICE
 
     def noisy_batch(self) -> NoisyBatch:
-        """Return a noisy batch as of the training loop: it is drawn on the CPU, and its tensors are on DEVICE."""
+        """Return a noisy batch as of the training loop: it is drawn on the CPU, and its tensors are on the device."""
         latents = torch.zeros(self.batch_size, self.configs.transformer["in_channels"], *self.bucket.latent_grid)
         text = torch.zeros(self.batch_size, PROMPT_TOKENS, self.configs.transformer["text_dim"])
         batch = {"latents_mean": latents, "latents_logvar": latents, "prompt_embeds": text}
         settings = NoiseSettings(seed=0, density=SigmaDensity())
         draw = Draw(list(range(self.batch_size)), 0, self.batch_size)
-        return make_noisy_batch(batch, settings, draw, text[0], DEVICE)
+        return make_noisy_batch(batch, settings, draw, text[0], self.device)
 
     def control_features(self) -> torch.Tensor:
         """Return control features (B, F, h, w, Dd) as DINOv3 makes them."""
         patch, width = self.configs.dinov3["patch_size"], self.configs.dinov3["hidden_size"]
         frames, height, pixels = self.bucket
-        return torch.empty(
-            self.batch_size, frames, height // patch, pixels // patch, width, dtype=self.dtype, device=DEVICE
+        return torch.zeros(
+            self.batch_size, frames, height // patch, pixels // patch, width, dtype=self.dtype, device=self.device
         )
 
     def control_frames(self) -> torch.Tensor:
@@ -87,7 +93,7 @@ class Inputs:
 
 @dataclass
 class TrainingModels:
-    """A run's models on the meta device."""
+    """A run's models."""
 
     model: torch.nn.Module  #: the one that is called
     backbone: WanTransformer3DModel
@@ -101,40 +107,65 @@ class TrainingModels:
         return self.dinov3 is not None
 
 
-def build_models(args: Namespace, configs: ModelConfigs) -> TrainingModels:
+def build_models(args: Namespace, configs: ModelConfigs, device: torch.device = DEVICE) -> TrainingModels:
     """Build the models that the scripts build; with `control_layers` the options are phase 2's.
+
+    Args:
+        args: options of a training script.
+        configs: of the models.
+        device: DEVICE, or a real one, which the models are moved to, with random weights.
 
     Raises:
         InputError: the backbone has too few blocks for the control branch.
     """
+    fake = device == DEVICE
+    made_on = "meta" if fake else "cpu"
     if not hasattr(args, "control_layers"):
-        backbone = build_backbone(configs.transformer, torch.float32).requires_grad_(True)
+        backbone = build_backbone(configs.transformer, torch.float32, made_on).requires_grad_(True).to(device)
         return TrainingModels(backbone, backbone, backbone)
     dtype = frozen_dtype(args.mixed_precision)
-    joined = build_joined(configs, dtype, control_layers=args.control_layers, control_stride=args.control_stride)
-    models = TrainingModels(joined, joined.transformer, joined.controlnet, dinov3=build_dinov3(configs.dinov3, dtype))
+    joined = build_joined(
+        configs, dtype, control_layers=args.control_layers, control_stride=args.control_stride, device=made_on
+    )
     if args.offload_backbone or args.fp8_backbone:
-        store_blocks(joined.transformer.blocks, DEVICE, args.offload_backbone, args.fp8_backbone)
-    if args.offload_backbone:
-        for block in joined.transformer.blocks:
-            _move_to_host(block)
+        store_blocks(joined.transformer.blocks, device, args.offload_backbone, args.fp8_backbone)
+    if args.offload_backbone and fake:
+        move_to_host(joined.transformer.blocks)
+    joined.to(device)
+    dinov3 = build_dinov3(configs.dinov3, dtype, made_on).to(device)
+    models = TrainingModels(joined, joined.transformer, joined.controlnet, dinov3=dinov3)
     if args.adversarial_weight > 0:
-        with DEVICE:
+        with device:
             models.classifier = DomainClassifier(joined.transformer.config.out_channels)
         models.model = WithAdversary(joined, models.classifier)
     return models
 
 
-def _move_to_host(block):
-    """Replace the tensors of a `StoredBlock` by memory of the host that is never touched."""
-    block.block.to_empty(device="cpu")
-    for name, buffer in block.named_buffers(recurse=False):
-        block._buffers[name] = torch.empty_like(buffer, device="cpu")
+def move_to_host(blocks: Iterable[StoredBlock]) -> None:
+    """Replace the tensors of `StoredBlock`s by memory of the host that is never touched."""
+    for block in blocks:
+        block.block.to_empty(device="cpu")
+        for name, buffer in block.named_buffers(recurse=False):
+            block._buffers[name] = torch.empty_like(buffer, device="cpu")
+
+
+def fetch_ahead(block: torch.nn.Module, tracker: Tracker) -> list[torch.Tensor]:
+    """Return memory like that of the block which is copied to the device while another one runs."""
+    with tracker.making(FROZEN):
+        return [torch.empty_like(tensor, device=DEVICE) for tensor in block.parameters()]
+
+
+class Untracked:
+    """In place of a tracker, on a real device."""
+
+    def making(self, kind: str) -> AbstractContextManager[None]:
+        """See `Tracker.making`."""
+        return nullcontext()
 
 
 @dataclass
 class TrainingState:
-    """A run's models and optimizer on the fake device."""
+    """A run's models and optimizer on the device."""
 
     models: TrainingModels
     trainable: list[torch.nn.Parameter]
@@ -143,11 +174,11 @@ class TrainingState:
     fetched_ahead: list[torch.Tensor] = field(default_factory=list)  #: the backbone block that is copied next
     in_backward: StepInBackward | None = None
 
-    def make_gradients(self, tracker: Tracker) -> None:
+    def make_gradients(self, tracker: Tracker | Untracked) -> None:
         """Give every trainable parameter a gradient."""
         with tracker.making(GRADIENTS):
             for parameter in self.trainable:
-                parameter.grad = torch.empty_like(parameter)
+                parameter.grad = torch.zeros_like(parameter)
 
 
 def put_state_on_device(args: Namespace, models: TrainingModels, tracker: Tracker, device_type: str) -> TrainingState:
@@ -162,20 +193,40 @@ def put_state_on_device(args: Namespace, models: TrainingModels, tracker: Tracke
     put_on_device(models.model, tracker, device_type)
     if models.dinov3 is not None:
         put_on_device(models.dinov3, tracker, device_type)
-    set_forward(args, models.model, models.backbone, DEVICE)
+    state = build_state(args, models, DEVICE, tracker, lambda: EightBitStates)
+    if getattr(args, "offload_backbone", False):
+        state.fetched_ahead = fetch_ahead(models.backbone.blocks[0], tracker)
+    for parameter in state.trainable:
+        tracker.mark(parameter, TRAINABLE)  # --weight_storage bf16 has replaced it
+        parameter.register_post_accumulate_grad_hook(lambda p: tracker.mark(p.grad, GRADIENTS))
+    if args.step_in_backward:  # after the hooks above: it frees each gradient
+        state.in_backward = StepInBackward(state.optimizer)
+    return state
+
+
+def build_state(
+    args: Namespace,
+    models: TrainingModels,
+    device: torch.device,
+    tracker: Tracker | Untracked,
+    adamw_8bit_class: Callable[[], type[torch.optim.Optimizer]] | None = None,
+) -> TrainingState:
+    """Build the optimizer, its states and the moving average; `args.step_in_backward` is left to the caller.
+
+    Args:
+        args: options of a training script.
+        models: on the device.
+        device: DEVICE, or a real one.
+        tracker: of the fake device.
+        adamw_8bit_class: see `build_optimizer`.
+    """
+    set_forward(args, models.model, models.backbone, device)
     with tracker.making(OPTIMIZER):
         optimizer = build_optimizer(
-            models.module, OptimizerSettings.of(args), DEVICE, models.classifier, lambda: EightBitStates
+            models.module, OptimizerSettings.of(args), device, models.classifier, adamw_8bit_class
         )
-    for parameter in models.model.parameters():
-        if parameter.requires_grad:
-            tracker.mark(parameter, TRAINABLE)  # --weight_storage bf16 has replaced it
     trainable = [parameter for parameter in models.model.parameters() if parameter.requires_grad]
     state = TrainingState(models, trainable, optimizer)
-    if getattr(args, "offload_backbone", False):
-        with tracker.making(FROZEN):
-            first_block = models.backbone.blocks[0]
-            state.fetched_ahead = [torch.empty_like(tensor, device=DEVICE) for tensor in first_block.parameters()]
     state.make_gradients(tracker)
     with tracker.making(OPTIMIZER):
         optimizer.step()
@@ -183,14 +234,17 @@ def put_state_on_device(args: Namespace, models: TrainingModels, tracker: Tracke
         with tracker.making(AVERAGE):
             state.average = [parameter.detach().clone() for parameter in models.module.parameters()]
     optimizer.zero_grad()
-    for parameter in trainable:
-        parameter.register_post_accumulate_grad_hook(lambda p: tracker.mark(p.grad, GRADIENTS))
-    if args.step_in_backward:  # after the hooks above: it frees each gradient
-        state.in_backward = StepInBackward(optimizer)
     return state
 
 
 def record_step(args: Namespace, state: TrainingState, inputs: Inputs, tracker: Tracker) -> Recording:
+    """Record `take_step` on the fake device."""
+    with tracker.measuring() as recording:
+        take_step(args, state, inputs, tracker)
+    return recording
+
+
+def take_step(args: Namespace, state: TrainingState, inputs: Inputs, tracker: Tracker | Untracked) -> None:
     """Take an optimizer step of one micro-step, or the last of several micro-steps, which meets earlier gradients.
 
     Args:
@@ -199,23 +253,21 @@ def record_step(args: Namespace, state: TrainingState, inputs: Inputs, tracker: 
         inputs: sizes of a micro-batch.
         tracker: of the fake device that is entered.
     """
-    with tracker.measuring() as recording:
-        if args.gradient_accumulation_steps > 1:
-            state.make_gradients(tracker)
-        _micro_step(args, state, inputs)
-        if state.in_backward is None:
-            with tracker.making(TEMPORARY):
-                torch.nn.utils.clip_grad_norm_(state.trainable, args.max_grad_norm or math.inf)
-                state.optimizer.step()
-            state.optimizer.zero_grad()
-    return recording
+    if args.gradient_accumulation_steps > 1:
+        state.make_gradients(tracker)
+    _micro_step(args, state, inputs)
+    if state.in_backward is None:
+        with tracker.making(TEMPORARY):
+            torch.nn.utils.clip_grad_norm_(state.trainable, args.max_grad_norm or math.inf)
+            state.optimizer.step()
+        state.optimizer.zero_grad()
 
 
 def _micro_step(args, state, sizes):
     models = state.models
     noisy = sizes.noisy_batch()
     inputs: tuple = (noisy.noisy_latents, noisy.timesteps, noisy.prompt_embeds)
-    domains = torch.zeros(sizes.batch_size, dtype=torch.int64, device=DEVICE)
+    domains = torch.zeros(sizes.batch_size, dtype=torch.int64, device=sizes.device)
     if models.has_control:
         inputs = (*inputs, sizes.control_features(), args.conditioning_scale)
     if models.classifier is not None:

@@ -28,11 +28,15 @@ from c2r.models.hub import (
     require_complete,
     resolve_model_folder,
 )
+from c2r.models.offloading import store_blocks
+from c2r.units import GIB, size_text
 
 logger = logging.getLogger(__name__)
 
 #: Long prompts that a message names.
 MAX_NAMED = 5
+#: Bytes that a text encoder must leave free on a device: activations of a prompt take 0.1 GiB, libraries the rest.
+TEXT_ENCODER_ROOM = GIB
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -143,6 +147,42 @@ def load_pipeline_part(name_or_path: str | Path, part: str, torch_dtype: torch.d
         model, info = load_transformers_model(UMT5EncoderModel, folder, torch_dtype)
     require_complete(folder, info["missing_keys"], info["mismatched_keys"])
     return freeze(model)
+
+
+def load_text_encoder(
+    name_or_path: str | Path, torch_dtype: torch.dtype, device: torch.device, free: float | None = None
+) -> UMT5EncoderModel:
+    """Load the text encoder to a device, and stream its blocks if the device has not enough memory for all of them.
+
+    Args:
+        name_or_path: see `load_pipeline_part`.
+        torch_dtype: dtype of the weights.
+        device: device to encode on.
+        free: bytes that are free on the device; None: what CUDA reports, no bound on other devices.
+
+    Raises:
+        InputError: see `load_pipeline_part`.
+    """
+    text_encoder = load_pipeline_part(name_or_path, "text_encoder", torch_dtype)
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in text_encoder.parameters())
+    if free is None and device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    if free is not None and needed + TEXT_ENCODER_ROOM > free:
+        logger.info(
+            "the text encoder's %s do not fit the %s that are free on the device: its blocks stay in the CPU's "
+            "memory, and each is copied while it runs",
+            *(size_text(needed), size_text(int(free))),
+        )
+        stream_text_encoder(text_encoder, device)
+    return text_encoder.to(device)
+
+
+def stream_text_encoder(text_encoder: UMT5EncoderModel, device: torch.device) -> None:
+    """Keep the blocks of a frozen text encoder on the CPU, and copy each to the device while it runs, in place.
+
+    Embeddings are equal. The table of tokens is not among the blocks.
+    """
+    store_blocks(text_encoder.encoder.block, device, offload=True)
 
 
 def read_vae_config(folder: Path) -> VaeConfig:

@@ -8,7 +8,7 @@ from c2r.options.types import Flag
 def _default_text(option):
     if option.required:
         return "required"
-    if option.default is None or isinstance(option.type, Flag):
+    if option.default is None or option.default is False or isinstance(option.type, Flag):
         return ""
     return f"{option.default:g}" if isinstance(option.default, float) else str(option.default)
 

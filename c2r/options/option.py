@@ -44,12 +44,17 @@ class Option:
 
 @dataclass(frozen=True)
 class Command:
-    """A command: what --help says first, its options by group, and its check across options."""
+    """A command: what --help says first, its options by group, its check across options, and its presets.
+
+    `preset` is called with the values that the command line and --config give, and returns values of other options;
+    what is given wins over them.
+    """
 
     prog: str
     description: str
     groups: dict[str, list[Option]]
     check: Callable[[Namespace], object] = field(default=lambda args: None)
+    preset: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda given: {})
 
     @property
     def options(self) -> dict[str, Option]:

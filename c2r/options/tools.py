@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from c2r import InputError
 from c2r.options.option import Command, Option
+from c2r.options.presets import PRESETS, preset_options
 from c2r.options.shared import (
     ATTENTION_BACKENDS,
     BASE_MODEL,
@@ -160,7 +161,7 @@ def _estimate_options():
     """Return the training options of `c2r.estimate`: those whose default depends on the phase have none."""
     for name in (*_OF_BOTH_PHASES, *_OF_PHASE2):
         option, other = PHASE2.options[name], PHASE1.options.get(name)
-        if isinstance(option.type, Flag) or (other is not None and other.default == option.default):
+        if isinstance(option.type, Flag | Switch) or (other is not None and other.default == option.default):
             yield option
         else:
             default = (
@@ -178,6 +179,8 @@ def _check_estimate(args):
                 raise InputError(f"--{given}: phase 1 has no control; leave it out, or give --phase 2")
     if args.engine == "single_gpu" and args.num_processes > 1:
         raise InputError(f"--num_processes {args.num_processes}: --engine single_gpu has one; give another engine")
+    if args.measure and args.engine != "single_gpu":
+        raise InputError(f"--measure: runs one process; leave it out, or leave out --engine {args.engine}")
     for bucket in args.buckets or []:
         if args.buckets.count(bucket) > 1:
             raise InputError(f"--buckets {bucket}: named twice; name it once")
@@ -199,12 +202,24 @@ ESTIMATE = Command(
                 "memory of a device, such as 24GB: find options with which the run fits, fast ones first",
                 MEMORY,
             ),
+            Option(
+                "preset",
+                "options of a preset of the training scripts",
+                Choice(tuple(PRESETS["1"] | PRESETS["2"])),
+            ),
             *_estimate_options(),
+            Option(
+                "measure",
+                "take a few real steps with random weights on this machine's GPU, and print their memory and time",
+                Flag(),
+                False,
+            ),
             Option("cpu_offload", "as in c2r.generate: keep only the model in use on the GPU", Flag(), False),
             Option("vae_tiling", "as in c2r.generate: decode in tiles", Flag(), False),
         )
     },
     _check_estimate,
+    lambda given: preset_options(given.get("phase", "2"), given),
 )
 
 

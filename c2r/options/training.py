@@ -3,9 +3,11 @@
 import os
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 
 from c2r import InputError
 from c2r.options.option import MUST_NOT_CHANGE, NEW_BASELINE, Command, Option
+from c2r.options.presets import PRESETS, preset_options
 from c2r.options.shared import (
     ATTENTION_BACKENDS,
     BASE_MODEL,
@@ -32,6 +34,7 @@ from c2r.options.types import (
     Choice,
     Flag,
     Number,
+    Switch,
     Text,
 )
 
@@ -43,10 +46,11 @@ WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 DATASET_METAVAR = "FOLDER[:WEIGHT]"
 
 
-def _training_groups(before_data, after_data, **defaults):
+def _training_groups(phase, before_data, after_data, **defaults):
     """Return the groups of options that both phases share.
 
     Args:
+        phase: "1" or "2".
         before_data, after_data: the phase's own options in the group "model and data".
         defaults: default values that differ between the phases, by option name.
     """
@@ -81,6 +85,13 @@ def _training_groups(before_data, after_data, **defaults):
                 "bf16: autocast over fp32 trainable weights, frozen weights in bf16; no: everything in fp32",
                 Choice(("bf16", "no")),
                 "bf16",
+            ),
+            Option(
+                "preset",
+                "memory of the GPU: sets options that trade time for memory, for 1.3B and clips of 480x832x81 on one "
+                "GPU, see docs/hardware.md; options that are given win",
+                Choice(tuple(PRESETS[phase])),
+                common=True,
             ),
             Option("report_to", "tracker that gets the logs", Choice(("tensorboard", "none")), "tensorboard"),
             TIMEOUT,
@@ -137,7 +148,7 @@ def _training_groups(before_data, after_data, **defaults):
             Option(
                 "offload_activations",
                 "keep the inputs of blocks in the CPU's memory until the backward pass",
-                Flag(),
+                Switch(),
                 False,
             ),
             Option(
@@ -313,6 +324,7 @@ PHASE1 = Command(
     "train_phase1.py",
     "Phase 1: adapt the Wan 2.1 DiT to real urban video with a flow-matching loss.",
     _training_groups(
+        "1",
         [
             Option(
                 "dit_path",
@@ -329,12 +341,14 @@ PHASE1 = Command(
         learning_rate=1e-5,
     ),
     _check_training,
+    partial(preset_options, "1"),
 )
 
 PHASE2 = Command(
     "train_phase2.py",
     "Phase 2: ground the control on mixed CG and real video, over the frozen backbone of phase 1.",
     _training_groups(
+        "2",
         [
             Option(
                 "resume_backbone_from",
@@ -379,7 +393,7 @@ PHASE2 = Command(
             Option(
                 "offload_backbone",
                 "keep the backbone's blocks in the CPU's memory and copy each to the device while it runs",
-                Flag(),
+                Switch(),
                 False,
             ),
             Option(
@@ -467,4 +481,5 @@ PHASE2 = Command(
         ],
     },
     _check_phase2,
+    partial(preset_options, "2"),
 )

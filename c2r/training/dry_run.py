@@ -21,6 +21,7 @@ from diffusers.utils.torch_utils import empty_device_cache
 
 from c2r.cli import stop_on_signals
 from c2r.data.clips import Clips
+from c2r.options.presets import preset_line
 from c2r.training.engine import build_accelerator
 from c2r.training.plan import Plan
 from c2r.training.preflight import run_bytes
@@ -42,6 +43,8 @@ def launch(train: Callable[[Run], Plan], args: Namespace):
         train: trains from the first check to final/.
         args: options of the script.
     """
+    if args.preset is not None:
+        logger.info(preset_line(args))
     if args.dry_run:
         dry_run(train, args)
         return

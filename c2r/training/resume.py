@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 TRAINING_OPTIONS = PHASE1.options | PHASE2.options
 #: Options that belong to one start and not to the run.
-OF_ONE_START = ("config", "output_dir", "resume_from_checkpoint", "dry_run")
+OF_ONE_START = ("config", "preset", "output_dir", "resume_from_checkpoint", "dry_run")
 
 _PATTERN = re.compile(r"checkpoint-(\d+)")
 

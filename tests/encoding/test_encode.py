@@ -21,6 +21,7 @@ import c2r.encode
 import c2r.encoding.encoders
 import c2r.encoding.encoding_pass
 import c2r.encoding.missing
+import c2r.models.parts
 from c2r import InputError
 from c2r.cli import run
 from c2r.data.buckets import Bucket
@@ -157,11 +158,11 @@ def forbid(monkeypatch, *parts):
     """Fail if one of these parts of the pipeline is loaded."""
     load = c2r.encoding.encoding_pass.load_pipeline_part
 
-    def guarded(name_or_path, part, **kwargs):
+    def guarded(name_or_path, part, torch_dtype=None):
         assert part not in parts, f"{part} was loaded"
-        return load(name_or_path, part, **kwargs)
+        return load(name_or_path, part, torch_dtype)
 
-    for module in (c2r.encoding.encoding_pass, c2r.encoding.encoders):
+    for module in (c2r.encoding.encoding_pass, c2r.encoding.encoders, c2r.models.parts):
         monkeypatch.setattr(module, "load_pipeline_part", guarded)
 
 

@@ -1,10 +1,14 @@
 """The stages of a run on the fake device: what is left out to save time changes no figure."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from c2r.data.buckets import Bucket
 from c2r.estimation import stages
+from c2r.estimation.configs import build_text_encoder
+from c2r.estimation.engines import num_bytes
 from c2r.estimation.stages import (
     CONTROL,
     SAMPLES,
@@ -81,6 +85,17 @@ def test_offloading_and_tiles_lower_the_peak_of_generation():
     )
     assert offloaded < whole
     assert both < tiled < whole
+
+
+def test_a_streamed_text_encoder_has_two_blocks_on_the_device():
+    """The one that runs counts as an activation, and the one that is copied next as weights."""
+    count = 6
+    config = CONFIGS.text_encoder | {"num_layers": count, "d_ff": 4096, "d_model": 256}
+    configs = replace(CONFIGS, text_encoder=config)
+    whole, streamed = (record_text_encoding(configs, "cuda", streamed=value).peak() for value in (False, True))
+    blocks = num_bytes(build_text_encoder(config, torch.bfloat16).encoder.block)
+    assert whole[FROZEN] - streamed[FROZEN] == pytest.approx(blocks * (count - 1) / count, rel=0.01)
+    assert sum(streamed.values()) < sum(whole.values()) - blocks * (count - 2) / count + blocks / count / 2
 
 
 def test_the_text_encoder_is_counted_in_half_precision_on_a_gpu():

@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from c2r import flow_matching
-from c2r.estimation import tracker
-from c2r.estimation.stages import STEP, record_training
+from c2r.estimation import measure, tracker
+from c2r.estimation.stages import SAVING, STEP, record_training
 from c2r.estimation.step import EightBitStates, build_models
-from c2r.estimation.tracker import LINEAR
+from c2r.estimation.tracker import LINEAR, TEMPORARY
 from c2r.flow_matching import SigmaDensity
 from c2r.models.adversary import DomainClassifier, WithAdversary, domain_loss
 from c2r.models.assembly import stored_dtype
@@ -174,3 +174,31 @@ def test_eight_bit_states_have_the_sizes_of_bitsandbytes():
 
     for parameter in parameters:
         assert sizes(ours, parameter) == sizes(theirs, parameter)
+
+
+@pytest.mark.parametrize(
+    ("phase", "given"),
+    [
+        (1, {"gradient_accumulation_steps": 2}),
+        (1, {"step_in_backward": True, "max_grad_norm": 0.0}),
+        (2, {"adversarial_weight": 0.1, "ema_decay": 0.9, "gradient_checkpointing": "selective"}),
+        (2, {"offload_backbone": True, "ffn_chunks": 2, "weight_storage": "bf16"}),
+    ],
+)
+def test_a_real_step_with_random_weights_trains_and_has_the_estimated_peak(phase, given):
+    """`--measure` takes it on a GPU; --offload_backbone moves nothing on the CPU, where all memory is one."""
+    args = training_options(phase, **given)
+    torch.manual_seed(0)
+    step = measure.RealStep(args, CONFIGS, BUCKET, CPU)
+    step.take()
+    before = [parameter.clone() for parameter in step.state.trainable]
+    peak = peak_bytes(step.take)
+    after = step.state.trainable
+    assert all(parameter.isfinite().all() for parameter in after)
+    assert not all(torch.equal(ours, theirs) for ours, theirs in zip(before, after))
+    if given.get("offload_backbone"):
+        return
+    recordings = record_training(args, build_models(args, CONFIGS), CONFIGS, BUCKET, "cpu")
+    state = sum(recordings[SAVING].peak().values()) - recordings[SAVING].peak()[TEMPORARY]
+    estimated = sum(recordings[STEP].peak().values()) - state
+    assert peak == pytest.approx(estimated, rel=0.02)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from c2r.models.assembly import load_transformer
 from c2r.models.controlnet import C2RControlNet
@@ -15,11 +16,21 @@ from c2r.training.engine import local_shard, prepare, reads_weights
 from c2r.training.optimizer import OptimizerSettings, build_optimizer
 from c2r.training.shards import stepped_ranges
 from tests.helpers.options import options
+from tests.helpers.tiny import tiny_inputs
 
 
 def peak_bytes():
     """Return the largest memory that this process has held so far."""
     return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def gradients_between_micro_steps(accelerator: Accelerator, model: torch.nn.Module, trained: torch.nn.Module) -> int:
+    """Take a micro-step that is not the last of its step; return the size of the gradients of this process."""
+    *inputs, control_features = tiny_inputs()
+    accelerator.gradient_accumulation_steps = 2
+    with accelerator.accumulate(model):
+        accelerator.backward(model(*inputs, control_features[..., :8]).sample.square().mean())
+    return sum(local_shard(p.grad).numel() for p in trained.parameters() if p.grad is not None)
 
 
 def measure(accelerator: Accelerator, backbone_folder: str, output: str):
@@ -38,6 +49,8 @@ def measure(accelerator: Accelerator, backbone_folder: str, output: str):
         "trained_here": sum(local_shard(p).numel() for p in controlnet.parameters()),
         "stepped_here": sum(part.length for part in stepped_ranges(optimizer, dict(controlnet.named_parameters()))),
     }
+    if accelerator.distributed_type == DistributedType.FSDP:
+        report["gradients_here"] = gradients_between_micro_steps(accelerator, model, controlnet)
     (Path(output) / f"report-{accelerator.process_index}.json").write_text(json.dumps(report))
     del backbone, controlnet, optimizer, model
     accelerator.free_memory()
