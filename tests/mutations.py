@@ -188,8 +188,8 @@ SCRIPTS = [
     Mutation(
         "the-adversarys-accuracies-restart-at-resume",
         "train_phase2.py",
-        "StepLog(accelerator, progress.logs)",
-        "StepLog(accelerator)",
+        "StepLog(accelerator, progress.logs, copies=copies)",
+        "StepLog(accelerator, copies=copies)",
         f"{RESUME}::test_a_resumed_run_restores_the_adversarys_running_accuracies",
     ),
 ]

@@ -4,6 +4,7 @@ Diffusers' plan says where a model's tokens are split and where they are gathere
 all tokens, exchanges them for heads and back by two all-to-alls. Source: Jacobs et al. 2023 (DeepSpeed Ulysses)
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,13 +40,14 @@ class ContextParallel:
     processes, which every training engine takes, is then the sum over a group's parts and the mean over the groups.
 
     Args:
-        model: holds a backbone and perhaps a control branch, with `LeanAttnProcessor`s; not yet prepared for an engine.
+        model: holds a backbone and perhaps a control branch, with `LeanAttnProcessor`s; no engine has prepared it yet.
         degree: processes of a group; at least 2, it divides the processes, the heads and the tokens.
         device: device of the model.
     """
 
     def __init__(self, model: nn.Module, degree: int, device: torch.device):
-        self.degree = degree
+        # Diffusers' gather calls a function of torch by its old name.
+        warnings.filterwarnings("ignore", ".*all_gather_tensor` is deprecated", FutureWarning)
         groups = dist.get_world_size() // degree
         mesh = init_device_mesh(device.type, (groups, 1, degree), mesh_dim_names=("data", "ring", "ulysses"))
         self._config = ContextParallelConfig(ulysses_degree=degree, mesh=mesh)
