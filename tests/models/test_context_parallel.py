@@ -43,8 +43,8 @@ def test_a_split_clip_has_the_prediction_and_gradients_of_a_whole_one(case, degr
 
 @pytest.mark.parametrize("degree", [2, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_evaluation_runs_whole_clips(case, degree, results):
-    assert results[f"{case}, degree {degree}"]["whole again"] == 0
+def test_evaluation_runs_whole_clips_that_differ_among_processes(case, degree, results):
+    assert results[f"{case}, degree {degree}"]["whole again"] < 2e-6
 
 
 @pytest.mark.parametrize("degree", [2, 4])
