@@ -123,7 +123,7 @@ def test_a_model_too_large_for_the_device_is_refused_and_a_tight_one_warned_abou
 WAN = {"num_heads": 12, "patch_size": [1, 2, 2]}
 
 
-def test_heads_and_tokens_that_do_not_divide_among_processes_are_refused_with_what_does():
+def test_heads_and_tokens_that_do_not_divide_are_refused_with_what_does():
     require_splittable(1, **WAN, buckets=[Bucket(5, 16, 16)])
     require_splittable(4, **WAN, buckets=[Bucket(81, 480, 832), Bucket(1, 32, 32)])
     with pytest.raises(InputError, match="12 attention heads are split too; give one of 2, 3, 4, 6, 12"):
