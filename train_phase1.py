@@ -84,8 +84,8 @@ def train(run: Run) -> Plan:
         cg_ratio=0,
         batch_size=args.train_batch_size,
         seed=args.seed,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
+        num_processes=run.num_groups,
+        process_index=run.group_index,
         buckets=clips.real.bucket_numbers,
         real_parts=plan.real.parts(clips.real),
     )
@@ -112,7 +112,9 @@ def train(run: Run) -> Plan:
 
     # ---------------------------------------------------------------------------------------------------- 6. the loop
     noise = NoiseSettings.of(run)
-    log, guard = StepLog(accelerator), StepGuard(accelerator, progress, args.max_skipped_steps)
+    copies = args.context_parallel_degree  # processes that train on the same clips
+    log = StepLog(accelerator, copies=copies)
+    guard = StepGuard(accelerator, progress, args.max_skipped_steps, copies)
     for _ in run.steps("phase 1"):
         log.start()
         for draw, batch in batches.of_one_step():

@@ -120,8 +120,8 @@ def train(run: Run) -> Plan:
         cg_ratio=args.cg_ratio,
         batch_size=args.train_batch_size,
         seed=args.seed,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
+        num_processes=run.num_groups,
+        process_index=run.group_index,
         buckets=np.concatenate([clips.real.bucket_numbers, clips.cg.bucket_numbers]),
         real_parts=plan.real.parts(clips.real),
         cg_parts=plan.cg.parts(clips.cg) if plan.cg else None,
@@ -178,7 +178,9 @@ def train(run: Run) -> Plan:
 
     # ---------------------------------------------------------------------------------------------------- 6. the loop
     noise = NoiseSettings.of(run)
-    log, guard = StepLog(accelerator, progress.logs), StepGuard(accelerator, progress, args.max_skipped_steps)
+    copies = args.context_parallel_degree  # processes that train on the same clips
+    log = StepLog(accelerator, progress.logs, copies=copies)
+    guard = StepGuard(accelerator, progress, args.max_skipped_steps, copies)
     for _ in run.steps("phase 2"):
         log.start()
         for draw, batch in batches.of_one_step():

@@ -34,7 +34,9 @@ def one_process(tmp_path):
 
 
 #: Files whose tests start several processes each.
-SEVERAL_PROCESSES = {"test_engines.py", "test_two_machines.py", "test_launcher_settings.py"}
+SEVERAL_PROCESSES = {
+    *("test_context_parallel.py", "test_engines.py", "test_launcher_settings.py", "test_two_machines.py"),
+}
 
 
 @pytest.fixture(scope="session")

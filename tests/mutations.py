@@ -40,6 +40,7 @@ OPTIONS = "tests/test_options.py"
 FILES = "tests/test_files.py"
 ADAPTER = "tests/models/test_control_adapter.py"
 CONTROLNET = "tests/models/test_controlnet.py"
+CONTEXT_PARALLEL = "tests/models/test_context_parallel.py"
 TRANSFORMER = "tests/models/test_transformer.py"
 OFFLOADING = "tests/models/test_offloading.py"
 ADVERSARY = "tests/models/test_adversary.py"
@@ -188,8 +189,8 @@ SCRIPTS = [
     Mutation(
         "the-adversarys-accuracies-restart-at-resume",
         "train_phase2.py",
-        "StepLog(accelerator, progress.logs)",
-        "StepLog(accelerator)",
+        "StepLog(accelerator, progress.logs, copies=copies)",
+        "StepLog(accelerator, copies=copies)",
         f"{RESUME}::test_a_resumed_run_restores_the_adversarys_running_accuracies",
     ),
 ]
@@ -675,6 +676,41 @@ MODELS = [
         "(pt ph pw c) -> b c",
         "(pt pw ph c) -> b c",
         f"{TRANSFORMER}::test_fresh_control_keeps_the_backbones_output_bit_for_bit",
+    ),
+    Mutation(
+        "gradients-of-shared-clips-are-averaged-over-their-parts",
+        "c2r/models/context_parallel.py",
+        "gradient * ctx.degree",
+        "gradient",
+        f"{CONTEXT_PARALLEL}::test_a_split_clip_has_the_prediction_and_gradients_of_a_whole_one",
+    ),
+    Mutation(
+        "the-control-tokens-of-shared-clips-are-not-split",
+        "c2r/models/context_parallel.py",
+        "(WanTransformer3DModel, C2RControlNet))",
+        "WanTransformer3DModel)",
+        f"{CONTEXT_PARALLEL}::test_a_split_clip_has_the_prediction_and_gradients_of_a_whole_one",
+    ),
+    Mutation(
+        "evaluation-splits-the-tokens-of-different-clips",
+        "c2r/models/context_parallel.py",
+        "            processor.token_group = None\n",
+        "            pass\n",
+        f"{CONTEXT_PARALLEL}::test_evaluation_runs_whole_clips_that_differ_among_processes",
+    ),
+    Mutation(
+        "processes-that-share-clips-draw-different-ones",
+        "c2r/training/run.py",
+        "self.accelerator.process_index // self.args.context_parallel_degree",
+        "self.accelerator.process_index % self.num_groups",
+        "tests/training/test_run.py::test_neighbours_that_share_clips_are_one_group",
+    ),
+    Mutation(
+        "every-process-names-the-clips-that-it-shares",
+        "c2r/training/guard.py",
+        "own if self.names_clips else []",
+        "own",
+        "tests/training/test_guard.py::test_one_of_the_processes_with_the_same_clips_names_them",
     ),
     Mutation(
         "selective-checkpointing-computes-attention-again",

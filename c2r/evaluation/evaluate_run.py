@@ -1,7 +1,7 @@
 """Validate and sample the model of a run in progress."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -26,11 +26,13 @@ from c2r.training.run import Run, TrainState
 def evaluating(run: Run, state: TrainState, what: str) -> Iterator[None]:
     """Run the body with the model in eval mode and with averaged weights, if the run keeps an average.
 
-    Its time is recorded under the name `what`.
+    Each process runs whole clips: without a backward pass they fit where training needs context parallelism. The time
+    is recorded under the name `what`.
     """
+    whole_clips = nullcontext() if state.context_parallel is None else state.context_parallel.whole_clips()
     with run.timings.measure(what):
         state.model.eval()
-        with averaged_weights(state.ema, state.trainable, state.model):
+        with averaged_weights(state.ema, state.trainable, state.model), whole_clips:
             yield
         state.model.train()
 

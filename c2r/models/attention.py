@@ -1,7 +1,13 @@
 """Attention of both branches: the backend that computes it, and a processor with fewer passes over the tokens."""
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
+import torch.distributed as dist
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    SeqAllToAllDim,
+    attention_backend,
+    dispatch_attention_fn,
+)
 from diffusers.models.transformers.transformer_wan import WanAttention
 
 from c2r import InputError
@@ -17,6 +23,9 @@ class LeanAttnProcessor:
     # Diffusers' `set_attention_backend` and context parallelism set these on the instance.
     _attention_backend: AttentionBackendName | None = None
     _parallel_config = None
+    #: Processes among which the tokens are split, see `ContextParallel`. Diffusers' own attention of this kind would
+    #: compute each attention once more in the backward pass, and works with some backends only.
+    token_group: dist.ProcessGroup | None = None
 
     def __call__(
         self,
@@ -50,6 +59,9 @@ class LeanAttnProcessor:
             query, key = (Rotation.apply(tensor, *rotary_emb) for tensor in (query, key))
         # torch's attention would cast them under autocast; flash-attn's refuses other dtypes than the value's.
         query, key = query.type_as(value), key.type_as(value)
+        exchanges = is_self_attention and self.token_group is not None
+        if exchanges:  # (B, N / degree, heads, head_dim) to (B, N, heads / degree, head_dim)
+            query, key, value = (SeqAllToAllDim.apply(self.token_group, t, 2, 1) for t in (query, key, value))
         attended = dispatch_attention_fn(
             query,
             key,
@@ -58,6 +70,8 @@ class LeanAttnProcessor:
             backend=self._attention_backend,
             parallel_config=self._parallel_config if is_self_attention else None,
         )
+        if exchanges:
+            attended = SeqAllToAllDim.apply(self.token_group, attended, 1, 2)
         return attn.to_out[1](attn.to_out[0](attended.flatten(2, 3).type_as(query)))
 
 

@@ -3,6 +3,7 @@
 import torch
 from diffusers import ConfigMixin, ModelMixin, WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.models._modeling_parallel import ContextParallelInput
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import nn
 
@@ -98,6 +99,10 @@ class C2RControlNet(ModelMixin, ConfigMixin):
     _keep_in_fp32_modules = ["scale_shift_table", "norm", "norm1", "norm2", "norm3"]  # noqa: RUF012
     _no_split_modules = ["C2RControlBlock", "ControlAdapter"]  # noqa: RUF012
     _repeated_blocks = ["C2RControlBlock"]  # noqa: RUF012
+    # The adapter convolves over time, so it runs on whole clips; its tokens are split before the first block.
+    _cp_plan = {  # noqa: RUF012
+        "control_blocks.0": {"control_hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)}
+    }
 
     @register_to_config
     def __init__(

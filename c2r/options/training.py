@@ -166,6 +166,12 @@ def _training_groups(phase, before_data, after_data, **defaults):
                 False,
             ),
             Option(
+                "context_parallel_degree",
+                "neighbouring processes that share the tokens of a clip that does not fit one device; 1: none do",
+                COUNT,
+                1,
+            ),
+            Option(
                 "weight_storage",
                 "precision of trainable weights; bf16 stores weights and gradients in bf16 and the low 16 bits beside "
                 "them, so no small update is lost",

@@ -256,6 +256,14 @@ def require_supported(accelerator: Accelerator, args: Namespace):
 
 def check_options(args: Namespace, engine: str | None, num_processes: int):
     """Raise InputError if an option does not work on an engine, see `sharding`, or with another option."""
+    degree = args.context_parallel_degree
+    if num_processes % degree:
+        raise InputError(
+            f"--context_parallel_degree {degree}: {num_processes} process{'es' if num_processes > 1 else ''} cannot "
+            f"form groups of {degree}; start a multiple of {degree}, or leave the option out"
+        )
+    if args.compile and degree > 1:
+        raise InputError(f"--compile: is not tested with --context_parallel_degree {degree}; leave one of them out")
     if args.compile and engine in ("zero3", "fsdp2"):
         raise InputError(
             f"--compile: is not tested with {ENGINE_NAMES[engine]}, which gathers the weights of one block at a "

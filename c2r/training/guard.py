@@ -28,10 +28,11 @@ class StepGuard:
         progress: holds the last losses and the count of skipped steps, so that a resumed run decides as an
             uninterrupted one.
         max_skipped_steps: maximum consecutive skipped steps; one more ends the run.
+        copies: neighbouring processes that record the same clips; the first of them names them.
     """
 
-    def __init__(self, accelerator: Accelerator, progress: Progress, max_skipped_steps: int):
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, progress: Progress, max_skipped_steps: int, copies: int = 1):
+        self.names_clips = accelerator.process_index % copies == 0
         self.progress = progress
         self.max_skipped_steps = max_skipped_steps
         self._clips: list[tuple[Sequence[str], torch.Tensor]] = []  # losses stay on the device until they are needed
@@ -53,7 +54,7 @@ class StepGuard:
             self.progress.skipped_in_a_row = 0
             return True
         self.progress.skipped_in_a_row += 1
-        clips = gather_object(_losses_of(self._clips))
+        clips = self._gather(self._clips)
         culprits = [name for name, loss in clips if not math.isfinite(loss)]
         step = self.progress.global_step + 1
         if culprits:
@@ -78,16 +79,16 @@ class StepGuard:
         self.progress.log_losses = [*self.progress.log_losses, math.log(loss)][-WINDOW:]
         if math.log(loss) <= bound:
             return False
-        clips = sorted(gather_object(_losses_of(clips)), key=lambda clip: -clip[1])
+        clips = sorted(self._gather(clips), key=lambda clip: -clip[1])
         named = ", ".join(f"{name} ({clip_loss:.4f})" for name, clip_loss in clips)
         step = self.progress.global_step
         logger.info("step %d: loss %.4f is a spike, above %.4f: %s", step, loss, math.exp(bound), named)
         return True
 
-
-def _losses_of(clips):
-    """Return [(name, loss)] of all micro-batches; the host waits for the device."""
-    return [pair for names, losses in clips for pair in zip(names, losses.tolist())]
+    def _gather(self, clips):
+        """Return [(name, loss)] of all micro-batches and processes; the host waits for the device."""
+        own = [pair for names, losses in clips for pair in zip(names, losses.tolist())]
+        return gather_object(own if self.names_clips else [])
 
 
 def spike_bound(log_losses: Sequence[float]) -> float:

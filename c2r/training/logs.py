@@ -46,10 +46,11 @@ class StepLog:
     Args:
         accelerator: the run's.
         previous: numbers logged at the last step before this run; running averages continue from them.
+        copies: processes that collect the numbers of the same clips.
     """
 
-    def __init__(self, accelerator: Accelerator, previous: dict[str, float] | None = None):
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, previous: dict[str, float] | None = None, copies: int = 1):
+        self.accelerator, self.copies = accelerator, copies
         self._accuracies = {name: (previous or {}).get(f"train/{name}") for name in ACCURACIES}
         self._names = ["loss", "loss_real", "loss_cg"]
         self._names += [f"loss_sigma_{low}-{high}" for low, high in pairwise(SIGMA_BINS)]
@@ -107,7 +108,8 @@ class StepLog:
         if "train/domain_loss" in logs or None not in self._accuracies.values():
             logs |= self._running_accuracies(logs)
         assert self._started is not None
-        logs["train/samples_per_second"] = samples[0].item() / (time.perf_counter() - self._started)
+        clips = samples[0].item() / self.copies
+        logs["train/samples_per_second"] = clips / (time.perf_counter() - self._started)
         if self.accelerator.device.type == "cuda":
             logs["train/gpu_memory_gib"] = torch.cuda.max_memory_reserved() / GIB
         self._reset()

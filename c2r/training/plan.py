@@ -26,6 +26,7 @@ from c2r.training.preflight import (
     fingerprint_backbone,
     preflight,
     require_access,
+    require_splittable,
 )
 from c2r.training.resume import require_resumable
 from c2r.training.run import Run
@@ -60,7 +61,7 @@ def check_phase1(run: Run) -> Plan:
     require_access(base_model)
     backbone = args.dit_path or base_model
     config = read_transformer_config(backbone, base_model)
-    _try_attention(run, config)
+    _check_attention(run, config)
     plan = Plan(backbone, config, *_read_mixtures(run))
     plan.num_trainable = count_parameters(WanTransformer3DModel, config)
     preflight(run, plan.mixtures, ModelConfigs(config), plan.num_trainable, frozen=0)
@@ -80,7 +81,7 @@ def check_phase2(run: Run) -> Plan:
     args, base_model = run.args, run.args.pretrained_model_name_or_path
     require_access(base_model, args.dinov3)
     backbone_config = read_transformer_config(args.resume_backbone_from, base_model)
-    _try_attention(run, backbone_config)
+    _check_attention(run, backbone_config)
     layers = injection_layers(args.control_layers, args.control_stride, backbone_config["num_layers"])
     feature_dim, num_dinov3 = check_dinov3(args.dinov3, [bucket[1:] for bucket in run.settings.buckets])
     config = {name: backbone_config[name] for name in SHARED_CONFIG}
@@ -101,8 +102,10 @@ def check_phase2(run: Run) -> Plan:
     return plan
 
 
-def _try_attention(run, backbone_config):
-    head_dim = backbone_config["attention_head_dim"]
+def _check_attention(run, backbone_config):
+    degree, head_dim = run.args.context_parallel_degree, backbone_config["attention_head_dim"]
+    num_heads, patch_size = backbone_config["num_attention_heads"], backbone_config["patch_size"]
+    require_splittable(degree, num_heads, patch_size, run.settings.buckets)
     with failing_together(run.accelerator, run.args.output_dir):
         try_attention_backend(run.args.attention_backend, head_dim, run.device, run.weight_dtype, backward=True)
 

@@ -7,6 +7,7 @@ import logging
 import math
 import shutil
 from argparse import Namespace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from diffusers import ModelMixin
 
 from c2r import InputError
+from c2r.data.buckets import Bucket
 from c2r.data.mixture import Mixture
 from c2r.estimation.configs import ModelConfigs
 from c2r.estimation.report import estimate_run
@@ -75,6 +77,34 @@ def fingerprint_backbone(accelerator: Accelerator, name_or_path: str, base_model
     return broadcast_object_list([sha256])[0]
 
 
+def require_splittable(degree: int, num_heads: int, patch_size: Sequence[int], buckets: Iterable[Bucket]):
+    """Check that context parallelism can split a backbone's heads and the tokens of all clips into equal parts.
+
+    Args:
+        degree: processes that share a clip.
+        num_heads, patch_size: of the backbone's config.
+        buckets: shapes of the clips.
+
+    Raises:
+        InputError: they cannot be split; the message names a degree or a shape that can.
+    """
+    if num_heads % degree:
+        divisors = [str(number) for number in range(2, num_heads + 1) if num_heads % number == 0]
+        raise InputError(
+            f"--context_parallel_degree {degree}: the backbone's {num_heads} attention heads are split too; give "
+            f"one of {', '.join(divisors)}"
+        )
+    for bucket in buckets:
+        frames, rows, columns = (size // patch for size, patch in zip(bucket.latent_grid, patch_size))
+        if frames * rows * columns % degree:
+            step = degree // math.gcd(frames * rows, degree)  # columns that go into equal parts
+            width = max(columns // step, 1) * step * patch_size[2] * 8
+            raise InputError(
+                f"--context_parallel_degree {degree}: the {frames * rows * columns} tokens of clips of {bucket} do "
+                f"not divide into {degree} equal parts; crop them to {bucket._replace(width=width)}, say"
+            )
+
+
 def preflight(run: Run, mixtures: list[Mixture], configs: ModelConfigs, trainable: int, frozen: int):
     """Check and print batches, memory and disk. Call it on every process.
 
@@ -91,7 +121,7 @@ def preflight(run: Run, mixtures: list[Mixture], configs: ModelConfigs, trainabl
     """
     accelerator, args = run.accelerator, run.planned
     lines = [
-        _batches_line(args, run.samples_per_step, accelerator.num_processes, mixtures),
+        _batches_line(args, run, mixtures),
         f"{trainable:,} parameters train, {frozen:,} are frozen",
         _memory_line(run, configs),
     ]
@@ -112,8 +142,11 @@ def count_parameters(model_class: type[ModelMixin], config: dict[str, Any]) -> i
         return sum(parameter.numel() for parameter in model_class.from_config(config).parameters())
 
 
-def _batches_line(args, samples_per_step, num_processes, mixtures):
-    samples, cg_ratio = args.max_train_steps * samples_per_step, getattr(args, "cg_ratio", 0)  # phase 1 has no CG
+def _batches_line(args, run, mixtures):
+    samples, cg_ratio = args.max_train_steps * run.samples_per_step, getattr(args, "cg_ratio", 0)  # phase 1 has no CG
+    degree, groups = args.context_parallel_degree, f"{run.num_groups} processes"
+    if degree > 1:
+        groups = f"{run.num_groups} groups of {degree} processes"
     epochs = []
     for mixture in mixtures:
         share, count = cg_ratio if mixture.domain == "cg" else 1 - cg_ratio, len(mixture.train)
@@ -121,7 +154,7 @@ def _batches_line(args, samples_per_step, num_processes, mixtures):
             epochs.append(f"{samples * share / count:.2f} epochs of {count:,} {mixture.domain}")
     return (
         f"{args.train_batch_size} clips x {args.gradient_accumulation_steps} micro-steps x "
-        f"{num_processes} processes = {samples_per_step} clips a step; {args.max_train_steps:,} steps are "
+        f"{groups} = {run.samples_per_step} clips a step; {args.max_train_steps:,} steps are "
         f"{' and '.join(epochs)} clips"
     )
 
@@ -173,16 +206,19 @@ def _memory_line(run, configs):
             )
             needed = estimate.total(estimate.largest)
     needed = broadcast_object_list([needed])[0]
-    about = f"{needed / GIB:.1f} GiB at the peak of a step, computed"
+    about, degree = f"{needed / GIB:.1f} GiB at the peak of a step, computed", run.planned.context_parallel_degree
+    if degree > 1:
+        about += f" for whole clips: the {degree} processes of a group need less"
     if accelerator.device.type != "cuda":
         return about
     total = torch.cuda.get_device_properties(accelerator.device).total_memory
     offloads_in_part = _offloads(accelerator, "optimizer") and _engine(accelerator) != "deepspeed_zero3_offload"
-    if needed > ESTIMATE_MARGIN * total and not offloads_in_part:  # of which the estimate knows nothing
+    # The estimate knows nothing of the two exceptions.
+    if needed > ESTIMATE_MARGIN * total and not offloads_in_part and degree == 1:
         raise InputError(
             f"{about}, but the device has {total / GIB:.1f} GiB; shard the model "
-            "(accelerate_configs/deepspeed_zero3.yaml), lower --train_batch_size or the size of the clips, or see "
-            "`python -m c2r.estimate --fit`"
+            "(accelerate_configs/deepspeed_zero3.yaml), lower --train_batch_size or the size of the clips, split them "
+            "(--context_parallel_degree), or see `python -m c2r.estimate --fit`"
         )
     remark = "; it may not fit: try --dry_run" if needed + 3 * GIB > total else ""
     return f"{about}, of {total / GIB:.1f} GiB on the device{remark}"

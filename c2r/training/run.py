@@ -17,6 +17,7 @@ from tqdm import tqdm
 from c2r import cli
 from c2r.data.settings import ClipSettings
 from c2r.models.adversary import DomainClassifier
+from c2r.models.context_parallel import ContextParallel
 from c2r.training.backward_step import StepInBackward
 from c2r.training.interruption import Interruption
 from c2r.training.logs import start_logs
@@ -39,6 +40,7 @@ class TrainState:
     ema: EMAModel | None
     domain_classifier: DomainClassifier | None = None
     step_in_backward: StepInBackward | None = None
+    context_parallel: ContextParallel | None = None
 
 
 @dataclass
@@ -67,10 +69,19 @@ class Run:
         return frozen_dtype(self.args.mixed_precision)
 
     @property
+    def num_groups(self) -> int:
+        """Groups of processes that draw the same clips; without context parallelism each process is one."""
+        return self.accelerator.num_processes // self.args.context_parallel_degree
+
+    @property
+    def group_index(self) -> int:
+        """Index of this process's group; neighbours form one, so that their connection is the fastest."""
+        return self.accelerator.process_index // self.args.context_parallel_degree
+
+    @property
     def samples_per_step(self) -> int:
         """Clips in one optimizer step, over all processes."""
-        args = self.args
-        return args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.num_groups
 
     def start_training(self):
         """Open the logs and take over signals, once everything that can be refused has been checked."""

@@ -12,6 +12,7 @@ from c2r.models.adversary import DomainClassifier
 from c2r.models.attention import use_lean_attention
 from c2r.models.checkpointing import set_checkpointing
 from c2r.models.chunking import chunk_feed_forward
+from c2r.models.context_parallel import ContextParallel
 from c2r.options.shared import clip_settings
 from c2r.sampler import MixedCGRealSampler
 from c2r.training.backward_step import StepInBackward
@@ -74,13 +75,15 @@ def build_train_state(
     set_forward(args, model, backbone, run.device)
     if args.compile:
         compile_blocks(model)
+    degree = args.context_parallel_degree
+    context_parallel = ContextParallel(model, degree, run.device) if degree > 1 else None
     optimizer = build_optimizer(trainable, OptimizerSettings.of(args), run.device, domain_classifier)
     lr_scheduler = build_lr_scheduler(optimizer, args)
     model, optimizer = prepare(run.accelerator, model, optimizer)
     ema = build_ema(trainable, args.ema_decay)
     # After `prepare`, which may move the parameters and would lose their hooks.
     in_backward = StepInBackward(lr_scheduler.optimizer) if args.step_in_backward else None
-    return TrainState(model, trainable, optimizer, lr_scheduler, ema, domain_classifier, in_backward)
+    return TrainState(model, trainable, optimizer, lr_scheduler, ema, domain_classifier, in_backward, context_parallel)
 
 
 def set_forward(args: Namespace, model: torch.nn.Module, backbone: WanTransformer3DModel, device: torch.device):

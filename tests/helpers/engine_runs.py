@@ -37,6 +37,10 @@ def main():
             plugin.deepspeed_config |= {
                 "train_micro_batch_size_per_gpu": args.train_batch_size,
                 "gradient_accumulation_steps": args.gradient_accumulation_steps,
+                # DeepSpeed counts processes that share clips one by one.
+                "train_batch_size": args.train_batch_size
+                * args.gradient_accumulation_steps
+                * accelerator.num_processes,
             }
         accelerator.project_configuration.logging_dir = f"{args.output_dir}/logs"
         Path(args.output_dir).mkdir(exist_ok=True)

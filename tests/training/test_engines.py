@@ -43,6 +43,7 @@ SAVES_MEMORY = {
     "ddp": ["--optimizer=adamw8bit", "--weight_storage=bf16", "--mixed_precision=bf16"],
 }
 MEMORY_MODES = ["--gradient_checkpointing=selective", "--offload_activations", "--ffn_chunks=2"]
+SHARED_CLIPS = ["--context_parallel_degree=2", "--train_batch_size=2", "--num_samples=0"]
 OTHER_MICRO_BATCHES = ["--train_batch_size=2", "--gradient_accumulation_steps=1"]
 SPLITS_OPTIMIZER = ("zero2", "zero3", "zero3_offload", "fsdp2")
 SPLITS_FROZEN = ("zero3", "fsdp2")  # those that are probed
@@ -114,8 +115,8 @@ def runs(command, large_backbone, tmp_path_factory):
     Run 1 and run 2 are the phases in fp32, STEPS steps without interruption; (1, "resumed") and (2, "resumed")
     continue from their checkpoints SAVED. The latter tolerates no skipped step and trains until it draws BAD_CLIP.
     (2, "from one process") continues from that run's checkpoint, with another split of a step into micro-batches and
-    with MEMORY_MODES. (2, "bf16") is short, in the default precision; (1, "saves memory") is short, with the options
-    of SAVES_MEMORY.
+    with MEMORY_MODES, and (2, "from one process", "shared clips") with SHARED_CLIPS. (2, "bf16") is short, in the
+    default precision; (1, "saves memory") is short, with the options of SAVES_MEMORY.
     Besides, "errors" are the error lines of the launch, and "reports" what `engine_probe` reports of each process.
     """
     found = {}
@@ -139,7 +140,11 @@ def runs(command, large_backbone, tmp_path_factory):
             legs = {1: []}
         else:
             offload = ["--offload_backbone"] if engine == "ddp" else []
-            legs = {(2, "from one process"): [*resume, *OTHER_MICRO_BATCHES, *MEMORY_MODES, *offload], **legs}
+            legs = {
+                (2, "from one process"): [*resume, *OTHER_MICRO_BATCHES, *MEMORY_MODES, *offload],
+                (2, "from one process", "shared clips"): [*resume, *SHARED_CLIPS],
+                **legs,
+            }
         outs = {leg: folder / str(i) for i, leg in enumerate(legs)}
         arguments = [json.dumps([str(large_backbone), str(folder)] if engine in SPLITS_FROZEN else [])]
         for leg, more in legs.items():
@@ -305,6 +310,13 @@ def test_a_checkpoint_of_one_process_resumes_on_every_engine_with_every_memory_m
 
 
 @every_engine
+def test_processes_that_share_a_clip_train_as_one_process_does(engine, runs):
+    out, text = runs(engine)[2, "from one process", "shared clips"]
+    assert "resumed with --context_parallel_degree 2 (was 1): from the command line" in text
+    assert_goes_on_like(runs("one process")[2][0], out)
+
+
+@every_engine
 def test_a_checkpoint_of_every_engine_resumes_in_one_process(engine, runs, command, tmp_path):
     out = runs(engine)[2][0]
     shutil.copytree(out / f"checkpoint-{SAVED}", tmp_path / f"checkpoint-{SAVED}")
@@ -366,6 +378,9 @@ def test_options_that_save_memory_reach_the_same_losses(engine, runs):
         ("DEEPSPEED", 2, "--weight_storage=bf16", "but DeepSpeed ZeRO-2 splits them"),
         ("DEEPSPEED", 3, "--weight_storage=bf16", "but DeepSpeed ZeRO-3 splits them"),
         ("FSDP", None, "--compile", "is not tested with FSDP2"),
+        ("FSDP", None, "--context_parallel_degree=2", None),
+        ("DEEPSPEED", 3, "--context_parallel_degree=2", None),
+        ("MULTI_GPU", None, "--context_parallel_degree=3", "2 processes cannot form groups of 3; start a multiple"),
         ("DEEPSPEED", 3, "--compile", "is not tested with DeepSpeed ZeRO-3"),
         ("DEEPSPEED", 3, "--optimizer=adamw8bit", None),
         ("MULTI_GPU", None, "--weight_storage=bf16", None),
@@ -407,6 +422,12 @@ def test_bf16_storage_needs_bf16_precision():
     args = options(["--weight_storage=bf16", "--mixed_precision=no"])
     with pytest.raises(InputError, match="does not work with --mixed_precision no; give --mixed_precision bf16"):
         require_supported(Accelerator(cpu=True), args)
+
+
+def test_compiled_blocks_do_not_share_clips():
+    accelerator = SimpleNamespace(distributed_type="MULTI_GPU", num_processes=2)
+    with pytest.raises(InputError, match="--compile: is not tested with --context_parallel_degree 2; leave one"):
+        require_supported(accelerator, options(["--compile", "--context_parallel_degree=2"]))
 
 
 # -------------------------------------------------------------------------------------------------------------- memory

@@ -1,5 +1,6 @@
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,15 @@ def test_a_gradient_that_is_not_finite_names_all_clips_of_the_step(guard, capsys
     guard.add(torch.tensor([0.6]), ["b.mp4:3"])
     assert not guard.may_step(math.inf)
     assert "gradient is not finite; its clips: a.mp4:0, b.mp4:3" in capsys.readouterr().out
+
+
+def test_one_of_the_processes_with_the_same_clips_names_them(capsys):
+    Accelerator(cpu=True)  # the logs need its state
+    for index in (0, 1):
+        guard = StepGuard(SimpleNamespace(process_index=index), Progress(), max_skipped_steps=2, copies=2)
+        guard.add(torch.tensor([0.5]), ["a.mp4:0"])
+        assert not guard.may_step(math.nan)
+        assert ("a.mp4:0" in capsys.readouterr().out) == (index == 0)
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run(guard):

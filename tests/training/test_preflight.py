@@ -20,6 +20,7 @@ from c2r.training.preflight import (
     fingerprint_backbone,
     preflight,
     require_access,
+    require_splittable,
     run_bytes,
 )
 from c2r.units import size_text
@@ -117,6 +118,32 @@ def test_a_model_too_large_for_the_device_is_refused_and_a_tight_one_warned_abou
     printed = capsys.readouterr().out
     assert f"{estimate.total(estimate.largest) / 2**30:.1f} GiB at the peak of a step, computed, of" in printed
     assert ("may not fit" in printed) == (message is not None)
+
+
+WAN = {"num_heads": 12, "patch_size": [1, 2, 2]}
+
+
+def test_heads_and_tokens_that_do_not_divide_are_refused_with_what_does():
+    require_splittable(1, **WAN, buckets=[Bucket(5, 16, 16)])
+    require_splittable(4, **WAN, buckets=[Bucket(81, 480, 832), Bucket(1, 32, 32)])
+    with pytest.raises(InputError, match="12 attention heads are split too; give one of 2, 3, 4, 6, 12"):
+        require_splittable(5, **WAN, buckets=[])
+    for bucket, fitting in {Bucket(17, 208, 336): (17, 208, 320), Bucket(1, 16, 48): (1, 16, 64)}.items():
+        with pytest.raises(InputError, match=f"clips of {bucket} .* crop them to {Bucket(*fitting)}, say"):
+            require_splittable(4, **WAN, buckets=[Bucket(*fitting), bucket])
+
+
+def test_the_preflight_of_shared_clips_counts_them_once_and_refuses_no_memory(tmp_path, monkeypatch, capsys):
+    args = options([f"--output_dir={tmp_path}", "--context_parallel_degree=2", "--checkpointing_steps=10"])
+    accelerator = Accelerator(cpu=True)
+    run = run_of(args, accelerator)
+    monkeypatch.setattr(type(accelerator), "num_processes", 4)
+    monkeypatch.setattr(type(accelerator), "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Namespace(total_memory=1))
+    preflight(run, [mixture("real", 30)], ModelConfigs(CONFIG), trainable=1000, frozen=0)
+    out = capsys.readouterr().out
+    assert "2 clips x 2 micro-steps x 2 groups of 2 processes = 8 clips a step" in out
+    assert "computed for whole clips: the 2 processes of a group need less" in out
 
 
 def test_parameters_are_counted_without_creating_the_model():

@@ -1,5 +1,7 @@
 """The steps at which a run validates, samples and saves."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from tests.helpers.options import options
@@ -20,6 +22,13 @@ def due_steps(run, is_due):
         if is_due():
             steps.append(run.progress.global_step)
     return steps
+
+
+def test_neighbours_that_share_clips_are_one_group(run):
+    run.args.context_parallel_degree = 2
+    run.accelerator = SimpleNamespace(num_processes=6, process_index=3)
+    assert (run.num_groups, run.group_index) == (3, 1)
+    assert run.samples_per_step == 2 * 2 * 3
 
 
 def test_validation_is_due_at_its_interval_and_at_the_last_step(run):

@@ -161,6 +161,21 @@ def test_step_log_groups_losses():
     assert log.finish()["train/loss"] == 2.0
 
 
+def test_step_log_counts_clips_that_two_processes_share_once(monkeypatch):
+    monkeypatch.setattr("time.perf_counter", lambda: 10.0)
+    speeds = []
+    for copies in (1, 2):
+        log = StepLog(Accelerator(cpu=True), copies=copies)
+        log.start()
+        log.add(torch.tensor([1.0, 3.0]), torch.tensor([0.1, 1.0]), torch.tensor([0, 1]))
+        monkeypatch.setattr("time.perf_counter", lambda: 14.0)
+        logs = log.finish()
+        assert logs["train/loss"] == 2
+        speeds.append(logs["train/samples_per_second"])
+        monkeypatch.setattr("time.perf_counter", lambda: 10.0)
+    assert speeds == [0.5, 0.25]
+
+
 @pytest.mark.parametrize("cg_ratio", [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0])
 def test_the_weights_of_the_domains_keep_their_mean(cg_ratio):
     domains = torch.tensor([0, 1])
