@@ -1,4 +1,4 @@
-"""Time for which training stands still to save a checkpoint, beside the time until the checkpoint is complete.
+"""Measure how long training stands still to save a checkpoint, and when the checkpoint is complete.
 
     python -m benchmarks.checkpoint --output_dir outputs
 

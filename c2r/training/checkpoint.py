@@ -92,7 +92,7 @@ def save_checkpoint(run: Run, state: TrainState, sampler: MixedCGRealSampler):
 
 @dataclass
 class _Parts:
-    """What this process writes into a checkpoint, on the CPU and sharing no memory with the run."""
+    """Parts of a checkpoint that this process writes, on the CPU and sharing no memory with the run."""
 
     models: dict[str, ModelMixin]  #: {folder: model with the weights}
     shards: dict[str, dict[str, torch.Tensor]]  #: {file: tensors}

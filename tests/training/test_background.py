@@ -46,7 +46,7 @@ def test_a_failed_write_is_discarded_and_raised_in_one_line(background):
 
 
 @pytest.mark.parametrize("extra", [["--ema_decay=0.9"], ["--weight_storage=bf16", "--mixed_precision=bf16"]])
-def test_a_checkpoint_holds_the_state_at_its_step_although_it_changes_during_the_write(extra, tmp_path):
+def test_a_checkpoint_holds_the_state_of_its_step_when_that_changes(extra, tmp_path):
     runs = [build_run(tmp_path / name, *extra) for name in ("calm", "busy")]
     for run in runs:
         train_one_step(run)
