@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that --help and bad options are answered with
 
 import argparse
 import errno
+import gc
 import logging
 import os
 import re
@@ -234,6 +235,10 @@ def run(main: Callable[[], Any]):
     """Run a command's main function. Bad input, a full disk and signals end it with one line, not a traceback."""
     stop_on_signals()
     log_to_stdout()
+    # What the imports have made stays until the end: the collector need not look through it again. Data workers, which
+    # are forked, then also share its memory.
+    gc.freeze()
+    gc.enable()
     try:
         main()
     except InputError as error:
@@ -279,8 +284,13 @@ def run(main: Callable[[], Any]):
 
 
 def check_command_line(command: Command):
-    """Answer --help and bad options now: a script calls this before its imports, which take seconds."""
+    """Answer --help and bad options now: a script calls this before its imports, which take seconds.
+
+    Garbage is not collected until `run`: while the imports make a million objects that stay, it took a fifth of their
+    time (measured).
+    """
     run(lambda: parse(command))
+    gc.disable()
 
 
 def _exit(error, message):

@@ -148,6 +148,18 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     Yields:
         the temporary folder. If the body raises, it is removed and `folder` stays as it was.
     """
+    temporary = start_folder(folder)
+    try:
+        yield temporary
+        sync_tree(temporary)
+    except BaseException:
+        remove_tree(temporary)
+        raise
+    replace_folder(folder)
+
+
+def start_folder(folder: str | Path) -> Path:
+    """Create the empty `temporary_folder` of a folder that is to be written there; `replace_folder` ends it."""
     folder = Path(os.path.abspath(folder))
     temporary, old = temporary_folder(folder), folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():
@@ -155,22 +167,28 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     remove_tree(old)
     remove_tree(temporary)  # left by a killed run
     temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            sync_file(path)
-    except BaseException:
-        remove_tree(temporary)
-        raise
+    return temporary
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush a folder and everything in it to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync_file(path)
+
+
+def replace_folder(folder: str | Path) -> None:
+    """Rename the complete `temporary_folder` of a folder, in place of an older one."""
+    folder = Path(os.path.abspath(folder))
+    old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
         folder.rename(old)
-    temporary.rename(folder)
+    temporary_folder(folder).rename(folder)
     sync_file(folder.parent)
     remove_tree(old)
 
 
 def temporary_folder(folder: str | Path) -> Path:
-    """Return the folder that `atomic_folder` yields: one process enters it, and other processes write there too."""
+    """Return the folder that `start_folder` creates on one process; other processes write there too."""
     folder = Path(os.path.abspath(folder))
     return folder.with_name(f".{folder.name}.tmp")
 

@@ -980,8 +980,8 @@ ENCODING = [
     Mutation(
         "a-folder-is-renamed-before-it-is-on-the-disk",
         "c2r/files.py",
-        'for path in [*temporary.rglob("*"), temporary]:',
-        "for path in [temporary]:",
+        'for path in [*folder.rglob("*"), folder]:',
+        "for path in [folder]:",
         FILES,
     ),
 ]

@@ -6,9 +6,6 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from c2r.evaluation.validation import GAINS, LEAK_BOUND
@@ -36,6 +33,10 @@ def draw_history(history: list[dict[str, float]]) -> bytes:
     Returns:
         a PNG file, byte for byte the same for the same history.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     figure = Figure(figsize=(12, 4.2), dpi=100, layout="constrained")
     losses, levels, gains = figure.subplots(1, 3)
     for name, label in LOSSES.items():
@@ -96,7 +97,7 @@ def _curve(axes, history, name, label, **style):
 
 
 def write_history(history: list[dict[str, float]], accelerator: Accelerator, output_dir: str | Path) -> None:
-    """Write validation.png into the output folder, and the same picture to TensorBoard.
+    """Write validation.png into the output folder, and the same picture to TensorBoard, from two validations on.
 
     Call it on the main process only.
 
@@ -105,6 +106,8 @@ def write_history(history: list[dict[str, float]], accelerator: Accelerator, out
         accelerator: the run's, which has the TensorBoard writer.
         output_dir: the run's output folder.
     """
+    if len(history) < 2:  # no curve yet, and the first step need not wait for Matplotlib
+        return
     png = draw_history(history)
     write_atomic(Path(output_dir) / "validation.png", png)
     if (writer := tensorboard_writer(accelerator)) is not None:

@@ -6,13 +6,14 @@ import os
 import platform
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import accelerate
 import diffusers
 import torch
 import transformers
 from accelerate import init_empty_weights
-from diffusers import WanTransformer3DModel
+from diffusers import ModelMixin, WanTransformer3DModel
 from pydantic import FiniteFloat, NonNegativeInt, PositiveInt
 
 from c2r import InputError, __version__
@@ -21,6 +22,8 @@ from c2r.models.controlnet import C2RControlNet
 from c2r.models.hub import fingerprint_files
 
 CONTRACT = "c2r.json"
+
+M = TypeVar("M", bound=ModelMixin)
 
 #: Entries that name a model, by hub name or path.
 MODEL_ENTRIES = ("base_model", "backbone", "dinov3")
@@ -70,14 +73,14 @@ class PhaseContract:
             raise ValueError(f"validation_loss is {self.validation_loss}: such a model must not be saved")
 
 
-def save_weights(folder: str | Path, model, state_dict: dict[str, torch.Tensor]):
-    """Save as `model.save_pretrained(folder)` does, but with the weights of `state_dict`."""
+def with_weights(model: M, state_dict: dict[str, torch.Tensor]) -> M:
+    """Return a model of the same class and config whose weights are those of `state_dict`, not copied."""
     # Entries with an underscore are Diffusers' own, such as the path that the model was loaded from.
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
     with init_empty_weights():
         whole = type(model).from_config(config)
     whole.load_state_dict(state_dict, assign=True)
-    whole.save_pretrained(folder)
+    return whole
 
 
 def save_phase(
@@ -110,7 +113,7 @@ def save_phase(
         if state_dict is None:
             model.save_pretrained(temporary)
         else:
-            save_weights(temporary, model, state_dict)
+            with_weights(model, state_dict).save_pretrained(temporary)
         contract = replace(contract, weights_sha256=fingerprint_files(temporary))
         stored = asdict(contract) | {name: _relative(getattr(contract, name), folder) for name in MODEL_ENTRIES}
         (temporary / CONTRACT).write_text(json.dumps(stored, indent=2, allow_nan=False) + "\n", encoding="utf-8")

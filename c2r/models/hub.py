@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from pydantic import Field, StringConstraints
@@ -227,6 +226,8 @@ def _diffusers_names(keys):
     """Return {Diffusers' name: name in the file}."""
     if not any(key.endswith("head.modulation") for key in keys):
         return {key: key for key in keys}
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers  # takes 0.3 s, seldom needed
+
     # Diffusers' converter renames the keys of a state dict; their values may be anything.
     return convert_wan_transformer_to_diffusers({key: key for key in keys})
 

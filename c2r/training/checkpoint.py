@@ -8,24 +8,28 @@
         state.json                            step, schedule, sampler, scores, and the size of every other file
 
 A checkpoint holds no frozen weights (backbone, VAE, UMT5, DINOv3) and no state of a random generator: seed, step and
-place alone decide what is drawn for a sample. It is complete or absent: it is written aside, flushed and renamed, and
-`--resume_from_checkpoint latest` passes over one that was damaged afterwards.
+place alone decide what is drawn for a sample. It is complete or absent: it is written aside while training goes on,
+flushed and renamed, and `--resume_from_checkpoint latest` passes over one that was damaged afterwards.
 """
 
 import json
 import shutil
 from argparse import Namespace
-from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
+from diffusers import ModelMixin
 from safetensors.torch import save_file
 
 from c2r import InputError, __version__
-from c2r.files import atomic_folder, remove_tree, sync_file, temporary_folder
+from c2r.files import remove_tree, replace_folder, start_folder, sync_file, sync_tree, temporary_folder
 from c2r.models.adversary import DomainClassifier, DomainClassifierConfig
 from c2r.models.assembly import load_own_model
-from c2r.models.contract import save_weights
+from c2r.models.contract import with_weights
 from c2r.sampler import MixedCGRealSampler
+from c2r.training.background import BackgroundWrite
 from c2r.training.engine import failing_together, gathered_state_dict, sharding
 from c2r.training.logs import tensorboard_writer
 from c2r.training.optimizer import set_schedule
@@ -40,52 +44,91 @@ from c2r.training.state_file import STATE, read_state
 def save_checkpoint(run: Run, state: TrainState, sampler: MixedCGRealSampler):
     """Save checkpoint-N at step N, then delete the oldest checkpoints. Call it on every process.
 
+    The state is copied to the host's memory, and a thread writes it while training goes on. `Run.finish_saving` waits
+    for the thread, as does the next call. With several processes the checkpoint is complete when they have agreed on
+    it between two steps.
+
     Raises:
-        InputError: a process has no room or no permission to write, or a weight is not finite. The last checkpoint
-            still exists.
+        InputError: a process has no room or no permission to write; the last checkpoint still exists. What goes wrong
+            in the thread is raised by `Run.finish_saving`: no room, or a weight that is not finite.
     """
     accelerator, args, step = run.accelerator, run.args, run.progress.global_step
+    run.finish_saving()
     folder = Path(args.output_dir) / f"checkpoint-{step}"
+    temporary = temporary_folder(folder)
     run.watchdog.beat(f"step {step}: checkpoint")
-    with run.timings.measure("checkpoint"):
-        with failing_together(accelerator, Path(args.output_dir) / "logs"):
-            _flush_logs(accelerator)
-        with ExitStack() as stack:
-            stack.enter_context(failing_together(accelerator, folder))
-            temporary = temporary_folder(folder)
-            with failing_together(accelerator, folder):
-                if accelerator.is_main_process:
-                    _remove_leftovers(args.output_dir)
-                    _require_space(folder, state.trainable, args)
-                    stack.enter_context(atomic_folder(folder))
-            _write_parts(temporary, run, state)
+
+    def complete():
+        with failing_together(accelerator, folder):
             if accelerator.is_main_process:
-                _write_state(temporary, run, state, sampler)
+                _write_state(temporary, content)
+                sync_tree(temporary)
+                replace_folder(folder)
         with failing_together(accelerator, args.output_dir):
             if accelerator.is_main_process and args.checkpoints_total_limit is not None:
                 _prune(args.output_dir, step, args.checkpoints_total_limit)
+
+    def discard():
+        if accelerator.is_main_process:
+            remove_tree(temporary)
+
+    with run.timings.measure("checkpoint"):
+        with failing_together(accelerator, Path(args.output_dir) / "logs"):
+            _flush_logs(accelerator)
+        with failing_together(accelerator, folder):
+            if accelerator.is_main_process:
+                _remove_leftovers(args.output_dir)
+                _require_space(folder, state.trainable, args)
+                start_folder(folder)
+        try:
+            parts, content = _copy_parts(run, state), _state_content(run, state, sampler)
+        except BaseException:
+            discard()
+            raise
+        run.saving = BackgroundWrite(accelerator, folder, partial(_write_parts, temporary, parts), complete, discard)
     if run.interruption is not None:
         run.interruption.saved()
 
 
-def _write_parts(folder, run, state):
-    """Write the weights on the main process, and optimizer and average on every process that holds a part of them."""
+@dataclass
+class _Parts:
+    """Parts of a checkpoint that this process writes, on the CPU and sharing no memory with the run."""
+
+    models: dict[str, ModelMixin]  #: {folder: model with the weights}
+    shards: dict[str, dict[str, torch.Tensor]]  #: {file: tensors}
+
+
+def _copy_parts(run, state):
+    """Copy the weights on the main process, and optimizer and average on every process that holds a part of them."""
     accelerator, engine = run.accelerator, sharding(run.accelerator)
     models = {"model": state.trainable}
     if state.domain_classifier is not None:
         models["domain_classifier"] = state.domain_classifier
     weights = {name: gathered_state_dict(accelerator, model, state.optimizer) for name, model in models.items()}
-    with failing_together(accelerator, folder):
-        if accelerator.is_main_process:
-            for name, model in models.items():
-                _require_finite(weights[name], folder)
-                save_weights(folder / name, model, weights[name])
-        if accelerator.is_main_process or _is_split("optimizer", engine):
-            shard = optimizer_shard(state.optimizer, _trained_parameters(state))
-            _write_shard(folder / _shard_name("optimizer", accelerator, engine), shard)
-        if state.ema is not None and (accelerator.is_main_process or _is_split("ema", engine)):
-            shard = ema_shard(state.ema, dict(state.trainable.named_parameters()))
-            _write_shard(folder / _shard_name("ema", accelerator, engine), shard)
+    parts = _Parts({}, {})
+    if accelerator.is_main_process:
+        for name, model in models.items():
+            if engine in (None, "zero2"):  # otherwise they were copied as they were gathered
+                weights[name] = {key: tensor.to("cpu", copy=True) for key, tensor in weights[name].items()}
+            parts.models[name] = with_weights(model, weights[name])
+    if accelerator.is_main_process or _is_split("optimizer", engine):
+        shard = optimizer_shard(state.optimizer, _trained_parameters(state))
+        parts.shards[_shard_name("optimizer", accelerator, engine)] = shard
+    if state.ema is not None and (accelerator.is_main_process or _is_split("ema", engine)):
+        shard = ema_shard(state.ema, dict(state.trainable.named_parameters()))
+        parts.shards[_shard_name("ema", accelerator, engine)] = shard
+    return parts
+
+
+def _write_parts(folder, parts):
+    """Write the parts, and free the memory of each when it is written."""
+    for name in list(parts.models):
+        model = parts.models.pop(name)
+        _require_finite(model.state_dict(), folder)
+        model.save_pretrained(folder / name)
+        sync_tree(folder / name)
+    for name in list(parts.shards):
+        _write_shard(folder / name, parts.shards.pop(name))
 
 
 def _write_shard(file, tensors):
@@ -105,8 +148,8 @@ def _trained_parameters(state):
     }
 
 
-def _write_state(folder, run, state, sampler):
-    content = {
+def _state_content(run, state, sampler):
+    return {
         "version": __version__,
         "progress": run.progress.state_dict(),
         "sampler": sampler.state_dict(),
@@ -115,11 +158,14 @@ def _write_state(folder, run, state, sampler):
         "sharding": sharding(run.accelerator),
         "num_processes": run.accelerator.num_processes,
         "has_moments": has_states(state.optimizer),
-        "files": {
-            str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()
-        },
     }
-    (folder / STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_state(folder, content):
+    sizes = {
+        str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()
+    }
+    (folder / STATE).write_text(json.dumps(content | {"files": sizes}, indent=1) + "\n", encoding="utf-8")
 
 
 def _require_finite(weights, folder):

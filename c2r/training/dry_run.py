@@ -49,8 +49,16 @@ def launch(train: Callable[[Run], Plan], args: Namespace):
         dry_run(train, args)
         return
     accelerator = build_accelerator(args)
-    train(start_run(args, accelerator))
+    _train(train, start_run(args, accelerator))
     accelerator.end_training()
+
+
+def _train(train, run):
+    try:
+        return train(run)
+    finally:
+        if run.saving is not None:  # the run has failed: what it has saved before is still written
+            run.saving.join()
 
 
 def limit_to_dry_run(clips: Clips, run: Run) -> Clips:
@@ -89,7 +97,7 @@ def dry_run(train: Callable[[Run], Plan], args: Namespace):
             leg.max_train_steps = last_step
             logger.info("dry run: to step %d", last_step)
             run = start_run(leg, accelerator, planned=args)
-            plan = train(run)
+            plan = _train(train, run)
             timings.append(run.timings)
             accelerator.free_memory()
             gc.collect()

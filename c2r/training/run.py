@@ -18,6 +18,7 @@ from c2r import cli
 from c2r.data.settings import ClipSettings
 from c2r.models.adversary import DomainClassifier
 from c2r.models.context_parallel import ContextParallel
+from c2r.training.background import BackgroundWrite
 from c2r.training.backward_step import StepInBackward
 from c2r.training.interruption import Interruption
 from c2r.training.logs import start_logs
@@ -57,6 +58,7 @@ class Run:
     progress: Progress
     timings: Timings
     interruption: Interruption | None = None  #: from `start_training` on
+    saving: BackgroundWrite | None = None  #: the checkpoint that is being written
     bar: tqdm | None = None
 
     @property
@@ -100,7 +102,21 @@ class Run:
             disable=not self.accelerator.is_local_main_process,
         )
         while self.progress.global_step < self.args.max_train_steps and not self.is_stopping():
+            if self.saving is not None and self.saving.has_ended():
+                self.finish_saving()
             yield self.progress.global_step
+
+    def finish_saving(self):
+        """Wait for the checkpoint that is being written, if there is one. Call it on every process.
+
+        Raises:
+            InputError: it could not be written. The last checkpoint still exists.
+        """
+        if self.saving is not None:
+            saving, self.saving = self.saving, None
+            self.watchdog.beat(f"step {self.progress.global_step}: checkpoint")
+            with self.timings.measure("checkpoint", part=True):
+                saving.finish()
 
     def is_due(self, interval: int) -> bool:
         """Return True every `interval` steps and at the last step."""
@@ -142,6 +158,7 @@ class Run:
     def end_training(self):
         """Close the progress bar and print the shares of time; a stopped run ends here with EXIT_STOPPED."""
         self.bar.close()
+        self.finish_saving()
         logger.info("time: %s", self.timings.shares())
         if self.interruption.stop is not None:
             self.info(f"stopped: {self.interruption.stop}; continue with --resume_from_checkpoint latest")

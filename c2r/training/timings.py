@@ -25,12 +25,19 @@ class Timings:
         self.spent, self.started = {}, time.perf_counter()
 
     @contextmanager
-    def measure(self, name: str):
-        """Measure the time of the body and record it under this name."""
+    def measure(self, name: str, part: bool = False):
+        """Measure the time of the body and record it under this name.
+
+        Args:
+            name: of what is measured.
+            part: the time is added to what was spent, but is no measurement of the whole.
+        """
         started = time.perf_counter()
         yield
-        self.last[name] = time.perf_counter() - started
-        self.spent[name] = self.spent.get(name, 0.0) + self.last[name]
+        seconds = time.perf_counter() - started
+        self.spent[name] = self.spent.get(name, 0.0) + seconds
+        if not part:
+            self.last[name] = seconds
 
     def plan_encoding(self, missing: MissingFiles):
         """Record the clips that the whole run would encode.

@@ -96,6 +96,7 @@ def save(built, step=None):
     if step is not None:
         built.run.progress.global_step = step
     save_checkpoint(built.run, built.state, built.sampler)
+    built.run.finish_saving()
     return built.run.args.output_dir
 
 

@@ -1,0 +1,78 @@
+import threading
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from c2r import InputError
+from c2r.training.background import BackgroundWrite
+from tests.helpers.runs import build_run, save, save_checkpoint, train_one_step
+
+
+@pytest.fixture
+def background(tmp_path):
+    """Return background(write), which starts a write and records what is called after it."""
+    called = []
+
+    def start(write):
+        actions = (lambda: called.append("complete"), lambda: called.append("discard"))
+        return BackgroundWrite(Accelerator(cpu=True), tmp_path / "checkpoint-1", write, *actions), called
+
+    return start
+
+
+def test_a_write_goes_on_beside_the_main_thread_and_is_completed_after_it(background):
+    go_on = threading.Event()
+    saving, called = background(go_on.wait)
+    assert not saving.has_ended()
+    assert called == []
+    go_on.set()
+    saving.join()
+    assert saving.has_ended()
+    saving.finish()
+    assert called == ["complete"]
+
+
+def test_a_failed_write_is_discarded_and_raised_in_one_line(background):
+    def fail():
+        raise OSError(28, "No space left on device")
+
+    saving, called = background(fail)
+    saving.join()
+    assert saving.has_ended()
+    with pytest.raises(InputError, match=r"checkpoint-1: cannot be written \(No space left on device\)"):
+        saving.finish()
+    assert called == ["discard"]
+
+
+@pytest.mark.parametrize("extra", [["--ema_decay=0.9"], ["--weight_storage=bf16", "--mixed_precision=bf16"]])
+def test_a_checkpoint_holds_the_state_of_its_step_when_that_changes(extra, tmp_path):
+    runs = [build_run(tmp_path / name, *extra) for name in ("calm", "busy")]
+    for run in runs:
+        train_one_step(run)
+    save(runs[0])
+    run, state, sampler = (getattr(runs[1], name) for name in ("run", "state", "sampler"))
+    save_checkpoint(run, state, sampler)
+    optimizer = state.optimizer.optimizer
+    tensors = [*state.trainable.parameters(), *getattr(optimizer, "low_bits", {}).values()]
+    tensors += [value for states in optimizer.state.values() for value in states.values()]
+    tensors += state.ema.shadow_params if state.ema else []
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.fill_(3)
+    run.progress.add_validation({"loss": 0.5})
+    run.progress.global_step += 1
+    run.finish_saving()
+    calm, busy = (tmp_path / name / "checkpoint-1" for name in ("calm", "busy"))
+    files = [path.relative_to(calm) for path in calm.rglob("*") if path.is_file()]
+    assert len(files) == (5 if state.ema else 4)  # weights, config, moments, state, and perhaps the average
+    assert all((calm / file).read_bytes() == (busy / file).read_bytes() for file in files)
+
+
+def test_the_next_save_waits_for_the_one_before(tmp_path):
+    built = build_run(tmp_path, "--checkpoints_total_limit=1")
+    for _ in range(2):
+        train_one_step(built)
+        save_checkpoint(built.run, built.state, built.sampler)
+    built.run.finish_saving()
+    assert [path.name for path in sorted(tmp_path.glob("checkpoint-*"))] == ["checkpoint-2"]
