@@ -72,7 +72,8 @@ class LatentEncoder:
         self.settings = settings
         self.model_name = settings.base_model
         self.cache_settings = CacheSettings.of(settings)
-        self._vae = load_pipeline_part(self.model_name, "vae", VAE_DTYPES[settings.vae_dtype]).to(device)
+        dtype = VAE_DTYPES[settings.vae_dtype]
+        self._vae = load_pipeline_part(self.model_name, "vae", torch_dtype=dtype).to(device)
 
     @staticmethod
     def files_to_decode(clip: Clip) -> list[DatasetFile]:

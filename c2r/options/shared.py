@@ -84,8 +84,8 @@ CLIP_OPTIONS = [
     Option("fps", "frames per second that clips are resampled to", FRAME_RATE, 16.0, common=True),
     Option(
         "vae_dtype",
-        "dtype in which the VAE encodes clips; bf16 halves its weights and activations and gives latents with a larger "
-        "error",
+        "dtype in which the VAE encodes clips; bf16 halves its weights and activations and gives latents with a "
+        "larger error",
         Choice(("fp32", "bf16")),
         "fp32",
         on_resume=MUST_NOT_CHANGE,
