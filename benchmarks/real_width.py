@@ -8,7 +8,7 @@ encoding, phase 1 with 8-bit AdamW and phase 2 with 15 control layers, and gener
 validate, save best/, are stopped by a signal in step 2, save a checkpoint, and are resumed for one more step. What the
 folder holds already is not made again.
 
-Takes 60 GB of disk, 16 GiB of memory and about an hour on one core. docs/real_width.md holds what it printed.
+Takes up to 60 GB of disk and 20 GiB of memory; half an hour on a shared CPU. docs/real_width.md has its record.
 
 A process's memory is read from /proc 50 times a second: its anonymous memory, which allocators take, and pages of
 mapped files, where safetensors leaves weights that keep their dtype. What a process has after its imports is
