@@ -13,6 +13,7 @@ class ClipSettings:
     buckets: tuple[Bucket, ...]
     fps: float  #: frames per second that clips are resampled to
     base_model: str  #: the Wan pipeline whose VAE and text encoder encode: a folder or hub name
+    vae_dtype: str = "fp32"  #: dtype in which the VAE encodes: "fp32" or "bf16"
     sequence_fps: float | None = None  #: rate of image sequences whose row has no fps
     cache_dir: Path | None = None  #: None: .c2r_cache in each dataset's folder
     max_dropped: float | None = None  #: largest share of a dataset's rows that may be dropped; None: any

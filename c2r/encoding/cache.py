@@ -74,7 +74,7 @@ class CacheSettings:
     """The frame rate and encoders that every cached clip of a command depends on; encoders as fingerprints."""
 
     fps: float
-    vae: str
+    vae: str  #: with its dtype, unless that is fp32
     text_encoder: str
     pixels: int = PIXELS_VERSION
 
@@ -88,6 +88,8 @@ class CacheSettings:
         parts = ["vae", "text_encoder", "tokenizer"]
         folder = resolve_model_folder(settings.base_model, parts)
         vae, text_encoder, tokenizer = (encoder_fingerprint(folder / part) for part in parts)
+        if settings.vae_dtype != "fp32":  # files from before there was a choice keep their names
+            vae = f"{vae} {settings.vae_dtype}"
         return cls(float(settings.fps), vae, digest([text_encoder, tokenizer]))
 
 

@@ -22,6 +22,9 @@ from c2r.models.vae import encode_frames
 
 Tensors = dict[str, torch.Tensor]
 
+#: Values of `ClipSettings.vae_dtype`.
+VAE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 class Encoder(Protocol):
     """The interface of both encoders, as the encoding pass uses it."""
@@ -59,7 +62,7 @@ class LatentEncoder:
     """Encodes clips to the distributions of their latents; the cache files also hold the prompt embeddings.
 
     Args:
-        settings: the base model, and the cache that holds the prompt embeddings already.
+        settings: the base model, the VAE's dtype, and the cache that holds the prompt embeddings already.
         device: device to encode on.
     """
 
@@ -69,8 +72,8 @@ class LatentEncoder:
         self.settings = settings
         self.model_name = settings.base_model
         self.cache_settings = CacheSettings.of(settings)
-        # fp32, as the pipeline decodes: in bf16 the latents lose more than the 8 bits of a video.
-        self._vae = load_pipeline_part(self.model_name, "vae", torch_dtype=torch.float32).to(device)
+        dtype = VAE_DTYPES[settings.vae_dtype]
+        self._vae = load_pipeline_part(self.model_name, "vae", torch_dtype=dtype).to(device)
 
     @staticmethod
     def files_to_decode(clip: Clip) -> list[DatasetFile]:

@@ -10,13 +10,13 @@ def encode_frames(vae: AutoencoderKLWan, frames: torch.Tensor) -> tuple[torch.Te
     """Return the distribution of the normalised latents, z' = (z − latents_mean) / latents_std per channel.
 
     Args:
-        vae: Wan's VAE.
+        vae: Wan's VAE, in fp32 or bf16.
         frames: (B, F, 3, H, W) uint8 RGB on the VAE's device; F = 4k + 1.
 
     Returns:
         mean and log-variance of z', each (B, C, T, H/8, W/8) fp32.
     """
-    pixel_values = frames.to(vae.dtype).div(127.5).sub(1)  # in [-1, 1]
+    pixel_values = frames.float().div(127.5).sub(1).to(vae.dtype)  # in [-1, 1], rounded once
     pixel_values = rearrange(pixel_values, "b f c h w -> b c f h w")
     distribution = vae.encode(pixel_values).latent_dist
     latents_mean, latents_std = _latent_statistics(vae, frames.device, torch.float32)

@@ -6,7 +6,7 @@ from pathlib import Path
 from c2r import InputError
 from c2r.data.buckets import Bucket
 from c2r.data.settings import ClipSettings
-from c2r.options.option import Option
+from c2r.options.option import MUST_NOT_CHANGE, Option
 from c2r.options.types import (
     BUCKET,
     COUNT,
@@ -82,6 +82,14 @@ CLIP_OPTIONS = [
         common=True,
     ),
     Option("fps", "frames per second that clips are resampled to", FRAME_RATE, 16.0, common=True),
+    Option(
+        "vae_dtype",
+        "dtype in which the VAE encodes clips; bf16 halves its weights and activations and gives latents with a "
+        "larger error",
+        Choice(("fp32", "bf16")),
+        "fp32",
+        on_resume=MUST_NOT_CHANGE,
+    ),
     Option("sequence_fps", "frames per second of image sequences whose row has no fps", FRAME_RATE),
     Option(
         "max_dropped",
@@ -114,6 +122,7 @@ def clip_settings(args: Namespace) -> ClipSettings:
         fps=args.fps,
         sequence_fps=args.sequence_fps,
         base_model=args.pretrained_model_name_or_path,
+        vae_dtype=args.vae_dtype,
         cache_dir=Path(args.cache_dir) if args.cache_dir else None,
         max_dropped=args.max_dropped,
         video_cache_gb=args.video_cache_gb,

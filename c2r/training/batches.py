@@ -59,7 +59,8 @@ class TrainBatches:
         first = self._sampler.num_consumed
         for _ in range(self._run.args.gradient_accumulation_steps):
             self._run.watchdog.beat(f"step {step}: data")
-            batch = next(self._batches)
+            with self._run.timings.measure("waiting for data"):
+                batch = next(self._batches)
             numbers = self._sampler.mark_consumed()
             self._run.watchdog.beat(f"step {step}: forward and backward")
             yield Draw(numbers, first, self._run.samples_per_step), batch

@@ -112,6 +112,31 @@ def test_the_pipeline_decodes_cached_latents_to_the_vaes_video(data, settings, m
         )
 
 
+def test_only_convolutions_run_in_tf32():
+    # Torch's defaults, which docs/hardware.md describes. This module has imported everything that encodes.
+    assert torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_latents_in_bf16_are_cached_beside_those_in_fp32(data, settings, process):
+    exact, rounded = settings, replace(settings, vae_dtype="bf16")
+    clips = read(data, settings).clips
+    tensors = []
+    for each in (exact, rounded):
+        assert find_missing(clips, each).count == len(clips)
+        encode_missing(clips, each, *process)
+        assert find_missing(clips, each).count == 0
+        tensors.append(load_tensors(clip_path(data / ".c2r_cache", clips[0], CacheSettings.of(each))))
+    assert tensors[1][1]["settings"]["vae"].endswith(" bf16")
+    means = [content["latents_mean"] for content, _ in tensors]
+    assert means[1].dtype == torch.float32  # rounded by the VAE, not when stored
+    error = (means[1] - means[0]).square().mean().sqrt() / means[0].std()
+    assert 0 < error < 0.05
+    # The prompt embeddings do not depend on the VAE.
+    assert torch.equal(tensors[0][0]["prompt_embeds"], tensors[1][0]["prompt_embeds"])
+
+
 def test_different_windows_have_different_latents(data, settings, process):
     clips = read(data, settings).clips
     encode_missing(clips, settings, *process)

@@ -29,3 +29,5 @@ def test_a_step_takes_one_batch_per_micro_step():
         assert sorted(index for _, batch in taken for index in batch["index"].tolist()) == list(range(8))  # an epoch
         assert sampler.state_dict()["position"]["batches"] == 2 * (step + 1)
         run.progress.global_step += 1
+    assert 0 < run.timings.spent["waiting for data"] < 60
+    assert "% waiting for data" in run.timings.shares()
