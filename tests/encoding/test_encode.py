@@ -113,7 +113,7 @@ def test_the_pipeline_decodes_cached_latents_to_the_vaes_video(data, settings, m
 
 
 def test_only_convolutions_run_in_tf32():
-    # Torch's defaults, which docs/hardware.md describes. This module has imported everything that encodes.
+    # Torch's defaults, which docs/speed.md describes. This module has imported everything that encodes.
     assert torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
     assert not torch.backends.cudnn.benchmark
