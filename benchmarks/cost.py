@@ -142,7 +142,7 @@ def two_processes(rounds: int) -> dict[Point, float]:
             command = [*start, "benchmarks.cost", f"--processes={processes}"]
             line = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
             found.setdefault(Point(processes=processes), []).append(json.loads(line))
-    return {point: min(values) for point, values in found.items()}
+    return {point: median(values) for point, values in found.items()}
 
 
 def measure_in_process(processes: int) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from c2r import InputError
 from c2r.options import COMMANDS
 from c2r.options.option import Command, Option
+from c2r.options.presets import option_words
 from c2r.options.types import Flag, Switch
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
@@ -69,12 +70,18 @@ def parse(command: Command, argv: list[str] | None = None) -> argparse.Namespace
     options = command.options
     configured = _read_config(given["config"], command) if "config" in given else {}
     typed = configured | {name: _typed(options[name], text) for name, text in given.items()}
-    values = {name: option.default for name, option in options.items()} | command.preset(typed) | typed
+    preset = command.preset(typed)
+    values = {name: option.default for name, option in options.items()} | preset | typed
     for name, option in options.items():
         if option.required and values[name] is None:
             raise InputError(f"--{name}: missing; give {option.type}")
     args = argparse.Namespace(**values)
-    command.check(args)
+    try:
+        command.check(args)
+    except InputError as error:
+        if not preset:
+            raise
+        raise InputError(f"{error}; --preset {args.preset} has set {option_words(preset)}") from None
     return args
 
 

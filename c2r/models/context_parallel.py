@@ -7,6 +7,7 @@ all tokens, exchanges them for heads and back by two all-to-alls. Source: Jacobs
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from diffusers.hooks.context_parallel import apply_context_parallel, remove_cont
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from c2r.models.attention import LeanAttnProcessor
 from c2r.models.controlnet import C2RControlNet
@@ -43,15 +45,19 @@ class ContextParallel:
         model: holds a backbone and perhaps a control branch, with `LeanAttnProcessor`s; no engine has prepared it yet.
         degree: processes of a group; at least 2, it divides the processes, the heads and the tokens.
         device: device of the model.
+        timeout: of collectives within a group.
     """
 
-    def __init__(self, model: nn.Module, degree: int, device: torch.device):
+    def __init__(self, model: nn.Module, degree: int, device: torch.device, timeout: timedelta):
         # Diffusers' gather calls a function of torch by its old name.
         warnings.filterwarnings("ignore", ".*all_gather_tensor` is deprecated", FutureWarning)
         groups = dist.get_world_size() // degree
         mesh = init_device_mesh(device.type, (groups, 1, degree), mesh_dim_names=("data", "ring", "ulysses"))
         self._config = ContextParallelConfig(ulysses_degree=degree, mesh=mesh)
         self._config.setup(dist.get_rank(), dist.get_world_size(), device, mesh)
+        # Groups of a mesh have torch's default, which may be below that of the run.
+        for part in (self._config._ulysses_mesh, self._config._flattened_mesh):
+            _set_pg_timeout(timeout, part.get_group())
         self._plans = [(module, _plan(module)) for module in model.modules() if _has_plan(module)]
         self._processors = [
             module.processor

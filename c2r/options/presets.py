@@ -50,7 +50,10 @@ def preset_options(phase: str, given: dict[str, Any]) -> dict[str, Any]:
         raise InputError(
             f"--preset {name}: phase {phase} has none of this name; give one of {', '.join(PRESETS[phase])}"
         )
-    return PRESETS[phase][name]
+    options = PRESETS[phase][name]
+    if given.keys() & _ONE_CLIP.keys():  # one of the two alone would change the clips of an optimizer step
+        options = {name: value for name, value in options.items() if name not in _ONE_CLIP}
+    return options
 
 
 def preset_line(args: Namespace) -> str:

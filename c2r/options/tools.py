@@ -205,7 +205,7 @@ ESTIMATE = Command(
             Option(
                 "preset",
                 "options of a preset of the training scripts",
-                Choice(tuple(PRESETS["1"] | PRESETS["2"])),
+                Choice(tuple(PRESETS["2"] | PRESETS["1"])),
             ),
             *_estimate_options(),
             Option(

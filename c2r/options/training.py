@@ -113,7 +113,12 @@ def _training_groups(phase, before_data, after_data, **defaults):
             *CLIP_OPTIONS,
         ],
         "optimisation": [
-            Option("train_batch_size", "clips per device and micro-step", COUNT, common=True),
+            Option(
+                "train_batch_size",
+                "clips per micro-step of a device, or of a group of --context_parallel_degree devices",
+                COUNT,
+                common=True,
+            ),
             Option("gradient_accumulation_steps", "micro-steps per optimizer step", COUNT, common=True),
             Option("max_train_steps", "optimizer steps of the run", COUNT, common=True),
             Option("learning_rate", "learning rate after the warm-up", NOT_NEGATIVE, common=True),

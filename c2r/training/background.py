@@ -1,6 +1,7 @@
 """Write a checkpoint while training goes on."""
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,16 +39,19 @@ class BackgroundWrite:
         self._write, self._complete, self._discard = write, complete, discard
         self._alone = accelerator.num_processes == 1
         self._error: BaseException | None = None
+        self.seconds = 0.0  #: from the start to the end of the writing
         self._thread = threading.Thread(target=self._run, name=f"writes {path.name}")
         self._thread.start()
 
     def _run(self):
+        started = time.perf_counter()
         try:
             self._write()
             if self._alone:
                 self._complete()
         except BaseException as error:  # raised by `finish`
             self._error = error
+        self.seconds = time.perf_counter() - started
 
     def has_ended(self) -> bool:
         """Return True if every process has written its files, or one has failed. Call it on every process."""
@@ -75,5 +79,5 @@ class BackgroundWrite:
             raise
 
     def join(self):
-        """Wait until this process's files are written; errors are left to `finish`."""
+        """Wait until this process's files are written; `finish` raises its error."""
         self._thread.join()

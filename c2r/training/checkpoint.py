@@ -85,7 +85,9 @@ def save_checkpoint(run: Run, state: TrainState, sampler: MixedCGRealSampler):
         except BaseException:
             discard()
             raise
-        run.saving = BackgroundWrite(accelerator, folder, partial(_write_parts, temporary, parts), complete, discard)
+        run.saving = BackgroundWrite(
+            accelerator, folder, partial(_write_parts, temporary, folder, parts), complete, discard
+        )
     if run.interruption is not None:
         run.interruption.saved()
 
@@ -109,7 +111,11 @@ def _copy_parts(run, state):
     if accelerator.is_main_process:
         for name, model in models.items():
             if engine in (None, "zero2"):  # otherwise they were copied as they were gathered
-                weights[name] = {key: tensor.to("cpu", copy=True) for key, tensor in weights[name].items()}
+                own = {tensor.data_ptr() for tensor in model.state_dict().values()}
+                # Weights that were merged with their low bits are copies already.
+                weights[name] = {
+                    key: tensor.to("cpu", copy=tensor.data_ptr() in own) for key, tensor in weights[name].items()
+                }
             parts.models[name] = with_weights(model, weights[name])
     if accelerator.is_main_process or _is_split("optimizer", engine):
         shard = optimizer_shard(state.optimizer, _trained_parameters(state))
@@ -120,15 +126,15 @@ def _copy_parts(run, state):
     return parts
 
 
-def _write_parts(folder, parts):
-    """Write the parts, and free the memory of each when it is written."""
+def _write_parts(temporary, folder, parts):
+    """Write the parts of the checkpoint `folder`, and free the memory of each when it is written."""
     for name in list(parts.models):
         model = parts.models.pop(name)
         _require_finite(model.state_dict(), folder)
-        model.save_pretrained(folder / name)
-        sync_tree(folder / name)
+        model.save_pretrained(temporary / name)
+        sync_tree(temporary / name)
     for name in list(parts.shards):
-        _write_shard(folder / name, parts.shards.pop(name))
+        _write_shard(temporary / name, parts.shards.pop(name))
 
 
 def _write_shard(file, tensors):

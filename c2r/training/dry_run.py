@@ -57,7 +57,8 @@ def _train(train, run):
     try:
         return train(run)
     finally:
-        if run.saving is not None:  # the run has failed: what it has saved before is still written
+        # The run has failed. A single process still completes what it was saving; several would have to agree.
+        if run.saving is not None and run.accelerator.num_processes == 1:
             run.saving.join()
 
 
@@ -130,10 +131,13 @@ def projection(args: Namespace, first: Timings, last: Timings, samples: int, num
     step = samples / last.samples_per_second
     validations = math.ceil(args.max_train_steps / args.validation_steps) + 1
     checkpoints = math.ceil(args.max_train_steps / args.checkpointing_steps)
+    copying, writing = last.last["checkpoint"], last.last["writing"]
+    # A save waits for the write of the one before.
+    waiting = max(0.0, writing - args.checkpointing_steps * step)
     parts = {
         f"{args.max_train_steps:,} steps": args.max_train_steps * step,
         f"{validations} validations": validations * last.last["validation"],
-        f"{checkpoints} checkpoints": checkpoints * last.last["checkpoint"],
+        f"{checkpoints} checkpoints": checkpoints * (copying + waiting),
     }
     if "sampling" in last.last:
         samplings = math.ceil(args.max_train_steps / args.sample_steps)
@@ -142,7 +146,7 @@ def projection(args: Namespace, first: Timings, last: Timings, samples: int, num
         parts[f"encoding the {kind} of {first.to_encode[kind]:,} clips"] = first.to_encode[kind] * seconds
     yield (
         f"measured: {step:.2f} s a step, {last.last['validation']:.2f} s a validation, "
-        f"{last.last['checkpoint']:.2f} s a checkpoint"
+        f"{copying:.2f} s a checkpoint, which is complete {writing:.2f} s later"
     )
     detail = ", ".join(f"{name} {duration_text(seconds)}" for name, seconds in parts.items())
     yield f"projected: {duration_text(sum(parts.values()))} in all: {detail}"

@@ -43,6 +43,14 @@ from c2r.training.watchdog import joining
 logger = logging.getLogger(__name__)
 
 
+def collective_timeout(args: Namespace) -> timedelta:
+    """Return the time after which torch gives a collective up.
+
+    It is well above the watchdog's time-out, whose message names the process, even if that process was late already.
+    """
+    return timedelta(minutes=2 * args.distributed_timeout_minutes + 1)
+
+
 def build_accelerator(args: Namespace) -> Accelerator:
     """Build the Accelerator of a run on the engine that the launcher has chosen, with logs in `output_dir`/logs.
 
@@ -64,8 +72,7 @@ def build_accelerator(args: Namespace) -> Accelerator:
     _log_ignored_settings(args)
     deepspeed = _launched_with("DEEPSPEED")
     on_cpu = not torch.accelerator.is_available()
-    # Well above the watchdog's time-out, whose message names the process, even if that process was late already.
-    group: dict[str, Any] = {"timeout": timedelta(minutes=2 * args.distributed_timeout_minutes + 1)}
+    group: dict[str, Any] = {"timeout": collective_timeout(args)}
     if deepspeed and on_cpu:
         os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
         group["backend"] = "gloo"

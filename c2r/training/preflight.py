@@ -101,7 +101,7 @@ def require_splittable(degree: int, num_heads: int, patch_size: Sequence[int], b
             width = max(columns // step, 1) * step * patch_size[2] * 8
             raise InputError(
                 f"--context_parallel_degree {degree}: the {frames * rows * columns} tokens of clips of {bucket} do "
-                f"not divide into {degree} equal parts; crop them to {bucket._replace(width=width)}, say"
+                f"not divide into {degree} equal parts; give clips of {bucket._replace(width=width)}, say"
             )
 
 
@@ -181,6 +181,7 @@ def _disk_line(args, trainable):
     if needed is None:
         return f"{about}; without --checkpoints_total_limit all are kept; {size_text(free)} free in {out}"
     kept = [path for _, path in list_checkpoints(out)] + [out / "best", out / "final"]
+    kept += out.glob(".checkpoint-*")  # of a run that was killed: the next save removes them
     used = sum(file.stat().st_size for path in kept for file in path.rglob("*") if file.is_file())
     if free < needed - used:
         raise InputError(
@@ -213,7 +214,7 @@ def _memory_line(run, configs):
         return about
     total = torch.cuda.get_device_properties(accelerator.device).total_memory
     offloads_in_part = _offloads(accelerator, "optimizer") and _engine(accelerator) != "deepspeed_zero3_offload"
-    # The estimate knows nothing of the two exceptions.
+    # The estimate models neither optimizer offload alone nor shared clips.
     if needed > ESTIMATE_MARGIN * total and not offloads_in_part and degree == 1:
         raise InputError(
             f"{about}, but the device has {total / GIB:.1f} GiB; shard the model "

@@ -58,7 +58,7 @@ class Run:
     progress: Progress
     timings: Timings
     interruption: Interruption | None = None  #: from `start_training` on
-    saving: BackgroundWrite | None = None  #: the checkpoint that is being written
+    saving: BackgroundWrite | None = None  #: the checkpoint that is being written; None when none is
     bar: tqdm | None = None
 
     @property
@@ -102,7 +102,8 @@ class Run:
             disable=not self.accelerator.is_local_main_process,
         )
         while self.progress.global_step < self.args.max_train_steps and not self.is_stopping():
-            if self.saving is not None and self.saving.has_ended():
+            # A dry run times steps: none of them runs beside a write.
+            if self.saving is not None and (self.args.dry_run or self.saving.has_ended()):
                 self.finish_saving()
             yield self.progress.global_step
 
@@ -117,6 +118,7 @@ class Run:
             self.watchdog.beat(f"step {self.progress.global_step}: checkpoint")
             with self.timings.measure("checkpoint", part=True):
                 saving.finish()
+            self.timings.last["writing"] = saving.seconds
 
     def is_due(self, interval: int) -> bool:
         """Return True every `interval` steps and at the last step."""

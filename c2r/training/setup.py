@@ -19,7 +19,7 @@ from c2r.training.backward_step import StepInBackward
 from c2r.training.checkpoint import load_checkpoint
 from c2r.training.compilation import compile_blocks
 from c2r.training.ema import build_ema
-from c2r.training.engine import prepare
+from c2r.training.engine import collective_timeout, prepare
 from c2r.training.optimizer import OptimizerSettings, build_lr_scheduler, build_optimizer
 from c2r.training.precision import disable_autocast, enable_autocast
 from c2r.training.progress import Progress
@@ -76,7 +76,7 @@ def build_train_state(
     if args.compile:
         compile_blocks(model)
     degree = args.context_parallel_degree
-    context_parallel = ContextParallel(model, degree, run.device) if degree > 1 else None
+    context_parallel = ContextParallel(model, degree, run.device, collective_timeout(args)) if degree > 1 else None
     optimizer = build_optimizer(trainable, OptimizerSettings.of(args), run.device, domain_classifier)
     lr_scheduler = build_lr_scheduler(optimizer, args)
     model, optimizer = prepare(run.accelerator, model, optimizer)

@@ -29,7 +29,7 @@ class Timings:
         """Measure the time of the body and record it under this name.
 
         Args:
-            name: of what is measured.
+            name: what is measured.
             part: the time is added to what was spent, but is no measurement of the whole.
         """
         started = time.perf_counter()

@@ -7,6 +7,7 @@ number of a tensor.
 import json
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -100,7 +101,7 @@ def compare(build, checkpointing, chunks, degree):
     inputs = tiny_inputs(**CLIPS)[: 3 if build is phase1 else 4]
     expected, expected_gradients = run(model, inputs)
     groups, group = dist.get_world_size() // degree, dist.get_rank() // degree
-    context_parallel = ContextParallel(model, degree, torch.device("cpu"))
+    context_parallel = ContextParallel(model, degree, torch.device("cpu"), timedelta(minutes=5))
     with SentBytes() as sent:
         sample, gradients = run(model, [tensor.chunk(groups)[group] for tensor in inputs])
     for gradient in gradients.values():  # as all engines do

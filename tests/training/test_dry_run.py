@@ -60,7 +60,7 @@ def test_a_dry_run_trains_on_no_more_clips_than_its_steps_draw():
 def test_the_projection_adds_up_all_parts_of_a_run():
     args = options(["--max_train_steps=1000", "--checkpointing_steps=300", "--validation_steps=250"])
     first = Timings(to_encode={"latents": 600}, seconds_per_clip={"latents": 12.0})
-    last = Timings(last={"validation": 10.0, "checkpoint": 5.0}, samples_per_second=2.0)
+    last = Timings(last={"validation": 10.0, "checkpoint": 5.0, "writing": 2.0}, samples_per_second=2.0)
     lines = "\n".join(projection(args, first, last, samples=8, num_trainable=10**9))
     assert "4.00 s a step, 10.00 s a validation, 5.00 s a checkpoint" in lines
     assert (

@@ -129,7 +129,7 @@ def test_heads_and_tokens_that_do_not_divide_are_refused_with_what_does():
     with pytest.raises(InputError, match="12 attention heads are split too; give one of 2, 3, 4, 6, 12"):
         require_splittable(5, **WAN, buckets=[])
     for bucket, fitting in {Bucket(17, 208, 336): (17, 208, 320), Bucket(1, 16, 48): (1, 16, 64)}.items():
-        with pytest.raises(InputError, match=f"clips of {bucket} .* crop them to {Bucket(*fitting)}, say"):
+        with pytest.raises(InputError, match=f"clips of {bucket} .* give clips of {Bucket(*fitting)}, say"):
             require_splittable(4, **WAN, buckets=[Bucket(*fitting), bucket])
 
 
