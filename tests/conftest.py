@@ -33,12 +33,6 @@ def one_process(tmp_path):
     dist.destroy_process_group()
 
 
-#: Files whose tests start several processes each.
-SEVERAL_PROCESSES = {
-    *("test_context_parallel.py", "test_engines.py", "test_launcher_settings.py", "test_two_machines.py"),
-}
-
-
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
     """Write tiny random models; return their folder, with pipeline/ and dinov3/ in it."""
@@ -106,20 +100,4 @@ def signal_handlers():
 def pytest_collection_modifyitems(items):
     """Run the longest files first: one that starts last would leave the other worker idle."""
     slow_files = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path.name not in SEVERAL_PROCESSES, item.path not in slow_files))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """Keep each file on one worker, as its fixtures are costly, and the files of several processes on the same one.
-
-    Two such runs at once would wait for each other's turns on the cores.
-    """
-    from xdist.scheduler import LoadFileScheduling
-
-    class Scheduler(LoadFileScheduling):
-        def _split_scope(self, nodeid):
-            file = nodeid.partition("::")[0]
-            return "several processes" if file.rpartition("/")[2] in SEVERAL_PROCESSES else file
-
-    return Scheduler(config, log)
+    items.sort(key=lambda item: (item.path.name != "test_engines.py", item.path not in slow_files))

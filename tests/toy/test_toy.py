@@ -147,7 +147,7 @@ def test_quickstart_runs_every_step_and_continues_where_it_was(tmp_path):
         options = yaml.safe_load((tmp_path / "toy" / name).read_text())
         options |= {"max_train_steps": 2, "num_validation_clips": 1}
         if name == "phase2.yaml":
-            options |= {"num_samples": 1, "num_inference_steps": 2}
+            options |= {"num_samples": 0, "num_inference_steps": 2}
         (tmp_path / "toy" / name).write_text(yaml.safe_dump(options))
     toy = json.loads((tmp_path / "toy/toy.json").read_text())
     (tmp_path / "toy/toy.json").write_text(json.dumps(toy | {"test": toy["test"][:2]}))
