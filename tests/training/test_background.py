@@ -1,3 +1,4 @@
+import ast
 import threading
 
 import pytest
@@ -6,7 +7,35 @@ from accelerate import Accelerator
 
 from c2r import InputError
 from c2r.training.background import BackgroundWrite
+from tests.helpers.forks import forked_twice, statuses
 from tests.helpers.runs import build_run, save, save_checkpoint, train_one_step
+
+# Both processes write; the second one is done at once, or fails.
+TWO = """
+import sys, time
+from pathlib import Path
+from accelerate import Accelerator
+from c2r import InputError
+from c2r.training.background import BackgroundWrite
+accelerator = Accelerator(cpu=True)
+called = []
+def write():
+    if accelerator.is_main_process:
+        time.sleep(3)
+        called.append("written")
+    elif sys.argv[1] == "fails":
+        raise OSError(28, "No space left on device")
+actions = (lambda: called.append("complete"), lambda: called.append("discard"))
+saving = BackgroundWrite(accelerator, Path("checkpoint-1"), write, *actions)
+while not saving.has_ended():
+    time.sleep(0.1)
+called.append("ended")
+try:
+    saving.finish()
+except InputError as error:
+    called.append(str(error))
+print(called)
+"""
 
 
 @pytest.fixture
@@ -43,6 +72,24 @@ def test_a_failed_write_is_discarded_and_raised_in_one_line(background):
     with pytest.raises(InputError, match=r"checkpoint-1: cannot be written \(No space left on device\)"):
         saving.finish()
     assert called == ["discard"]
+
+
+def run_two(how, folder):
+    (folder / "two.py").write_text(TWO)
+    assert statuses(forked_twice([folder / "two.py", how], folder)) == [0, 0]
+    return [ast.literal_eval((folder / rank / "stdout").read_text().splitlines()[-1]) for rank in "01"]
+
+
+def test_several_processes_complete_their_files_when_all_have_written(tmp_path):
+    assert run_two("works", tmp_path) == [["written", "ended", "complete"], ["ended", "complete"]]
+
+
+def test_several_processes_learn_of_a_failed_write_at_once_and_discard_theirs(tmp_path):
+    main, other = run_two("fails", tmp_path)
+    assert main[:2] == ["ended", "written"]  # not after its own write, for which `finish` waits
+    assert main[2] == other[1] == "discard"
+    assert main[3] == other[2]
+    assert main[3].startswith("checkpoint-1: cannot be written (No space left on device)")
 
 
 @pytest.mark.parametrize("extra", [["--ema_decay=0.9"], ["--weight_storage=bf16", "--mixed_precision=bf16"]])
