@@ -699,6 +699,27 @@ MODELS = [
         f"{CONTEXT_PARALLEL}::test_evaluation_runs_whole_clips_that_differ_among_processes",
     ),
     Mutation(
+        "a-failed-write-of-another-process-is-not-noticed",
+        "c2r/training/background.py",
+        "_FAILED in states or _WRITING not in states",
+        "_WRITING not in states",
+        "tests/training/test_background.py::test_several_processes_learn_of_a_failed_write_at_once_and_discard_theirs",
+    ),
+    Mutation(
+        "a-checkpoint-shares-its-weights-with-the-run",
+        "c2r/training/checkpoint.py",
+        "copy=tensor.data_ptr() in own",
+        "copy=False",
+        "tests/training/test_background.py::test_a_checkpoint_holds_the_state_of_its_step_when_that_changes",
+    ),
+    Mutation(
+        "a-save-does-not-wait-for-the-one-before",
+        "c2r/training/checkpoint.py",
+        "    run.finish_saving()\n    folder = ",
+        "    folder = ",
+        "tests/training/test_background.py::test_the_next_save_waits_for_the_one_before",
+    ),
+    Mutation(
         "processes-that-share-clips-draw-different-ones",
         "c2r/training/run.py",
         "self.accelerator.process_index // self.args.context_parallel_degree",
@@ -1133,8 +1154,8 @@ COMMANDS = [
     Mutation(
         "a-preset-wins-over-given-options",
         "c2r/cli.py",
-        "| command.preset(typed) | typed",
-        "| typed | command.preset(typed)",
+        "| preset | typed",
+        "| typed | preset",
         f"{OPTIONS}::test_given_options_win_over_a_preset",
     ),
     Mutation(

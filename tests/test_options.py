@@ -285,6 +285,23 @@ def test_given_options_win_over_a_preset(tmp_path):
     assert args.preset == "16gb"
 
 
+def test_a_given_batch_keeps_the_presets_from_changing_the_clips_of_a_step():
+    for given, expected in (
+        ([], (1, 32)),
+        (["--train_batch_size=2"], (2, 8)),
+        (["--gradient_accumulation_steps=16"], (4, 16)),
+    ):
+        args = parse_phase1(["--preset=24gb", *given])
+        assert (args.train_batch_size, args.gradient_accumulation_steps) == expected
+
+
+def test_a_conflict_with_a_preset_names_what_the_preset_has_set():
+    with pytest.raises(
+        InputError, match=r"^--compile: .*; --preset 16gb has set --ffn_chunks 4 --optimizer adamw8bit$"
+    ):
+        phase2_options(["--preset=16gb", "--compile"])
+
+
 def test_a_phase_refuses_presets_of_the_other():
     with pytest.raises(InputError, match="--preset 12gb: not one of the choices; give 16gb, "):
         parse_phase1(["--preset=12gb"])
