@@ -1,11 +1,14 @@
 import ast
 import threading
+import time
 
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 
 from c2r import InputError
+from c2r.training import checkpoint
 from c2r.training.background import BackgroundWrite
 from tests.helpers.forks import forked_twice, statuses
 from tests.helpers.runs import build_run, save, save_checkpoint, train_one_step
@@ -116,7 +119,12 @@ def test_a_checkpoint_holds_the_state_of_its_step_when_that_changes(extra, tmp_p
     assert all((calm / file).read_bytes() == (busy / file).read_bytes() for file in files)
 
 
-def test_the_next_save_waits_for_the_one_before(tmp_path):
+def test_the_next_save_waits_for_the_one_before(tmp_path, monkeypatch):
+    def slow(*arguments):
+        time.sleep(0.5)
+        save_file(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)  # of safetensors
     built = build_run(tmp_path, "--checkpoints_total_limit=2")
     for _ in range(2):
         train_one_step(built)
