@@ -91,6 +91,7 @@ def _training_groups(phase, before_data, after_data, **defaults):
                 "memory of the GPU: sets options that trade time for memory, for 1.3B and clips of 480x832x81 on one "
                 "GPU, see docs/hardware.md; options that are given win",
                 Choice(tuple(PRESETS[phase])),
+                metavar="|".join(PRESETS[phase]),
                 common=True,
             ),
             Option("report_to", "tracker that gets the logs", Choice(("tensorboard", "none")), "tensorboard"),

@@ -163,7 +163,8 @@ class Run:
         self.finish_saving()
         logger.info("time: %s", self.timings.shares())
         if self.interruption.stop is not None:
-            self.info(f"stopped: {self.interruption.stop}; continue with --resume_from_checkpoint latest")
+            then = "a dry run keeps nothing" if self.args.dry_run else "continue with --resume_from_checkpoint latest"
+            self.info(f"stopped: {self.interruption.stop}; {then}")
             self.watchdog.close()
             self.accelerator.end_training()
             sys.exit(cli.EXIT_STOPPED)
