@@ -17,7 +17,7 @@ LAYERS = 4  # of the backbone, and two of the control branch
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What four processes measure: two groups of two with a clip each, and one group of four with both clips."""
+    """Return what four processes measure: as two groups of two, a clip each, and as one group with both clips."""
     folder = tmp_path_factory.mktemp("group")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
