@@ -27,6 +27,7 @@ from c2r.options.types import (
     MODEL,
     NOT_NEGATIVE,
     PIXELS,
+    PORT,
     POSITIVE,
     SEED,
     SHARE,
@@ -131,6 +132,34 @@ GENERATE = Command(
                 Option("flow_shift", "shift of the noise levels; default: as trained, else 3", POSITIVE),
             ),
         ],
+    },
+)
+
+APP = Command(
+    "python -m c2r.app",
+    "Try a model in the browser: coarse video and prompt in, realistic video out.",
+    {
+        "models": [
+            replace(option, help=f"{option.help}; also the first word without --model")
+            if option.name == "model"
+            else option
+            for option in GENERATE.groups["models"]
+        ],
+        "videos": [
+            *(GENERATE.options[name] for name in ("height", "width")),
+            replace(GENERATE.options["num_frames"], help="most frames of a video, 4k + 1; default: as trained"),
+            *(GENERATE.options[name] for name in ("fps", "flow_shift")),
+        ],
+        "page": _all_common(
+            Option(
+                "host",
+                "address that the page is served at; the default is seen by this machine alone, and there is no "
+                "password",
+                default="127.0.0.1",
+            ),
+            Option("port", "port that the page is served at", PORT, 7860),
+            Option("max_upload_mb", "largest coarse video in MB; of a sequence, all pictures together", COUNT, 500),
+        ),
     },
 )
 
