@@ -187,6 +187,7 @@ def load(args: Namespace, given: dict[str, Any], contract: "PhaseContract", fold
         tokenizer=load_pipeline_part(base, "tokenizer"),
         text_encoder=load_text_encoder(base, dtype, torch.device(device)),
     )
+    pipeline.set_progress_bar_config(disable=True)  # the page shows it
     return Panel(args, given, contract, pipeline, folder)
 
 
@@ -218,22 +219,27 @@ def prepare_job(panel: Panel, fields: dict[str, Any], files: Sequence[str] | Non
         options["guidance_scale"] = None  # the default, which depends on the kind of guidance
     options = {name: value for name, value in options.items() if value != getattr(panel.contract, name, None)}
     shown = options | {"output": "out.mp4"}
-    if panel.has_control:
-        options["control_video"], shown["control_video"] = place_upload(panel, files)
-    args = cli.parse(GENERATE, command_words(shown | options))
+    if not panel.has_control:
+        return Job(_checked(panel, shown), None, _command_line(shown))
+    with tempfile.TemporaryDirectory(dir=panel.folder) as folder:
+        options["control_video"], shown["control_video"] = place_upload(panel, files, Path(folder))
+        args = _checked(panel, shown | options)
+        name_controls(args)
+        require_within_limits(args.control_video[0])
+        if args.follow_control:
+            follow_control(args)
+        check_files(args, panel.contract)
+        size = {"num_frames": args.num_frames, "fps": args.fps, "height": args.height, "width": args.width}
+        return Job(args, read_control(args.control_video[0], **size), _command_line(shown))
+
+
+def _checked(panel, options):
+    args = cli.parse(GENERATE, command_words(options))
     check_options(args)
     complete_options(args, panel.contract)
     if args.num_frames > panel.args.num_frames:
         raise InputError(f"--num_frames {args.num_frames}: more than {panel.args.num_frames}; lower it")
-    if not panel.has_control:
-        return Job(args, None, _command_line(shown))
-    name_controls(args)
-    require_within_limits(args.control_video[0])
-    if args.follow_control:
-        follow_control(args)
-    check_files(args, panel.contract)
-    size = {"num_frames": args.num_frames, "fps": args.fps, "height": args.height, "width": args.width}
-    return Job(args, read_control(args.control_video[0], **size), _command_line(shown))
+    return args
 
 
 def command_words(options: dict[str, Any]) -> list[str]:
@@ -242,7 +248,9 @@ def command_words(options: dict[str, Any]) -> list[str]:
     for name, value in options.items():
         if value is True:
             words.append(f"--{name}")
-        elif value not in (None, False, GENERATE.options[name].default) and (value != "" or name == "prompt"):
+        elif value is None or value is False or value == GENERATE.options[name].default:
+            continue
+        elif value != "" or name == "prompt":
             # A value that begins with a dash would be read as an option.
             words += [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
     return words
@@ -252,8 +260,8 @@ def _command_line(options):
     return shlex.join(["python", "-m", "c2r.generate", *command_words(options)])
 
 
-def place_upload(panel: Panel, files: Sequence[str] | None) -> tuple[str, str]:
-    """Return the path of an upload, and its name for a command; pictures are first put into one folder.
+def place_upload(panel: Panel, files: Sequence[str] | None, folder: Path) -> tuple[str, str]:
+    """Return the path of an upload, and its name for a command; pictures are first put into a new folder.
 
     Raises:
         InputError: there is none, it is too large, or its files are not the pictures of one sequence.
@@ -272,16 +280,20 @@ def place_upload(panel: Panel, files: Sequence[str] | None) -> tuple[str, str]:
         return files[0], Path(files[0]).name
     if len(files) > MAX_PICTURES:
         raise InputError(f"--control_video: {len(files)} files, above {MAX_PICTURES:,}; upload fewer")
-    others = [Path(file).name for file in files if not file.lower().endswith(SUFFIXES)]
-    if others:
-        raise InputError(f"--control_video {others[0]}: several files must be the pictures of a sequence; upload one")
-    folder = fresh_folder(panel, "sequence")
     for file in files:
-        picture = folder / Path(file).name
+        if not file.lower().endswith(SUFFIXES):
+            raise InputError(
+                f"--control_video {Path(file).name}: is no picture, and only the pictures of a sequence are several "
+                "files; remove the others, or this one"
+            )
+    sequence = folder / "upload"
+    sequence.mkdir()
+    for file in files:
+        picture = sequence / Path(file).name
         if picture.exists():
             raise InputError(f"--control_video {picture.name}: uploaded twice; remove one of the two")
         os.link(file, picture)
-    return str(folder), "FOLDER"
+    return str(sequence), "FOLDER"
 
 
 def require_within_limits(path: str) -> None:
@@ -422,19 +434,15 @@ def arrange(cells: Sequence["np.ndarray"], columns: int) -> "np.ndarray":
     return np.concatenate([np.concatenate(row, axis=2) for row in rows], axis=1)
 
 
-def fresh_folder(panel: Panel, name: str) -> Path:
-    """Empty a folder of the panel, or make it. Each is used by one kind of job, of which one runs at a time."""
-    folder = panel.folder / name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    return folder
-
-
 def save(panel: Panel, kind: str, name: str, frames: "np.ndarray", fps: float) -> str:
-    """Write a video for the page to show; the last one of its kind is deleted, as the page has its own copy."""
+    """Write a video for the page to show, and delete the last one of its kind: the page has a copy of its own.
+
+    Each kind is written by one kind of job, of which one runs at a time.
+    """
     from c2r.data.video_writer import write_video
 
-    path = fresh_folder(panel, kind) / name
+    shutil.rmtree(panel.folder / kind, ignore_errors=True)
+    path = panel.folder / kind / name
     write_video(path, frames, fps)
     return str(path)
 
@@ -444,7 +452,7 @@ def show_control(panel: Panel, job: Job) -> tuple[str, str]:
     args = job.args
     line = (
         f"Control: the first {args.num_frames / args.fps:.2f} s of the coarse video, {args.num_frames} frames of "
-        f"{args.height}x{args.width}."
+        f"{args.height}x{args.width}"
     )
     return save(panel, "control", "control.mp4", pixels_of(job.control), args.fps), line
 
@@ -466,8 +474,9 @@ def generate_grid(panel: Panel, job: Job, scales: str, report: Report) -> tuple[
 
 
 def _summary(job, what, start):
-    args = job.args
-    return f"{what}: seed {args.seed}, {args.num_inference_steps} steps, {time.monotonic() - start:.1f} s."
+    line = f"{what}: seed {job.args.seed}, {job.args.num_inference_steps} steps, {time.monotonic() - start:.1f} s"
+    logger.info(line)
+    return line
 
 
 def plain_message(panel: Panel, message: object) -> str:
@@ -525,9 +534,9 @@ def build_page(panel: Panel) -> "gradio.Blocks":
                 steps, note = defaults["num_inference_steps"].default, "Fewer are faster, more are finer."
                 add(gr.Slider, "num_inference_steps", 1, MAX_STEPS, steps, step=1, info=note)
                 with gr.Row():
-                    note = f"{args.fps:g} are a second."
+                    note = f"{args.fps:g} per second."
                     add(gr.Slider, "num_frames", 1, args.num_frames, args.num_frames, step=4, info=note, **half)
-                    note = "The same seed, the same video."
+                    note = "Same seed, same video."
                     add(gr.Number, "seed", 0, precision=0, minimum=0, info=note, **half)
                 with gr.Accordion("Guidance", open=False):
                     note = "apg: adaptive projected guidance; cfg: classifier-free guidance."
@@ -543,7 +552,7 @@ def build_page(panel: Panel) -> "gradio.Blocks":
                             add(gr.Slider, "control_guidance_start", 0, 1, 0, step=0.05, info=note, **half)
                             add(gr.Slider, "control_guidance_end", 0, 1, 1, step=0.05, info=note, **half)
                 if control:
-                    with gr.Accordion("Reading of the coarse video", open=False):
+                    with gr.Accordion("Shape and rate of the coarse video", open=False):
                         note = f"With as many pixels as {args.height}x{args.width}. Otherwise its edges are cropped."
                         add(gr.Checkbox, "follow_control", info=note)
                         note = f"Rate of uploaded pictures; empty is {args.fps:g}, the rate of the output."
@@ -564,9 +573,10 @@ def build_page(panel: Panel) -> "gradio.Blocks":
                 with gr.Column(visible=control):
                     gr.Markdown("**Comparison** of conditioning scales, with the same seed")
                     with gr.Row():
-                        scales = gr.Textbox("0, 0.5, 1, 1.5", show_label=False, scale=3, min_width=160)
+                        scales = gr.Textbox("0, 0.5, 1, 1.5", container=False, scale=3, min_width=140)
                         sweep_button = gr.Button("Generate a video for each", scale=2, min_width=100)
                     grid_video = player(elem_id="grid")
+                    grid_status = gr.Markdown()
 
         @contextmanager
         def messages():
@@ -620,14 +630,16 @@ def build_page(panel: Panel) -> "gradio.Blocks":
         }
         if control:
             changes = [upload.change, fields["num_frames"].release, fields["follow_control"].change]
-            gr.on([*changes, fields["sequence_fps"].change], on_upload, outputs=[control_video, status], **shared)
+            changes.append(fields["sequence_fps"].change)
+            outputs = [control_video, status]
+            gr.on(changes, on_upload, outputs=outputs, show_progress_on=control_video, **shared)
         shared["concurrency_id"] = "job"
         outputs = [output_video, status, command]
         jobs = [
             generate_button.click(on_generate, outputs=outputs, show_progress_on=output_video, **shared),
-            sweep_button.click(on_sweep, outputs=[grid_video, status], show_progress_on=grid_video, **shared),
+            sweep_button.click(on_sweep, outputs=[grid_video, grid_status], show_progress_on=grid_video, **shared),
         ]
-        cancel_button.click(on_cancel, outputs=status, cancels=jobs, queue=False, api_visibility="private")
+        cancel_button.click(on_cancel, outputs=status, cancels=[*jobs], queue=False, api_visibility="private")
         page.unload(on_close)
         fields["guidance"].change(
             GUIDANCE_SCALES.get, fields["guidance"], fields["guidance_scale"], queue=False, api_visibility="private"
