@@ -10,10 +10,11 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from diffusers import SchedulerMixin, WanPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
+from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 
 from c2r import InputError
+from c2r.guidance import APG_MOMENTUM, DEFAULT_GUIDANCE_SCALE, guided_velocity, is_control_on
 from c2r.models import parts
 from c2r.models.adversary import WithAdversary
 from c2r.models.assembly import load_for_generation
@@ -22,11 +23,6 @@ from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.parts import load_pipeline_part, load_text_encoder, log_long_prompts
 from c2r.models.transformer import C2RTransformer
 from c2r.models.vae import decode_latents
-
-#: Default text guidance scale of each kind of guidance: the released C2R's, and Wan's own.
-DEFAULT_GUIDANCE_SCALE = {"apg": 10.0, "cfg": 5.0}
-
-APG_MOMENTUM = -0.5
 
 
 @dataclass(frozen=True)
@@ -125,7 +121,7 @@ class C2RPipeline(WanPipeline):
             negative_prompt: the prompt ∅ of the text term; None is the empty prompt, as in training.
             height, width, num_frames: pixels and pixel frames (4k + 1); default: the control video's, else 480×832×81.
             num_inference_steps: steps of the scheduler.
-            guidance: "apg" or "cfg", see `guided_velocity`.
+            guidance: "apg" or "cfg", see `c2r.guidance.guided_velocity`.
             guidance_scale: s_t ≥ 0; 1 turns text guidance off, None is DEFAULT_GUIDANCE_SCALE[guidance].
             control_guidance_scale: s_c ≥ 0; 1 turns control guidance off and saves a forward pass per step.
             conditioning_scale: factor of the control residuals.
@@ -233,7 +229,7 @@ class C2RPipeline(WanPipeline):
             if self.interrupt:
                 break
             self._current_timestep = timestep
-            control_on = control_frames is not None and _is_control_on(
+            control_on = control_frames is not None and is_control_on(
                 step, len(timesteps), control_guidance_start, control_guidance_end
             )
             control, blank = (control_features, blank_features) if control_on else (None, None)
@@ -335,47 +331,6 @@ class C2RPipeline(WanPipeline):
                 f"control_video has {control_frames.shape[1]} frames of {control_frames.shape[3]}x"
                 f"{control_frames.shape[4]}: resize and cut it to num_frames, height, width = {size}"
             )
-
-
-# v = v(∅,∅) + s_c·[v(c,∅) − v(∅,∅)] + s_t·[v(c,t) − v(c,∅)]. Source: the released C2R
-def guided_velocity(
-    predict_unconditional: Callable[[], torch.Tensor],
-    predict_with_control: Callable[[], torch.Tensor],
-    predict_with_both: Callable[[], torch.Tensor],
-    guidance_scale: float,
-    control_guidance_scale: float = 1.0,
-    momentum_buffer: MomentumBuffer | None = None,
-) -> torch.Tensor:
-    """Combine predictions into the guided velocity; one whose weight is zero is not computed.
-
-    With a momentum buffer the text term goes through adaptive projected guidance with η = 0: only the part of the
-    difference that is orthogonal to v(c,t) is kept, which allows a high scale without oversaturation.
-
-    Args:
-        predict_unconditional: computes v(∅,∅), (B, C, T, h, w) fp32.
-        predict_with_control: computes v(c,∅), with control and without prompt.
-        predict_with_both: computes v(c,t), with control and prompt.
-        guidance_scale: s_t, of the text; 1 is no text guidance, with or without momentum.
-        control_guidance_scale: s_c, of the control.
-        momentum_buffer: one for all steps of a video; None is plain classifier-free guidance.
-
-    Returns:
-        (B, C, T, h, w) fp32.
-
-    Source: Sadat et al. 2024 (APG), algorithm 1.
-    """
-    if momentum_buffer is None or guidance_scale in (0, 1):
-        weighted = [
-            (1 - control_guidance_scale, predict_unconditional),
-            (control_guidance_scale - guidance_scale, predict_with_control),
-            (guidance_scale, predict_with_both),
-        ]
-        return sum((weight * predict() for weight, predict in weighted if weight != 0), torch.zeros(()))
-    with_control, with_both = predict_with_control(), predict_with_both()
-    velocity = normalized_guidance(with_both, with_control, guidance_scale, momentum_buffer, eta=0.0)
-    if control_guidance_scale != 1:
-        velocity = velocity + (1 - control_guidance_scale) * (predict_unconditional() - with_control)
-    return velocity
 
 
 @torch.no_grad()
@@ -486,8 +441,3 @@ def _stack_control_videos(control_video):
     if control_video.ndim != 5:
         raise ValueError(f"control_video has shape {tuple(control_video.shape)}: expected (F, 3, H, W)")
     return control_video
-
-
-def _is_control_on(step, num_steps, start, end):
-    # As in Diffusers' ControlNet pipelines: control is on in steps that lie between the two fractions as a whole.
-    return step / num_steps >= start and (step + 1) / num_steps <= end
