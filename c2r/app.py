@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from c2r import InputError, cli
-from c2r.generate import check_files, check_options, complete_options, follow_control, name_controls, read_control
+from c2r.generate import check_files, check_options, complete_options, follow_control, name_controls
 from c2r.options import APP, GENERATE
 from c2r.options.shared import GUIDANCE_SCALES
 
@@ -146,12 +146,19 @@ def check(args: Namespace) -> "PhaseContract":
     """Check model and options as `c2r.generate` does, reading headers only. Completes `args` from the contract.
 
     Raises:
-        InputError: a model is missing or does not fit.
+        InputError: a model is missing or does not fit, or an option does not fit this machine.
     """
-    from c2r.models.contract import read_contract
+    from diffusers.utils.torch_utils import get_device
+
+    from c2r.models.contract import fetch_model, read_contract, with_moved_models
     from c2r.models.dinov3 import check_dinov3
 
-    contract = read_contract(args.model)
+    if args.cpu_offload and get_device() == "cpu":
+        raise InputError("--cpu_offload: there is no GPU to offload from; leave it out")
+    folder = fetch_model(args.model)
+    moved = {"base_model": args.pretrained_model_name_or_path, "backbone": args.backbone, "dinov3": args.dinov3}
+    contract = with_moved_models(read_contract(folder), args.model, **moved)
+    args.model = str(folder)
     args.conditioning_scale = args.control_video = None
     complete_options(args, contract)
     check_files(args, contract)
@@ -161,32 +168,42 @@ def check(args: Namespace) -> "PhaseContract":
 
 
 def load(args: Namespace, given: dict[str, Any], contract: "PhaseContract", folder: Path) -> Panel:
-    """Load everything that a video needs; unlike in `c2r.generate`, the text encoder stays loaded."""
+    """Load everything that a video needs; unlike in `c2r.generate`, the text encoder stays loaded.
+
+    Raises:
+        InputError: see `C2RPipeline.from_pretrained`; or --attention_backend does not work on this machine.
+    """
     import torch
     from diffusers.utils.torch_utils import get_device
 
-    from c2r.models.parts import load_pipeline_part, load_text_encoder
-    from c2r.pipeline import load_pipeline
+    from c2r.models.attention import try_attention_backend, use_lean_attention
+    from c2r.models.parts import load_text_encoder
+    from c2r.pipeline import C2RPipeline, with_flow_shift
 
-    device = get_device()
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype or ("fp32" if device == "cpu" else "bf16")]
-    base = args.pretrained_model_name_or_path
-    pipeline = load_pipeline(
+    device = torch.device(get_device())
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
+    pipeline = C2RPipeline.from_pretrained(
         args.model,
-        base,
+        dtype,
+        base=args.pretrained_model_name_or_path,
         backbone=args.backbone,
-        dinov3=args.dinov3 if contract.phase == 2 else None,
-        flow_shift=args.flow_shift,
-        device=device,
-        dtype=dtype,
-        cpu_offload=args.cpu_offload,
-        vae_tiling=args.vae_tiling,
-        attention_backend=args.attention_backend,
+        **({"dinov3": args.dinov3} if contract.phase == 2 else {}),
+        **({} if args.cpu_offload else {"text_encoder": None}),
     )
-    pipeline.register_modules(
-        tokenizer=load_pipeline_part(base, "tokenizer"),
-        text_encoder=load_text_encoder(base, dtype, torch.device(device)),
-    )
+    pipeline.scheduler = with_flow_shift(pipeline.scheduler, args.flow_shift)
+    if args.attention_backend is not None:
+        head_dim = pipeline.transformer.config.attention_head_dim
+        try_attention_backend(args.attention_backend, head_dim, device, dtype, backward=False)
+        use_lean_attention(pipeline.transformer, args.attention_backend)
+    if args.vae_tiling:
+        pipeline.vae.enable_tiling()
+    if args.cpu_offload:
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
+        # Last: where it does not fit beside the others, its blocks stay on the CPU.
+        text_encoder = load_text_encoder(args.pretrained_model_name_or_path, dtype, device)
+        pipeline.register_modules(text_encoder=text_encoder)
     pipeline.set_progress_bar_config(disable=True)  # the page shows it
     return Panel(args, given, contract, pipeline, folder)
 
@@ -214,6 +231,8 @@ def prepare_job(panel: Panel, fields: dict[str, Any], files: Sequence[str] | Non
     Raises:
         InputError: a value is out of range, or the upload is missing, beyond the limits or cannot be decoded.
     """
+    from c2r.data.control_video import read_control
+
     options = panel.given | fields
     if options["guidance_scale"] == GUIDANCE_SCALES.get(options["guidance"]):
         options["guidance_scale"] = None  # the default, which depends on the kind of guidance
@@ -573,7 +592,9 @@ def build_page(panel: Panel) -> "gradio.Blocks":
                 with gr.Column(visible=control):
                     gr.Markdown("**Comparison** of conditioning scales, with the same seed")
                     with gr.Row():
-                        scales = gr.Textbox("0, 0.5, 1, 1.5", container=False, scale=3, min_width=140)
+                        scales = gr.Textbox(
+                            "0, 0.5, 1, 1.5", label="Conditioning scales", container=False, scale=3, min_width=140
+                        )
                         sweep_button = gr.Button("Generate a video for each", scale=2, min_width=100)
                     grid_video = player(elem_id="grid")
                     grid_status = gr.Markdown()
@@ -701,7 +722,8 @@ def main(argv: list[str] | None = None) -> None:
         logger.warning(f"--host {args.host}: others can reach the page, and there is no password")
     contract = check(args)
     with tempfile.TemporaryDirectory(prefix="c2r-app-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
+        # Apart from the videos that `save` writes: gradio serves files in its own folder itself, and copies others.
+        os.environ["GRADIO_TEMP_DIR"] = f"{folder}/page"
         panel = load(args, given, contract, Path(folder))
         with served(panel) as address:
             print(f"open {address} in a browser; Ctrl-C ends it", flush=True)

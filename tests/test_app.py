@@ -5,6 +5,7 @@ import shutil
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,11 @@ from c2r import InputError, app, cli, generate
 from c2r.app import Cancelled, Panel, command_words, labelled, plain_message, prepare_job
 from c2r.data.video_writer import write_video
 from c2r.options import APP, GENERATE
-from tests.helpers.phases import save_phases
+from tests.helpers.trained import FPS, FRAMES, HEIGHT, WIDTH, save_trained_models
 from tests.helpers.videos import encode_video
 
 pytest.importorskip("gradio")
 
-FRAMES, HEIGHT, WIDTH, FPS = 5, 32, 48, 8.0
 CHROMIUM = shutil.which("chromium")
 #: What a page sends before a user has touched its fields.
 FIELDS = {
@@ -51,8 +51,7 @@ def models(tmp_path_factory):
     """Folders of both phases, and coarse.mp4."""
     folder = tmp_path_factory.mktemp("models")
     write_video(folder / "coarse.mp4", noise(0), FPS)
-    size = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "fps": FPS}
-    return save_phases(folder, **size, flow_shift=2.0, conditioning_scale=0.9)
+    return save_trained_models(folder)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +61,7 @@ def free_port():
 
 
 def load_panel(models, phase, folder, *options):
-    args = cli.parse(APP, [f"--model={models}/phase{phase}", *options])
+    args = cli.parse(APP, [f"--model={models}/phase{phase}/best", *options])
     given = {name: value for name, value in vars(args).items() if name in GENERATE.options}
     return app.load(args, given, app.check(args), folder)
 
@@ -72,7 +71,7 @@ def panel(models, free_port, tmp_path_factory):
     """Phase 2, loaded."""
     folder = tmp_path_factory.mktemp("panel")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(folder))
+        patch.setenv("GRADIO_TEMP_DIR", f"{folder}/page")
         yield load_panel(models, 2, folder, f"--port={free_port}")
 
 
@@ -294,21 +293,21 @@ def test_the_command_refuses_early_in_one_line(models, free_port, monkeypatch, t
     monkeypatch.setattr(app, "load", lambda *values: pytest.fail("loads a model"))
     with pytest.raises(InputError, match="--model: missing"):
         app.main([])
-    with pytest.raises(InputError, match="absent: no such folder; give best/ or final/ of a phase"):
+    with pytest.raises(InputError, match="absent: no such model folder; check the path"):
         app.main([str(tmp_path / "absent"), f"--port={free_port}"])
     with pytest.raises(InputError, match=r"has no c2r\.json"):
         app.main([str(models / "base"), f"--port={free_port}"])
-    with pytest.raises(InputError, match="base/config.json: no such file"):
-        app.main([str(models / "phase2"), f"--port={free_port}", f"--dinov3={models}/base"])
+    with pytest.raises(InputError, match=r"base/config\.json: no such file"):
+        app.main([str(models / "phase2/best"), f"--port={free_port}", f"--dinov3={models}/base"])
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"--port {port}: another program uses it; give another"):
-            app.main([str(models / "phase2"), f"--port={port}"])
+            app.main([str(models / "phase2/best"), f"--port={port}"])
     with pytest.raises(InputError, match=r"--host 192\.0\.2\.1: nothing can be served there"):
-        app.main([str(models / "phase2"), "--host=192.0.2.1", f"--port={free_port}"])
+        app.main([str(models / "phase2/best"), "--host=192.0.2.1", f"--port={free_port}"])
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(InputError, match=r"needs gradio \(.*\); pip install gradio=="):
-        app.main([str(models / "phase2")])
+        app.main([str(models / "phase2/best")])
 
 
 # ------------------------------------------------------------------------------------------------------- in a browser
@@ -385,9 +384,25 @@ def test_a_video_is_generated_and_plays_beside_its_control(page, panel):
 
 @needs_chromium
 @pytest.mark.slow
-def test_bad_files_are_named_and_a_job_can_be_cancelled(page, tmp_path):
+def test_a_bad_file_is_named_and_a_job_can_be_cancelled(page, panel, models, tmp_path):
+    page.get_by_role("button", name="Clear").click()
     (tmp_path / "broken_1_2.mp4").write_bytes(b"no video")
-    page.get_by_label("Remove this file").or_(page.get_by_label("Clear")).first.click()
     page.locator("input[type=file]").set_input_files(tmp_path / "broken_1_2.mp4")
     page.get_by_text("broken_1_2.mp4: cannot be decoded").wait_for()
+    page.get_by_role("button", name="Clear").click()
+    page.locator("input[type=file]").set_input_files(models / "coarse.mp4")
+    wait_for_video(page, "control")
+    set_number(page, "Steps", 100)
+    forwards = []
+    handle = panel.pipeline.transformer.register_forward_hook(lambda *args: forwards.append(time.monotonic()))
     click(page, "Generate")
+    page.get_by_text("/100 steps").wait_for()
+    click(page, "Cancel")
+    page.get_by_text("Cancelled.").wait_for()
+    while panel.jobs:
+        time.sleep(0.01)
+    handle.remove()
+    assert 0 < len(forwards) < 200
+    set_number(page, "Steps", 2)
+    click(page, "Generate")
+    page.get_by_text("Output: seed 0, 2 steps").wait_for()
