@@ -544,7 +544,7 @@ def build_page(panel: Panel) -> "gradio.Blocks":
         with gr.Row():
             with gr.Column(scale=4, min_width=320):
                 label = f"{LABELS['control_video']} or picture sequence"
-                upload = gr.File(label=label, file_count="multiple", height=140, visible=control)
+                upload = gr.File(label=label, file_count="multiple", height=140, visible=control, elem_id="upload")
                 add(gr.Textbox, "prompt", lines=3, max_length=2000, placeholder="a rainy street at dusk, brick houses")
                 add(gr.Textbox, "negative_prompt", max_length=2000, placeholder="Optional: what to keep away from.")
                 if control:
@@ -588,7 +588,9 @@ def build_page(panel: Panel) -> "gradio.Blocks":
                         gr.Markdown("**Output**")
                         output_video = player(elem_id="output")
                 status = gr.Markdown()
-                command = gr.Textbox(label="The same as a command", buttons=["copy"], max_lines=8, visible=False)
+                command = gr.Textbox(
+                    label="The same as a command", buttons=["copy"], max_lines=8, visible=False, elem_id="command"
+                )
                 with gr.Column(visible=control):
                     gr.Markdown("**Comparison** of conditioning scales, with the same seed")
                     with gr.Row():
@@ -612,7 +614,7 @@ def build_page(panel: Panel) -> "gradio.Blocks":
                 text = "out of memory; restart with --cpu_offload, --vae_tiling or a smaller --num_frames"
             else:
                 return
-            raise gr.Error(html.escape(text, quote=False), duration=None, print_exception=False)
+            raise gr.Error(html.escape(text, quote=False), duration=30, print_exception=False)
 
         def answer(function, values, *details):
             """Call a function of a job; add the warnings that it logs to the line that it returns."""
@@ -690,6 +692,7 @@ def served(panel: Panel) -> Iterator[str]:
         server_name=panel.args.host,
         server_port=panel.args.port,
         max_file_size=panel.args.max_upload_mb * 10**6,
+        css=".toast-wrap {top: auto !important; bottom: 1rem !important}",  # otherwise it covers the buttons
         head=f"<script>{PLAY_TOGETHER}</script>",
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         prevent_thread_lock=True,

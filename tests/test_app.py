@@ -371,7 +371,7 @@ def test_a_video_is_generated_and_plays_beside_its_control(page, panel):
     click(page, "Generate")
     width, first = wait_for_video(page, "output")
     assert width == WIDTH
-    assert "--prompt rain --num_inference_steps 2" in page.get_by_label("The same as a command").input_value()
+    assert "--prompt rain --num_inference_steps 2" in page.locator("#command textarea").input_value()
     page.get_by_label("Seed").fill("1")
     click(page, "Generate")
     page.get_by_text("Output: seed 1, 2 steps").wait_for()
@@ -385,11 +385,11 @@ def test_a_video_is_generated_and_plays_beside_its_control(page, panel):
 @needs_chromium
 @pytest.mark.slow
 def test_a_bad_file_is_named_and_a_job_can_be_cancelled(page, panel, models, tmp_path):
-    page.get_by_role("button", name="Clear").click()
+    page.locator("#upload").get_by_label("Clear").click()
     (tmp_path / "broken_1_2.mp4").write_bytes(b"no video")
     page.locator("input[type=file]").set_input_files(tmp_path / "broken_1_2.mp4")
     page.get_by_text("broken_1_2.mp4: cannot be decoded").wait_for()
-    page.get_by_role("button", name="Clear").click()
+    page.locator("#upload").get_by_label("Clear").click()
     page.locator("input[type=file]").set_input_files(models / "coarse.mp4")
     wait_for_video(page, "control")
     set_number(page, "Steps", 100)
