@@ -499,8 +499,8 @@ def _summary(job, what, start):
 
 
 def plain_message(panel: Panel, message: object) -> str:
-    """Return a message with the labels of fields instead of options, and without the folders of uploads."""
-    text = re.sub(rf"{re.escape(str(panel.folder))}/(\S*/)?", "", str(message))
+    """Return a message in the words of the page: labels instead of options, no folders of uploads, no rows."""
+    text = re.sub(rf"{re.escape(str(panel.folder))}/(\S*/)?", "", str(message)).removesuffix(", or remove its row")
     return re.sub(r"--(\w+)", lambda option: LABELS.get(option[1], option[0]), text)
 
 

@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -384,7 +385,7 @@ def test_a_video_is_generated_and_plays_beside_its_control(page, panel):
 
 @needs_chromium
 @pytest.mark.slow
-def test_a_bad_file_is_named_and_a_job_can_be_cancelled(page, panel, models, tmp_path):
+def test_a_bad_file_is_named_and_cancel_or_leaving_ends_a_job(page, panel, models, tmp_path):
     page.locator("#upload").get_by_label("Clear").click()
     (tmp_path / "broken_1_2.mp4").write_bytes(b"no video")
     page.locator("input[type=file]").set_input_files(tmp_path / "broken_1_2.mp4")
@@ -392,17 +393,44 @@ def test_a_bad_file_is_named_and_a_job_can_be_cancelled(page, panel, models, tmp
     page.locator("#upload").get_by_label("Clear").click()
     page.locator("input[type=file]").set_input_files(models / "coarse.mp4")
     wait_for_video(page, "control")
-    set_number(page, "Steps", 100)
-    forwards = []
-    handle = panel.pipeline.transformer.register_forward_hook(lambda *args: forwards.append(time.monotonic()))
-    click(page, "Generate")
-    page.get_by_text("/100 steps").wait_for()
-    click(page, "Cancel")
-    page.get_by_text("Cancelled.").wait_for()
-    while panel.jobs:
-        time.sleep(0.01)
-    handle.remove()
+    with counted_forwards(panel) as forwards:
+        start_a_long_job(page)
+        click(page, "Cancel")
+        page.get_by_text("Cancelled.").wait_for()
+        wait_until_idle(panel)
     assert 0 < len(forwards) < 200
     set_number(page, "Steps", 2)
     click(page, "Generate")
     page.get_by_text("Output: seed 0, 2 steps").wait_for()
+    with counted_forwards(panel) as forwards:
+        start_a_long_job(page)
+        page.close()
+        wait_until_idle(panel)
+    assert 0 < len(forwards) < 200
+
+
+@contextmanager
+def counted_forwards(panel):
+    """Count the forward passes of the transformer, and slow them: a tiny job ends before a click arrives."""
+    forwards = []
+
+    def count(*args):
+        forwards.append(1)
+        time.sleep(0.1)
+
+    handle = panel.pipeline.transformer.register_forward_hook(count)
+    yield forwards
+    handle.remove()
+
+
+def start_a_long_job(page):
+    set_number(page, "Steps", 100)  # 200 forward passes, with and without the prompt
+    click(page, "Generate")
+    page.get_by_text("/100 steps").wait_for()
+
+
+def wait_until_idle(panel):
+    until = time.monotonic() + 60
+    while panel.jobs:
+        assert time.monotonic() < until
+        time.sleep(0.01)
