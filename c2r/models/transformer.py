@@ -50,7 +50,7 @@ class C2RTransformer(ModelMixin, CacheMixin, AttentionMixin, PeftAdapterMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["WanTransformerBlock", "C2RControlBlock"]  # noqa: RUF012 (here and below: Diffusers' types)
     _repeated_blocks = ["WanTransformerBlock", "C2RControlBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules = sorted(  # noqa: RUF012
+    _keep_in_fp32_modules = sorted(
         {*WanTransformer3DModel._keep_in_fp32_modules, *C2RControlNet._keep_in_fp32_modules}
     )
     _skip_layerwise_casting_patterns = [  # noqa: RUF012
