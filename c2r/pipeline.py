@@ -287,21 +287,18 @@ class C2RPipeline(WanPipeline):
 
     def _contract_of_folder(self, folder, controlled):
         """Return the contract of a folder of this pipeline's parts, whose paths are relative to the folder."""
-        copied = {entry: getattr(self.contract, entry) for entry in MODEL_ENTRIES}
-        copied = {entry: name for entry, name in copied.items() if name and not os.path.exists(name)}  # hub names
-        contract = replace(
-            self.contract,
-            phase=2 if controlled else 1,
-            base_model=".",
-            flow_shift=_flow_shift(self.scheduler),
-            weights_sha256=fingerprint_files(folder / ("controlnet" if controlled else "transformer")),
-            copied_from=self.contract.copied_from | copied,
-        )
-        if controlled:
-            # The fingerprint changes with the dtype.
-            sha256 = fingerprint_files(folder / "transformer")
-            contract = replace(contract, backbone="./transformer", backbone_sha256=sha256)
-        return contract if self.dinov3 is None else replace(contract, dinov3="./dinov3")
+        names = {entry: getattr(self.contract, entry) for entry in MODEL_ENTRIES}
+        of_hub = {entry: name for entry, name in names.items() if name and not os.path.isabs(name)}
+        changed = {"base_model": ".", "flow_shift": _flow_shift(self.scheduler)}
+        changed["copied_from"] = self.contract.copied_from | of_hub
+        if self.dinov3 is not None:
+            changed["dinov3"] = "./dinov3"
+        # Fingerprints change with the dtype.
+        sha256 = fingerprint_files(folder / "transformer")
+        if not controlled:
+            return replace(self.contract, phase=1, weights_sha256=sha256, **changed)
+        changed |= {"backbone": "./transformer", "backbone_sha256": sha256}
+        return replace(self.contract, phase=2, weights_sha256=fingerprint_files(folder / "controlnet"), **changed)
 
     @torch.no_grad()
     def __call__(
