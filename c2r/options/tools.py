@@ -88,7 +88,7 @@ GENERATE = Command(
         "models": _all_common(
             Option(
                 "model",
-                "best/ or final/ of phase 2, or of phase 1 (without control), or a whole pipeline by folder or hub name",
+                "best/ or final/ of phase 2, or of phase 1 (without control); or a pipeline, by folder or hub name",
                 MODEL,
                 required=True,
             ),
