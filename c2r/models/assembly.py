@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from c2r import InputError
 from c2r.files import complete_folder, library_errors_as_input, read_json
-from c2r.models.contract import PhaseContract, read_contract
+from c2r.models.contract import PhaseContract, read_contract, with_moved_models
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.hub import (
     Count,
@@ -67,7 +67,10 @@ class _ControlNetConfig(_BlockConfig):
 
 
 def load_for_generation(
-    folder: str | Path, backbone: str | Path | None = None, torch_dtype: torch.dtype | None = None
+    folder: str | Path,
+    backbone: str | Path | None = None,
+    torch_dtype: torch.dtype | None = None,
+    base: str | Path | None = None,
 ) -> tuple[WanTransformer3DModel | C2RTransformer, PhaseContract]:
     """Load the trained model of a phase's best/ or final/, frozen, and its contract.
 
@@ -75,6 +78,7 @@ def load_for_generation(
         folder: best/ or final/. Phase 1 gives a `WanTransformer3DModel`, phase 2 a `C2RTransformer`.
         backbone: the backbone of a phase 2 folder, if it was moved since the contract was written.
         torch_dtype: dtype of the weights; None is fp32.
+        base: the Wan pipeline that the backbone must fit, if it was moved.
 
     Raises:
         InputError: a part is missing, or the backbone is not the one that the ControlNet was trained on.
@@ -82,7 +86,8 @@ def load_for_generation(
     contract = read_contract(folder)
     if contract.phase == 1:
         return freeze(load_transformer(folder, torch_dtype=torch_dtype)), contract
-    backbone = backbone or contract.backbone
+    contract = with_moved_models(contract, folder, base_model=base, backbone=backbone)
+    backbone = contract.backbone
     found = fingerprint_transformer(backbone, contract.base_model)
     if found != contract.backbone_sha256:
         raise InputError(
