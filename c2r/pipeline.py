@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -347,7 +347,7 @@ class C2RPipeline(WanPipeline):
             fps: frames per second at which the path of a control video is read; default: of training, else 16.
             window_frames: pixel frames (4k + 1) of a window, best as many as in training; a longer video is made of
                 overlapping windows that are denoised together, see `c2r.windows`. What grows with its length then is
-                on the CPU. None: one window of num_frames.
+                on the CPU. None: those of training, without a contract one window of num_frames.
             window_overlap: pixel frames (4k + 1) that neighbouring windows share; None: about a quarter of a window.
             num_inference_steps: steps of the scheduler.
             guidance: "apg" or "cfg", see `c2r.guidance.guided_velocity`.
@@ -395,6 +395,8 @@ class C2RPipeline(WanPipeline):
             callback_on_step_end_tensor_inputs,
         )
         self._check_size(num_frames, height, width)
+        if window_frames is None and self.contract is not None:
+            window_frames = self.contract.format["num_frames"]
         windows = self._plan_windows(num_frames, window_frames, window_overlap)
         if guidance not in DEFAULT_GUIDANCE_SCALE:
             raise ValueError(f"guidance is {guidance!r}: it must be one of {', '.join(DEFAULT_GUIDANCE_SCALE)}")
@@ -601,13 +603,26 @@ class C2RPipeline(WanPipeline):
         """Return the frames in the form of `output_type`; streamed: a latent frame at a time, on the CPU."""
         if not streamed:
             return self.video_processor.postprocess_video(decode_latents(self.vae, latents), output_type)
-        chunks = [
-            self.video_processor.postprocess_video(chunk, output_type)
-            for chunk in stream_frames(self.vae, latents, self._execution_device)
-        ]
+        chunks = list(self.stream_frames(latents, output_type))
         if output_type == "pil":
             return [[frame for chunk in video for frame in chunk] for video in zip(*chunks)]
         return np.concatenate(chunks, 1) if output_type == "np" else torch.cat(chunks, 1)
+
+    def stream_frames(self, latents: torch.Tensor, output_type: str = "np") -> Iterator[Any]:
+        """Decode the latents of `output_type="latent"`, and yield frames as soon as they are decoded.
+
+        Neither the device nor the host then holds all frames of a long video, see `c2r.models.streaming`.
+
+        Args:
+            latents: (B, C, T, h, w) on any device.
+            output_type: "np", "pt" or "pil", see `__call__`.
+
+        Yields:
+            the frames of a latent frame: one of the first, four of each of the others.
+        """
+        for pixel_values in stream_frames(self.vae, latents, self._execution_device):
+            yield self.video_processor.postprocess_video(pixel_values, output_type)
+        self.maybe_free_model_hooks()
 
     def _plan_windows(self, num_frames, window_frames, window_overlap):
         """Check the sizes of the windows and return them."""
