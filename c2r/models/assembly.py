@@ -14,7 +14,6 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin, WanTransformer3DModel
 from pydantic import Field
-from typing_extensions import TypedDict
 
 from c2r import InputError
 from c2r.files import complete_folder, library_errors_as_input, read_json
@@ -220,7 +219,9 @@ def check_model(folder: str | Path, contract: PhaseContract, backbone: str | Pat
 
 def check_own_model(folder: Path, model_class: type[ModelMixin], kind: type) -> None:
     """Compare the config of a model of this package with its files' headers, see `load_own_model`."""
-    _require_fitting_weights(WeightIndex(folder), model_class, read_config(folder, "_class_name", model_class.__name__, kind))
+    _require_fitting_weights(
+        WeightIndex(folder), model_class, read_config(folder, "_class_name", model_class.__name__, kind)
+    )
 
 
 def load_own_model(

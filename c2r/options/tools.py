@@ -312,6 +312,21 @@ PREPARE = Command(
     },
     _check_prepare,
 )
+#: Forms that c2r.export writes, each with a function in `c2r.export.FORMATS`.
+EXPORT_FORMATS = ("original",)
+EXPORT = _command_of_one_group(
+    "python -m c2r.export",
+    "Write a trained model in a form that other programs read.",
+    Option("model", "best/ or final/ of a phase", FOLDER, required=True),
+    Option(
+        "format",
+        "original: phase 1 as one .safetensors file in Wan's original layout, as ComfyUI and DiffSynth read it",
+        Choice(EXPORT_FORMATS),
+        required=True,
+    ),
+    Option("output", "file or folder to write", Text("a file or folder"), required=True),
+    Option("dtype", "dtype of the weights; default: as they are stored", Choice(("bf16", "fp16", "fp32"))),
+)
 QUICKSTART = _command_of_one_group(
     "python -m c2r.quickstart",
     "Run both phases on a toy city, on a CPU and without downloads, then turn coarse videos into realistic ones.",
