@@ -65,6 +65,28 @@ def export_original(args: Namespace, contract: "PhaseContract") -> str:
     return f"{size_text(num_bytes)}; in ComfyUI it belongs into models/diffusion_models"
 
 
+def export_pipeline(args: Namespace, contract: "PhaseContract") -> str:
+    """Write the model with all that its contract names as one folder; return a line on how to use it."""
+    from torch import nn
+
+    from c2r.files import require_room
+    from c2r.pipeline import C2RPipeline
+
+    path = require_output(args, "")
+    if (contract.backbone or "").endswith(".gguf"):
+        raise InputError(
+            f"--model {args.model}: its backbone {contract.backbone} is quantised, which Diffusers cannot save; keep "
+            "this file, and share it with the folder of phase 2"
+        )
+    pipeline = C2RPipeline.from_pretrained(args.model, torch_dtype=_dtype(args))
+    models = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    require_room(path, num_bytes)
+    pipeline.save_pretrained(path)
+    return f"{size_text(num_bytes)}; C2RPipeline.from_pretrained and c2r.generate --model load it"
+
+
 def _dtype(args):
     import torch
 
@@ -72,7 +94,10 @@ def _dtype(args):
 
 
 #: Function of each format, by the choices of --format.
-FORMATS: dict[str, Callable[[Namespace, "PhaseContract"], str]] = {"original": export_original}
+FORMATS: dict[str, Callable[[Namespace, "PhaseContract"], str]] = {
+    "original": export_original,
+    "pipeline": export_pipeline,
+}
 
 
 def main(argv: list[str] | None = None):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -18,7 +18,8 @@ from c2r.models.controlnet import C2RControlNet
 from c2r.models.hub import WeightIndex
 from c2r.models.original_layout import original_names, save_original
 from c2r.options import EXPORT
-from tests.helpers.tiny import FEATURE_DIM, save_tiny_pipeline, tiny_transformer
+from c2r.pipeline import C2RPipeline
+from tests.helpers.tiny import FEATURE_DIM, save_tiny_dinov3, save_tiny_pipeline, tiny_transformer
 from tests.helpers.weight_forms import original_names as names_by_hand
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -37,7 +38,7 @@ def phases(tmp_path_factory):
         step=200,
         backbone=str(folder / "phase1/best"),
         backbone_sha256=phase1.weights_sha256,
-        dinov3="dinov3",
+        dinov3=str(save_tiny_dinov3(folder / "dinov3")),
     )
     save_phase(folder / "phase2/best", C2RControlNet.from_transformer(transformer, 2, 1, FEATURE_DIM), contract)
     return folder
@@ -107,6 +108,47 @@ def test_shards_are_exported_one_tensor_at_a_time(phases, tmp_path):
     save_original(WeightIndex(tmp_path / "shards"), tmp_path / "a.safetensors")
     save_original(WeightIndex(phases / "phase1/best"), tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------- the pipeline
+
+
+@pytest.mark.parametrize("phase", ["phase1", "phase2"])
+def test_the_pipeline_is_read_back_bit_for_bit(phase, phases, tmp_path, capsys):
+    export(phases / phase / "best", tmp_path / "new/pipeline", "pipeline")
+    assert "c2r.generate --model load it" in capsys.readouterr().out
+    moved = (tmp_path / "new").rename(tmp_path / "moved") / "pipeline"
+    stock = WanPipeline.from_pretrained(moved)
+    ours = C2RPipeline.from_pretrained(moved)
+    expected = load_file(phases / "phase1/best" / WEIGHTS)
+    backbone = ours.transformer if phase == "phase1" else ours.transformer.transformer
+    for loaded in (stock.transformer, backbone, load_transformer(moved)):
+        assert loaded.state_dict().keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    if phase == "phase2":
+        control = load_file(phases / "phase2/best" / WEIGHTS)
+        found = ours.transformer.controlnet.state_dict()
+        assert found.keys() == control.keys()
+        assert all(torch.equal(tensor, control[name]) for name, tensor in found.items())
+        assert ours.dinov3 is not None
+
+
+def test_a_pipeline_has_the_dtype_that_is_asked_for(phases, tmp_path):
+    export(phases / "phase2/best", tmp_path / "pipeline", "pipeline", "--dtype=bf16")
+    found = load_file(tmp_path / "pipeline/transformer" / WEIGHTS)
+    assert found["blocks.0.attn1.to_q.weight"].dtype == torch.bfloat16
+    expected = load_file(phases / "phase1/best" / WEIGHTS)
+    assert all(torch.equal(tensor, expected[name].to(tensor.dtype)) for name, tensor in found.items())
+
+
+def test_a_pipeline_replaces_nothing(phases, tmp_path):
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline/precious").touch()
+    for output in (tmp_path / "pipeline", tmp_path / "pipeline/precious"):
+        assert "exists already; give a new folder" in refusal(phases / "phase2/best", output, "pipeline")
+    assert "or around it" in refusal(phases / "phase2/best", phases, "pipeline")
+    assert "lies in the folder" in refusal(phases / "phase2/best", phases / "phase2/best/new", "pipeline")
+    assert [path.name for path in (tmp_path / "pipeline").iterdir()] == ["precious"]
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from c2r import InputError
 from c2r.files import complete_folder, library_errors_as_input, read_json
-from c2r.models.contract import PhaseContract, read_contract
+from c2r.models.contract import PhaseContract, read_contract, with_moved_models
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.gguf_weights import PLAIN_TYPES, dequantised
 from c2r.models.hub import (
@@ -49,7 +49,10 @@ class _ControlNetConfig(BlockConfig):
 
 
 def load_for_generation(
-    folder: str | Path, backbone: str | Path | None = None, torch_dtype: torch.dtype | None = None
+    folder: str | Path,
+    backbone: str | Path | None = None,
+    torch_dtype: torch.dtype | None = None,
+    base: str | Path | None = None,
 ) -> tuple[WanTransformer3DModel | C2RTransformer, PhaseContract]:
     """Load the trained model of a phase's best/ or final/, frozen, and its contract.
 
@@ -58,6 +61,7 @@ def load_for_generation(
         backbone: the backbone of a phase 2 folder, if it was moved since the contract was written, or a quantised copy
             of it (.gguf, or float8), which cannot be compared with it: a warning is logged.
         torch_dtype: dtype of the weights; None is fp32.
+        base: the Wan pipeline that the backbone must fit, if it was moved.
 
     Raises:
         InputError: a part is missing, or the backbone is not the one that the ControlNet was trained on.
@@ -65,32 +69,27 @@ def load_for_generation(
     contract = read_contract(folder)
     if contract.phase == 1:
         return freeze(load_transformer(folder, torch_dtype=torch_dtype)), contract
-    require_backbone(folder, contract, backbone)
-    transformer = load_transformer(backbone or contract.backbone, contract.base_model, torch_dtype)
-    return freeze(C2RTransformer(transformer, load_controlnet(folder, torch_dtype))), contract
+    moved = with_moved_models(contract, folder, base_model=base, backbone=backbone)
+    _require_backbone(folder, moved, may_differ=moved.backbone != contract.backbone)
+    transformer = load_transformer(moved.backbone, moved.base_model, torch_dtype)
+    return freeze(C2RTransformer(transformer, load_controlnet(folder, torch_dtype))), moved
 
 
-def require_backbone(folder: str | Path, contract: PhaseContract, backbone: str | Path | None = None) -> None:
-    """Check by its fingerprint that a backbone is the one that a ControlNet was trained on.
+def _require_backbone(folder, contract, may_differ):
+    """Check by its fingerprint that a contract's backbone is the one that the ControlNet was trained on.
 
-    Args:
-        folder: of phase 2, for messages.
-        contract: of this folder.
-        backbone: see `load_for_generation`.
-
-    Raises:
-        InputError: it is another one.
+    `may_differ` accepts a quantised one with a warning, as it may be a copy of that one.
     """
-    named, backbone = backbone is not None, backbone or contract.backbone
+    backbone = contract.backbone
     path, _ = check_transformer(backbone, contract.base_model)
     found = fingerprint_files(path)
     if found == contract.backbone_sha256:
         return
     index = WeightIndex(path)
-    if not (named and (index.is_gguf or index.float8)):
+    if not (may_differ and (index.is_gguf or index.float8)):
         raise InputError(
             f"{backbone}: not the backbone of {folder}: its fingerprint is {found}, the ControlNet was trained on "
-            f"{contract.backbone_sha256}; name that one with --backbone"
+            f"{contract.backbone_sha256}; name that one with --backbone (in Python backbone=)"
         )
     logger.warning(
         "%s: its weights are quantised, so it cannot be checked that they are those that %s was trained on",
@@ -196,12 +195,12 @@ def stored_dtype(model: torch.nn.Module, name: str, torch_dtype: torch.dtype) ->
 
 
 def load_controlnet(folder: str | Path, torch_dtype: torch.dtype | None = None) -> C2RControlNet:
-    """Load the control branch of a phase 2 folder, in eval mode, its parameters trainable; dtype None is fp32.
+    """Load the control branch of a phase 2 or pipeline folder, in eval mode, trainable; dtype None is fp32.
 
     Raises:
         InputError: the folder has no control branch, or its weights do not fit its config.
     """
-    return load_own_model(complete_folder(folder), C2RControlNet, _ControlNetConfig, torch_dtype)
+    return load_own_model(_controlnet_folder(folder), C2RControlNet, _ControlNetConfig, torch_dtype)
 
 
 def check_model(folder: str | Path, contract: PhaseContract, backbone: str | Path | None = None) -> None:
@@ -214,7 +213,13 @@ def check_model(folder: str | Path, contract: PhaseContract, backbone: str | Pat
         check_transformer(folder, contract.base_model)
         return
     check_transformer(backbone or contract.backbone, contract.base_model)
-    check_own_model(complete_folder(folder), C2RControlNet, _ControlNetConfig)
+    check_own_model(_controlnet_folder(folder), C2RControlNet, _ControlNetConfig)
+
+
+def _controlnet_folder(folder):
+    """Return the control branch's folder of a pipeline folder; a phase 2 folder unchanged."""
+    folder = complete_folder(folder)
+    return folder / "controlnet" if (folder / "controlnet").is_dir() else folder
 
 
 def check_own_model(folder: Path, model_class: type[ModelMixin], kind: type) -> None:

@@ -3,17 +3,15 @@
 import json
 import math
 import os
-import shutil
 import uuid
 from pathlib import Path
 
 import torch
 
 from c2r import InputError, __version__
-from c2r.files import existing_parent, sync_file
+from c2r.files import require_room, sync_file
 from c2r.models.float8 import FLOATS
 from c2r.models.hub import WeightIndex
-from c2r.units import size_text
 
 #: Original names of a text-to-video model's modules with a weight and a bias, and of its single tensors.
 _MODULES = (
@@ -92,11 +90,7 @@ def save_original(index: WeightIndex, path: Path, dtype: torch.dtype | None = No
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     num_bytes = 8 + len(text) + end
-    free = shutil.disk_usage(existing_parent(path)).free
-    if num_bytes > free:
-        raise InputError(
-            f"{path}: {size_text(num_bytes)} needed, {size_text(free)} free; make room, or choose another disk"
-        )
+    require_room(path, num_bytes)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
