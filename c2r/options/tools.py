@@ -93,7 +93,11 @@ GENERATE = Command(
                 MODEL,
                 required=True,
             ),
-            Option("backbone", "phase 1 folder that the ControlNet was trained on, if it was moved", FOLDER),
+            Option(
+                "backbone",
+                "backbone that the ControlNet was trained on, if it was moved, or a .gguf or float8 file of it",
+                Text("a folder or file"),
+            ),
             Option(
                 "pretrained_model_name_or_path",
                 "Wan pipeline with VAE, text encoder and scheduler; default: the one of training",
@@ -333,6 +337,26 @@ PREPARE = Command(
         )
     },
     _check_prepare,
+)
+#: Forms that c2r.export writes, each with a function in `c2r.export.FORMATS`.
+EXPORT_FORMATS = ("original", "pipeline")
+EXPORT = _command_of_one_group(
+    "python -m c2r.export",
+    "Write a trained model in a form that other programs read.",
+    Option("model", "best/ or final/ of a phase", FOLDER, required=True),
+    Option(
+        "format",
+        "original: phase 1 as one .safetensors file in Wan's original layout, as ComfyUI and DiffSynth read it; "
+        "pipeline: either phase with all models that it needs, as one Diffusers folder",
+        Choice(EXPORT_FORMATS),
+        required=True,
+    ),
+    Option("output", "file or folder to write", Text("a file or folder"), required=True),
+    Option(
+        "dtype",
+        "dtype of the weights; default: as they are stored, of a pipeline fp32",
+        Choice(("bf16", "fp16", "fp32")),
+    ),
 )
 QUICKSTART = _command_of_one_group(
     "python -m c2r.quickstart",
