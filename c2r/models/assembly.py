@@ -5,6 +5,8 @@ architecture, a ControlNet of another backbone) raise one `InputError` line, bef
 or the safetensors header is enough to tell.
 """
 
+import hashlib
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypeVar
@@ -28,6 +30,8 @@ from c2r.models.hub import (
     read_config,
     resolve_model_folder,
 )
+from c2r.models.lora import WEIGHTS as LORA_WEIGHTS
+from c2r.models.lora import LoraFile, add_loras
 from c2r.models.parts import freeze
 from c2r.models.transformer import C2RTransformer
 
@@ -67,7 +71,10 @@ class _ControlNetConfig(_BlockConfig):
 
 
 def load_for_generation(
-    folder: str | Path, backbone: str | Path | None = None, torch_dtype: torch.dtype | None = None
+    folder: str | Path,
+    backbone: str | Path | None = None,
+    torch_dtype: torch.dtype | None = None,
+    loras: Iterable[LoraFile] = (),
 ) -> tuple[WanTransformer3DModel | C2RTransformer, PhaseContract]:
     """Load the trained model of a phase's best/ or final/, frozen, and its contract.
 
@@ -75,13 +82,16 @@ def load_for_generation(
         folder: best/ or final/. Phase 1 gives a `WanTransformer3DModel`, phase 2 a `C2RTransformer`.
         backbone: the backbone of a phase 2 folder, if it was moved since the contract was written.
         torch_dtype: dtype of the weights; None is fp32.
+        loras: added to the backbone.
 
     Raises:
-        InputError: a part is missing, or the backbone is not the one that the ControlNet was trained on.
+        InputError: a part is missing, or the backbone is not the one that the ControlNet or LoRA was trained on.
     """
     contract = read_contract(folder)
     if contract.phase == 1:
-        return freeze(load_transformer(folder, torch_dtype=torch_dtype)), contract
+        if contract.lora_rank is not None:
+            fingerprint_transformer(folder)  # compares the backbone with the contract's
+        return freeze(load_transformer(folder, torch_dtype=torch_dtype, loras=loras)), contract
     backbone = backbone or contract.backbone
     found = fingerprint_transformer(backbone, contract.base_model)
     if found != contract.backbone_sha256:
@@ -89,7 +99,7 @@ def load_for_generation(
             f"{backbone}: not the backbone of {folder}: its fingerprint is {found}, the ControlNet was trained on "
             f"{contract.backbone_sha256}; name that one with --backbone"
         )
-    transformer = load_transformer(backbone, contract.base_model, torch_dtype)
+    transformer = load_transformer(backbone, contract.base_model, torch_dtype, loras=loras)
     return freeze(C2RTransformer(transformer, load_controlnet(folder, torch_dtype))), contract
 
 
@@ -98,8 +108,9 @@ def load_transformer(
     base: str | Path | None = None,
     torch_dtype: torch.dtype | None = None,
     empty: bool = False,
+    loras: Iterable[LoraFile] = (),
 ) -> WanTransformer3DModel:
-    """Load the Wan backbone, in eval mode, its parameters trainable.
+    """Load the Wan backbone, in eval mode, its parameters trainable. A LoRA's folder gives the backbone with the LoRA.
 
     Args:
         name_or_path, base: see `check_transformer`.
@@ -107,13 +118,15 @@ def load_transformer(
             modulation tables stay in fp32, as WanTransformer3DModel declares.
         empty: read no weights and leave the parameters' values undefined, for processes that receive them from the
             main process. Their memory is not touched, so that it takes no room.
+        loras: added to the weights, each before it is cast.
 
     Raises:
         InputError: see `check_transformer`.
     """
     path, config = check_transformer(name_or_path, base)
     torch_dtype = torch_dtype or torch.float32
-    if path.is_dir() and not empty:
+    loras = [*([LoraFile(name_or_path)] if find_lora(name_or_path) else []), *loras]
+    if path.is_dir() and not empty and not loras:
         with library_errors_as_input(path):
             return WanTransformer3DModel.from_pretrained(path, torch_dtype=torch_dtype, use_safetensors=True)
     # Not by from_single_file: in bf16 it would keep no module in fp32, and in fp32 a 14B file would need 57 GB.
@@ -123,7 +136,10 @@ def load_transformer(
     if empty:
         named = ((name, torch.empty(p.shape, dtype=dtype_of(name))) for name, p in transformer.named_parameters())
     else:
-        named = ((name, tensor.to(dtype_of(name))) for name, tensor in WeightIndex(path).tensors())
+        index = WeightIndex(path)
+        for lora in loras:
+            lora.match(index.shapes())
+        named = ((name, add_loras(name, tensor, loras).to(dtype_of(name))) for name, tensor in index.tensors())
     transformer.load_state_dict(dict(named), assign=True)
     return transformer.requires_grad_(True).eval()
 
@@ -181,25 +197,67 @@ def load_own_model(
 
 
 def fingerprint_transformer(name_or_path: str | Path, base: str | Path | None = None) -> str:
-    """Return the fingerprint of a backbone's weights, as phase 2 contracts record it; see `check_transformer`."""
-    return fingerprint_files(check_transformer(name_or_path, base)[0])
+    """Return the fingerprint of a backbone's weights, as phase 2 contracts record it.
+
+    That of a LoRA's folder combines those of the LoRA and of the backbone below it: the sums of the two may differ in
+    their last bits between machines.
+
+    Args:
+        name_or_path, base: see `check_transformer`.
+
+    Raises:
+        InputError: see `check_transformer`; or a LoRA or the backbone below it is not the one that its contract names.
+    """
+    sha256 = fingerprint_files(check_transformer(name_or_path, base)[0])
+    lora = find_lora(name_or_path)
+    if lora is None:
+        return sha256
+    if sha256 != lora.backbone_sha256:
+        raise InputError(
+            f"{name_or_path}: its LoRA was trained on the backbone {lora.backbone_sha256}, but the fingerprint of "
+            f"{lora.backbone} is {sha256}; restore that one"
+        )
+    if LoraFile(name_or_path).sha256() != lora.weights_sha256:
+        raise InputError(f"{name_or_path}: its LoRA is not the one that its c2r.json names; copy the folder again")
+    return hashlib.sha256(f"{sha256} {lora.weights_sha256}".encode()).hexdigest()
+
+
+def find_lora(name_or_path: str | Path) -> PhaseContract | None:
+    """Return the contract of a folder in which phase 1 has saved a LoRA; None for any other model.
+
+    Raises:
+        InputError: the folder has a LoRA without a contract that names its backbone.
+    """
+    folder = complete_folder(name_or_path)
+    if not (folder / LORA_WEIGHTS).is_file():
+        return None
+    contract = read_contract(folder)
+    if contract.lora_rank is None:
+        raise InputError(f"{folder}: its c2r.json names no backbone for its LoRA; give best/ or final/ of phase 1")
+    return contract
 
 
 def check_transformer(name_or_path: str | Path, base: str | Path | None = None) -> tuple[Path, dict]:
     """Check a Wan backbone by its config and its files' headers, before any weight is read.
 
     Args:
-        name_or_path: a Diffusers pipeline folder, a transformer folder, best/ or final/ of phase 1, a hub name, or a
-            single .safetensors file with Diffusers' or Wan's original names.
+        name_or_path: a Diffusers pipeline folder, a transformer folder, best/ or final/ of phase 1 (also of a LoRA), a
+            hub name, or a single .safetensors file with Diffusers' or Wan's original names.
         base: Wan pipeline, a folder or hub name. A single file takes its config from there. If `base` has a VAE and a
             text encoder, the backbone must fit them.
 
     Returns:
-        folder or file that holds the weights, config.
+        folder or file that holds the weights, for a LoRA those below it; config.
 
     Raises:
         InputError: nothing there, another architecture, or weights that do not fit the config.
     """
+    lora = find_lora(name_or_path)
+    if lora is not None:
+        assert lora.backbone is not None  # `PhaseContract` has checked it
+        found = check_transformer(lora.backbone, base or lora.base_model)
+        LoraFile(name_or_path).match(WeightIndex(found[0]).shapes())
+        return found
     path = Path(name_or_path)
     if path.suffix == ".safetensors" or path.is_file():
         if path.suffix != ".safetensors" or not path.is_file():
@@ -224,6 +282,10 @@ def read_transformer_config(name_or_path: str | Path, base: str | Path | None = 
     Raises:
         InputError: nothing there, or another architecture.
     """
+    lora = find_lora(name_or_path)
+    if lora is not None:
+        assert lora.backbone is not None
+        return read_transformer_config(lora.backbone, base or lora.base_model)
     folder = complete_folder(name_or_path)
     if not folder.is_dir():
         folder = _model_folder(base if str(name_or_path).endswith(".safetensors") else name_or_path)

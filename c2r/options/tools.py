@@ -150,11 +150,9 @@ ENGINES = ("single_gpu", "multi_gpu", "deepspeed_zero2", "deepspeed_zero3", "dee
 _OF_BOTH_PHASES = (
     *("height", "width", "num_frames", "buckets", "train_batch_size", "gradient_accumulation_steps"),
     *("max_train_steps", "mixed_precision", "weight_storage", "optimizer", "ema_decay", "gradient_checkpointing"),
-    *("offload_activations", "ffn_chunks", "step_in_backward", "max_grad_norm"),
+    *("offload_activations", "ffn_chunks", "step_in_backward", "max_grad_norm", "offload_backbone"),
 )
-_OF_PHASE2 = (
-    *("control_layers", "control_stride", "adversarial_weight", "num_samples", "offload_backbone", "fp8_backbone"),
-)
+_OF_PHASE2 = ("control_layers", "control_stride", "adversarial_weight", "num_samples", "fp8_backbone")
 
 
 def _estimate_options():
@@ -168,6 +166,7 @@ def _estimate_options():
                 f"{option.default:g}" if other is None else f"{other.default:g} in phase 1, {option.default:g} in 2"
             )
             yield replace(option, default=None, help=f"{option.help}; default: {default}")
+    yield PHASE1.options["lora_rank"]
 
 
 def _check_estimate(args):
@@ -177,6 +176,8 @@ def _check_estimate(args):
             if value is not None and value is not False:
                 given = name if value is True else f"{name} {value:g}"
                 raise InputError(f"--{given}: phase 1 has no control; leave it out, or give --phase 2")
+    elif args.lora_rank is not None:
+        raise InputError(f"--lora_rank {args.lora_rank}: phase 2 trains no LoRA; leave it out, or give --phase 1")
     if args.engine == "single_gpu" and args.num_processes > 1:
         raise InputError(f"--num_processes {args.num_processes}: --engine single_gpu has one; give another engine")
     if args.measure and args.engine != "single_gpu":
