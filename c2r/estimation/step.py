@@ -160,8 +160,10 @@ def _build_lora(args, configs, dtype, device, made_on):
 def move_to_host(blocks: Iterable[StoredBlock]) -> None:
     """Replace the tensors that `StoredBlock`s store by memory of the host that is never touched."""
     for block in blocks:
-        for _, parameter in block.stored_parameters():
-            parameter.data = torch.empty_like(parameter, device="cpu")
+        for name, parameter in block.stored_parameters():
+            path, _, own = name.rpartition(".")
+            empty = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
+            block.block.get_submodule(path).register_parameter(own, empty)
         for name, buffer in block.named_buffers(recurse=False):
             block._buffers[name] = torch.empty_like(buffer, device="cpu")
 
