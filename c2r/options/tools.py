@@ -87,7 +87,11 @@ GENERATE = Command(
     {
         "models": _all_common(
             Option("model", "best/ or final/ of phase 2, or of phase 1 (without control)", FOLDER, required=True),
-            Option("backbone", "phase 1 folder that the ControlNet was trained on, if it was moved", FOLDER),
+            Option(
+                "backbone",
+                "backbone that the ControlNet was trained on, if it was moved, or a .gguf or float8 file of it",
+                Text("a folder or file"),
+            ),
             Option(
                 "pretrained_model_name_or_path",
                 "Wan pipeline with VAE, text encoder and scheduler; default: the one of training",

@@ -25,7 +25,6 @@ from c2r.options.types import (
     COUNT,
     COUNT_OR_ZERO,
     DURATION,
-    FILE,
     FOLDER,
     NOT_NEGATIVE,
     POSITIVE,
@@ -302,6 +301,15 @@ def check_modes(args: Namespace):
             "--step_in_backward: the norm of all gradients, which clipping needs, is known only after the last step; "
             "give --max_grad_norm 0"
         )
+    if (getattr(args, "dit_path", None) or "").endswith(".gguf"):
+        raise InputError(
+            f"--dit_path {args.dit_path}: the weights of a GGUF file are quantised, which cannot be trained; give the "
+            "bf16, fp16 or fp32 .safetensors file"
+        )
+    if getattr(args, "fp8_backbone", False) and (args.resume_backbone_from or "").endswith(".gguf"):
+        raise InputError(
+            f"--fp8_backbone: the weights of {args.resume_backbone_from} are quantised already; leave it out"
+        )
     for option in ("offload_backbone", "fp8_backbone"):  # phase 1 does not have both
         if getattr(args, option, False) and args.gradient_checkpointing == "none":
             raise InputError(
@@ -374,8 +382,9 @@ PHASE1 = Command(
         [
             Option(
                 "dit_path",
-                "single-file DiT (.safetensors) to start from instead of the pipeline's transformer/",
-                FILE,
+                "DiT to start from instead of the pipeline's transformer/: a .safetensors file, or a folder in "
+                "Diffusers' or Wan's own layout",
+                Text("a file or folder"),
                 common=True,
                 on_resume=MUST_NOT_CHANGE,
             )
@@ -410,7 +419,8 @@ PHASE2 = Command(
         [
             Option(
                 "resume_backbone_from",
-                "frozen backbone: best/ or final/ of phase 1, a Diffusers transformer folder or a .safetensors file",
+                "frozen backbone: best/ or final/ of phase 1, a folder in Diffusers' or Wan's own layout, or a "
+                ".safetensors or .gguf file",
                 Text("a folder or file"),
                 metavar="PATH",
                 required=True,

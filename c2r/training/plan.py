@@ -14,7 +14,7 @@ from c2r.encoding.cache import current_encoders, encoder_fingerprint
 from c2r.encoding.encoding_pass import encode_control, encode_missing
 from c2r.encoding.missing import find_missing, find_missing_control
 from c2r.estimation.configs import ModelConfigs
-from c2r.models.assembly import check_transformer, read_transformer_config
+from c2r.models.assembly import check_transformer, quantised_types, read_transformer_config
 from c2r.models.attention import try_attention_backend
 from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet, injection_layers
 from c2r.models.dinov3 import check_dinov3, read_dinov3_config
@@ -99,7 +99,8 @@ def check_phase2(run: Run) -> Plan:
     plan.num_trainable = count_parameters(C2RControlNet, config)
     num_frozen = count_parameters(WanTransformer3DModel, backbone_config) + num_dinov3
     dinov3_config = dict(read_dinov3_config(resolve_model_folder(args.dinov3)))
-    configs = ModelConfigs(backbone_config, dinov3=dinov3_config)
+    quantised = quantised_types(args.resume_backbone_from, base_model)
+    configs = ModelConfigs(backbone_config, dinov3=dinov3_config, quantised=quantised)
     preflight(run, plan.mixtures, configs, plan.num_trainable, num_frozen)
     plan.inputs["DINOv3"] = encoder_fingerprint(resolve_model_folder(args.dinov3))
     _check_inputs(run, plan)
