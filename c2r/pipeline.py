@@ -1,29 +1,28 @@
 """A WanPipeline that follows a coarse video, and functions that load it for generation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
 from diffusers import SchedulerMixin, WanPipeline
-from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 
 from c2r import InputError
+from c2r.guidance import APG_MOMENTUM, DEFAULT_GUIDANCE_SCALE, guided_velocity, is_control_on
+from c2r.models import parts
 from c2r.models.adversary import WithAdversary
 from c2r.models.assembly import load_for_generation
 from c2r.models.attention import use_lean_attention
 from c2r.models.dinov3 import DINOv3FeatureExtractor
-from c2r.models.parts import load_pipeline_part, load_text_encoder, log_long_prompts, max_sequence_length
+from c2r.models.parts import load_pipeline_part, load_text_encoder, log_long_prompts
 from c2r.models.transformer import C2RTransformer
 from c2r.models.vae import decode_latents
-
-#: Default text guidance scale of each kind of guidance: the released C2R's, and Wan's own.
-DEFAULT_GUIDANCE_SCALE = {"apg": 10.0, "cfg": 5.0}
-
-APG_MOMENTUM = -0.5
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,7 @@ class C2RPipeline(WanPipeline):
 
     model_cpu_offload_seq = "text_encoder->dinov3->transformer->vae"
     _optional_components = ["transformer", "transformer_2", "dinov3"]  # noqa: RUF012 (diffusers' convention)
+    _callback_tensor_inputs = [*WanPipeline._callback_tensor_inputs, "control_features"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -100,13 +100,19 @@ class C2RPipeline(WanPipeline):
         conditioning_scale: float = 1.0,
         control_guidance_start: float = 0.0,
         control_guidance_end: float = 1.0,
+        num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         output_type: str = "np",
-    ) -> WanPipelineOutput:
-        """Generate one video per prompt.
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
+    ) -> WanPipelineOutput | tuple:
+        """Generate videos of prompts.
 
         Args:
             prompt: one prompt or a list of B; None with `prompt_embeds`.
@@ -115,16 +121,24 @@ class C2RPipeline(WanPipeline):
             negative_prompt: the prompt ∅ of the text term; None is the empty prompt, as in training.
             height, width, num_frames: pixels and pixel frames (4k + 1); default: the control video's, else 480×832×81.
             num_inference_steps: steps of the scheduler.
-            guidance: "apg" or "cfg", see `guided_velocity`.
+            guidance: "apg" or "cfg", see `c2r.guidance.guided_velocity`.
             guidance_scale: s_t ≥ 0; 1 turns text guidance off, None is DEFAULT_GUIDANCE_SCALE[guidance].
             control_guidance_scale: s_c ≥ 0; 1 turns control guidance off and saves a forward pass per step.
             conditioning_scale: factor of the control residuals.
             control_guidance_start, control_guidance_end: fractions of the steps between which control is on; outside,
                 the backbone runs alone.
-            generator: one for all, or a list of B.
-            latents: (B, C, T, h, w), the noise to start from, instead of drawing it from the generator.
+            num_videos_per_prompt: n, videos of each prompt; those of one prompt follow each other.
+            generator: one for all, or a list of B·n.
+            latents: (B·n, C, T, h, w), the noise to start from, instead of drawing it from the generator.
             prompt_embeds, negative_prompt_embeds: (B, L, D_text), instead of the prompts.
-            output_type: "np" (B, F, H, W, 3) in [0, 1], "pt" (B, F, 3, H, W), "pil" lists, or "latent".
+            output_type: "np" (B·n, F, H, W, 3) in [0, 1], "pt" (B·n, F, 3, H, W), "pil" lists, or "latent".
+            return_dict: False returns a tuple of the frames alone.
+            attention_kwargs: as in WanPipeline: {"scale": s} scales a LoRA.
+            callback_on_step_end: called after each step with pipeline, number of the step, timestep and a dict of
+                tensors; what it returns in a dict replaces them. To end early, it sets `pipeline._interrupt = True`.
+            callback_on_step_end_tensor_inputs: which tensors, of "latents", "prompt_embeds",
+                "negative_prompt_embeds" and "control_features".
+            max_sequence_length: tokens of a padded prompt; None: as in training, see `parts.max_sequence_length`.
 
         Returns:
             the output with `frames`.
@@ -140,7 +154,10 @@ class C2RPipeline(WanPipeline):
         num_frames, height, width = (
             default if size is None else size for size, default in zip((num_frames, height, width), default_size)
         )
-        self.check_inputs(prompt, negative_prompt, height, width, prompt_embeds, negative_prompt_embeds)
+        self.check_inputs(
+            *(prompt, negative_prompt, height, width, prompt_embeds, negative_prompt_embeds),
+            callback_on_step_end_tensor_inputs,
+        )
         self._check_size(num_frames, height, width)
         if guidance not in DEFAULT_GUIDANCE_SCALE:
             raise ValueError(f"guidance is {guidance!r}: it must be one of {', '.join(DEFAULT_GUIDANCE_SCALE)}")
@@ -153,6 +170,8 @@ class C2RPipeline(WanPipeline):
             )
         if isinstance(prompt, str):
             prompt = [prompt]
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         batch_size = len(prompt if prompt_embeds is None else prompt_embeds)
         if control_frames is not None:
             self._check_control(control_frames, batch_size, (num_frames, height, width))
@@ -162,26 +181,32 @@ class C2RPipeline(WanPipeline):
 
         # 2. Encode the prompts and the control video.
         device, dtype = self._execution_device, self.transformer.dtype
-        self._guidance_scale = guidance_scale  # read by WanPipeline's properties
+        # Read by WanPipeline's properties.
+        self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
+        self._current_timestep, self._interrupt = None, False
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompt,
             negative_prompt,
             do_classifier_free_guidance=needs_negative,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
-            max_sequence_length=max_sequence_length(self.tokenizer),
+            max_sequence_length=max_sequence_length,
             device=device,
         )
-        prompt_embeds = prompt_embeds.to(device, dtype)
+        prompt_embeds = prompt_embeds.to(device, dtype).repeat_interleave(num_videos_per_prompt, 0)
         if needs_negative:
             negative_prompt_embeds = negative_prompt_embeds.to(device, dtype)
+            negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_videos_per_prompt, 0)
+        control_features = None
         if control_frames is not None:
             control_features = self.dinov3(control_frames.to(device)).to(dtype)
             control_features = control_features.expand(batch_size, *control_features.shape[1:])
+            control_features = control_features.repeat_interleave(num_videos_per_prompt, 0)
             # The control ∅: zero features, which control dropout has trained, not the backbone alone.
             blank_features = torch.zeros_like(control_features)
 
         # 3. Start from noise.
+        batch_size *= num_videos_per_prompt
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self.scheduler.set_begin_index(0)
         latents = self.prepare_latents(
@@ -201,7 +226,10 @@ class C2RPipeline(WanPipeline):
         self._num_timesteps = len(timesteps)
         momentum_buffer = MomentumBuffer(APG_MOMENTUM) if guidance == "apg" else None
         for step, timestep in enumerate(self.progress_bar(timesteps)):
-            control_on = control_frames is not None and _is_control_on(
+            if self.interrupt:
+                break
+            self._current_timestep = timestep
+            control_on = control_frames is not None and is_control_on(
                 step, len(timesteps), control_guidance_start, control_guidance_end
             )
             control, blank = (control_features, blank_features) if control_on else (None, None)
@@ -217,6 +245,19 @@ class C2RPipeline(WanPipeline):
                 momentum_buffer,
             )
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                tensors = dict(
+                    zip(
+                        self._callback_tensor_inputs,
+                        (latents, prompt_embeds, negative_prompt_embeds, control_features),
+                    )
+                )
+                asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                tensors |= callback_on_step_end(self, step, timestep, asked)
+                latents, prompt_embeds, negative_prompt_embeds, control_features = (
+                    tensors[name] for name in self._callback_tensor_inputs
+                )
+        self._current_timestep = None
 
         # 5. Decode.
         if output_type == "latent":
@@ -224,7 +265,39 @@ class C2RPipeline(WanPipeline):
         else:
             frames = self.video_processor.postprocess_video(decode_latents(self.vae, latents), output_type)
         self.maybe_free_model_hooks()
-        return WanPipelineOutput(frames=frames)
+        return WanPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_videos_per_prompt: int = 1,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        max_sequence_length: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the embeddings (B·n, L, D_text) of prompts and negative prompts, padded as `__call__` pads them.
+
+        Args:
+            max_sequence_length: L; None: as in training, see `parts.max_sequence_length`. WanPipeline's own default of
+                226 here differs from that of its call.
+
+        The other arguments are WanPipeline's.
+        """
+        return super().encode_prompt(
+            *(prompt, negative_prompt, do_classifier_free_guidance, num_videos_per_prompt),
+            *(prompt_embeds, negative_prompt_embeds),
+            max_sequence_length or parts.max_sequence_length(self.tokenizer),
+            *(device, dtype),
+        )
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """True if the last call had text guidance: any scale but 1."""
+        return self._guidance_scale != 1
 
     def _predict_velocity(self, noisy_latents, timesteps, conditioning_scale, control_features, prompt_embeds):
         """Return the velocity (B, C, T, h, w) in fp32, because guidance scales differences of predictions."""
@@ -260,47 +333,6 @@ class C2RPipeline(WanPipeline):
             )
 
 
-# v = v(∅,∅) + s_c·[v(c,∅) − v(∅,∅)] + s_t·[v(c,t) − v(c,∅)]. Source: the released C2R
-def guided_velocity(
-    predict_unconditional: Callable[[], torch.Tensor],
-    predict_with_control: Callable[[], torch.Tensor],
-    predict_with_both: Callable[[], torch.Tensor],
-    guidance_scale: float,
-    control_guidance_scale: float = 1.0,
-    momentum_buffer: MomentumBuffer | None = None,
-) -> torch.Tensor:
-    """Combine predictions into the guided velocity; one whose weight is zero is not computed.
-
-    With a momentum buffer the text term goes through adaptive projected guidance with η = 0: only the part of the
-    difference that is orthogonal to v(c,t) is kept, which allows a high scale without oversaturation.
-
-    Args:
-        predict_unconditional: computes v(∅,∅), (B, C, T, h, w) fp32.
-        predict_with_control: computes v(c,∅), with control and without prompt.
-        predict_with_both: computes v(c,t), with control and prompt.
-        guidance_scale: s_t, of the text; 1 is no text guidance, with or without momentum.
-        control_guidance_scale: s_c, of the control.
-        momentum_buffer: one for all steps of a video; None is plain classifier-free guidance.
-
-    Returns:
-        (B, C, T, h, w) fp32.
-
-    Source: Sadat et al. 2024 (APG), algorithm 1.
-    """
-    if momentum_buffer is None or guidance_scale in (0, 1):
-        weighted = [
-            (1 - control_guidance_scale, predict_unconditional),
-            (control_guidance_scale - guidance_scale, predict_with_control),
-            (guidance_scale, predict_with_both),
-        ]
-        return sum((weight * predict() for weight, predict in weighted if weight != 0), torch.zeros(()))
-    with_control, with_both = predict_with_control(), predict_with_both()
-    velocity = normalized_guidance(with_both, with_control, guidance_scale, momentum_buffer, eta=0.0)
-    if control_guidance_scale != 1:
-        velocity = velocity + (1 - control_guidance_scale) * (predict_unconditional() - with_control)
-    return velocity
-
-
 @torch.no_grad()
 def encode_prompts(
     base_model: str | Path, prompts: list[str], device: torch.device | str, dtype: torch.dtype
@@ -318,7 +350,7 @@ def encode_prompts(
     tokenizer = load_pipeline_part(base_model, "tokenizer")
     text_encoder = load_text_encoder(base_model, dtype, torch.device(device))
     pipeline = C2RPipeline(tokenizer, text_encoder, vae=None, scheduler=None)
-    length = max_sequence_length(tokenizer)
+    length = parts.max_sequence_length(tokenizer)
     log_long_prompts(tokenizer, prompts)
     embeds = []
     for prompt in prompts:
@@ -409,8 +441,3 @@ def _stack_control_videos(control_video):
     if control_video.ndim != 5:
         raise ValueError(f"control_video has shape {tuple(control_video.shape)}: expected (F, 3, H, W)")
     return control_video
-
-
-def _is_control_on(step, num_steps, start, end):
-    # As in Diffusers' ControlNet pipelines: control is on in steps that lie between the two fractions as a whole.
-    return step / num_steps >= start and (step + 1) / num_steps <= end

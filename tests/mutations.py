@@ -316,10 +316,10 @@ THE_SAMPLER = [
 THE_PIPELINE = [
     Mutation(
         "the-two-guidances-change-places",
-        "c2r/pipeline.py",
+        "c2r/guidance.py",
         "(control_guidance_scale - guidance_scale, predict_with_control)",
         "(guidance_scale - control_guidance_scale, predict_with_control)",
-        f"{PIPELINE}::test_predictions_of_weight_zero_are_skipped",
+        "tests/test_guidance.py::test_predictions_of_weight_zero_are_skipped",
     ),
     Mutation(
         "the-momentum-starts-again-at-each-step",
@@ -344,7 +344,7 @@ THE_PIPELINE = [
     ),
     Mutation(
         "the-control-ends-a-step-late",
-        "c2r/pipeline.py",
+        "c2r/guidance.py",
         "(step + 1) / num_steps <= end",
         "step / num_steps <= end",
         f"{PIPELINE}::test_control_is_on_in_its_part_of_the_steps_only",

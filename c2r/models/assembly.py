@@ -106,7 +106,7 @@ def require_backbone(folder: str | Path, contract: PhaseContract, backbone: str 
     if has_lora or not (named and (index.is_gguf or index.float8)):
         raise InputError(
             f"{backbone}: not the backbone of {folder}: its fingerprint is {found}, it was trained on "
-            f"{contract.backbone_sha256}; name that one with --backbone"
+            f"{contract.backbone_sha256}; name that one with --backbone (in Python backbone=)"
         )
     logger.warning(
         "%s: its weights are quantised, so it cannot be checked that they are those that %s was trained on",
@@ -223,12 +223,12 @@ def stored_dtype(model: torch.nn.Module, name: str, torch_dtype: torch.dtype) ->
 
 
 def load_controlnet(folder: str | Path, torch_dtype: torch.dtype | None = None) -> C2RControlNet:
-    """Load the control branch of a phase 2 folder, in eval mode, its parameters trainable; dtype None is fp32.
+    """Load the control branch of a phase 2 or pipeline folder, in eval mode, trainable; dtype None is fp32.
 
     Raises:
         InputError: the folder has no control branch, or its weights do not fit its config.
     """
-    return load_own_model(complete_folder(folder), C2RControlNet, _ControlNetConfig, torch_dtype)
+    return load_own_model(_controlnet_folder(folder), C2RControlNet, _ControlNetConfig, torch_dtype)
 
 
 def check_model(folder: str | Path, contract: PhaseContract, backbone: str | Path | None = None) -> None:
@@ -241,7 +241,13 @@ def check_model(folder: str | Path, contract: PhaseContract, backbone: str | Pat
         check_transformer(folder, contract.base_model)
         return
     check_transformer(backbone or contract.backbone, contract.base_model)
-    check_own_model(complete_folder(folder), C2RControlNet, _ControlNetConfig)
+    check_own_model(_controlnet_folder(folder), C2RControlNet, _ControlNetConfig)
+
+
+def _controlnet_folder(folder):
+    """Return the control branch's folder of a pipeline folder; a phase 2 folder unchanged."""
+    folder = complete_folder(folder)
+    return folder / "controlnet" if (folder / "controlnet").is_dir() else folder
 
 
 def check_own_model(folder: Path, model_class: type[ModelMixin], kind: type) -> None:

@@ -25,9 +25,9 @@ import train_phase2
 from c2r import cli
 from c2r.encoding.encoding_pass import _encode_batch
 from c2r.evaluation.conditions import _ControlBranch
+from c2r.guidance import guided_velocity
 from c2r.models.vae import decode_frames, decode_latents
 from c2r.options import PHASE2
-from c2r.pipeline import guided_velocity
 from c2r.training.engine import build_accelerator
 from c2r.training.setup import start_run
 from c2r.training.step import domain_weights, make_noisy_batch
