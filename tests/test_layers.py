@@ -21,8 +21,8 @@ LAYERS = (
     ("c2r.options",),
     ("c2r.preparation",),
     ("c2r.encoding",),
-    ("c2r.data",),
     ("c2r.pipeline",),
+    ("c2r.data",),
     ("c2r.models",),
     ("c2r", "c2r.files", "c2r.flow_matching", "c2r.guidance", "c2r.sampler", "c2r.units"),
 )

@@ -1,6 +1,5 @@
 """Control videos in the forms that users have them in: files, tensors, arrays and pictures."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +79,10 @@ def as_control_frames(control_video: Any, num_frames: int, fps: float, height: i
         ValueError: for another type, shape, dtype or range, or if the videos differ in shape.
         InputError: a path cannot be read.
     """
+    videos: Any
     if isinstance(control_video, torch.Tensor | np.ndarray):
         videos = control_video if control_video.ndim == 5 else [control_video]
-    elif isinstance(control_video, Sequence) and control_video and _is_video(control_video[0]):
+    elif isinstance(control_video, list | tuple) and control_video and _is_video(control_video[0]):
         videos = control_video
     else:
         videos = [control_video]
@@ -105,7 +105,7 @@ def _is_video(item):
 
 def _as_frames(video):
     """Return a video in memory as floats (F, 3, H, W) in [0, 1]."""
-    if isinstance(video, Sequence) and not isinstance(video, str) and video:
+    if isinstance(video, list | tuple) and video:
         frames = [np.asarray(frame.convert("RGB")) if isinstance(frame, Image.Image) else frame for frame in video]
         kind = torch.Tensor if isinstance(frames[0], torch.Tensor) else np.ndarray
         shapes = {frame.shape if isinstance(frame, kind) else type(frame) for frame in frames}

@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 
 from c2r import InputError
 from c2r.files import complete_folder, library_errors_as_input, read_json
-from c2r.models.contract import PhaseContract, read_contract
+from c2r.models.contract import PhaseContract, read_contract, with_moved_models
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.gguf_weights import PLAIN_TYPES, dequantised
 from c2r.models.hub import (
@@ -57,6 +57,7 @@ def load_for_generation(
     folder: str | Path,
     backbone: str | Path | None = None,
     torch_dtype: torch.dtype | None = None,
+    base: str | Path | None = None,
     loras: Iterable[LoraFile] = (),
 ) -> tuple[WanTransformer3DModel | C2RTransformer, PhaseContract]:
     """Load the trained model of a phase's best/ or final/, frozen, and its contract.
@@ -66,6 +67,7 @@ def load_for_generation(
         backbone: the backbone of a phase 2 folder, if it was moved since the contract was written, or a quantised copy
             of it (.gguf, or float8), which cannot be compared with it: a warning is logged.
         torch_dtype: dtype of the weights; None is fp32.
+        base: the Wan pipeline that the backbone must fit, if it was moved.
         loras: added to the backbone.
 
     Raises:
@@ -75,28 +77,29 @@ def load_for_generation(
     if contract.phase == 1:
         if contract.lora_rank is None:
             return freeze(load_transformer(folder, torch_dtype=torch_dtype, loras=loras)), contract
-        require_backbone(folder, contract, backbone)
         loras = [LoraFile(folder), *loras]
-        return freeze(
-            load_transformer(backbone or contract.backbone, contract.base_model, torch_dtype, loras=loras)
-        ), contract
-    require_backbone(folder, contract, backbone)
-    transformer = load_transformer(backbone or contract.backbone, contract.base_model, torch_dtype, loras=loras)
+    named = backbone is not None
+    contract = with_moved_models(contract, folder, base_model=base, backbone=backbone)
+    assert contract.backbone is not None  # `PhaseContract` has checked it
+    require_backbone(folder, contract, named)
+    transformer = load_transformer(contract.backbone, contract.base_model, torch_dtype, loras=loras)
+    if contract.phase == 1:
+        return freeze(transformer), contract
     return freeze(C2RTransformer(transformer, load_controlnet(folder, torch_dtype))), contract
 
 
-def require_backbone(folder: str | Path, contract: PhaseContract, backbone: str | Path | None = None) -> None:
-    """Check by its fingerprint that a backbone is the one that a ControlNet or LoRA was trained on.
+def require_backbone(folder: str | Path, contract: PhaseContract, named: bool = False) -> None:
+    """Check by its fingerprint that a contract's backbone is the one that a ControlNet or LoRA was trained on.
 
     Args:
         folder: of phase 2 or of a LoRA of phase 1, for messages.
         contract: of this folder.
-        backbone: see `load_for_generation`.
+        named: True if a user has named the backbone; it may then be a quantised copy.
 
     Raises:
         InputError: it is another one.
     """
-    named, backbone = backbone is not None, backbone or contract.backbone
+    backbone = contract.backbone
     path, _ = check_transformer(backbone, contract.base_model)
     found = fingerprint_transformer(backbone, contract.base_model)
     if found == contract.backbone_sha256:

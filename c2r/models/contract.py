@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import accelerate
 import diffusers
@@ -93,6 +93,12 @@ class PhaseContract:
             raise ValueError("the contract of a LoRA needs backbone and backbone_sha256")
         if self.validation_loss is not None and not math.isfinite(self.validation_loss):
             raise ValueError(f"validation_loss is {self.validation_loss}: such a model must not be saved")
+
+    @property
+    def format(self) -> dict[str, Any]:
+        """Height, width, num_frames and fps of training; DEFAULT_FORMAT where an old contract has none."""
+        trained = {name: getattr(self, name) for name in DEFAULT_FORMAT}
+        return DEFAULT_FORMAT | {name: value for name, value in trained.items() if value is not None}
 
 
 def with_weights(model: M, state_dict: dict[str, torch.Tensor]) -> M:
@@ -225,4 +231,5 @@ def with_moved_models(contract: PhaseContract, folder: str | Path, **given: str 
                 f"{named}: not there, but {folder} names it as its {entry}; if it was moved, name its new place with "
                 f"{option} (in Python {keyword}=)"
             )
-    return replace(contract, **{entry: str(name) for entry, name in given.items() if name is not None})
+    others: dict[str, Any] = {entry: str(name) for entry, name in given.items() if name is not None}
+    return replace(contract, **others)
