@@ -234,16 +234,23 @@ def load_controlnet(folder: str | Path, torch_dtype: torch.dtype | None = None) 
     return load_own_model(_controlnet_folder(folder), C2RControlNet, _ControlNetConfig, torch_dtype)
 
 
-def check_model(folder: str | Path, contract: PhaseContract, backbone: str | Path | None = None) -> None:
+def check_model(
+    folder: str | Path,
+    contract: PhaseContract,
+    backbone: str | Path | None = None,
+    loras: Iterable[LoraFile] = (),
+) -> None:
     """Check the weights that `load_for_generation` reads by configs and headers; fingerprints are not compared.
 
     Raises:
         InputError: see `load_for_generation`.
     """
+    has_backbone = contract.phase == 2 or contract.lora_rank is not None
+    path, _ = check_transformer((backbone or contract.backbone) if has_backbone else folder, contract.base_model)
+    for lora in [*([LoraFile(folder)] if contract.lora_rank is not None else []), *loras]:
+        lora.match(WeightIndex(path).shapes())
     if contract.phase == 1:
-        check_transformer(folder, contract.base_model)
         return
-    check_transformer(backbone or contract.backbone, contract.base_model)
     check_own_model(_controlnet_folder(folder), C2RControlNet, _ControlNetConfig)
 
 

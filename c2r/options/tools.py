@@ -23,6 +23,7 @@ from c2r.options.types import (
     FOLDER,
     FRAME_RATE,
     FRAMES,
+    LORA,
     MEMORY,
     MODEL,
     NOT_NEGATIVE,
@@ -99,6 +100,14 @@ GENERATE = Command(
             ),
             Option("dinov3", "DINOv3 model; default: the one of training", MODEL),
             Option("dtype", "dtype of the weights; default: bf16 on a GPU, else fp32", Choice(("bf16", "fp32"))),
+            Option(
+                "lora",
+                "LoRA of Wan 2.1 to add to the backbone: a .safetensors file of Diffusers, ComfyUI or musubi-tuner, "
+                "or best/ of train_phase1.py --lora_rank; may be given several times; SCALE is 1 where none is given",
+                LORA,
+                metavar="FILE[:SCALE]",
+                repeatable=True,
+            ),
             Option("cpu_offload", "keep only the model in use on the GPU", Flag(), False),
             Option("vae_tiling", "decode in tiles: less memory, more time", Flag(), False),
             attention_option(ATTENTION_BACKENDS + INFERENCE_BACKENDS),
