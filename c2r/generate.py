@@ -21,12 +21,7 @@ from c2r.options import GENERATE
 logger = logging.getLogger("c2r.generate")  # under python -m, __name__ is "__main__"
 
 if TYPE_CHECKING:
-    import torch
-
     from c2r.models.contract import PhaseContract
-
-#: The format that Wan 2.1 was made for, used where neither the options nor the model's contract give one.
-DEFAULT_FORMAT = {"height": 480, "width": 832, "num_frames": 81, "fps": 16.0}
 
 
 def name_controls(args: Namespace):
@@ -35,20 +30,13 @@ def name_controls(args: Namespace):
     Raises:
         InputError: one is missing or incomplete.
     """
-    from c2r.data.drop_reasons import DropRow
-    from c2r.data.sequences import find_sequence, is_pattern
+    from c2r.data.control_video import name_control
 
     for i, path in enumerate(args.control_video or []):
-        if Path(path).is_file():
-            continue
-        if not Path(path).is_dir() and not is_pattern(path):
-            raise InputError(f"--control_video {path}: no such file; give a video, or a folder or pattern of pictures")
         try:
-            sequence = find_sequence(path)
-        except DropRow as drop:
-            raise InputError(f"--control_video {drop.detail}; give a complete sequence") from None
-        rate = args.sequence_fps or args.fps
-        args.control_video[i] = f"{sequence.folder}/{sequence.pattern}@{rate:.10g}"
+            args.control_video[i] = name_control(path, args.sequence_fps or args.fps)
+        except InputError as error:
+            raise InputError(f"--control_video {error}") from None
 
 
 def check_options(args: Namespace):
@@ -109,6 +97,8 @@ def complete_options(args: Namespace, contract: "PhaseContract"):
     Raises:
         InputError: the contract has a value that the option would refuse.
     """
+    from c2r.models.contract import DEFAULT_FORMAT
+
     for name in (*DEFAULT_FORMAT, "flow_shift", "conditioning_scale"):
         value = getattr(contract, name)
         if getattr(args, name) is None and value is not None:
@@ -180,13 +170,6 @@ def check_files(args: Namespace, contract: "PhaseContract"):
     check_pipeline_parts(args.pretrained_model_name_or_path, [*ENCODERS, "scheduler"])
 
 
-def read_control(path: str, num_frames: int, fps: float, height: int, width: int) -> "torch.Tensor":
-    """Read the start of a coarse video, resized and cropped as in training: (F, 3, H, W) in [0, 1]."""
-    from c2r.data.video import read_window
-
-    return read_window(path, 0.0, num_frames, fps, height, width).float() / 255
-
-
 def main(argv: list[str] | None = None):
     """Run the command with these arguments."""
     args = cli.parse(GENERATE, argv)
@@ -200,15 +183,19 @@ def main(argv: list[str] | None = None):
 
     from c2r.data.video_writer import write_video
     from c2r.models.assembly import read_transformer_config
-    from c2r.models.attention import try_attention_backend
-    from c2r.models.contract import read_contract
-    from c2r.pipeline import Sampling, encode_prompts, load_pipeline
+    from c2r.models.attention import try_attention_backend, use_lean_attention
+    from c2r.models.contract import fetch_model, read_contract, with_moved_models
+    from c2r.pipeline import C2RPipeline, Sampling, encode_prompts, with_flow_shift
 
     # 1. Refuse early.
     device = get_device()
     if args.cpu_offload and device == "cpu":
         raise InputError("--cpu_offload: there is no GPU to offload from; leave it out")
-    contract = read_contract(args.model)
+    model = fetch_model(args.model)
+    moved = {"base_model": args.pretrained_model_name_or_path, "backbone": args.backbone}
+    moved |= {"dinov3": args.dinov3} if controls else {}
+    contract = with_moved_models(read_contract(model), args.model, **moved)
+    args.model = str(model)
     complete_options(args, contract)
     name_controls(args)
     if args.follow_control:
@@ -223,18 +210,24 @@ def main(argv: list[str] | None = None):
     # 2. Encode the prompts, then load the other models.
     prompts = [args.negative_prompt or "", *args.prompt]
     negative_embeds, *embeds = encode_prompts(args.pretrained_model_name_or_path, prompts, device, dtype)
-    pipeline = load_pipeline(
+    pipeline = C2RPipeline.from_pretrained(
         args.model,
-        args.pretrained_model_name_or_path,
+        torch_dtype=dtype,
+        base=args.pretrained_model_name_or_path,
         backbone=args.backbone,
         dinov3=args.dinov3 if controls else None,
-        flow_shift=args.flow_shift,
-        device=device,
-        dtype=dtype,
-        cpu_offload=args.cpu_offload,
-        vae_tiling=args.vae_tiling,
-        attention_backend=args.attention_backend,
+        tokenizer=None,
+        text_encoder=None,
     )
+    pipeline.scheduler = with_flow_shift(pipeline.scheduler, args.flow_shift)
+    if args.attention_backend is not None:
+        use_lean_attention(pipeline.transformer, args.attention_backend)
+    if args.vae_tiling:
+        pipeline.vae.enable_tiling()
+    if args.cpu_offload:
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
 
     # 3. Generate.
     size = {"num_frames": args.num_frames, "height": args.height, "width": args.width}
@@ -247,7 +240,8 @@ def main(argv: list[str] | None = None):
     )
     for i, output in enumerate(outputs):
         video = pipeline(
-            control_video=read_control(controls[i % len(controls)], fps=args.fps, **size) if controls else None,
+            control_video=controls[i % len(controls)] if controls else None,
+            fps=args.fps,
             **size,
             **vars(sampling),
             control_guidance_start=args.control_guidance_start,
@@ -255,12 +249,13 @@ def main(argv: list[str] | None = None):
             generator=torch.Generator().manual_seed(args.seed),  # on CPU: the same noise on every machine
             prompt_embeds=embeds[i % len(embeds)],
             negative_prompt_embeds=negative_embeds,
-        ).frames[0]  # (F, H, W, 3) in [0, 1]
+            return_dict=False,
+        )[0][0]  # (F, H, W, 3) in [0, 1]
         if not np.isfinite(video).all():
             raise InputError(
                 f"{output}: not written, its frames are not finite; check --model and its VAE, or give --dtype fp32"
             )
-        write_video(output, (video * 255).round().astype(np.uint8), args.fps)
+        write_video(output, video, args.fps)
         print(f"wrote {output}", flush=True)
 
 

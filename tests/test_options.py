@@ -9,7 +9,7 @@ import pytest
 from diffusers.optimization import SchedulerType
 from tqdm import tqdm
 
-from c2r import InputError, cli, flow_matching, pipeline
+from c2r import InputError, cli, flow_matching, guidance
 from c2r.options import COMMANDS, ESTIMATE, GENERATE, PHASE1, PHASE2
 from c2r.options.__main__ import markdown
 from c2r.options.presets import PRESETS, option_words, preset_line
@@ -190,7 +190,7 @@ def test_defaults_pass_their_own_checks(command):
 def test_choices_are_those_of_the_libraries_that_take_seconds_to_import():
     assert set(LR_SCHEDULERS) == {s.value for s in SchedulerType if s is not SchedulerType.PIECEWISE_CONSTANT}
     assert WEIGHTING_SCHEMES == flow_matching.WEIGHTING_SCHEMES
-    assert GUIDANCE_SCALES == pipeline.DEFAULT_GUIDANCE_SCALE
+    assert GUIDANCE_SCALES == guidance.DEFAULT_GUIDANCE_SCALE
 
 
 def test_help_shows_common_options_and_help_all_the_rest(capsys):

@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from c2r import InputError
 from c2r.files import complete_folder, library_errors_as_input, read_json
-from c2r.models.contract import PhaseContract, read_contract
+from c2r.models.contract import PhaseContract, read_contract, with_moved_models
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.hub import (
     Count,
@@ -67,7 +67,10 @@ class _ControlNetConfig(_BlockConfig):
 
 
 def load_for_generation(
-    folder: str | Path, backbone: str | Path | None = None, torch_dtype: torch.dtype | None = None
+    folder: str | Path,
+    backbone: str | Path | None = None,
+    torch_dtype: torch.dtype | None = None,
+    base: str | Path | None = None,
 ) -> tuple[WanTransformer3DModel | C2RTransformer, PhaseContract]:
     """Load the trained model of a phase's best/ or final/, frozen, and its contract.
 
@@ -75,6 +78,7 @@ def load_for_generation(
         folder: best/ or final/. Phase 1 gives a `WanTransformer3DModel`, phase 2 a `C2RTransformer`.
         backbone: the backbone of a phase 2 folder, if it was moved since the contract was written.
         torch_dtype: dtype of the weights; None is fp32.
+        base: the Wan pipeline that the backbone must fit, if it was moved.
 
     Raises:
         InputError: a part is missing, or the backbone is not the one that the ControlNet was trained on.
@@ -82,12 +86,13 @@ def load_for_generation(
     contract = read_contract(folder)
     if contract.phase == 1:
         return freeze(load_transformer(folder, torch_dtype=torch_dtype)), contract
-    backbone = backbone or contract.backbone
+    contract = with_moved_models(contract, folder, base_model=base, backbone=backbone)
+    backbone = contract.backbone
     found = fingerprint_transformer(backbone, contract.base_model)
     if found != contract.backbone_sha256:
         raise InputError(
             f"{backbone}: not the backbone of {folder}: its fingerprint is {found}, the ControlNet was trained on "
-            f"{contract.backbone_sha256}; name that one with --backbone"
+            f"{contract.backbone_sha256}; name that one with --backbone (in Python backbone=)"
         )
     transformer = load_transformer(backbone, contract.base_model, torch_dtype)
     return freeze(C2RTransformer(transformer, load_controlnet(folder, torch_dtype))), contract
@@ -135,12 +140,12 @@ def stored_dtype(model: torch.nn.Module, name: str, torch_dtype: torch.dtype) ->
 
 
 def load_controlnet(folder: str | Path, torch_dtype: torch.dtype | None = None) -> C2RControlNet:
-    """Load the control branch of a phase 2 folder, in eval mode, its parameters trainable; dtype None is fp32.
+    """Load the control branch of a phase 2 or pipeline folder, in eval mode, trainable; dtype None is fp32.
 
     Raises:
         InputError: the folder has no control branch, or its weights do not fit its config.
     """
-    return load_own_model(complete_folder(folder), C2RControlNet, _ControlNetConfig, torch_dtype)
+    return load_own_model(_controlnet_folder(folder), C2RControlNet, _ControlNetConfig, torch_dtype)
 
 
 def check_model(folder: str | Path, contract: PhaseContract, backbone: str | Path | None = None) -> None:
@@ -153,7 +158,13 @@ def check_model(folder: str | Path, contract: PhaseContract, backbone: str | Pat
         check_transformer(folder, contract.base_model)
         return
     check_transformer(backbone or contract.backbone, contract.base_model)
-    check_own_model(complete_folder(folder), C2RControlNet, _ControlNetConfig)
+    check_own_model(_controlnet_folder(folder), C2RControlNet, _ControlNetConfig)
+
+
+def _controlnet_folder(folder):
+    """Return the control branch's folder of a pipeline folder; a phase 2 folder unchanged."""
+    folder = complete_folder(folder)
+    return folder / "controlnet" if (folder / "controlnet").is_dir() else folder
 
 
 def check_own_model(folder: Path, model_class: type[ModelMixin], kind: type) -> None:

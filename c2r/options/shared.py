@@ -132,7 +132,7 @@ def clip_settings(args: Namespace) -> ClipSettings:
 
 # ------------------------------------------------------------------------------------------------------------ sampling
 
-#: Kinds of guidance and their default text scales; those of `c2r.pipeline`, whose import takes seconds.
+#: Kinds of guidance and their default text scales; those of `c2r.guidance`, whose import takes seconds.
 GUIDANCE_SCALES = {"apg": 10.0, "cfg": 5.0}
 
 

@@ -86,7 +86,12 @@ GENERATE = Command(
     "Turn a coarse video and a prompt into a real-looking video.",
     {
         "models": _all_common(
-            Option("model", "best/ or final/ of phase 2, or of phase 1 (without control)", FOLDER, required=True),
+            Option(
+                "model",
+                "best/ or final/ of phase 2, or of phase 1 (without control); or a pipeline, by folder or hub name",
+                MODEL,
+                required=True,
+            ),
             Option("backbone", "phase 1 folder that the ControlNet was trained on, if it was moved", FOLDER),
             Option(
                 "pretrained_model_name_or_path",

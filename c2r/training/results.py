@@ -35,6 +35,7 @@ def save_model(run: Run, state: TrainState, name: str, phase: int, mixtures: lis
                 validation_loss=progress.metrics.get("loss"),
                 metrics=progress.metrics | progress.cg_look,
                 dataset_fingerprints={mixture.domain: mixture.fingerprint for mixture in mixtures},
+                num_clips={mixture.domain: len(mixture.train) for mixture in mixtures},
                 **max(run.settings.buckets, key=math.prod)._asdict(),
                 fps=run.args.fps,
                 flow_shift=run.args.flow_shift,
