@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -475,11 +476,13 @@ class C2RPipeline(WanPipeline):
                 step, len(timesteps), control_guidance_start, control_guidance_end
             )
             scales = (guidance_scale, control_guidance_scale if control_on else 1, conditioning_scale)
+            progress = {"step_index": step, "num_inference_steps": len(timesteps)}
+            progress["sigma"] = float(timestep) / self.scheduler.config.num_train_timesteps
             velocity = blend_windows(
                 windows,
                 lambda number: self._guided_velocity(
                     *(windows[number], latents, timestep, control_features if control_on else None),  # noqa: B023
-                    *(prompt_embeds, negative_prompt_embeds, scales, momentum_buffers[number]),  # noqa: B023
+                    *(prompt_embeds, negative_prompt_embeds, scales, momentum_buffers[number], progress),  # noqa: B023
                 ),
                 like=latents,
             )
@@ -536,12 +539,22 @@ class C2RPipeline(WanPipeline):
         return self._guidance_scale != 1
 
     def _guided_velocity(
-        self, window, latents, timestep, features, prompt_embeds, negative_prompt_embeds, scales, momentum_buffer
+        self,
+        window,
+        latents,
+        timestep,
+        features,
+        prompt_embeds,
+        negative_prompt_embeds,
+        scales,
+        momentum_buffer,
+        progress,
     ):
         """Return the guided velocity (B, C, T, h, w) fp32 of a window.
 
         `latents` (B, C, T, h, w) and control `features` (B, F, h, w, Dd) or None are of the whole video, on any
-        device; `scales` are those of text, control and residuals.
+        device; `scales` are those of text, control and residuals; `progress` is for Diffusers' caches, which need a
+        context for each pass of each window.
         """
         device, dtype = prompt_embeds.device, prompt_embeds.dtype
         noisy_latents = latents[:, :, window.latents].to(device, dtype)
@@ -552,18 +565,28 @@ class C2RPipeline(WanPipeline):
             blank = torch.zeros_like(control)
         guidance_scale, control_guidance_scale, conditioning_scale = scales
         timesteps = timestep.to(device).expand(len(noisy_latents))
-        predict = partial(self._predict_velocity, noisy_latents, timesteps, conditioning_scale)
+
+        def predict(name, features, prompt_embeds):
+            with self._cache_context(f"{name} {window.start}", **progress):
+                inputs = (noisy_latents, timesteps, conditioning_scale, features, prompt_embeds)
+                return self._predict_velocity(*inputs)
+
         move_momentum(momentum_buffer, device)
         velocity = guided_velocity(
-            partial(predict, blank, negative_prompt_embeds),
-            partial(predict, control, negative_prompt_embeds),
-            partial(predict, control, prompt_embeds),
+            partial(predict, "unconditional", blank, negative_prompt_embeds),
+            partial(predict, "control", control, negative_prompt_embeds),
+            partial(predict, "both", control, prompt_embeds),
             guidance_scale,
             control_guidance_scale,
             momentum_buffer,
         )
         move_momentum(momentum_buffer, latents.device)
         return velocity
+
+    def _cache_context(self, name, **progress):
+        # A model wrapped for training has no caches.
+        cache_context = getattr(self.transformer, "cache_context", None)
+        return nullcontext() if cache_context is None else cache_context(name, **progress)
 
     def _predict_velocity(self, noisy_latents, timesteps, conditioning_scale, control_features, prompt_embeds):
         """Return the velocity (B, C, T, h, w) in fp32, because guidance scales differences of predictions."""
