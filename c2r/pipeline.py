@@ -269,6 +269,10 @@ class C2RPipeline(WanPipeline):
                 f"{folder}: not written, because the transformer has a LoRA; call pipeline.fuse_lora() and then "
                 "pipeline.unload_lora_weights(), or unload it alone"
             )
+        if getattr(backbone, "hf_quantizer", None) is not None:
+            raise InputError(
+                f"{folder}: not written, because the transformer is quantised; load it unquantised to save it"
+            )
         parts = {part: getattr(self, part) for part in BASE_PARTS} | {"transformer": backbone}
         index = {"_class_name": type(self).__name__, "_diffusers_version": diffusers.__version__}
         with atomic_folder(folder) as temporary:
