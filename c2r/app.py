@@ -28,7 +28,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from c2r import InputError, cli
-from c2r.generate import check_files, check_options, complete_options, follow_control, name_controls
+from c2r import generate as generation
+from c2r.generate import (
+    Length,
+    check_files,
+    check_options,
+    complete_options,
+    follow_control,
+    length_of,
+    load_models,
+    name_controls,
+    read_padded,
+)
 from c2r.options import APP, GENERATE
 from c2r.options.shared import GUIDANCE_SCALES
 
@@ -152,6 +163,7 @@ def check(args: Namespace) -> "PhaseContract":
 
     from c2r.models.contract import fetch_model, read_contract, with_moved_models
     from c2r.models.dinov3 import check_dinov3
+    from c2r.models.lora import LoraFile, require_peft
 
     if args.cpu_offload and get_device() == "cpu":
         raise InputError("--cpu_offload: there is no GPU to offload from; leave it out")
@@ -161,7 +173,11 @@ def check(args: Namespace) -> "PhaseContract":
     args.model = str(folder)
     args.conditioning_scale = args.control_video = None
     complete_options(args, contract)
-    check_files(args, contract)
+    check_files(args, contract, [LoraFile(path, scale) for path, scale in args.lora or []])
+    if args.lora_dir is not None:
+        require_peft()
+        if not find_loras(args.lora_dir):
+            raise InputError(f"--lora_dir {args.lora_dir}: holds no .safetensors files; give the folder of LoRAs")
     if contract.phase == 2:
         check_dinov3(args.dinov3, [(args.height, args.width)])
     return contract
@@ -176,34 +192,24 @@ def load(args: Namespace, given: dict[str, Any], contract: "PhaseContract", fold
     import torch
     from diffusers.utils.torch_utils import get_device
 
-    from c2r.models.attention import try_attention_backend, use_lean_attention
+    from c2r.models.attention import try_attention_backend
+    from c2r.models.lora import LoraFile
     from c2r.models.parts import load_text_encoder
-    from c2r.pipeline import C2RPipeline, with_flow_shift
 
-    device = torch.device(get_device())
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
-    pipeline = C2RPipeline.from_pretrained(
-        args.model,
-        dtype,
-        base=args.pretrained_model_name_or_path,
-        backbone=args.backbone,
-        **({"dinov3": args.dinov3} if contract.phase == 2 else {}),
-        **({} if args.cpu_offload else {"text_encoder": None}),
-    )
-    pipeline.scheduler = with_flow_shift(pipeline.scheduler, args.flow_shift)
+    device = get_device()
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype or ("fp32" if device == "cpu" else "bf16")]
+    parts: dict[str, Any] = {"dinov3": args.dinov3} if contract.phase == 2 else {}
+    if not args.cpu_offload:
+        parts["text_encoder"] = None
+    loras = [LoraFile(path, scale) for path, scale in args.lora or []]
+    pipeline = load_models(args, device, dtype, loras, **parts)
+    if not args.cpu_offload:
+        # Last: where it does not fit beside the others, its blocks stay on the CPU.
+        text_encoder = load_text_encoder(args.pretrained_model_name_or_path, dtype, torch.device(device))
+        pipeline.register_modules(text_encoder=text_encoder)
     if args.attention_backend is not None:
         head_dim = pipeline.transformer.config.attention_head_dim
-        try_attention_backend(args.attention_backend, head_dim, device, dtype, backward=False)
-        use_lean_attention(pipeline.transformer, args.attention_backend)
-    if args.vae_tiling:
-        pipeline.vae.enable_tiling()
-    if args.cpu_offload:
-        pipeline.enable_model_cpu_offload(device=device)
-    else:
-        pipeline.to(device)
-        # Last: where it does not fit beside the others, its blocks stay on the CPU.
-        text_encoder = load_text_encoder(args.pretrained_model_name_or_path, dtype, device)
-        pipeline.register_modules(text_encoder=text_encoder)
+        try_attention_backend(args.attention_backend, head_dim, torch.device(device), dtype, backward=False)
     pipeline.set_progress_bar_config(disable=True)  # the page shows it
     return Panel(args, given, contract, pipeline, folder)
 
@@ -216,56 +222,62 @@ class Job:
     """One video to generate: checked options of `c2r.generate`, and its control."""
 
     args: Namespace
+    length: Length
     control: "torch.Tensor | None"  #: (F, 3, H, W) in [0, 1]
     command: str  #: the same as a command of `c2r.generate`
+    lora: tuple[str, float] | None  #: path and scale of the LoRA that was chosen on the page
 
 
-def prepare_job(panel: Panel, fields: dict[str, Any], files: Sequence[str] | None) -> Job:
+def prepare_job(
+    panel: Panel, fields: dict[str, Any], files: Sequence[str] | None, lora: tuple[str, float] | None = None
+) -> Job:
     """Check the fields of the page and read the coarse video.
 
     Args:
         panel: the loaded model.
         fields: {option of `c2r.generate`: value}; None is the option's default.
         files: paths of the upload: one video, or the pictures of a sequence; None is a video without control.
+        lora: path and scale of a LoRA to add to the backbone, beside those of the command line.
 
     Raises:
         InputError: a value is out of range, or the upload is missing, beyond the limits or cannot be decoded.
     """
-    from c2r.data.control_video import read_control
+    from c2r.models.lora import LoraFile
 
     options = panel.given | fields
     if options["guidance_scale"] == GUIDANCE_SCALES.get(options["guidance"]):
         options["guidance_scale"] = None  # the default, which depends on the kind of guidance
+    if lora is not None:
+        options["lora"] = [*(options["lora"] or []), lora]
     options = {name: value for name, value in options.items() if value != getattr(panel.contract, name, None)}
     shown = options | {"output": "out.mp4"}
-    if not panel.has_control:
-        return Job(_checked(panel, shown), None, _command_line(shown))
     with tempfile.TemporaryDirectory(dir=panel.folder) as folder:
-        options["control_video"], shown["control_video"] = place_upload(panel, files, Path(folder))
-        args = _checked(panel, shown | options)
+        if panel.has_control:
+            options["control_video"], shown["control_video"] = place_upload(panel, files, Path(folder))
+        args = cli.parse(GENERATE, command_words(shown | options))
+        check_options(args)
+        complete_options(args, panel.contract)
+        if args.num_frames > panel.args.num_frames:
+            raise InputError(f"--num_frames {args.num_frames}: more than {panel.args.num_frames}; lower it")
         name_controls(args)
-        require_within_limits(args.control_video[0])
+        path = args.control_video[0] if panel.has_control else None
+        if path is not None:
+            require_within_limits(path)
         if args.follow_control:
             follow_control(args)
-        check_files(args, panel.contract)
-        size = {"num_frames": args.num_frames, "fps": args.fps, "height": args.height, "width": args.width}
-        return Job(args, read_control(args.control_video[0], **size), _command_line(shown))
-
-
-def _checked(panel, options):
-    args = cli.parse(GENERATE, command_words(options))
-    check_options(args)
-    complete_options(args, panel.contract)
-    if args.num_frames > panel.args.num_frames:
-        raise InputError(f"--num_frames {args.num_frames}: more than {panel.args.num_frames}; lower it")
-    return args
+        check_files(args, panel.contract, [LoraFile(file, scale) for file, scale in args.lora or []])
+        length = length_of(args, path)
+        control = None if path is None else read_padded(path, length, args.height, args.width)
+    return Job(args, length, control, shlex.join(["python", "-m", "c2r.generate", *command_words(shown)]), lora)
 
 
 def command_words(options: dict[str, Any]) -> list[str]:
     """Return the arguments of a `c2r.generate` command with these options, without those at their defaults."""
     words = []
     for name, value in options.items():
-        if value is True:
+        if name == "lora":
+            words += [word for path, scale in value or [] for word in ("--lora", f"{path}:{scale:g}")]
+        elif value is True:
             words.append(f"--{name}")
         elif value is None or value is False or value == GENERATE.options[name].default:
             continue
@@ -275,8 +287,22 @@ def command_words(options: dict[str, Any]) -> list[str]:
     return words
 
 
-def _command_line(options):
-    return shlex.join(["python", "-m", "c2r.generate", *command_words(options)])
+def find_loras(folder: str) -> list[str]:
+    """Return the names of the .safetensors files in a folder."""
+    return sorted(path.name for path in Path(folder).glob("*.safetensors"))
+
+
+def chosen_lora(panel: Panel, name: str | None, scale: float) -> tuple[str, float] | None:
+    """Return the path and scale of a LoRA chosen by name, which is never outside --lora_dir; None for none.
+
+    Raises:
+        InputError: there is no such LoRA.
+    """
+    if not name:
+        return None
+    if name not in find_loras(panel.args.lora_dir):
+        raise InputError(f"LoRA {name}: not in --lora_dir; choose another")
+    return os.path.join(panel.args.lora_dir, name), scale
 
 
 def place_upload(panel: Panel, files: Sequence[str] | None, folder: Path) -> tuple[str, str]:
@@ -329,22 +355,19 @@ def require_within_limits(path: str) -> None:
         )
 
 
-def generate(panel: Panel, job: Job, report: Report, conditioning_scale: float | None = None) -> "np.ndarray":
+def generate(panel: Panel, job: Job, report: Report, **changed: float) -> "np.ndarray":
     """Generate one video, (F, H, W, 3) uint8.
 
     Args:
         panel: the loaded model.
         job: see `prepare_job`.
         report: called before the first step and after each; if it raises, no further step runs.
-        conditioning_scale: another one than the job's.
+        changed: options with other values than the job's.
 
     Raises:
-        InputError: the frames are not finite.
+        InputError: see `c2r.generate.generate`.
     """
-    import numpy as np
-    import torch
-
-    args = job.args
+    args = Namespace(**vars(job.args) | changed)
     steps = args.num_inference_steps
 
     def on_step_end(pipeline, step, timestep, tensors):
@@ -352,33 +375,32 @@ def generate(panel: Panel, job: Job, report: Report, conditioning_scale: float |
         return {}
 
     report(0, steps, "denoising")
+    inputs = {"prompt": args.prompt[0], "negative_prompt": args.negative_prompt, "callback_on_step_end": on_step_end}
     try:
-        video = panel.pipeline(
-            args.prompt[0],
-            job.control,
-            args.negative_prompt,
-            num_frames=args.num_frames,
-            height=args.height,
-            width=args.width,
-            num_inference_steps=steps,
-            guidance=args.guidance,
-            guidance_scale=args.guidance_scale,
-            control_guidance_scale=args.control_guidance_scale,
-            conditioning_scale=args.conditioning_scale if conditioning_scale is None else conditioning_scale,
-            control_guidance_start=args.control_guidance_start,
-            control_guidance_end=args.control_guidance_end,
-            generator=torch.Generator().manual_seed(args.seed),  # on CPU, as in c2r.generate
-            callback_on_step_end=on_step_end,
-            return_dict=False,
-        )[0][0]
+        with added_lora(panel, job.lora):
+            return generation.generate(panel.pipeline, args, job.length, job.control, "the video", **inputs)
     except Cancelled:
         panel.pipeline.maybe_free_model_hooks()  # --cpu_offload: otherwise the next job finds a model on the GPU
         raise
-    if not np.isfinite(video).all():
-        raise InputError(
-            f"--model {args.model}: its frames are not finite; check it and its VAE, or give --dtype fp32"
-        )
-    return (video * 255).round().astype(np.uint8)
+
+
+@contextmanager
+def added_lora(panel: Panel, lora: tuple[str, float] | None) -> Iterator[None]:
+    """Add a LoRA to the backbone while the block runs."""
+    if lora is None:
+        yield
+        return
+    from c2r.files import library_errors_as_input
+
+    path, scale = lora
+    folder, name = os.path.split(path)
+    try:
+        with library_errors_as_input(path):
+            panel.pipeline.load_lora_weights(folder, weight_name=name, use_safetensors=True, adapter_name="page")
+            panel.pipeline.set_adapters("page", scale)
+        yield
+    finally:
+        panel.pipeline.unload_lora_weights()
 
 
 def parse_scales(text: str) -> list[float]:
@@ -405,20 +427,21 @@ def sweep(panel: Panel, job: Job, scales: Sequence[float], report: Report) -> "n
         (F, H', W', 3) uint8.
     """
     columns = grid_columns(len(scales) + 1)
-    cells = [labelled(pixels_of(job.control), "control", columns)]
+    cells = [labelled(control_pixels(job), "control", columns)]
     all_steps = job.args.num_inference_steps * len(scales)
     for number, scale in enumerate(scales):
 
         def report_of_all(step, steps, text, number=number, scale=scale):
             report(number * steps + step, all_steps, f"{text}, scale {scale:g}")
 
-        cells.append(labelled(generate(panel, job, report_of_all, scale), f"scale {scale:g}", columns))
+        frames = generate(panel, job, report_of_all, conditioning_scale=scale)
+        cells.append(labelled(frames, f"scale {scale:g}", columns))
     return arrange(cells, columns)
 
 
-def pixels_of(control: "torch.Tensor") -> "np.ndarray":
-    """Return a control (F, 3, H, W) in [0, 1] as frames (F, H, W, 3) uint8."""
-    return (control.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+def control_pixels(job: Job) -> "np.ndarray":
+    """Return the control of a job as frames (F, H, W, 3) uint8, without those that are repeated at its end."""
+    return (job.control[: job.length.num_frames].permute(0, 2, 3, 1) * 255).round().byte().numpy()
 
 
 def grid_columns(count: int) -> int:
@@ -473,7 +496,7 @@ def show_control(panel: Panel, job: Job) -> tuple[str, str]:
         f"Control: the first {args.num_frames / args.fps:.2f} s of the coarse video, {args.num_frames} frames of "
         f"{args.height}x{args.width}"
     )
-    return save(panel, "control", "control.mp4", pixels_of(job.control), args.fps), line
+    return save(panel, "control", "control.mp4", control_pixels(job), args.fps), line
 
 
 def generate_one(panel: Panel, job: Job, report: Report) -> tuple[str, str, str]:
@@ -570,6 +593,10 @@ def build_page(panel: Panel) -> "gradio.Blocks":
                         with gr.Row():
                             add(gr.Slider, "control_guidance_start", 0, 1, 0, step=0.05, info=note, **half)
                             add(gr.Slider, "control_guidance_end", 0, 1, 1, step=0.05, info=note, **half)
+                with gr.Accordion("LoRA", open=False, visible=args.lora_dir is not None):
+                    choices = [("none", ""), *((name, name) for name in find_loras(args.lora_dir or os.devnull))]
+                    lora = gr.Dropdown(choices, value="", label="LoRA", info=f"Files of {args.lora_dir}.")
+                    lora_scale = gr.Slider(-1, 2, 1, step=0.05, label="LoRA scale")
                 if control:
                     with gr.Accordion("Shape and rate of the coarse video", open=False):
                         note = f"With as many pixels as {args.height}x{args.width}. Otherwise its edges are cropped."
@@ -620,7 +647,8 @@ def build_page(panel: Panel) -> "gradio.Blocks":
             """Call a function of a job; add the warnings that it logs to the line that it returns."""
             with messages(), collected_warnings() as warnings:
                 options = {name: values[field] for name, field in fields.items()}
-                path, line, *rest = function(panel, prepare_job(panel, options, values[upload]), *details)
+                added = chosen_lora(panel, values[lora], values[lora_scale])
+                path, line, *rest = function(panel, prepare_job(panel, options, values[upload], added), *details)
                 lines = [line, *(f"⚠ {plain_message(panel, warning)}" for warning in warnings)]
                 return path, html.escape("\n\n".join(lines), quote=False), *rest
 
@@ -647,7 +675,7 @@ def build_page(panel: Panel) -> "gradio.Blocks":
 
         # One job at a time: those of a concurrency_id share its limit. Private: only the page calls them.
         shared: dict[str, Any] = {
-            "inputs": {upload, scales, *fields.values()},
+            "inputs": {upload, lora, lora_scale, scales, *fields.values()},
             "concurrency_limit": 1,
             "api_visibility": "private",
         }

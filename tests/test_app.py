@@ -11,13 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from c2r import InputError, app, cli, generate
 from c2r.app import Cancelled, Panel, command_words, labelled, plain_message, prepare_job
+from c2r.data.video import read_window
 from c2r.data.video_writer import write_video
+from c2r.models.assembly import fingerprint_transformer, load_transformer
+from c2r.models.contract import PhaseContract, save_phase
+from c2r.models.lora import LoraWeights, export_comfyui
 from c2r.options import APP, GENERATE
-from tests.helpers.trained import FPS, FRAMES, HEIGHT, WIDTH, save_trained_models
+from tests.helpers.trained import FPS, FRAMES, HEIGHT, SIZE, WIDTH, save_trained_models
 from tests.helpers.videos import encode_video
 
 pytest.importorskip("gradio")
@@ -49,10 +54,19 @@ def noise(seed, num_frames=12, height=HEIGHT, width=WIDTH):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders of both phases, and coarse.mp4."""
+    """Folders of both phases, coarse.mp4, and a LoRA: loras/style.safetensors."""
     folder = tmp_path_factory.mktemp("models")
     write_video(folder / "coarse.mp4", noise(0), FPS)
-    return save_trained_models(folder)
+    save_trained_models(folder)
+    base = str(folder / "base")
+    lora = LoraWeights.from_config(LoraWeights.config_of(load_transformer(base).config, 3))
+    for parameter in lora.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(4))
+    contract = {"backbone": base, "backbone_sha256": fingerprint_transformer(base), "lora_rank": 3}
+    save_phase(folder / "lora", lora, PhaseContract(phase=1, base_model=base, step=1, **SIZE, **contract))
+    (folder / "loras").mkdir()
+    export_comfyui(folder / "lora", folder / "loras/style.safetensors")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +87,7 @@ def panel(models, free_port, tmp_path_factory):
     folder = tmp_path_factory.mktemp("panel")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", f"{folder}/page")
-        yield load_panel(models, 2, folder, f"--port={free_port}")
+        yield load_panel(models, 2, folder, f"--port={free_port}", f"--lora_dir={models}/loras")
 
 
 def ignore(step, steps, text):
@@ -101,6 +115,29 @@ def test_a_video_is_that_of_the_command_that_the_page_shows(models, panel, tmp_p
     assert Path("out.mp4").read_bytes() == Path(path).read_bytes()
 
 
+def test_a_lora_is_added_for_one_job(models, panel, tmp_path, monkeypatch):
+    coarse = f"{models}/coarse.mp4"
+    plain = prepare_job(panel, FIELDS, [coarse])
+    before = app.generate(panel, plain, ignore)
+    assert app.find_loras(panel.args.lora_dir) == ["style.safetensors"]
+    assert app.chosen_lora(panel, "", 1) is None
+    job = prepare_job(panel, FIELDS, [coarse], app.chosen_lora(panel, "style.safetensors", 0.5))
+    frames = app.generate(panel, job, ignore)
+    assert np.array_equal(app.generate(panel, plain, ignore), before)
+    assert np.abs(frames.astype(int) - before).mean() > 0.5
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(coarse, tmp_path)
+    assert f"--lora {models}/loras/style.safetensors:0.5" in job.command
+    generate.main(shlex.split(job.command)[3:])
+    # Here it is added to the weights, there beside them: the last bits differ.
+    written = read_window("out.mp4", 0.0, FRAMES, FPS, HEIGHT, WIDTH).permute(0, 2, 3, 1).numpy()
+    write_video(tmp_path / "page.mp4", frames, FPS)
+    shown = read_window("page.mp4", 0.0, FRAMES, FPS, HEIGHT, WIDTH).permute(0, 2, 3, 1).numpy()
+    assert np.abs(written.astype(int) - shown).mean() < 0.1
+    with pytest.raises(InputError, match="not in --lora_dir"):
+        app.chosen_lora(panel, "../lora/model.safetensors", 1)
+
+
 def test_phase_1_needs_no_coarse_video(models, tmp_path, monkeypatch):
     (tmp_path / "panel").mkdir()
     panel = load_panel(models, 1, tmp_path / "panel", "--height=48")
@@ -126,9 +163,9 @@ def test_pictures_are_read_as_a_video_at_their_rate(panel, tmp_path):
         Image.fromarray(frame).save(path)
         files.append(str(path))
     job = prepare_job(panel, FIELDS, files[::-1])
-    assert np.array_equal(app.pixels_of(job.control), frames[:5])
+    assert np.array_equal(app.control_pixels(job), frames[:5])
     job = prepare_job(panel, FIELDS | {"sequence_fps": 2 * FPS}, files)
-    assert np.array_equal(app.pixels_of(job.control), frames[::2])
+    assert np.array_equal(app.control_pixels(job), frames[::2])
     assert "--sequence_fps 16" in job.command
     with pytest.raises(InputError, match="are missing: 4"):
         prepare_job(panel, FIELDS, files[:4] + files[5:])
@@ -259,7 +296,7 @@ def test_a_sweep_is_a_grid_of_the_videos_of_each_scale(models, panel):
     title = grid.shape[1] // 2 - HEIGHT
     assert grid.shape == (FRAMES, 2 * (HEIGHT + title), 2 * WIDTH, 3)
     cells = [grid[:, y + title : y + title + HEIGHT, x : x + WIDTH] for y in (0, HEIGHT + title) for x in (0, WIDTH)]
-    assert np.array_equal(cells[0], app.pixels_of(job.control))
+    assert np.array_equal(cells[0], app.control_pixels(job))
     for cell, scale in zip(cells[1:], (0, 0.5, 2)):
         alone = prepare_job(panel, FIELDS | {"conditioning_scale": scale}, [f"{models}/coarse.mp4"])
         assert np.array_equal(cell, app.generate(panel, alone, ignore))

@@ -186,8 +186,12 @@ APP = Command(
         ],
         "videos": [
             *(GENERATE.options[name] for name in ("height", "width")),
-            replace(GENERATE.options["num_frames"], help="most frames of a video, 4k + 1; default: as trained"),
-            *(GENERATE.options[name] for name in ("fps", "flow_shift")),
+            replace(
+                GENERATE.options["num_frames"], help="most frames of a video, 4k + 1; default: as trained", type=FRAMES
+            ),
+            replace(GENERATE.options["fps"], help="frames per second; default: as trained", type=FRAME_RATE),
+            *(GENERATE.options[name] for name in ("window_frames", "window_overlap", "flow_shift")),
+            Option("lora_dir", "folder with LoRAs to choose from on the page", FOLDER),
         ],
         "page": _all_common(
             Option(
