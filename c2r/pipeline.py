@@ -166,8 +166,8 @@ class C2RPipeline(WanPipeline):
         known, _ = cls._get_signature_keys(cls)
         if unknown := sorted(components.keys() - set(known)):
             raise TypeError(
-                f"from_pretrained() does not take {', '.join(unknown)}; it takes torch_dtype, backbone, base, loras, controlnet, "
-                f"{', '.join(known)}"
+                f"from_pretrained() does not take {', '.join(unknown)}; it takes torch_dtype, backbone, base, loras, "
+                f"controlnet, {', '.join(known)}"
             )
         folder = fetch_model(pretrained_model_name_or_path, without=components)
         index = _read_model_index(folder)

@@ -78,9 +78,8 @@ def released_config(path: str | Path, weights: dict[str, torch.Tensor], backbone
     }
     unfit = [f"{name} {shapes[name]}" for name, shape in expected.items() if shapes[name] != shape]
     if unfit or size % 2 == 0:
-        raise InputError(
-            f"{path}: shapes are not those of an adapter: {', '.join(unfit) or kernel}; give another copy"
-        )
+        names = ", ".join(unfit) or f"an even kernel, {kernel}"
+        raise InputError(f"{path}: its shapes are not those of an adapter: {names}; give another copy")
     width = backbone_config["num_attention_heads"] * backbone_config["attention_head_dim"]
     if dim != width:
         raise InputError(

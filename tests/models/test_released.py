@@ -14,31 +14,12 @@ from c2r.models.released import read_released
 from c2r.models.transformer import C2RTransformer
 from c2r.pipeline import C2RPipeline
 from tests.helpers import tiny
-
-DIM = 24
-
-
-def released_tensors(gate_shape=(), dim=DIM):
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=generator)
-
-    return {
-        "temporal_downsample.conv.weight": draw(tiny.FEATURE_DIM, 1, 9, 1, 1),
-        "ln.weight": draw(tiny.FEATURE_DIM),
-        "ln.bias": draw(tiny.FEATURE_DIM),
-        "proj.weight": draw(dim, tiny.FEATURE_DIM),
-        "proj.bias": draw(dim),
-        "gate": torch.full(gate_shape, 0.3),
-    }
+from tests.helpers.released import released_tensors, save_released
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("released") / "adapter.safetensors"
-    save_file(released_tensors(), path)
-    return path
+    return save_released(tmp_path_factory.mktemp("released") / "adapter.safetensors")
 
 
 def expected_tokens(features):
