@@ -836,7 +836,7 @@ MODELS = [
     Mutation(
         "all-control-blocks-are-clones-of-one-block",
         "c2r/models/controlnet.py",
-        "control_block.block.load_state_dict(block.state_dict())",
+        "control_block.block.load_state_dict(whole_state_dict(block))",
         "control_block.block.load_state_dict(transformer.blocks[0].state_dict())",
         f"{CONTROLNET}::test_from_transformer_clones_the_first_blocks_in_fp32",
     ),

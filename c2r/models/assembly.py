@@ -1,10 +1,13 @@
 """Load, check and join the backbone and the control branch.
 
-Weights are only read from safetensors, never from a pickle. User errors (a wrong path, a model of another
+Weights are only read from safetensors and GGUF, never from a pickle. User errors (a wrong path, a model of another
 architecture, a ControlNet of another backbone) raise one `InputError` line, before weights are read where the config
-or the safetensors header is enough to tell.
+or the header of a file is enough to tell.
 """
 
+import hashlib
+import logging
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypeVar
@@ -13,54 +16,37 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin, WanTransformer3DModel
 from pydantic import Field
-from typing_extensions import TypedDict
 
 from c2r import InputError
 from c2r.files import complete_folder, library_errors_as_input, read_json
 from c2r.models.contract import PhaseContract, read_contract, with_moved_models
 from c2r.models.controlnet import C2RControlNet
+from c2r.models.gguf_weights import PLAIN_TYPES, dequantised
 from c2r.models.hub import (
+    GGUF,
     Count,
-    Layers,
     WeightIndex,
     Width,
     fingerprint_files,
     read_config,
     resolve_model_folder,
 )
+from c2r.models.lora import WEIGHTS as LORA_WEIGHTS
+from c2r.models.lora import LoraFile, add_loras
 from c2r.models.parts import freeze
 from c2r.models.transformer import C2RTransformer
+from c2r.models.wan import BlockConfig, read_text_to_video_config, refuse_other_weights
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=ModelMixin)
 
-_Epsilon = Annotated[float, Field(gt=0, lt=1)]
+
+#: Endings of single files that a backbone is read from.
+SINGLE_FILES = (".safetensors", GGUF)
 
 
-class _BlockConfig(TypedDict):
-    """The checked entries that backbone and control branch share."""
-
-    num_layers: Layers
-    num_attention_heads: Count
-    attention_head_dim: Count
-    ffn_dim: Width
-    cross_attn_norm: bool
-    qk_norm: str | None
-    eps: _Epsilon
-
-
-class _TransformerConfig(_BlockConfig):
-    in_channels: Count
-    out_channels: Count
-    text_dim: Width
-    freq_dim: Width
-    patch_size: NotRequired[Annotated[list[Count], Field(min_length=3, max_length=3)]]
-    rope_max_seq_len: NotRequired[Annotated[int, Field(ge=1, le=16_384)]]  # its table is computed, not loaded
-    image_dim: NotRequired[int | None]
-    added_kv_proj_dim: NotRequired[int | None]
-    pos_embed_seq_len: NotRequired[int | None]
-
-
-class _ControlNetConfig(_BlockConfig):
+class _ControlNetConfig(BlockConfig):
     injection_layers: Annotated[list[int], Field(min_length=1, max_length=100)]
     feature_dim: Width
     temporal_stride: NotRequired[Count]
@@ -71,31 +57,63 @@ def load_for_generation(
     backbone: str | Path | None = None,
     torch_dtype: torch.dtype | None = None,
     base: str | Path | None = None,
+    loras: Iterable[LoraFile] = (),
 ) -> tuple[WanTransformer3DModel | C2RTransformer, PhaseContract]:
     """Load the trained model of a phase's best/ or final/, frozen, and its contract.
 
     Args:
         folder: best/ or final/. Phase 1 gives a `WanTransformer3DModel`, phase 2 a `C2RTransformer`.
-        backbone: the backbone of a phase 2 folder, if it was moved since the contract was written.
+        backbone: the backbone of a phase 2 folder, if it was moved since the contract was written, or a quantised copy
+            of it (.gguf, or float8), which cannot be compared with it: a warning is logged.
         torch_dtype: dtype of the weights; None is fp32.
         base: the Wan pipeline that the backbone must fit, if it was moved.
+        loras: added to the backbone.
 
     Raises:
-        InputError: a part is missing, or the backbone is not the one that the ControlNet was trained on.
+        InputError: a part is missing, or the backbone is not the one that the ControlNet or LoRA was trained on.
     """
     contract = read_contract(folder)
     if contract.phase == 1:
-        return freeze(load_transformer(folder, torch_dtype=torch_dtype)), contract
+        if contract.lora_rank is None:
+            return freeze(load_transformer(folder, torch_dtype=torch_dtype, loras=loras)), contract
+        loras = [LoraFile(folder), *loras]
+    named = backbone is not None
     contract = with_moved_models(contract, folder, base_model=base, backbone=backbone)
+    assert contract.backbone is not None  # `PhaseContract` has checked it
+    require_backbone(folder, contract, named)
+    transformer = load_transformer(contract.backbone, contract.base_model, torch_dtype, loras=loras)
+    if contract.phase == 1:
+        return freeze(transformer), contract
+    return freeze(C2RTransformer(transformer, load_controlnet(folder, torch_dtype))), contract
+
+
+def require_backbone(folder: str | Path, contract: PhaseContract, named: bool = False) -> None:
+    """Check by its fingerprint that a contract's backbone is the one that a ControlNet or LoRA was trained on.
+
+    Args:
+        folder: of phase 2 or of a LoRA of phase 1, for messages.
+        contract: of this folder.
+        named: True if a user has named the backbone; it may then be a quantised copy.
+
+    Raises:
+        InputError: it is another one.
+    """
     backbone = contract.backbone
+    path, _ = check_transformer(backbone, contract.base_model)
     found = fingerprint_transformer(backbone, contract.base_model)
-    if found != contract.backbone_sha256:
+    if found == contract.backbone_sha256:
+        return
+    index = WeightIndex(path)
+    has_lora = contract.lora_rank is not None or contract.backbone_base is not None
+    if has_lora or not (named and (index.is_gguf or index.float8)):
         raise InputError(
-            f"{backbone}: not the backbone of {folder}: its fingerprint is {found}, the ControlNet was trained on "
+            f"{backbone}: not the backbone of {folder}: its fingerprint is {found}, it was trained on "
             f"{contract.backbone_sha256}; name that one with --backbone (in Python backbone=)"
         )
-    transformer = load_transformer(backbone, contract.base_model, torch_dtype)
-    return freeze(C2RTransformer(transformer, load_controlnet(folder, torch_dtype))), contract
+    logger.warning(
+        "%s: its weights are quantised, so it cannot be checked that they are those that %s was trained on",
+        *(backbone, folder),
+    )
 
 
 def load_transformer(
@@ -103,22 +121,37 @@ def load_transformer(
     base: str | Path | None = None,
     torch_dtype: torch.dtype | None = None,
     empty: bool = False,
+    loras: Iterable[LoraFile] = (),
 ) -> WanTransformer3DModel:
-    """Load the Wan backbone, in eval mode, its parameters trainable.
+    """Load the Wan backbone, in eval mode, its parameters trainable; that of a .gguf file is frozen.
+
+    Weights in float8 are dequantised, and a warning states what their rounding has changed. A LoRA's folder gives the
+    backbone below it with the LoRA.
 
     Args:
         name_or_path, base: see `check_transformer`.
         torch_dtype: dtype of the weights; None is fp32. With torch.bfloat16 the time embedder, the norms and the
-            modulation tables stay in fp32, as WanTransformer3DModel declares.
+            modulation tables stay in fp32, as WanTransformer3DModel declares. The matrices of a .gguf file stay
+            quantised, and each is dequantised to `torch_dtype` while it is used.
         empty: read no weights and leave the parameters' values undefined, for processes that receive them from the
-            main process. Their memory is not touched, so that it takes no room.
+            main process. Their memory is not touched, so that it takes no room. Not for a .gguf file.
+        loras: added to the weights, each of which is then cast; not to those of a .gguf file.
 
     Raises:
         InputError: see `check_transformer`.
     """
     path, config = check_transformer(name_or_path, base)
     torch_dtype = torch_dtype or torch.float32
-    if path.is_dir() and not empty:
+    index = WeightIndex(path)
+    loras = [*([LoraFile(name_or_path)] if find_lora(name_or_path) else []), *loras]
+    if index.is_gguf:
+        if loras:
+            raise InputError(
+                f"{path}: its weights are quantised, so no LoRA can be added to them; give the bf16, fp16 or fp32 "
+                ".safetensors file"
+            )
+        return _load_quantised(index, config, _transformer_folder(_model_folder(base)), torch_dtype)
+    if path.is_dir() and not (empty or loras or index.is_original or index.float8):
         with library_errors_as_input(path):
             return WanTransformer3DModel.from_pretrained(path, torch_dtype=torch_dtype, use_safetensors=True)
     # Not by from_single_file: in bf16 it would keep no module in fp32, and in fp32 a 14B file would need 57 GB.
@@ -128,9 +161,61 @@ def load_transformer(
     if empty:
         named = ((name, torch.empty(p.shape, dtype=dtype_of(name))) for name, p in transformer.named_parameters())
     else:
-        named = ((name, tensor.to(dtype_of(name))) for name, tensor in WeightIndex(path).tensors())
+        for lora in loras:
+            lora.match(index.shapes())
+        named = ((name, add_loras(name, tensor, loras).to(dtype_of(name))) for name, tensor in index.tensors())
     transformer.load_state_dict(dict(named), assign=True)
+    if index.rounding.count:
+        logger.warning(
+            "%s: %d of %d weights are stored in float8: rounding has changed their entries by about %.1f %%; the bf16 "
+            "or fp16 file of this model has them whole",
+            *(path, index.rounding.count, len(transformer.state_dict()), index.rounding.percent()),
+        )
     return transformer.requires_grad_(True).eval()
+
+
+def _load_quantised(index, config, config_folder, torch_dtype):
+    """Load the transformer of a .gguf file by Diffusers' quantisation, frozen."""
+    from diffusers import GGUFQuantizationConfig  # a placeholder without the package gguf
+
+    # Diffusers gives other modules than Linear, such as norms, their quantised bytes as weights: they are made whole.
+    quantised = _quantised_types(index, config)
+    weights = {name: t if name in quantised else dequantised(t) for name, t in index.tensors()}
+    with library_errors_as_input(index.path):
+        transformer = WanTransformer3DModel.from_single_file(
+            weights,
+            config=str(config_folder),
+            quantization_config=GGUFQuantizationConfig(compute_dtype=torch_dtype),
+            torch_dtype=torch_dtype,
+        )
+    return freeze(transformer)
+
+
+def quantised_types(name_or_path: str | Path, base: str | Path) -> dict[str, str]:
+    """Return {name: type, such as Q4_K} of the weights that stay quantised in memory; only a .gguf file has some.
+
+    Only the file's header is read.
+
+    Raises:
+        InputError: see `check_transformer`.
+    """
+    if not str(name_or_path).endswith(GGUF):
+        return {}
+    path, config = check_transformer(name_or_path, base)
+    return _quantised_types(WeightIndex(path), config)
+
+
+def _quantised_types(index, config):
+    with torch.device("meta"):
+        model = WanTransformer3DModel.from_config(config)
+    matrices = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return {
+        name: type_
+        for name, type_ in index.types().items()
+        if type_ not in PLAIN_TYPES
+        and name in matrices
+        and stored_dtype(model, name, torch.bfloat16) == torch.bfloat16  # not kept in fp32
+    }
 
 
 def stored_dtype(model: torch.nn.Module, name: str, torch_dtype: torch.dtype) -> torch.dtype:
@@ -148,16 +233,23 @@ def load_controlnet(folder: str | Path, torch_dtype: torch.dtype | None = None) 
     return load_own_model(_controlnet_folder(folder), C2RControlNet, _ControlNetConfig, torch_dtype)
 
 
-def check_model(folder: str | Path, contract: PhaseContract, backbone: str | Path | None = None) -> None:
+def check_model(
+    folder: str | Path,
+    contract: PhaseContract,
+    backbone: str | Path | None = None,
+    loras: Iterable[LoraFile] = (),
+) -> None:
     """Check the weights that `load_for_generation` reads by configs and headers; fingerprints are not compared.
 
     Raises:
         InputError: see `load_for_generation`.
     """
+    has_backbone = contract.phase == 2 or contract.lora_rank is not None
+    path, _ = check_transformer((backbone or contract.backbone) if has_backbone else folder, contract.base_model)
+    for lora in [*([LoraFile(folder)] if contract.lora_rank is not None else []), *loras]:
+        lora.match(WeightIndex(path).shapes())
     if contract.phase == 1:
-        check_transformer(folder, contract.base_model)
         return
-    check_transformer(backbone or contract.backbone, contract.base_model)
     check_own_model(_controlnet_folder(folder), C2RControlNet, _ControlNetConfig)
 
 
@@ -169,7 +261,9 @@ def _controlnet_folder(folder):
 
 def check_own_model(folder: Path, model_class: type[ModelMixin], kind: type) -> None:
     """Compare the config of a model of this package with its files' headers, see `load_own_model`."""
-    _require_fitting_weights(folder, model_class, read_config(folder, "_class_name", model_class.__name__, kind))
+    _require_fitting_weights(
+        WeightIndex(folder), model_class, read_config(folder, "_class_name", model_class.__name__, kind)
+    )
 
 
 def load_own_model(
@@ -192,38 +286,87 @@ def load_own_model(
 
 
 def fingerprint_transformer(name_or_path: str | Path, base: str | Path | None = None) -> str:
-    """Return the fingerprint of a backbone's weights, as phase 2 contracts record it; see `check_transformer`."""
-    return fingerprint_files(check_transformer(name_or_path, base)[0])
+    """Return the fingerprint of a backbone's weights, as phase 2 contracts record it.
+
+    That of a LoRA's folder combines those of the LoRA and of the backbone below it: the sums of the two may differ in
+    their last bits between machines.
+
+    Args:
+        name_or_path, base: see `check_transformer`.
+
+    Raises:
+        InputError: see `check_transformer`; or a LoRA or the backbone below it is not the one that its contract names.
+    """
+    sha256 = fingerprint_files(check_transformer(name_or_path, base)[0])
+    lora = find_lora(name_or_path)
+    if lora is None:
+        return sha256
+    if sha256 != lora.backbone_sha256:
+        raise InputError(
+            f"{name_or_path}: its LoRA was trained on the backbone {lora.backbone_sha256}, but the fingerprint of "
+            f"{lora.backbone} is {sha256}; restore that one"
+        )
+    if LoraFile(name_or_path).sha256() != lora.weights_sha256:
+        raise InputError(f"{name_or_path}: its LoRA is not the one that its c2r.json names; copy the folder again")
+    return hashlib.sha256(f"{sha256} {lora.weights_sha256}".encode()).hexdigest()
+
+
+def find_lora(name_or_path: str | Path) -> PhaseContract | None:
+    """Return the contract of a folder in which phase 1 has saved a LoRA; None for any other model.
+
+    Raises:
+        InputError: the folder has a LoRA without a contract that names its backbone.
+    """
+    folder = complete_folder(name_or_path)
+    if not (folder / LORA_WEIGHTS).is_file():
+        return None
+    contract = read_contract(folder)
+    if contract.lora_rank is None:
+        raise InputError(f"{folder}: its c2r.json names no backbone for its LoRA; give best/ or final/ of phase 1")
+    return contract
 
 
 def check_transformer(name_or_path: str | Path, base: str | Path | None = None) -> tuple[Path, dict]:
     """Check a Wan backbone by its config and its files' headers, before any weight is read.
 
     Args:
-        name_or_path: a Diffusers pipeline folder, a transformer folder, best/ or final/ of phase 1, a hub name, or a
-            single .safetensors file with Diffusers' or Wan's original names.
+        name_or_path: a Diffusers pipeline folder, a transformer folder, best/ or final/ of phase 1 (also of a LoRA), a
+            folder in Wan's original layout, a hub name of one of these, or a single .safetensors or .gguf file with
+            Diffusers' or Wan's original names, with or without ComfyUI's prefix.
         base: Wan pipeline, a folder or hub name. A single file takes its config from there. If `base` has a VAE and a
             text encoder, the backbone must fit them.
 
     Returns:
-        folder or file that holds the weights, config.
+        folder or file that holds the weights, for a LoRA those below it; config.
 
     Raises:
         InputError: nothing there, another architecture, or weights that do not fit the config.
     """
+    lora = find_lora(name_or_path)
+    if lora is not None:
+        assert lora.backbone is not None  # `PhaseContract` has checked it
+        found = check_transformer(lora.backbone, base or lora.base_model)
+        LoraFile(name_or_path).match(WeightIndex(found[0]).shapes())
+        return found
     path = Path(name_or_path)
-    if path.suffix == ".safetensors" or path.is_file():
-        if path.suffix != ".safetensors" or not path.is_file():
-            raise InputError(f"{name_or_path}: no such .safetensors file; give one, or a model folder")
+    if path.suffix in SINGLE_FILES or path.is_file():
+        if path.suffix not in SINGLE_FILES or not path.is_file():
+            raise InputError(f"{name_or_path}: no such .safetensors or .gguf file; give one, or a model folder")
         if base is None:
             raise InputError(f"{name_or_path}: a single file has no config; give the Wan pipeline that it belongs to")
         config = read_transformer_config(base)
     else:
         path = complete_folder(path)
-        path = path if path.is_dir() else resolve_model_folder(name_or_path, ["transformer"])
+        if not path.is_dir():
+            path = resolve_model_folder(name_or_path, [])  # its configs tell where the weights are
+            config = read_text_to_video_config(_transformer_folder(path))
+            in_part = (path / "transformer").is_dir()
+            path = resolve_model_folder(name_or_path, ["transformer"] if in_part else None)
         path = _transformer_folder(path)
-        config = _read_text_to_video_config(path)
-    _require_fitting_weights(path, WanTransformer3DModel, config)
+        config = read_text_to_video_config(path)
+    index = WeightIndex(path)
+    refuse_other_weights(path, index.shapes())
+    _require_fitting_weights(index, WanTransformer3DModel, config)
     if base is not None:
         _require_fitting_base(name_or_path, config, base)
     return path, config
@@ -235,10 +378,14 @@ def read_transformer_config(name_or_path: str | Path, base: str | Path | None = 
     Raises:
         InputError: nothing there, or another architecture.
     """
+    lora = find_lora(name_or_path)
+    if lora is not None:
+        assert lora.backbone is not None
+        return read_transformer_config(lora.backbone, base or lora.base_model)
     folder = complete_folder(name_or_path)
     if not folder.is_dir():
-        folder = _model_folder(base if str(name_or_path).endswith(".safetensors") else name_or_path)
-    return _read_text_to_video_config(_transformer_folder(folder))
+        folder = _model_folder(base if str(name_or_path).endswith(SINGLE_FILES) else name_or_path)
+    return read_text_to_video_config(_transformer_folder(folder))
 
 
 def _model_folder(name_or_path):
@@ -251,22 +398,11 @@ def _transformer_folder(folder):
     return folder / "transformer" if (folder / "transformer").is_dir() else folder
 
 
-def _read_text_to_video_config(folder):
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"{folder}: no transformer here; give a Wan 2.1 pipeline folder, or best/ or final/ of phase 1"
-        )
-    config = read_config(folder, "_class_name", "WanTransformer3DModel", _TransformerConfig)
-    if config.get("image_dim") or config.get("added_kv_proj_dim"):
-        raise InputError(f"{folder}: this is an image-to-video model; give a text-to-video one (Wan 2.1 T2V)")
-    return config
-
-
-def _require_fitting_weights(path: Path, model_class: type[ModelMixin], config: dict[str, Any]):
+def _require_fitting_weights(index: WeightIndex, model_class: type[ModelMixin], config: dict[str, Any]):
     """Compare names and shapes in the files' headers with those of a model of this config."""
-    with library_errors_as_input(path), torch.device("meta"):
+    with library_errors_as_input(index.path), torch.device("meta"):
         model = model_class.from_config(config)
-    WeightIndex(path).require_fit(model)
+    index.require_fit(model)
 
 
 def _require_fitting_base(name_or_path, config, base):

@@ -9,6 +9,7 @@ from torch import nn
 
 from c2r import InputError
 from c2r.models.control_adapter import ControlAdapter
+from c2r.models.gguf_weights import whole_state_dict
 
 #: Entries of WanTransformer3DModel's config that control blocks share with the backbone's blocks.
 SHARED_CONFIG = (
@@ -164,6 +165,6 @@ class C2RControlNet(ModelMixin, ConfigMixin):
             return controlnet
         controlnet.control_adapter.reset_parameters()
         for control_block, block in zip(controlnet.control_blocks, transformer.blocks):
-            control_block.block.load_state_dict(block.state_dict())
+            control_block.block.load_state_dict(whole_state_dict(block))
             control_block.reset_projector()
         return controlnet

@@ -23,6 +23,7 @@ from c2r.options.types import (
     FOLDER,
     FRAME_RATE,
     FRAMES,
+    LORA,
     MEMORY,
     MODEL,
     NOT_NEGATIVE,
@@ -32,6 +33,7 @@ from c2r.options.types import (
     SHARE,
     Choice,
     Flag,
+    OrWord,
     Switch,
     Text,
 )
@@ -92,7 +94,11 @@ GENERATE = Command(
                 MODEL,
                 required=True,
             ),
-            Option("backbone", "phase 1 folder that the ControlNet was trained on, if it was moved", FOLDER),
+            Option(
+                "backbone",
+                "backbone that the ControlNet was trained on, if it was moved, or a .gguf or float8 file of it",
+                Text("a folder or file"),
+            ),
             Option(
                 "pretrained_model_name_or_path",
                 "Wan pipeline with VAE, text encoder and scheduler; default: the one of training",
@@ -100,6 +106,14 @@ GENERATE = Command(
             ),
             Option("dinov3", "DINOv3 model; default: the one of training", MODEL),
             Option("dtype", "dtype of the weights; default: bf16 on a GPU, else fp32", Choice(("bf16", "fp32"))),
+            Option(
+                "lora",
+                "LoRA of Wan 2.1 to add to the backbone: a .safetensors file of Diffusers, ComfyUI or musubi-tuner, "
+                "or best/ of train_phase1.py --lora_rank; may be given several times; SCALE is 1 where none is given",
+                LORA,
+                metavar="FILE[:SCALE]",
+                repeatable=True,
+            ),
             Option("cpu_offload", "keep only the model in use on the GPU", Flag(), False),
             Option("vae_tiling", "decode in tiles: less memory, more time", Flag(), False),
             attention_option(ATTENTION_BACKENDS + INFERENCE_BACKENDS),
@@ -123,8 +137,28 @@ GENERATE = Command(
                 Flag(),
                 False,
             ),
-            Option("num_frames", "frames, 4k + 1; default: as trained", FRAMES),
-            Option("fps", "frames per second of the output and of the coarse video; default: as trained", FRAME_RATE),
+            Option(
+                "num_frames",
+                "frames, or all: as many as the coarse video has; default: as trained",
+                OrWord(FRAMES, "all"),
+            ),
+            Option(
+                "fps",
+                "frames per second of the output and of the coarse video, or control: the coarse video's own; "
+                "default: as trained",
+                OrWord(FRAME_RATE, "control"),
+            ),
+            Option(
+                "window_frames",
+                "frames of a window, 4k + 1; a longer video is made of overlapping windows that are denoised "
+                "together; default: as trained",
+                FRAMES,
+            ),
+            Option(
+                "window_overlap",
+                "frames that neighbouring windows share, 4k + 1; default: about a quarter of a window",
+                FRAMES,
+            ),
             Option("seed", "seed of the noise of each video", SEED, 0),
         ),
         "sampling": [
@@ -155,11 +189,9 @@ ENGINES = ("single_gpu", "multi_gpu", "deepspeed_zero2", "deepspeed_zero3", "dee
 _OF_BOTH_PHASES = (
     *("height", "width", "num_frames", "buckets", "train_batch_size", "gradient_accumulation_steps"),
     *("max_train_steps", "mixed_precision", "weight_storage", "optimizer", "ema_decay", "gradient_checkpointing"),
-    *("offload_activations", "ffn_chunks", "step_in_backward", "max_grad_norm"),
+    *("offload_activations", "ffn_chunks", "step_in_backward", "max_grad_norm", "offload_backbone"),
 )
-_OF_PHASE2 = (
-    *("control_layers", "control_stride", "adversarial_weight", "num_samples", "offload_backbone", "fp8_backbone"),
-)
+_OF_PHASE2 = ("control_layers", "control_stride", "adversarial_weight", "num_samples", "fp8_backbone")
 
 
 def _estimate_options():
@@ -173,6 +205,7 @@ def _estimate_options():
                 f"{option.default:g}" if other is None else f"{other.default:g} in phase 1, {option.default:g} in 2"
             )
             yield replace(option, default=None, help=f"{option.help}; default: {default}")
+    yield PHASE1.options["lora_rank"]
 
 
 def _check_estimate(args):
@@ -182,6 +215,8 @@ def _check_estimate(args):
             if value is not None and value is not False:
                 given = name if value is True else f"{name} {value:g}"
                 raise InputError(f"--{given}: phase 1 has no control; leave it out, or give --phase 2")
+    elif args.lora_rank is not None:
+        raise InputError(f"--lora_rank {args.lora_rank}: phase 2 trains no LoRA; leave it out, or give --phase 1")
     if args.engine == "single_gpu" and args.num_processes > 1:
         raise InputError(f"--num_processes {args.num_processes}: --engine single_gpu has one; give another engine")
     if args.measure and args.engine != "single_gpu":
@@ -312,6 +347,26 @@ PREPARE = Command(
         )
     },
     _check_prepare,
+)
+#: Forms that c2r.export writes, each with a function in `c2r.export.FORMATS`.
+EXPORT_FORMATS = ("original", "pipeline")
+EXPORT = _command_of_one_group(
+    "python -m c2r.export",
+    "Write a trained model in a form that other programs read.",
+    Option("model", "best/ or final/ of a phase", FOLDER, required=True),
+    Option(
+        "format",
+        "original: phase 1 as one .safetensors file in Wan's original layout, as ComfyUI and DiffSynth read it; "
+        "pipeline: either phase with all models that it needs, as one Diffusers folder",
+        Choice(EXPORT_FORMATS),
+        required=True,
+    ),
+    Option("output", "file or folder to write", Text("a file or folder"), required=True),
+    Option(
+        "dtype",
+        "dtype of the weights; default: as they are stored, of a pipeline fp32",
+        Choice(("bf16", "fp16", "fp32")),
+    ),
 )
 QUICKSTART = _command_of_one_group(
     "python -m c2r.quickstart",

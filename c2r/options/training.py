@@ -25,7 +25,6 @@ from c2r.options.types import (
     COUNT,
     COUNT_OR_ZERO,
     DURATION,
-    FILE,
     FOLDER,
     NOT_NEGATIVE,
     POSITIVE,
@@ -44,6 +43,13 @@ LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "cons
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 
 DATASET_METAVAR = "FOLDER[:WEIGHT]"
+
+OFFLOAD_BACKBONE = Option(
+    "offload_backbone",
+    "keep the frozen backbone's blocks in the CPU's memory and copy each to the device while it runs",
+    Switch(),
+    False,
+)
 
 
 def _training_groups(phase, before_data, after_data, **defaults):
@@ -122,7 +128,13 @@ def _training_groups(phase, before_data, after_data, **defaults):
             ),
             Option("gradient_accumulation_steps", "micro-steps per optimizer step", COUNT, common=True),
             Option("max_train_steps", "optimizer steps of the run", COUNT, common=True),
-            Option("learning_rate", "learning rate after the warm-up", NOT_NEGATIVE, common=True),
+            Option(
+                "learning_rate",
+                "learning rate after the warm-up"
+                + ("; default: 1e-5, and 1e-4 with --lora_rank" if phase == "1" else ""),
+                NOT_NEGATIVE,
+                common=True,
+            ),
             Option(
                 "lr_scheduler",
                 "learning rate schedule of diffusers.optimization",
@@ -289,7 +301,16 @@ def check_modes(args: Namespace):
             "--step_in_backward: the norm of all gradients, which clipping needs, is known only after the last step; "
             "give --max_grad_norm 0"
         )
-    for option in ("offload_backbone", "fp8_backbone"):  # phase 1 has no frozen backbone
+    if (getattr(args, "dit_path", None) or "").endswith(".gguf"):
+        raise InputError(
+            f"--dit_path {args.dit_path}: the weights of a GGUF file are quantised, which cannot be trained; give the "
+            "bf16, fp16 or fp32 .safetensors file"
+        )
+    if getattr(args, "fp8_backbone", False) and (args.resume_backbone_from or "").endswith(".gguf"):
+        raise InputError(
+            f"--fp8_backbone: the weights of {args.resume_backbone_from} are quantised already; leave it out"
+        )
+    for option in ("offload_backbone", "fp8_backbone"):  # phase 1 does not have both
         if getattr(args, option, False) and args.gradient_checkpointing == "none":
             raise InputError(
                 f"--{option}: with --gradient_checkpointing none the device would hold whole weights of all blocks; "
@@ -303,12 +324,33 @@ def _require_compilable(args):
         "gradient_checkpointing selective": args.gradient_checkpointing == "selective",
         "offload_activations": args.offload_activations,
         f"ffn_chunks {args.ffn_chunks}": args.ffn_chunks > 1,
-        "offload_backbone": getattr(args, "offload_backbone", False),  # phase 1 has no frozen backbone
+        "offload_backbone": args.offload_backbone,
         "fp8_backbone": getattr(args, "fp8_backbone", False),
     }
     for option, given in together.items():
         if given:
             raise InputError(f"--compile: is not tested with --{option}; leave one of them out")
+
+
+def set_learning_rate(args: Namespace):
+    """Set phase 1's learning rate where none is given. Changes `args` in place."""
+    if args.learning_rate is None:
+        # B starts at zero, and the change of a weight is a product of two small matrices.
+        args.learning_rate = 1e-5 if args.lora_rank is None else 1e-4
+
+
+def require_frozen_backbone(args: Namespace):
+    """Raise InputError for an option of phase 1 that needs a frozen backbone."""
+    if args.offload_backbone and args.lora_rank is None:
+        raise InputError(
+            "--offload_backbone: the backbone trains; give --lora_rank, which freezes it, or leave it out"
+        )
+
+
+def _check_phase1(args):
+    set_learning_rate(args)
+    require_frozen_backbone(args)
+    _check_training(args)
 
 
 def _check_phase2(args):
@@ -340,8 +382,9 @@ PHASE1 = Command(
         [
             Option(
                 "dit_path",
-                "single-file DiT (.safetensors) to start from instead of the pipeline's transformer/",
-                FILE,
+                "DiT to start from instead of the pipeline's transformer/: a .safetensors file, or a folder in "
+                "Diffusers' or Wan's own layout",
+                Text("a file or folder"),
                 common=True,
                 on_resume=MUST_NOT_CHANGE,
             )
@@ -350,9 +393,21 @@ PHASE1 = Command(
         train_batch_size=4,
         gradient_accumulation_steps=8,
         max_train_steps=10_000,
-        learning_rate=1e-5,
-    ),
-    _check_training,
+    )
+    | {
+        "LoRA on a frozen backbone": [
+            Option(
+                "lora_rank",
+                "train a LoRA of this rank, such as 64, on the linear layers of all blocks, over the backbone frozen "
+                "in the --mixed_precision: less memory, smaller files; needs peft",
+                COUNT,
+                common=True,
+                on_resume=MUST_NOT_CHANGE,
+            ),
+            OFFLOAD_BACKBONE,
+        ]
+    },
+    _check_phase1,
     partial(preset_options, "1"),
 )
 
@@ -364,7 +419,8 @@ PHASE2 = Command(
         [
             Option(
                 "resume_backbone_from",
-                "frozen backbone: best/ or final/ of phase 1, a Diffusers transformer folder or a .safetensors file",
+                "frozen backbone: best/ or final/ of phase 1, a folder in Diffusers' or Wan's own layout, or a "
+                ".safetensors or .gguf file",
                 Text("a folder or file"),
                 metavar="PATH",
                 required=True,
@@ -402,12 +458,7 @@ PHASE2 = Command(
     )
     | {
         "frozen backbone": [
-            Option(
-                "offload_backbone",
-                "keep the backbone's blocks in the CPU's memory and copy each to the device while it runs",
-                Switch(),
-                False,
-            ),
+            OFFLOAD_BACKBONE,
             Option(
                 "fp8_backbone",
                 "store the matrices of the backbone's blocks in 8 bit; on the toy this changes the gradients by 2 %",

@@ -95,6 +95,20 @@ class Checked:
 
 
 @dataclass(frozen=True)
+class OrWord:
+    """A value of another type, or one word."""
+
+    other: Callable[[str], Any]
+    word: str
+
+    def __call__(self, text: str) -> Any:
+        return text if text == self.word else self.other(text)
+
+    def __str__(self):
+        return f"{self.other}, or {self.word}"
+
+
+@dataclass(frozen=True)
 class Flag:
     """An option without a value: off unless it is given."""
 
@@ -116,6 +130,15 @@ def _duration(text):
         return {"s": 1, "m": 60, "h": 3600}[unit] * POSITIVE(number)
     except (KeyError, ValueError):
         raise ValueError("not a duration; give one such as 90s, 5m or 1h") from None
+
+
+def _lora(text):
+    """Return (path, scale)."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        return (path, ANY_NUMBER(scale)) if colon else (text, 1.0)
+    except ValueError:
+        raise ValueError("its scale is no number; give FILE:SCALE, such as style.safetensors:0.8") from None
 
 
 def _memory(text):
@@ -141,5 +164,6 @@ MODEL = Text("a folder or hub name")
 PIXELS = Checked(check_pixels, "pixels, divisible by 16")
 FRAMES = Checked(check_num_frames, "frames, 4k + 1")
 BUCKET = Checked(parse_bucket, "frames x height x width")
+LORA = Checked(_lora, "a file or folder, and perhaps a scale")
 MEMORY = Checked(_memory, "a size such as 16GB")
 DURATION = Checked(_duration, "a duration such as 90s, 5m or 1h")
