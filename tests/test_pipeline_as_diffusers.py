@@ -178,6 +178,17 @@ def test_of_a_hub_name_only_needed_parts_are_downloaded(saved, loaded, tmp_path,
     assert torch.equal(generate(pipeline, **given), generate(loaded))
 
 
+def test_another_model_of_the_hub_is_refused_before_its_weights_are_downloaded(tmp_path, monkeypatch):
+    def download(name, allow_patterns, ignore_patterns):
+        assert allow_patterns == ["*.json"]
+        (tmp_path / "config.json").write_text("{}")
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    with pytest.raises(InputError, match=r"me/other: has neither c2r\.json nor model_index\.json"):
+        C2RPipeline.from_pretrained("me/other")
+
+
 @pytest.mark.parametrize("keyword", ["custom_pipeline", "trust_remote_code", "use_safetensors", "revision"])
 def test_keywords_that_would_change_what_is_read_are_refused(saved, keyword):
     with pytest.raises(TypeError, match=f"does not take {keyword}"):
