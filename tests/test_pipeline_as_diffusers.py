@@ -532,6 +532,16 @@ def test_several_videos_of_each_prompt_agree_with_single_ones(loaded):
     assert torch.equal(of_embeds, together)
 
 
+def test_frames_of_floats_are_written_as_rounded_bytes(tmp_path):
+    frames = np.random.default_rng(0).random((3, HEIGHT, WIDTH, 3))
+    write_video(tmp_path / "floats.mp4", frames, FPS)
+    write_video(tmp_path / "bytes.mp4", (frames * 255).round().astype(np.uint8), FPS)
+    assert (tmp_path / "floats.mp4").read_bytes() == (tmp_path / "bytes.mp4").read_bytes()
+    for value in (-0.5, 1.5, np.nan):
+        with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
+            write_video(tmp_path / "bad.mp4", np.full_like(frames, value), FPS)
+
+
 def test_output_types(loaded):
     shape = (1, FRAMES, HEIGHT, WIDTH, 3)
     array = generate(loaded, output_type="np")
