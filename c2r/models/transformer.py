@@ -151,7 +151,8 @@ class C2RTransformer(ModelMixin, CacheMixin, AttentionMixin, PeftAdapterMixin):
         """Compile the blocks of both branches, one graph each, with `torch.compile`'s options."""
         # ModelMixin's would also compile the block within each control block.
         self.transformer.compile_repeated_blocks(*args, **compile_options)
-        self.controlnet.compile_repeated_blocks(*args, **compile_options)
+        if self.controlnet.control_blocks:
+            self.controlnet.compile_repeated_blocks(*args, **compile_options)
 
     def forward(
         self,
