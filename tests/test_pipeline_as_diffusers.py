@@ -200,6 +200,19 @@ def test_pipelines_of_other_models_are_refused(saved, tmp_path, entry, value, me
         C2RPipeline.from_pretrained(copy)
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", '{"_class_name": ["WanPipeline"]}', '{"_class_name": "C2RPipeline"']
+)
+@pytest.mark.parametrize("name", ["model_index.json", "c2r.json"])
+def test_damaged_lists_are_one_line(saved, tmp_path, name, content):
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    (copy / name).write_text(content)
+    with pytest.raises(InputError) as error:
+        C2RPipeline.from_pretrained(copy)
+    assert str(copy / name) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("part", ["transformer", "controlnet", "vae", "text_encoder", "dinov3"])
 def test_weights_are_never_read_from_a_pickle(saved, tmp_path, part):
     copy = shutil.copytree(saved, tmp_path / "copy")
@@ -466,6 +479,19 @@ def test_properties_tell_of_the_last_call(loaded):
     assert (loaded.current_timestep, loaded.interrupt, loaded.attention_kwargs) == (None, False, None)
     generate(loaded, guidance_scale=1.0)
     assert not loaded.do_classifier_free_guidance
+
+
+def test_attention_kwargs_reach_the_backbone(loaded):
+    seen = []
+    handle = loaded.transformer.transformer.register_forward_pre_hook(
+        lambda module, args, options: seen.append(options["attention_kwargs"]), with_kwargs=True
+    )
+    try:
+        generate(loaded, attention_kwargs={"scale": 0.5}, num_inference_steps=1)
+    finally:
+        handle.remove()
+    assert seen == [{"scale": 0.5}] * 2
+    assert loaded.attention_kwargs == {"scale": 0.5}
 
 
 def test_several_videos_of_each_prompt_agree_with_single_ones(loaded):
