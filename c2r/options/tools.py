@@ -191,7 +191,7 @@ _OF_BOTH_PHASES = (
     *("max_train_steps", "mixed_precision", "weight_storage", "optimizer", "ema_decay", "gradient_checkpointing"),
     *("offload_activations", "ffn_chunks", "step_in_backward", "max_grad_norm", "offload_backbone"),
 )
-_OF_PHASE2 = ("control_layers", "control_stride", "adversarial_weight", "num_samples", "fp8_backbone")
+_OF_PHASE2 = ("injection", "control_layers", "control_stride", "adversarial_weight", "num_samples", "fp8_backbone")
 
 
 def _estimate_options():
@@ -201,11 +201,15 @@ def _estimate_options():
         if isinstance(option.type, Flag | Switch) or (other is not None and other.default == option.default):
             yield option
         else:
-            default = (
-                f"{option.default:g}" if other is None else f"{other.default:g} in phase 1, {option.default:g} in 2"
-            )
+            default = _text(option.default)
+            if other is not None:
+                default = f"{_text(other.default)} in phase 1, {default} in 2"
             yield replace(option, default=None, help=f"{option.help}; default: {default}")
     yield PHASE1.options["lora_rank"]
+
+
+def _text(value):
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _check_estimate(args):
@@ -213,7 +217,7 @@ def _check_estimate(args):
         for name in _OF_PHASE2:
             value = getattr(args, name)
             if value is not None and value is not False:
-                given = name if value is True else f"{name} {value:g}"
+                given = name if value is True else f"{name} {_text(value)}"
                 raise InputError(f"--{given}: phase 1 has no control; leave it out, or give --phase 2")
     elif args.lora_rank is not None:
         raise InputError(f"--lora_rank {args.lora_rank}: phase 2 trains no LoRA; leave it out, or give --phase 1")

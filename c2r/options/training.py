@@ -468,6 +468,23 @@ PHASE2 = Command(
             ),
         ],
         "control": [
+            Option(
+                "injection",
+                "blocks: ControlNet blocks add residuals after the backbone's blocks; latent: no blocks, the tokens "
+                "of the adapter are added once to the patch-embedded latents, as in the released C2R",
+                Choice(("blocks", "latent")),
+                "blocks",
+                common=True,
+                on_resume=MUST_NOT_CHANGE,
+            ),
+            Option(
+                "resume_controlnet_from",
+                "control weights to start from: best/ or final/ of phase 2, or a file of the released C2R; default: "
+                "clones of the backbone's blocks",
+                Text("a folder or file"),
+                metavar="PATH",
+                on_resume="not used",
+            ),
             Option("control_layers", "number of ControlNet blocks", COUNT, 15, common=True, on_resume=MUST_NOT_CHANGE),
             Option(
                 "control_stride",
