@@ -593,6 +593,21 @@ class C2RPipeline(WanPipeline):
             *(device, dtype),
         )
 
+    def enable_group_offload(self, *args, exclude_modules: str | list[str] | None = None, **options):
+        """Keep groups of layers elsewhere until they run; the arguments are Diffusers'.
+
+        Raises:
+            ValueError: Diffusers would give wrong embeddings.
+        """
+        excluded = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
+        to_disk = options.get("offload_to_disk_path") is not None and options.get("offload_type") == "leaf_level"
+        if to_disk and self.text_encoder is not None and "text_encoder" not in excluded:
+            raise ValueError(
+                "offload_to_disk_path with leaf_level: Diffusers would lose the text encoder's embeddings, which two "
+                'of its layers share; add exclude_modules="text_encoder"'
+            )
+        super().enable_group_offload(*args, exclude_modules=exclude_modules, **options)
+
     @property
     def do_classifier_free_guidance(self) -> bool:
         """True if the last call had text guidance: any scale but 1."""
@@ -627,7 +642,8 @@ class C2RPipeline(WanPipeline):
         timesteps = timestep.to(device).expand(len(noisy_latents))
 
         def predict(name, features, prompt_embeds):
-            with self._cache_context(f"{name} {window.start}", **progress):
+            name = f"{name} {window.start}" + ("" if features is not None else " without control")
+            with self._cache_context(name, **progress):
                 inputs = (noisy_latents, timesteps, conditioning_scale, features, prompt_embeds)
                 return self._predict_velocity(*inputs)
 

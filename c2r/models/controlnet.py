@@ -1,5 +1,7 @@
 """The trainable control branch: adapter, cloned transformer blocks, projectors that start at zero."""
 
+from typing import Any
+
 import torch
 from diffusers import ConfigMixin, ModelMixin, WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
@@ -172,7 +174,7 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         layers = layers_of(injection, control_layers, control_stride, transformer.config.num_layers)
         shared = {name: transformer.config[name] for name in SHARED_CONFIG}
         # By keyword: Diffusers treats positional arguments as defaults, and drops them in `from_config`.
-        own_config = {"injection_layers": layers, "injection": injection}
+        own_config: dict[str, Any] = {"injection_layers": layers, "injection": injection}
         own_config |= {"feature_dim": feature_dim, "temporal_stride": temporal_stride}
         with torch.device("meta"):  # skips the random weights of the clones, 5 billion at 14B
             controlnet = cls(**own_config, **shared)

@@ -94,7 +94,14 @@ def released_config(path: str | Path, weights: dict[str, torch.Tensor], backbone
 
 
 #: Format of the released C2R's videos, for its contract. Source: its inference code
-FORMAT = {"height": 480, "width": 832, "num_frames": 81, "fps": 16.0, "flow_shift": 5.0, "conditioning_scale": 1.0}
+FORMAT: dict[str, Any] = {
+    "height": 480,
+    "width": 832,
+    "num_frames": 81,
+    "fps": 16.0,
+    "flow_shift": 5.0,
+    "conditioning_scale": 1.0,
+}
 
 
 def load_released(path: str | Path, backbone_config: dict) -> C2RControlNet:
