@@ -70,6 +70,12 @@ def guided_velocity(
     return velocity
 
 
+def move_momentum(momentum_buffer: MomentumBuffer | None, device: torch.device) -> None:
+    """Move the running average of APG, if there is one yet, to a device."""
+    if momentum_buffer is not None and isinstance(momentum_buffer.running_average, torch.Tensor):
+        momentum_buffer.running_average = momentum_buffer.running_average.to(device)
+
+
 def is_control_on(step: int, num_steps: int, start: float, end: float) -> bool:
     """Return True if a step lies as a whole between two fractions of the steps, as in Diffusers' ControlNets.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
 from diffusers import AutoencoderKLWan, DiffusionPipeline, SchedulerMixin, WanPipeline, WanTransformer3DModel
@@ -23,7 +24,13 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from c2r import InputError
 from c2r.data.control_video import as_control_frames
 from c2r.files import atomic_folder, read_json
-from c2r.guidance import APG_MOMENTUM, DEFAULT_GUIDANCE_SCALE, guided_velocity, is_control_on
+from c2r.guidance import (
+    APG_MOMENTUM,
+    DEFAULT_GUIDANCE_SCALE,
+    guided_velocity,
+    is_control_on,
+    move_momentum,
+)
 from c2r.models.adversary import WithAdversary
 from c2r.models.assembly import load_controlnet, load_for_generation, load_transformer
 from c2r.models.attention import use_lean_attention
@@ -42,17 +49,12 @@ from c2r.models.contract import (
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.hub import fingerprint_files
 from c2r.models.lora import LoraFile
-from c2r.models.parts import (
-    freeze,
-    load_pipeline_part,
-    load_text_encoder,
-    log_long_prompts,
-)
-from c2r.models.parts import (
-    max_sequence_length as longest_prompt,
-)
+from c2r.models.parts import freeze, load_pipeline_part, load_text_encoder, log_long_prompts
+from c2r.models.parts import max_sequence_length as longest_prompt
+from c2r.models.streaming import stream_frames
 from c2r.models.transformer import C2RTransformer
 from c2r.models.vae import decode_latents
+from c2r.windows import blend_windows, default_overlap, extend_noise, plan_windows
 
 #: Parts that a folder of Diffusers names in its model_index.json, but the transformer.
 BASE_PARTS = ("scheduler", "tokenizer", "vae", "text_encoder")
@@ -291,25 +293,21 @@ class C2RPipeline(WanPipeline):
 
     def _contract_of_folder(self, folder, controlled):
         """Return the contract of a folder of this pipeline's parts, whose paths are relative to the folder."""
-        copied = {entry: getattr(self.contract, entry) for entry in MODEL_ENTRIES}
-        copied = {entry: name for entry, name in copied.items() if name and not os.path.exists(name)}  # hub names
-        fused = ["lora_rank", "backbone_base"]  # the saved backbone has a LoRA in it
+        names = {entry: getattr(self.contract, entry) for entry in MODEL_ENTRIES}
+        of_hub = {entry: name for entry, name in names.items() if name and not os.path.isabs(name)}
+        # The saved backbone has its LoRA in it.
+        changed: dict[str, Any] = {"lora_rank": None, "backbone_base": None}
+        changed |= {"base_model": ".", "flow_shift": _flow_shift(self.scheduler)}
+        changed["copied_from"] = self.contract.copied_from | of_hub
+        if self.dinov3 is not None:
+            changed["dinov3"] = "./dinov3"
+        # Fingerprints change with the dtype.
+        sha256 = fingerprint_files(folder / "transformer")
         if not controlled:
-            fused += ["backbone", "backbone_sha256"]
-        contract = replace(
-            self.contract,
-            phase=2 if controlled else 1,
-            **dict.fromkeys(fused),
-            base_model=".",
-            flow_shift=_flow_shift(self.scheduler),
-            weights_sha256=fingerprint_files(folder / ("controlnet" if controlled else "transformer")),
-            copied_from=self.contract.copied_from | copied,
-        )
-        if controlled:
-            # The fingerprint changes with the dtype.
-            sha256 = fingerprint_files(folder / "transformer")
-            contract = replace(contract, backbone="./transformer", backbone_sha256=sha256)
-        return contract if self.dinov3 is None else replace(contract, dinov3="./dinov3")
+            changed |= {"backbone": None, "backbone_sha256": None}
+            return replace(self.contract, phase=1, weights_sha256=sha256, **changed)
+        changed |= {"backbone": "./transformer", "backbone_sha256": sha256}
+        return replace(self.contract, phase=2, weights_sha256=fingerprint_files(folder / "controlnet"), **changed)
 
     @torch.no_grad()
     def __call__(
@@ -321,6 +319,8 @@ class C2RPipeline(WanPipeline):
         width: int | None = None,
         num_frames: int | None = None,
         fps: float | None = None,
+        window_frames: int | None = None,
+        window_overlap: int | None = None,
         num_inference_steps: int = 50,
         guidance: str = "apg",
         guidance_scale: float | None = None,
@@ -351,6 +351,10 @@ class C2RPipeline(WanPipeline):
             height, width, num_frames: pixels and pixel frames (4k + 1); default: the control video's, else those of
                 training, else 480×832×81. A control video of a path is resized and cropped to them.
             fps: frames per second at which the path of a control video is read; default: of training, else 16.
+            window_frames: pixel frames (4k + 1) of a window, best as many as in training; a longer video is made of
+                overlapping windows that are denoised together, see `c2r.windows`. What grows with its length then is
+                on the CPU. None: one window of num_frames.
+            window_overlap: pixel frames (4k + 1) that neighbouring windows share; None: about a quarter of a window.
             num_inference_steps: steps of the scheduler.
             guidance: "apg" or "cfg", see `c2r.guidance.guided_velocity`.
             guidance_scale: s_t ≥ 0; 1 turns text guidance off, None is DEFAULT_GUIDANCE_SCALE[guidance].
@@ -397,6 +401,7 @@ class C2RPipeline(WanPipeline):
             callback_on_step_end_tensor_inputs,
         )
         self._check_size(num_frames, height, width)
+        windows = self._plan_windows(num_frames, window_frames, window_overlap)
         if guidance not in DEFAULT_GUIDANCE_SCALE:
             raise ValueError(f"guidance is {guidance!r}: it must be one of {', '.join(DEFAULT_GUIDANCE_SCALE)}")
         if guidance_scale is None:
@@ -436,33 +441,39 @@ class C2RPipeline(WanPipeline):
             negative_prompt_embeds = negative_prompt_embeds.to(device, dtype)
             negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_videos_per_prompt, 0)
         control_features = None
+        storage = device if len(windows) == 1 else torch.device("cpu")  # of what grows with the length
         if control_frames is not None:
-            control_features = self.dinov3(control_frames.to(device)).to(dtype)
+            chunk_size = control_frames.shape[1] if len(windows) == 1 else self.dinov3.chunk_size
+            control_features = torch.cat(
+                [self.dinov3(frames.to(device)).to(storage, dtype) for frames in control_frames.split(chunk_size, 1)],
+                dim=1,
+            )
             control_features = control_features.expand(batch_size, *control_features.shape[1:])
             control_features = control_features.repeat_interleave(num_videos_per_prompt, 0)
-            # The control ∅: zero features, which control dropout has trained, not the backbone alone.
-            blank_features = torch.zeros_like(control_features)
 
         # 3. Start from noise.
         batch_size *= num_videos_per_prompt
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self.scheduler.set_timesteps(num_inference_steps, device=storage)
         self.scheduler.set_begin_index(0)
-        latents = self.prepare_latents(
-            batch_size,
-            self.transformer.config.in_channels,
-            height,
-            width,
-            num_frames,
-            torch.float32,
-            device,
-            generator,
-            latents,
-        )
+        if latents is None:
+            # As for a video of one window, so that this is the noise at the start of longer videos too.
+            latents = self.prepare_latents(
+                batch_size,
+                self.transformer.config.in_channels,
+                height,
+                width,
+                min(num_frames, window_frames or num_frames),
+                torch.float32,
+                device,
+                generator,
+            )
+            latents = extend_noise(latents, windows[-1].stop, generator)
+        latents = latents.to(storage, torch.float32)
 
         # 4. Denoise.
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
-        momentum_buffer = MomentumBuffer(APG_MOMENTUM) if guidance == "apg" else None
+        momentum_buffers = [MomentumBuffer(APG_MOMENTUM) if guidance == "apg" else None for _ in windows]
         for step, timestep in enumerate(self.progress_bar(timesteps)):
             if self.interrupt:
                 break
@@ -470,17 +481,14 @@ class C2RPipeline(WanPipeline):
             control_on = control_frames is not None and is_control_on(
                 step, len(timesteps), control_guidance_start, control_guidance_end
             )
-            control, blank = (control_features, blank_features) if control_on else (None, None)
-            predict = partial(
-                self._predict_velocity, latents.to(dtype), timestep.expand(batch_size), conditioning_scale
-            )
-            velocity = guided_velocity(
-                partial(predict, blank, negative_prompt_embeds),
-                partial(predict, control, negative_prompt_embeds),
-                partial(predict, control, prompt_embeds),
-                guidance_scale,
-                control_guidance_scale if control_on else 1,
-                momentum_buffer,
+            scales = (guidance_scale, control_guidance_scale if control_on else 1, conditioning_scale)
+            velocity = blend_windows(
+                windows,
+                lambda number: self._guided_velocity(
+                    *(windows[number], latents, timestep, control_features if control_on else None),  # noqa: B023
+                    *(prompt_embeds, negative_prompt_embeds, scales, momentum_buffers[number]),  # noqa: B023
+                ),
+                like=latents,
             )
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
             if callback_on_step_end is not None:
@@ -498,10 +506,7 @@ class C2RPipeline(WanPipeline):
         self._current_timestep = None
 
         # 5. Decode.
-        if output_type == "latent":
-            frames = latents
-        else:
-            frames = self.video_processor.postprocess_video(decode_latents(self.vae, latents), output_type)
+        frames = latents if output_type == "latent" else self._decode(latents, output_type, len(windows) > 1)
         self.maybe_free_model_hooks()
         return WanPipelineOutput(frames=frames) if return_dict else (frames,)
 
@@ -537,6 +542,36 @@ class C2RPipeline(WanPipeline):
         """True if the last call had text guidance: any scale but 1."""
         return self._guidance_scale != 1
 
+    def _guided_velocity(
+        self, window, latents, timestep, features, prompt_embeds, negative_prompt_embeds, scales, momentum_buffer
+    ):
+        """Return the guided velocity (B, C, T, h, w) fp32 of a window.
+
+        `latents` (B, C, T, h, w) and control `features` (B, F, h, w, Dd) or None are of the whole video, on any
+        device; `scales` are those of text, control and residuals.
+        """
+        device, dtype = prompt_embeds.device, prompt_embeds.dtype
+        noisy_latents = latents[:, :, window.latents].to(device, dtype)
+        control = blank = None
+        if features is not None:
+            control = features[:, window.frames(self.vae_scale_factor_temporal)].to(device)
+            # The control ∅: zero features, which control dropout has trained, not the backbone alone.
+            blank = torch.zeros_like(control)
+        guidance_scale, control_guidance_scale, conditioning_scale = scales
+        timesteps = timestep.to(device).expand(len(noisy_latents))
+        predict = partial(self._predict_velocity, noisy_latents, timesteps, conditioning_scale)
+        move_momentum(momentum_buffer, device)
+        velocity = guided_velocity(
+            partial(predict, blank, negative_prompt_embeds),
+            partial(predict, control, negative_prompt_embeds),
+            partial(predict, control, prompt_embeds),
+            guidance_scale,
+            control_guidance_scale,
+            momentum_buffer,
+        )
+        move_momentum(momentum_buffer, latents.device)
+        return velocity
+
     def _predict_velocity(self, noisy_latents, timesteps, conditioning_scale, control_features, prompt_embeds):
         """Return the velocity (B, C, T, h, w) in fp32, because guidance scales differences of predictions."""
         inputs = [noisy_latents, timesteps, prompt_embeds]
@@ -545,6 +580,30 @@ class C2RPipeline(WanPipeline):
         # Only where given: C2RTransformer's engines call it without.
         more = {} if self._attention_kwargs is None else {"attention_kwargs": self._attention_kwargs}
         return self.transformer(*inputs, **more).sample.float()
+
+    def _decode(self, latents, output_type, streamed):
+        """Return the frames in the form of `output_type`; streamed: a latent frame at a time, on the CPU."""
+        if not streamed:
+            return self.video_processor.postprocess_video(decode_latents(self.vae, latents), output_type)
+        chunks = [
+            self.video_processor.postprocess_video(chunk, output_type)
+            for chunk in stream_frames(self.vae, latents, self._execution_device)
+        ]
+        if output_type == "pil":
+            return [[frame for chunk in video for frame in chunk] for video in zip(*chunks)]
+        return np.concatenate(chunks, 1) if output_type == "np" else torch.cat(chunks, 1)
+
+    def _plan_windows(self, num_frames, window_frames, window_overlap):
+        """Check the sizes of the windows and return them."""
+        stride = self.vae_scale_factor_temporal
+        for name, size in (("window_frames", window_frames), ("window_overlap", window_overlap)):
+            if size is not None and (size < 1 or size % stride != 1):
+                raise ValueError(f"{name} is {size}: it must be a multiple of {stride} plus 1")
+        length = ((window_frames or num_frames) - 1) // stride + 1
+        overlap = default_overlap(length) if window_overlap is None else (window_overlap - 1) // stride + 1
+        if window_overlap is not None and window_overlap >= (window_frames or num_frames):
+            raise ValueError(f"window_overlap is {window_overlap}: it must be below window_frames, {window_frames}")
+        return plan_windows((num_frames - 1) // stride + 1, length, overlap)
 
     def _check_size(self, num_frames, height, width):
         """Refuse sizes that WanPipeline would round, so that the control video would no longer fit."""

@@ -324,22 +324,22 @@ THE_PIPELINE = [
     Mutation(
         "the-momentum-starts-again-at-each-step",
         "c2r/pipeline.py",
-        "                momentum_buffer,\n            )",
-        "                momentum_buffer and MomentumBuffer(APG_MOMENTUM),\n            )",
+        "            momentum_buffer,\n        )",
+        "            momentum_buffer and MomentumBuffer(APG_MOMENTUM),\n        )",
         f"{PIPELINE}::test_apg_keeps_its_momentum_from_step_to_step",
     ),
     Mutation(
         "the-latents-are-in-the-weights-dtype",
         "c2r/pipeline.py",
-        "            torch.float32,\n            device,\n            generator,",
-        "            dtype,\n            device,\n            generator,",
+        "latents.to(storage, torch.float32)",
+        "latents.to(storage, dtype)",
         f"{PIPELINE}::test_half_precision_weights_give_finite_fp32_latents",
     ),
     Mutation(
         "guidance-compares-with-the-backbone-alone",
         "c2r/pipeline.py",
-        "(control_features, blank_features) if control_on",
-        "(control_features, None) if control_on",
+        "blank = torch.zeros_like(control)",
+        "blank = None",
         f"{PIPELINE}::test_each_forward_pass_gets_its_conditions",
     ),
     Mutation(

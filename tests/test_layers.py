@@ -12,7 +12,8 @@ from tests.helpers.source import ROOT, require_none
 LAYERS = (
     (
         *("train_phase1", "train_phase2"),
-        *("c2r.__main__", "c2r.encode", "c2r.estimate", "c2r.generate", "c2r.prepare", "c2r.quickstart", "c2r.study"),
+        *("c2r.__main__", "c2r.encode", "c2r.estimate", "c2r.export", "c2r.generate", "c2r.prepare"),
+        *("c2r.quickstart", "c2r.study"),
     ),
     ("c2r.toy",),
     ("c2r.evaluation",),
@@ -24,13 +25,13 @@ LAYERS = (
     ("c2r.pipeline",),
     ("c2r.data",),
     ("c2r.models",),
-    ("c2r", "c2r.files", "c2r.flow_matching", "c2r.guidance", "c2r.sampler", "c2r.units"),
+    ("c2r", "c2r.files", "c2r.flow_matching", "c2r.guidance", "c2r.sampler", "c2r.units", "c2r.windows"),
 )
 SCRIPTS = ("train_phase1", "train_phase2")
 #: Rooms whose functions take values by name, never the parsed options of a command.
 WITHOUT_OPTIONS = (
     *("c2r.data", "c2r.encoding", "c2r.flow_matching", "c2r.guidance", "c2r.models", "c2r.pipeline"),
-    *("c2r.preparation", "c2r.sampler"),
+    *("c2r.preparation", "c2r.sampler", "c2r.windows"),
 )
 #: Imported before a command has answered --help: they must load within a moment.
 LIGHT = (

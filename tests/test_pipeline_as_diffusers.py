@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -14,12 +15,14 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from diffusers.callbacks import PipelineCallback
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
 from c2r import InputError
 from c2r.data.control_video import as_control_frames
 from c2r.data.video_writer import write_video
 from c2r.generate import main
+from c2r.models import hub
 from c2r.models.assembly import fingerprint_transformer
 from c2r.models.contract import read_contract
 from c2r.models.hub import fingerprint_files
@@ -149,6 +152,28 @@ def test_parts_are_replaced_or_left_out(folder, loaded):
     assert [name for name in (*MODELS, "tokenizer") if getattr(pipeline, name) is None] == [
         *("text_encoder", "transformer", "dinov3", "tokenizer")
     ]
+
+
+def test_of_a_hub_name_only_needed_parts_are_downloaded(saved, loaded, tmp_path, monkeypatch):
+    patterns = []
+
+    def download(name, allow_patterns, ignore_patterns):
+        assert name == "me/street"
+        patterns.append(allow_patterns)
+        names = [str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(saved / name, tmp_path / name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    pipeline = quiet(C2RPipeline.from_pretrained("me/street", text_encoder=None))
+    assert pipeline.text_encoder is None
+    assert not list(tmp_path.glob("text_encoder/*.safetensors"))
+    with torch.no_grad():
+        embeds, negative = loaded.encode_prompt(PROMPT)
+    given = {"prompt": None, "prompt_embeds": embeds, "negative_prompt_embeds": negative}
+    assert torch.equal(generate(pipeline, **given), generate(loaded))
 
 
 @pytest.mark.parametrize("keyword", ["custom_pipeline", "trust_remote_code", "use_safetensors", "revision"])
@@ -284,18 +309,18 @@ class Hub(HTTPServer):
 class _HubHandler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        hub = self.server
+        server = self.server
         if self.path == "/api/repos/create":
-            hub.created = json.loads(body)
-            answer = {"url": f"{hub.address}/me/street", "name": "me/street"}
+            server.created = json.loads(body)
+            answer = {"url": f"{server.address}/me/street", "name": "me/street"}
         elif self.path.endswith("/preupload/main"):
             files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
             answer = {"files": [file | {"shouldIgnore": False} for file in files]}
         elif "/commit/main" in self.path:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
-                    hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            answer = {"commitUrl": f"{hub.address}/me/street/commit/1", "commitOid": "1" * 40}
+                    server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            answer = {"commitUrl": f"{server.address}/me/street/commit/1", "commitOid": "1" * 40}
         else:  # /api/validate-yaml
             answer = {"errors": [], "warnings": []}
         self.answer(answer)
@@ -316,21 +341,21 @@ class _HubHandler(BaseHTTPRequestHandler):
 
 
 def test_an_upload_has_all_files_and_a_card_that_loads_it(loaded, saved, tmp_path, monkeypatch):
-    hub = Hub()
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.address)
+    server = Hub()
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.address)
     try:
         loaded.push_to_hub("me/street", token="hf_none", private=True)
     finally:
-        hub.shutdown()
-        hub.server_close()
-    assert hub.created["private"] is True
-    assert set(hub.files) == {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
-    for name, data in hub.files.items():
+        server.shutdown()
+        server.server_close()
+    assert (server.created["name"], server.created["visibility"]) == ("street", "private")
+    assert set(server.files) == {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
+    for name, data in server.files.items():
         path = tmp_path / "downloaded" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     assert equal_weights(C2RPipeline.from_pretrained(tmp_path / "downloaded"), loaded)
-    assert 'C2RPipeline.from_pretrained("me/street", torch_dtype=torch.bfloat16)' in hub.files["README.md"].decode()
+    assert 'C2RPipeline.from_pretrained("me/street", torch_dtype=torch.bfloat16)' in server.files["README.md"].decode()
 
 
 def test_the_card_tells_of_the_run(saved):
@@ -352,8 +377,6 @@ def test_the_card_tells_of_the_run(saved):
 
 
 def test_the_card_knows_the_licences_of_the_models_of_the_hub(loaded, saved, tmp_path, monkeypatch):
-    from dataclasses import replace
-
     names = {"base_model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "dinov3": "facebook/dinov3-vitb16-pretrain-lvd1689m"}
     monkeypatch.setattr(loaded, "contract", replace(loaded.contract, **names))
     loaded.save_pretrained(tmp_path / "saved")

@@ -7,7 +7,7 @@ from c2r import InputError
 from c2r.generate import main
 from c2r.models.assembly import fingerprint_transformer, load_transformer
 from c2r.models.contract import PhaseContract, save_phase
-from c2r.models.lora import LoraFile, LoraWeights, export_comfyui
+from c2r.models.lora import LoraFile, LoraWeights, save_lora
 from c2r.pipeline import C2RPipeline
 from tests.helpers.tiny import tiny_inputs, tiny_transformer
 from tests.helpers.trained import SIZE, save_trained_models
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
         torch.nn.init.normal_(parameter, std=0.3)
     contract = {"backbone": base, "backbone_sha256": fingerprint_transformer(base), "lora_rank": 3}
     save_phase(folder / "lora", lora, PhaseContract(phase=1, base_model=base, step=1, **SIZE, **contract))
-    export_comfyui(folder / "lora", folder / "comfyui.safetensors")
+    save_lora(folder / "comfyui.safetensors", lora, comfyui=True)
     return folder
 
 

@@ -32,9 +32,9 @@ def find_samples(folder: Path, step: int) -> Path | None:
     """
     if (folder / SAMPLES).is_file():
         return folder / SAMPLES
-    sheets = {int(path.parent.name[5:]): path for path in folder.parent.glob("samples/step-*[0-9]/sheet.png")}
-    steps = [sampled for sampled in sheets if sampled <= step]
-    return sheets[max(steps)] if steps else None
+    sheets = {path.parent.name.removeprefix("step-"): path for path in folder.parent.glob("samples/step-*/sheet.png")}
+    steps = [int(sampled) for sampled in sheets if sampled.isdecimal() and int(sampled) <= step]
+    return sheets[str(max(steps))] if steps else None
 
 
 def model_card(contract: PhaseContract, name: str, has_samples: bool) -> str:

@@ -19,7 +19,7 @@ from c2r.files import parse_json
 #: Names of torch's types by those in a safetensors header.
 FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 #: Other types that a weight may have.
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 _MARKER = "scaled_fp8"
 _SCALES = (".scale_weight", ".weight_scale")
@@ -66,7 +66,7 @@ def split_scales(
     """
     keys = list(keys)
     known = set(keys)
-    described = {}
+    described: dict[str, dict] = {}
     if text := metadata.get("_quantization_metadata"):
         described |= parse_json(text, _Layers, where, extra="allow")["layers"]
     weights, scales = [], {}

@@ -32,6 +32,8 @@ class GGUFFile:
         InputError: the file is damaged, the package gguf is missing, or a type of quantisation is not supported.
     """
 
+    metadata: dict[str, str] = {}  # noqa: RUF012, as a safetensors file has it; none is needed
+
     def __init__(self, path: Path):
         try:
             import gguf
@@ -183,7 +185,9 @@ def quantise_modules(model: torch.nn.Module, types: dict[str, str], compute_dtyp
         kind = gguf.GGMLQuantizationType[type_]
         block, num_bytes = gguf.GGML_QUANT_SIZES[kind]
         quantised = GGUFLinear(linear.in_features, linear.out_features, linear.bias is not None, compute_dtype, "meta")
-        raw = torch.empty(linear.out_features, linear.in_features // block * num_bytes, dtype=torch.uint8, device="meta")
+        raw = torch.empty(
+            linear.out_features, linear.in_features // block * num_bytes, dtype=torch.uint8, device="meta"
+        )
         quantised.weight = GGUFParameter(raw, quant_type=kind)
         quantised.bias = linear.bias
         setattr(parent, attribute, quantised.requires_grad_(False))

@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from c2r import InputError
 from c2r.files import fingerprint_sorted, library_errors_as_input, read_json
-from c2r.models.float8 import FLOAT8, Rounding, dequantise, split_scales
+from c2r.models.float8 import FLOAT8, FLOATS, Rounding, dequantise, split_scales
 from c2r.models.gguf_weights import GGUFFile
 
 #: File names of a model's weights, without suffix: Diffusers' and transformers'.
@@ -203,12 +203,12 @@ class WeightIndex:
         for file in self._find_files():
             if not file.is_file():
                 raise InputError(f"{file}: no such file; copy or download it again")
-            opened = GGUFFile(file) if self.is_gguf else _SafetensorsFile(file)
+            opened: GGUFFile | _SafetensorsFile = GGUFFile(file) if self.is_gguf else _SafetensorsFile(file)
             self._files |= dict.fromkeys(opened.keys(), opened)
-            metadata |= {} if self.is_gguf else opened.metadata
-        weights, scales = list(self._files), {}
+            metadata |= opened.metadata
+        weights, scales = list(self._files), dict[str, str]()
         if not self.is_gguf:
-            weights, scales = split_scales(self.path, self._files, self._dtype, self._read, metadata)
+            weights, scales = split_scales(self.path, weights, self._dtype, self._read, metadata)
         self.is_original = any(key.endswith(ORIGINAL_KEY) for key in weights)
         with library_errors_as_input(self.path):
             self._keys = _diffusers_names(weights) if self.is_original else {key: key for key in weights}
@@ -243,6 +243,10 @@ class WeightIndex:
     def types(self) -> dict[str, str]:
         """Return {name: type in the file}, such as BF16, F8_E4M3 or Q4_K."""
         return {name: self._dtype(key) for name, key in self._keys.items()}
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Return {name: dtype that `tensors` gives it}, fp32 for float8; only of safetensors."""
+        return {name: FLOATS.get(type_, torch.float32) for name, type_ in self.types().items()}
 
     def require_fit(self, model: torch.nn.Module, exactly: bool = True) -> None:
         """Compare names and shapes with those of a model of Diffusers, built without memory on the device "meta".

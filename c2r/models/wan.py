@@ -161,7 +161,7 @@ def _refuse_by_folder(folder):
     if folder.name not in ("transformer", "transformer_2") or not pipeline.is_file():
         return
     index = read_json(pipeline)
-    if index.get("boundary_ratio") is not None or any((index.get("transformer_2") or [None])):
+    if index.get("boundary_ratio") is not None or any(index.get("transformer_2") or [None]):
         _refuse(folder, _PAIR)
     if index.get("expand_timesteps"):
         _refuse(folder, _TI2V)

@@ -87,7 +87,12 @@ GENERATE = Command(
     "Turn a coarse video and a prompt into a real-looking video.",
     {
         "models": _all_common(
-            Option("model", "best/ or final/ of phase 2, or of phase 1 (without control)", FOLDER, required=True),
+            Option(
+                "model",
+                "best/ or final/ of phase 2, or of phase 1 (without control); or a pipeline, by folder or hub name",
+                MODEL,
+                required=True,
+            ),
             Option(
                 "backbone",
                 "backbone that the ControlNet was trained on, if it was moved, or a .gguf or float8 file of it",
@@ -321,6 +326,27 @@ PREPARE = Command(
         )
     },
     _check_prepare,
+)
+#: Forms that c2r.export writes, each with a function in `c2r.export.FORMATS`.
+EXPORT_FORMATS = ("original", "lora", "lora-comfyui", "pipeline")
+EXPORT = _command_of_one_group(
+    "python -m c2r.export",
+    "Write a trained model in a form that other programs read.",
+    Option("model", "best/ or final/ of a phase", FOLDER, required=True),
+    Option(
+        "format",
+        "original: phase 1 as one .safetensors file in Wan's original layout, as ComfyUI and DiffSynth read it, "
+        "with its LoRA if it trained one; lora, lora-comfyui: this LoRA alone, for Diffusers or ComfyUI; "
+        "pipeline: either phase with all models that it needs, as one Diffusers folder",
+        Choice(EXPORT_FORMATS),
+        required=True,
+    ),
+    Option("output", "file or folder to write", Text("a file or folder"), required=True),
+    Option(
+        "dtype",
+        "dtype of the weights; default: as they are stored, of a pipeline fp32",
+        Choice(("bf16", "fp16", "fp32")),
+    ),
 )
 QUICKSTART = _command_of_one_group(
     "python -m c2r.quickstart",

@@ -23,6 +23,7 @@ from c2r.models.assembly import (
     load_controlnet,
     load_for_generation,
     load_transformer,
+    read_transformer_config,
 )
 from c2r.models.contract import PhaseContract, read_contract, save_phase
 from c2r.models.controlnet import C2RControlNet
@@ -30,7 +31,7 @@ from c2r.models.hub import fingerprint_files, resolve_model_folder
 from c2r.models.parts import freeze, load_pipeline_part
 from c2r.models.transformer import C2RTransformer
 from tests.helpers.tiny import FEATURE_DIM, save_tiny_pipeline, tiny_transformer
-from tests.helpers.weight_forms import original_names
+from tests.helpers.weight_forms import original_names, write_form
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -103,6 +104,27 @@ def test_only_the_needed_parts_of_a_hub_model_are_downloaded_and_no_pickle(pipel
     assert args == ("Wan-AI/Wan2.1",)
     assert options["allow_patterns"] == ["*.json", "vae/*"]
     assert {"*.bin", "*.pt", "*.pth"} <= set(options["ignore_patterns"])
+
+
+@pytest.mark.parametrize("form", ["pipeline", "original"])
+def test_a_hub_model_may_have_either_layout(form, pipeline, tmp_path, monkeypatch):
+    """Fetch the configs, which tell where the weights are, then these alone."""
+    if form == "original":
+        write_form("original shards", tmp_path, tiny_transformer())
+    patterns, folder = [], pipeline if form == "pipeline" else tmp_path
+
+    def download(name, allow_patterns, ignore_patterns):
+        assert name == "Wan-AI/Wan2.1"
+        patterns.append(allow_patterns)
+        return folder
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert read_transformer_config("Wan-AI/Wan2.1")["num_layers"] == 4
+    assert patterns == [["*.json"]]
+    assert check_transformer("Wan-AI/Wan2.1", pipeline)[0] == (
+        folder / "transformer" if form == "pipeline" else folder
+    )
+    assert patterns[1:] == [["*.json"], ["*.json", "transformer/*"] if form == "pipeline" else None]
 
 
 @pytest.mark.parametrize(
