@@ -108,9 +108,9 @@ class LoraWeights(ModelMixin, ConfigMixin):
         transformer.add_adapter(config)
         for name, pair in self.pairs().items():
             layer = transformer.get_submodule(name)
-            layer.lora_A["default"], layer.lora_B["default"] = pair["lora_A"], pair["lora_B"]  # type: ignore[index]
+            layer.lora_A["default"], layer.lora_B["default"] = pair["lora_A"], pair["lora_B"]
             # Autocast casts the input. peft would first make an fp32 copy of it, twice as large as the input itself.
-            layer.cast_input_dtype_enabled = False  # type: ignore[assignment]
+            layer.cast_input_dtype_enabled = False
         self.requires_grad_(True)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
