@@ -13,6 +13,7 @@ import logging
 import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ from c2r.options import GENERATE
 logger = logging.getLogger("c2r.generate")  # under python -m, __name__ is "__main__"
 
 if TYPE_CHECKING:
+    import torch
+
     from c2r.models.contract import PhaseContract
     from c2r.models.lora import LoraFile
 
@@ -35,8 +38,11 @@ def name_controls(args: Namespace):
     from c2r.data.control_video import name_control
 
     for i, path in enumerate(args.control_video or []):
+        rate = args.sequence_fps or args.fps
+        if rate == "control" and not Path(path).is_file():
+            raise InputError(f"--fps control: pictures have no rate of their own ({path}); give --sequence_fps too")
         try:
-            args.control_video[i] = name_control(path, args.sequence_fps or args.fps)
+            args.control_video[i] = name_control(path, 1.0 if rate == "control" else rate)
         except InputError as error:
             raise InputError(f"--control_video {error}") from None
 
@@ -48,6 +54,11 @@ def check_options(args: Namespace):
             f"--control_guidance_start {args.control_guidance_start}: not below --control_guidance_end "
             f"{args.control_guidance_end}; lower it, or raise the end"
         )
+    if not args.control_video:
+        if args.num_frames == "all":
+            raise InputError("--num_frames all: needs a --control_video; give one, or a number")
+        if args.fps == "control":
+            raise InputError("--fps control: needs the rate of a --control_video; give one, or a number")
     counts = {len(args.prompt), len(args.control_video or [None])}
     if len(counts - {1}) > 1:
         raise InputError(
@@ -97,7 +108,7 @@ def complete_options(args: Namespace, contract: "PhaseContract"):
     """Take options that were not given from the model's contract. Changes `args` in place.
 
     Raises:
-        InputError: the contract has a value that the option would refuse.
+        InputError: the contract has a value that the option would refuse, or windows would not overlap.
     """
     from c2r.models.contract import DEFAULT_FORMAT
 
@@ -111,6 +122,11 @@ def complete_options(args: Namespace, contract: "PhaseContract"):
     for name, default in (DEFAULT_FORMAT | {"flow_shift": 3.0, "conditioning_scale": 1.0}).items():
         if getattr(args, name) is None:
             setattr(args, name, default)
+    args.window_frames = args.window_frames or contract.num_frames or DEFAULT_FORMAT["num_frames"]
+    if args.window_overlap is not None and args.window_overlap >= args.window_frames:
+        raise InputError(
+            f"--window_overlap {args.window_overlap}: not below --window_frames {args.window_frames}; lower it"
+        )
     args.pretrained_model_name_or_path = args.pretrained_model_name_or_path or contract.base_model
     args.backbone = args.backbone or contract.backbone
     args.dinov3 = args.dinov3 or contract.dinov3
@@ -128,6 +144,57 @@ def follow_control(args: Namespace):
     if not args.control_video:
         raise InputError("--follow_control: needs the shape of a --control_video; give one, or --height and --width")
     args.height, args.width = fitting_size(probe(args.control_video[0]).aspect, args.height * args.width)
+
+
+@dataclass(frozen=True)
+class Length:
+    """Frames and rate of a video."""
+
+    num_frames: int
+    fps: float
+
+    @property
+    def generated(self) -> int:
+        """Frames that are generated, 4k + 1; those beyond num_frames are not written."""
+        return self.num_frames + -(self.num_frames - 1) % 4
+
+
+def length_of(args: Namespace, control: str | None) -> Length:
+    """Return the length of the video that a coarse video gives.
+
+    Raises:
+        InputError: --num_frames is all, and the coarse video hardly changes.
+    """
+    from c2r.data.video import probe
+
+    if control is None:
+        return Length(args.num_frames, args.fps)
+    info = probe(control)
+    fps = info.rate if args.fps == "control" else args.fps
+    if args.num_frames != "all":
+        return Length(args.num_frames, fps)
+    if info.is_frozen_at(fps):
+        raise InputError(f"{control}: hardly changes at --fps {fps:g}; lower it, or give --fps control")
+    return Length(info.frames_at(fps), fps)
+
+
+def describe_windows(num_frames: int, window_frames: int, overlap: int | None, trained: int | None) -> str | None:
+    """Return a line on the length of a video if it is not that of training, else None."""
+    from c2r.windows import default_overlap, plan_windows
+
+    length, total = (window_frames + 3) // 4, (num_frames + 3) // 4
+    latent_overlap = default_overlap(length) if overlap is None else (overlap + 3) // 4
+    windows = plan_windows(total, length, latent_overlap)
+    frames = f"generates {num_frames} frame{'s' * (num_frames > 1)}"
+    if len(windows) > 1:
+        line = f"{frames} in {len(windows)} windows of {window_frames}, overlapping by {4 * latent_overlap - 3}"
+    elif num_frames != trained:
+        line = f"{frames} in one window"
+    else:
+        return None
+    if trained is not None and min(num_frames, window_frames) != trained:
+        line += f"; the model was trained on {trained}"
+    return line
 
 
 def check_files(args: Namespace, contract: "PhaseContract", loras: "Sequence[LoraFile]" = ()):
@@ -154,22 +221,31 @@ def check_files(args: Namespace, contract: "PhaseContract", loras: "Sequence[Lor
                 "--width %d, or --follow_control",
                 *(path, 100 * cropped, args.height, args.width, height, width),
             )
-        if info.is_image and args.num_frames > 1:
+        length = length_of(args, path)
+        if info.is_image and length.num_frames > 1:
             raise InputError(
-                f"--control_video {path}: one picture, but --num_frames is {args.num_frames}; give a video, or the "
+                f"--control_video {path}: one picture, but --num_frames is {length.num_frames}; give a video, or the "
                 "folder of an image sequence"
             )
-        available = info.frames_at(args.fps)
-        if available < args.num_frames:
+        available = info.frames_at(length.fps)
+        if available < length.num_frames:
             raise InputError(
-                f"{path}: gives {available} frames at {args.fps:g} fps, but --num_frames is {args.num_frames}; "
-                "give a longer video, or lower --num_frames"
+                f"{path}: gives {available} frames at {length.fps:g} fps, but --num_frames is {length.num_frames}; "
+                "give a longer video, or lower --num_frames; --num_frames all takes what there is"
             )
     check_model(args.model, contract, args.backbone, loras)
     if args.control_video:
         check_dinov3(args.dinov3, [(args.height, args.width)])
     # Last, because the text encoder is the largest download.
     check_pipeline_parts(args.pretrained_model_name_or_path, [*ENCODERS, "scheduler"])
+
+
+def read_padded(control: str, length: Length, height: int, width: int) -> "torch.Tensor":
+    """Read a coarse video's start, (F, 3, H, W) in [0, 1]; its last frame is repeated where F = 4k + 1 needs more."""
+    from c2r.data.control_video import read_control
+
+    frames = read_control(control, length.num_frames, length.fps, height, width)
+    return frames[[min(n, length.num_frames - 1) for n in range(length.generated)]]
 
 
 def main(argv: list[str] | None = None):
@@ -236,7 +312,8 @@ def main(argv: list[str] | None = None):
         pipeline.to(device)
 
     # 3. Generate.
-    size = {"num_frames": args.num_frames, "height": args.height, "width": args.width}
+    size = {"height": args.height, "width": args.width}
+    windows = {"window_frames": args.window_frames, "window_overlap": args.window_overlap}
     sampling = Sampling(
         num_inference_steps=args.num_inference_steps,
         guidance=args.guidance,
@@ -245,23 +322,33 @@ def main(argv: list[str] | None = None):
         conditioning_scale=args.conditioning_scale,
     )
     for i, output in enumerate(outputs):
-        video = pipeline(
-            control_video=controls[i % len(controls)] if controls else None,
-            fps=args.fps,
+        control = controls[i % len(controls)] if controls else None
+        length = length_of(args, control)
+        if line := describe_windows(length.generated, args.window_frames, args.window_overlap, contract.num_frames):
+            print(line, flush=True)
+        latents = pipeline(
+            control_video=None if control is None else read_padded(control, length, **size),
+            num_frames=length.generated,
             **size,
+            **windows,
             **vars(sampling),
             control_guidance_start=args.control_guidance_start,
             control_guidance_end=args.control_guidance_end,
             generator=torch.Generator().manual_seed(args.seed),  # on CPU: the same noise on every machine
             prompt_embeds=embeds[i % len(embeds)],
             negative_prompt_embeds=negative_embeds,
+            output_type="latent",
             return_dict=False,
-        )[0][0]  # (F, H, W, 3) in [0, 1]
-        if not np.isfinite(video).all():
-            raise InputError(
-                f"{output}: not written, its frames are not finite; check --model and its VAE, or give --dtype fp32"
-            )
-        write_video(output, video, args.fps)
+        )[0]
+        chunks = []
+        for frames in pipeline.stream_frames(latents):  # (1, f, H, W, 3) in [0, 1]
+            if not np.isfinite(frames).all():
+                raise InputError(
+                    f"{output}: not written, its frames are not finite; check --model and its VAE, or give "
+                    "--dtype fp32"
+                )
+            chunks.append((frames[0] * 255).round().astype(np.uint8))
+        write_video(output, np.concatenate(chunks)[: length.num_frames], length.fps)
         print(f"wrote {output}", flush=True)
 
 

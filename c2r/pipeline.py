@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -256,6 +257,34 @@ class C2RPipeline(WanPipeline):
             self._write_folder(folder, repo_id)
             return self._upload_folder(folder, repo_id, token, commit_message, create_pr)
 
+    def enable_group_offload(
+        self,
+        onload_device: torch.device,
+        *args: Any,
+        offload_to_disk_path: str | None = None,
+        exclude_modules: str | list[str] | None = None,
+        **options: Any,
+    ) -> None:
+        """Keep all models off the device but the layers in use, see Diffusers.
+
+        Raises:
+            ValueError: the text encoder would be offloaded to the disk. Diffusers computes other embeddings then,
+                without an error, because its table of tokens belongs to two modules.
+        """
+        excluded = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
+        if offload_to_disk_path is not None and self.text_encoder is not None and "text_encoder" not in excluded:
+            raise ValueError(
+                "offload_to_disk_path: the text encoder would compute other embeddings; give "
+                'exclude_modules="text_encoder", or offload to the CPU'
+            )
+        super().enable_group_offload(
+            onload_device,
+            *args,
+            offload_to_disk_path=offload_to_disk_path,
+            exclude_modules=exclude_modules,
+            **options,
+        )
+
     def _write_folder(self, folder, name):
         """Write the folder of `save_pretrained`; `name` is what the card loads."""
         folder = Path(os.path.realpath(folder))
@@ -267,6 +296,10 @@ class C2RPipeline(WanPipeline):
             raise InputError(
                 f"{folder}: not written, because the transformer has a LoRA; call pipeline.fuse_lora() and then "
                 "pipeline.unload_lora_weights(), or unload it alone"
+            )
+        if getattr(backbone, "hf_quantizer", None) is not None:
+            raise InputError(
+                f"{folder}: not written, because the transformer is quantised; load it unquantised to save it"
             )
         parts = {part: getattr(self, part) for part in BASE_PARTS} | {"transformer": backbone}
         index = {"_class_name": type(self).__name__, "_diffusers_version": diffusers.__version__}
@@ -295,14 +328,15 @@ class C2RPipeline(WanPipeline):
         """Return the contract of a folder of this pipeline's parts, whose paths are relative to the folder."""
         names = {entry: getattr(self.contract, entry) for entry in MODEL_ENTRIES}
         of_hub = {entry: name for entry, name in names.items() if name and not os.path.isabs(name)}
-        # The saved backbone has its LoRA in it.
-        changed: dict[str, Any] = {"lora_rank": None, "backbone_base": None}
-        changed |= {"base_model": ".", "flow_shift": _flow_shift(self.scheduler)}
-        changed["copied_from"] = self.contract.copied_from | of_hub
+        changed: dict[str, Any] = {
+            "base_model": ".",
+            "flow_shift": _flow_shift(self.scheduler),
+            "copied_from": self.contract.copied_from | of_hub,
+            **dict.fromkeys(("lora_rank", "backbone_base")),  # a LoRA of training is fused in the saved backbone
+        }
         if self.dinov3 is not None:
             changed["dinov3"] = "./dinov3"
-        # Fingerprints change with the dtype.
-        sha256 = fingerprint_files(folder / "transformer")
+        sha256 = fingerprint_files(folder / "transformer")  # it changes with the dtype
         if not controlled:
             changed |= {"backbone": None, "backbone_sha256": None}
             return replace(self.contract, phase=1, weights_sha256=sha256, **changed)
@@ -353,7 +387,7 @@ class C2RPipeline(WanPipeline):
             fps: frames per second at which the path of a control video is read; default: of training, else 16.
             window_frames: pixel frames (4k + 1) of a window, best as many as in training; a longer video is made of
                 overlapping windows that are denoised together, see `c2r.windows`. What grows with its length then is
-                on the CPU. None: one window of num_frames.
+                on the CPU. None: those of training, without a contract one window of num_frames.
             window_overlap: pixel frames (4k + 1) that neighbouring windows share; None: about a quarter of a window.
             num_inference_steps: steps of the scheduler.
             guidance: "apg" or "cfg", see `c2r.guidance.guided_velocity`.
@@ -401,6 +435,8 @@ class C2RPipeline(WanPipeline):
             callback_on_step_end_tensor_inputs,
         )
         self._check_size(num_frames, height, width)
+        if window_frames is None and self.contract is not None:
+            window_frames = self.contract.format["num_frames"]
         windows = self._plan_windows(num_frames, window_frames, window_overlap)
         if guidance not in DEFAULT_GUIDANCE_SCALE:
             raise ValueError(f"guidance is {guidance!r}: it must be one of {', '.join(DEFAULT_GUIDANCE_SCALE)}")
@@ -482,11 +518,13 @@ class C2RPipeline(WanPipeline):
                 step, len(timesteps), control_guidance_start, control_guidance_end
             )
             scales = (guidance_scale, control_guidance_scale if control_on else 1, conditioning_scale)
+            progress = {"step_index": step, "num_inference_steps": len(timesteps)}
+            progress["sigma"] = float(timestep) / self.scheduler.config.num_train_timesteps
             velocity = blend_windows(
                 windows,
                 lambda number: self._guided_velocity(
                     *(windows[number], latents, timestep, control_features if control_on else None),  # noqa: B023
-                    *(prompt_embeds, negative_prompt_embeds, scales, momentum_buffers[number]),  # noqa: B023
+                    *(prompt_embeds, negative_prompt_embeds, scales, momentum_buffers[number], progress),  # noqa: B023
                 ),
                 like=latents,
             )
@@ -543,12 +581,22 @@ class C2RPipeline(WanPipeline):
         return self._guidance_scale != 1
 
     def _guided_velocity(
-        self, window, latents, timestep, features, prompt_embeds, negative_prompt_embeds, scales, momentum_buffer
+        self,
+        window,
+        latents,
+        timestep,
+        features,
+        prompt_embeds,
+        negative_prompt_embeds,
+        scales,
+        momentum_buffer,
+        progress,
     ):
         """Return the guided velocity (B, C, T, h, w) fp32 of a window.
 
         `latents` (B, C, T, h, w) and control `features` (B, F, h, w, Dd) or None are of the whole video, on any
-        device; `scales` are those of text, control and residuals.
+        device; `scales` are those of text, control and residuals; `progress` is for Diffusers' caches, which need a
+        context for each pass of each window.
         """
         device, dtype = prompt_embeds.device, prompt_embeds.dtype
         noisy_latents = latents[:, :, window.latents].to(device, dtype)
@@ -559,18 +607,28 @@ class C2RPipeline(WanPipeline):
             blank = torch.zeros_like(control)
         guidance_scale, control_guidance_scale, conditioning_scale = scales
         timesteps = timestep.to(device).expand(len(noisy_latents))
-        predict = partial(self._predict_velocity, noisy_latents, timesteps, conditioning_scale)
+
+        def predict(name, features, prompt_embeds):
+            with self._cache_context(f"{name} {window.start}", **progress):
+                inputs = (noisy_latents, timesteps, conditioning_scale, features, prompt_embeds)
+                return self._predict_velocity(*inputs)
+
         move_momentum(momentum_buffer, device)
         velocity = guided_velocity(
-            partial(predict, blank, negative_prompt_embeds),
-            partial(predict, control, negative_prompt_embeds),
-            partial(predict, control, prompt_embeds),
+            partial(predict, "unconditional", blank, negative_prompt_embeds),
+            partial(predict, "control", control, negative_prompt_embeds),
+            partial(predict, "both", control, prompt_embeds),
             guidance_scale,
             control_guidance_scale,
             momentum_buffer,
         )
         move_momentum(momentum_buffer, latents.device)
         return velocity
+
+    def _cache_context(self, name, **progress):
+        # A model wrapped for training has no caches.
+        cache_context = getattr(self.transformer, "cache_context", None)
+        return nullcontext() if cache_context is None else cache_context(name, **progress)
 
     def _predict_velocity(self, noisy_latents, timesteps, conditioning_scale, control_features, prompt_embeds):
         """Return the velocity (B, C, T, h, w) in fp32, because guidance scales differences of predictions."""
@@ -585,13 +643,26 @@ class C2RPipeline(WanPipeline):
         """Return the frames in the form of `output_type`; streamed: a latent frame at a time, on the CPU."""
         if not streamed:
             return self.video_processor.postprocess_video(decode_latents(self.vae, latents), output_type)
-        chunks = [
-            self.video_processor.postprocess_video(chunk, output_type)
-            for chunk in stream_frames(self.vae, latents, self._execution_device)
-        ]
+        chunks = list(self.stream_frames(latents, output_type))
         if output_type == "pil":
             return [[frame for chunk in video for frame in chunk] for video in zip(*chunks)]
         return np.concatenate(chunks, 1) if output_type == "np" else torch.cat(chunks, 1)
+
+    def stream_frames(self, latents: torch.Tensor, output_type: str = "np") -> Iterator[Any]:
+        """Decode the latents of `output_type="latent"`, and yield frames as soon as they are decoded.
+
+        Neither the device nor the host then holds all frames of a long video, see `c2r.models.streaming`.
+
+        Args:
+            latents: (B, C, T, h, w) on any device.
+            output_type: "np", "pt" or "pil", see `__call__`.
+
+        Yields:
+            the frames of a latent frame: one of the first, four of each of the others.
+        """
+        for pixel_values in stream_frames(self.vae, latents, self._execution_device):
+            yield self.video_processor.postprocess_video(pixel_values, output_type)
+        self.maybe_free_model_hooks()
 
     def _plan_windows(self, num_frames, window_frames, window_overlap):
         """Check the sizes of the windows and return them."""

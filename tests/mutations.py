@@ -42,6 +42,7 @@ ADAPTER = "tests/models/test_control_adapter.py"
 CONTROLNET = "tests/models/test_controlnet.py"
 CONTEXT_PARALLEL = "tests/models/test_context_parallel.py"
 TRANSFORMER = "tests/models/test_transformer.py"
+SWITCHES = "tests/models/test_switches.py"
 OFFLOADING = "tests/models/test_offloading.py"
 ADVERSARY = "tests/models/test_adversary.py"
 DINOV3 = "tests/models/test_dinov3.py"
@@ -671,11 +672,40 @@ MODELS = [
         f"{TRANSFORMER}::test_train_leaves_the_backbone_in_eval_mode",
     ),
     Mutation(
-        "patches-are-put-together-in-another-order",
+        "the-backbones-forward-is-called-without-its-hooks",
         "c2r/models/transformer.py",
-        "(pt ph pw c) -> b c",
-        "(pt pw ph c) -> b c",
-        f"{TRANSFORMER}::test_fresh_control_keeps_the_backbones_output_bit_for_bit",
+        "(velocity_pred,) = self.transformer(\n",
+        "(velocity_pred,) = type(self.transformer).forward(\n                self.transformer,\n",
+        f"{SWITCHES}::test_sequential_offload_reaches_every_parameter",
+    ),
+    Mutation(
+        "control-is-added-outside-of-a-cache",
+        "c2r/models/transformer.py",
+        "            HookRegistry.check_if_exists_or_initialize(block).register_hook(hook, _STEERING_HOOK)\n",
+        "",
+        f"{SWITCHES}::test_a_cache_keeps_what_it_stands_for_with_control",
+    ),
+    Mutation(
+        "passes-of-guidance-share-a-state",
+        "c2r/models/transformer.py",
+        "hook.state = _StateOfContext(hook.states)",
+        "pass",
+        f"{SWITCHES}::test_passes_of_guidance_do_not_mix",
+    ),
+    Mutation(
+        "block-level-offloading-sees-no-blocks",
+        "c2r/models/transformer.py",
+        '_group_offload_block_modules = ["transformer", "controlnet", "control_adapter"]',
+        "_group_offload_block_modules = []",
+        f"{SWITCHES}::test_block_level_offload_holds_one_block_at_a_time",
+    ),
+    Mutation(
+        "fused-projections-are-not-used",
+        "c2r/models/attention.py",
+        "query, key, value = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)",
+        "context = hidden_states if is_self_attention else encoder_hidden_states\n"
+        "        query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)",
+        f"{SWITCHES}::test_fused_projections_change_nothing",
     ),
     Mutation(
         "gradients-of-shared-clips-are-averaged-over-their-parts",

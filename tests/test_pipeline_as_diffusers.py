@@ -6,6 +6,7 @@ import re
 import shutil
 import threading
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline
+from accelerate import cpu_offload
+from diffusers import FirstBlockCacheConfig, WanPipeline
 from diffusers.callbacks import PipelineCallback
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
@@ -198,6 +200,19 @@ def test_pipelines_of_other_models_are_refused(saved, tmp_path, entry, value, me
     (copy / "model_index.json").write_text(json.dumps(index | {entry: value}))
     with pytest.raises(InputError, match=message):
         C2RPipeline.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", '{"_class_name": ["WanPipeline"]}', '{"_class_name": "C2RPipeline"']
+)
+@pytest.mark.parametrize("name", ["model_index.json", "c2r.json"])
+def test_damaged_lists_are_one_line(saved, tmp_path, name, content):
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    (copy / name).write_text(content)
+    with pytest.raises(InputError) as error:
+        C2RPipeline.from_pretrained(copy)
+    assert str(copy / name) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("part", ["transformer", "controlnet", "vae", "text_encoder", "dinov3"])
@@ -468,6 +483,19 @@ def test_properties_tell_of_the_last_call(loaded):
     assert not loaded.do_classifier_free_guidance
 
 
+def test_attention_kwargs_reach_the_backbone(loaded):
+    seen = []
+    handle = loaded.transformer.transformer.register_forward_pre_hook(
+        lambda module, args, options: seen.append(options["attention_kwargs"]), with_kwargs=True
+    )
+    try:
+        generate(loaded, attention_kwargs={"scale": 0.5}, num_inference_steps=1)
+    finally:
+        handle.remove()
+    assert seen == [{"scale": 0.5}] * 2
+    assert loaded.attention_kwargs == {"scale": 0.5}
+
+
 def test_several_videos_of_each_prompt_agree_with_single_ones(loaded):
     prompts, videos = ["rain", "a red brick street"], [control_video(0), control_video(1)]
     generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
@@ -522,6 +550,46 @@ def test_prompts_are_encoded_alike_alone_and_in_a_call(loaded):
 def test_offloading_knows_all_models_of_the_pipeline(loaded):
     modules = {name for name, part in loaded.components.items() if isinstance(part, torch.nn.Module)}
     assert set(C2RPipeline.model_cpu_offload_seq.split("->")) == modules == set(MODELS)
+
+
+def sequential_offload(pipeline, folder):
+    # As enable_sequential_cpu_offload does, whose device "cpu:0" accelerate takes for another one than "cpu".
+    for model in pipeline.components.values():
+        if isinstance(model, torch.nn.Module):
+            cpu_offload(model, "cpu", offload_buffers=len(model._parameters) > 0)
+
+
+def group_offload(pipeline, folder, kind="leaf_level", **options):
+    cpu = torch.device("cpu")
+    pipeline.enable_group_offload(cpu, offload_device=cpu, offload_type=kind, **options)
+
+
+SWITCHES = {
+    "model offload": lambda pipeline, folder: pipeline.enable_model_cpu_offload(device="cpu"),
+    "sequential offload": sequential_offload,
+    "group offload of leaves": group_offload,
+    "group offload of blocks": partial(group_offload, kind="block_level", num_blocks_per_group=1),
+    "first block cache": lambda pipeline, folder: pipeline.transformer.enable_cache(FirstBlockCacheConfig(0.0)),
+    "tiled and sliced VAE": lambda pipeline, folder: (pipeline.vae.enable_tiling(), pipeline.vae.enable_slicing()),
+    "attention backend": lambda pipeline, folder: pipeline.transformer.set_attention_backend("_native_math"),
+    "group offload to disk": lambda pipeline, folder: group_offload(
+        pipeline, folder, offload_to_disk_path=str(folder), exclude_modules="text_encoder"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_switches_of_diffusers_leave_the_video_as_it_is(saved, loaded, tmp_path, name):
+    pipeline = quiet(C2RPipeline.from_pretrained(saved))
+    SWITCHES[name](pipeline, tmp_path)
+    for _ in range(2):
+        frames = generate(pipeline, output_type="pt")
+        torch.testing.assert_close(frames, generate(loaded, output_type="pt"), rtol=0, atol=1e-3)
+
+
+def test_offloading_the_text_encoder_to_disk_is_refused(loaded, tmp_path):
+    with pytest.raises(ValueError, match='other embeddings; give exclude_modules="text_encoder"'):
+        group_offload(loaded, tmp_path, offload_to_disk_path=str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------------- control video

@@ -15,7 +15,6 @@ from torch import nn
 from typing_extensions import TypedDict
 
 from c2r import flow_matching
-from c2r.models.checkpointing import run_checkpointed
 from c2r.models.hub import Count
 from c2r.models.transformer import C2RTransformer
 
@@ -177,7 +176,7 @@ class WithAdversary(nn.Module):
         """Return the parameters that phase 2 optimizes, the classifier's last."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] = run_checkpointed):
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None):
         """See `C2RTransformer.enable_gradient_checkpointing`."""
         self.model.enable_gradient_checkpointing(gradient_checkpointing_func)
 
@@ -188,6 +187,10 @@ class WithAdversary(nn.Module):
     def compile_repeated_blocks(self, **compile_options):
         """See `C2RTransformer.compile_repeated_blocks`."""
         self.model.compile_repeated_blocks(**compile_options)
+
+    def cache_context(self, name: str, **place: Any):
+        """See Diffusers' `CacheMixin.cache_context`."""
+        return self.model.cache_context(name, **place)
 
     def forward(
         self,

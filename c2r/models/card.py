@@ -74,13 +74,13 @@ def model_card(contract: PhaseContract, name: str, has_samples: bool) -> str:
 
 
 def _what_it_is(contract, base):
-    base = f"[{base}](https://huggingface.co/{base})" if base else "a Wan 2.1 pipeline of the trainer's disk"
-    tasks = {
-        1: "adapted to real footage. It turns a prompt into a video.",
-        2: "with a control branch: it turns a coarse 3D rendering and a prompt into a real-looking video.",
+    base = f"[{base}](https://huggingface.co/{base})" if base else "Wan 2.1"
+    does = {
+        1: f"{base}, adapted to real footage: it turns a prompt into a video.",
+        2: f"{base} with a control branch: it turns a coarse 3D rendering and a prompt into a real-looking video.",
     }
     return (
-        f"{base}, {tasks[contract.phase]} Trained by C2R {contract.version}, after "
+        f"{does[contract.phase]} Trained by C2R {contract.version}, after "
         "[Coarse-to-Real](https://arxiv.org/abs/2601.22301)."
     )
 

@@ -32,7 +32,7 @@ def stream_frames(vae: AutoencoderKLWan, latents: torch.Tensor, device: torch.de
     ratio = vae.spatial_compression_ratio
     tile_height, tile_width = vae.tile_sample_min_height // ratio, vae.tile_sample_min_width // ratio
     if not vae.use_tiling or (latents.shape[-2] <= tile_height and latents.shape[-1] <= tile_width):
-        yield from _stream(vae, latents, device)
+        yield from (frames.clamp(-1, 1) for frames in _stream(vae, latents, device))
         return
     rows = [
         [
@@ -41,7 +41,7 @@ def stream_frames(vae: AutoencoderKLWan, latents: torch.Tensor, device: torch.de
         ]
         for top in range(0, latents.shape[-2], vae.tile_sample_stride_height // ratio)
     ]
-    yield _blend_tiles(vae, rows)[..., : latents.shape[-2] * ratio, : latents.shape[-1] * ratio]
+    yield _blend_tiles(vae, rows)[..., : latents.shape[-2] * ratio, : latents.shape[-1] * ratio].clamp(-1, 1)
 
 
 def _stream(vae, latents, device):
@@ -57,10 +57,9 @@ def _stream(vae, latents, device):
 @apply_forward_hook  # an offloaded VAE comes to the device
 def _decode_next(vae, latents, is_first):
     vae._conv_idx = [0]
-    decoded = vae.decoder(
+    return vae.decoder(
         vae.post_quant_conv(latents), feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=is_first
     )
-    return decoded.clamp(-1, 1)
 
 
 def _blend_tiles(vae, rows):

@@ -50,7 +50,7 @@ class C2RTransformer(ModelMixin, CacheMixin, AttentionMixin, PeftAdapterMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["WanTransformerBlock", "C2RControlBlock"]  # noqa: RUF012 (here and below: Diffusers' types)
     _repeated_blocks = ["WanTransformerBlock", "C2RControlBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules = sorted(  # noqa: RUF012
+    _keep_in_fp32_modules = sorted(
         {*WanTransformer3DModel._keep_in_fp32_modules, *C2RControlNet._keep_in_fp32_modules}
     )
     _skip_layerwise_casting_patterns = [  # noqa: RUF012
@@ -198,6 +198,7 @@ class C2RTransformer(ModelMixin, CacheMixin, AttentionMixin, PeftAdapterMixin):
             (velocity_pred,) = self.transformer(
                 noisy_latents, timesteps, prompt_embeds, return_dict=False, attention_kwargs=attention_kwargs
             )
+        velocity_pred = velocity_pred.clone()  # the backbone's output is a view, of which FSDP2 warns
         return Transformer2DModelOutput(sample=velocity_pred) if return_dict else (velocity_pred,)
 
     def _run_block(self, block, hidden_states, *shared):
@@ -226,7 +227,7 @@ class C2RTransformer(ModelMixin, CacheMixin, AttentionMixin, PeftAdapterMixin):
                 "gradient checkpointing was enabled on the backbone: call enable_gradient_checkpointing of the joined "
                 "model instead"
             )
-        hooks = _hooks(self.transformer.blocks[0])
+        hooks = _hooks(self.transformer) | _hooks(self.transformer.blocks[0])
         if _STEERING_HOOK not in hooks and any(hook._is_stateful for hook in hooks.values()):
             raise ValueError("a cache was enabled on the backbone: call enable_cache of the joined model instead")
 
@@ -260,10 +261,11 @@ class C2RTransformer(ModelMixin, CacheMixin, AttentionMixin, PeftAdapterMixin):
             # Before the cache's hooks, which then enclose it.
             hook = _SteeringHook(self.transformer.blocks, index)
             HookRegistry.check_if_exists_or_initialize(block).register_hook(hook, _STEERING_HOOK)
+        others = self._hooks_of_layers()
         try:
             self.transformer.enable_cache(config)
-            caching = [hook for module in self.transformer.children() for hook in _stateful_hooks(module)]
-            if not caching:
+            hooks = self._hooks_of_layers() - others
+            if not hooks:
                 raise ValueError(
                     f"{name}: it finds no layer of Wan to act on, so it would change nothing; name layers in its "
                     "config, or use another cache"
@@ -272,7 +274,7 @@ class C2RTransformer(ModelMixin, CacheMixin, AttentionMixin, PeftAdapterMixin):
             self.disable_cache()
             raise
         if isinstance(config, PyramidAttentionBroadcastConfig):
-            for hook in caching:
+            for hook in hooks:
                 hook.states = StateManager(PyramidAttentionBroadcastState)
                 hook.state = _StateOfContext(hook.states)
         HookRegistry.check_if_exists_or_initialize(self).invalidate_child_registries_cache()
@@ -284,6 +286,9 @@ class C2RTransformer(ModelMixin, CacheMixin, AttentionMixin, PeftAdapterMixin):
         registry = HookRegistry.check_if_exists_or_initialize(self)
         registry.remove_hook(_STEERING_HOOK, recurse=True)
         registry.invalidate_child_registries_cache()
+
+    def _hooks_of_layers(self):
+        return {hook for part in self.transformer.children() for m in part.modules() for hook in _hooks(m).values()}
 
     # ---------------------------------------------------------------------------------------------- PEFT adapters
 
@@ -316,7 +321,7 @@ for _name, _method in vars(PeftAdapterMixin).items():
 
 
 class _Steering:
-    """What one forward adds to the backbone's blocks. At most one residual is alive."""
+    """Runs the control blocks of one forward, so that at most one residual is alive."""
 
     def __init__(self, run_block, control_blocks, control_hidden_states, conditioning_scale):
         self.run_block = run_block
@@ -396,10 +401,6 @@ def _hooks(module):
     """Return Diffusers' hooks of a module by name."""
     registry = getattr(module, "_diffusers_hook", None)
     return {} if registry is None else registry.hooks
-
-
-def _stateful_hooks(module):
-    return [hook for part in module.modules() for hook in _hooks(part).values() if hook._is_stateful]
 
 
 def add_residual(

@@ -33,6 +33,7 @@ from c2r.options.types import (
     SHARE,
     Choice,
     Flag,
+    OrWord,
     Switch,
     Text,
 )
@@ -136,8 +137,28 @@ GENERATE = Command(
                 Flag(),
                 False,
             ),
-            Option("num_frames", "frames, 4k + 1; default: as trained", FRAMES),
-            Option("fps", "frames per second of the output and of the coarse video; default: as trained", FRAME_RATE),
+            Option(
+                "num_frames",
+                "frames, or all: as many as the coarse video has; default: as trained",
+                OrWord(FRAMES, "all"),
+            ),
+            Option(
+                "fps",
+                "frames per second of the output and of the coarse video, or control: the coarse video's own; "
+                "default: as trained",
+                OrWord(FRAME_RATE, "control"),
+            ),
+            Option(
+                "window_frames",
+                "frames of a window, 4k + 1; a longer video is made of overlapping windows that are denoised "
+                "together; default: as trained",
+                FRAMES,
+            ),
+            Option(
+                "window_overlap",
+                "frames that neighbouring windows share, 4k + 1; default: about a quarter of a window",
+                FRAMES,
+            ),
             Option("seed", "seed of the noise of each video", SEED, 0),
         ),
         "sampling": [

@@ -95,6 +95,20 @@ class Checked:
 
 
 @dataclass(frozen=True)
+class OrWord:
+    """A value of another type, or one word."""
+
+    other: Callable[[str], Any]
+    word: str
+
+    def __call__(self, text: str) -> Any:
+        return text if text == self.word else self.other(text)
+
+    def __str__(self):
+        return f"{self.other}, or {self.word}"
+
+
+@dataclass(frozen=True)
 class Flag:
     """An option without a value: off unless it is given."""
 
