@@ -200,6 +200,10 @@ _MATRICES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "
 _DIFFERENCES = {"diff": "weight", "diff_b": "bias", "diff_m": "scale_shift_table"}
 
 
+#: Types of a file's tensors; in others a tensor might need a scale that is not known here.
+FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
 @dataclass
 class _Change:
     """The keys of a file that change one parameter."""
@@ -240,7 +244,13 @@ class LoraFile:
             raise InputError(
                 f"{self.path}: cannot be read as safetensors ({error}); copy or download it again"
             ) from None
-        self._shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118
+        slices = {key: self._file.get_slice(key) for key in self._file.keys()}  # noqa: SIM118
+        self._shapes = {key: tuple(one.get_shape()) for key, one in slices.items()}
+        other = {one.get_dtype() for one in slices.values()} - FLOATS
+        if other:
+            raise InputError(
+                f"{self.path}: has tensors in {', '.join(sorted(other))}; give a LoRA in bf16, fp16 or fp32"
+            )
         self._changes: dict[str, _Change] = {}
         self._alpha = self._metadata_alpha()
 

@@ -229,6 +229,7 @@ def test_refuses_what_does_not_belong_to_the_backbone(weights, trained, tmp_path
     assert "of rank 25" in refusal({key: torch.zeros(25, 24), up: torch.zeros(24, 25)})
     assert "twice" in refusal({key.replace("lora_A", "lora_down"): torch.zeros(RANK, 24)})
     assert "is not finite" in refusal({key: torch.full((RANK, 24), torch.inf)})
+    assert "has tensors in I8" in refusal({key: torch.zeros(RANK, 24, dtype=torch.int8)})
     assert "alpha (2,)" in refusal({key.replace("lora_A.weight", "alpha"): torch.zeros(2)})
 
 
