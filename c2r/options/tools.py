@@ -386,14 +386,15 @@ PREPARE = Command(
     _check_prepare,
 )
 #: Forms that c2r.export writes, each with a function in `c2r.export.FORMATS`.
-EXPORT_FORMATS = ("original", "pipeline")
+EXPORT_FORMATS = ("original", "lora", "lora-comfyui", "pipeline")
 EXPORT = _command_of_one_group(
     "python -m c2r.export",
     "Write a trained model in a form that other programs read.",
     Option("model", "best/ or final/ of a phase", FOLDER, required=True),
     Option(
         "format",
-        "original: phase 1 as one .safetensors file in Wan's original layout, as ComfyUI and DiffSynth read it; "
+        "original: phase 1 as one .safetensors file in Wan's original layout, as ComfyUI and DiffSynth read it, "
+        "with its LoRA if it trained one; lora, lora-comfyui: this LoRA alone, for Diffusers or ComfyUI; "
         "pipeline: either phase with all models that it needs, as one Diffusers folder",
         Choice(EXPORT_FORMATS),
         required=True,

@@ -332,13 +332,6 @@ def _require_compilable(args):
             raise InputError(f"--compile: is not tested with --{option}; leave one of them out")
 
 
-def set_learning_rate(args: Namespace):
-    """Set phase 1's learning rate where none is given. Changes `args` in place."""
-    if args.learning_rate is None:
-        # B starts at zero, and the change of a weight is a product of two small matrices.
-        args.learning_rate = 1e-5 if args.lora_rank is None else 1e-4
-
-
 def require_frozen_backbone(args: Namespace):
     """Raise InputError for an option of phase 1 that needs a frozen backbone."""
     if args.offload_backbone and args.lora_rank is None:
@@ -347,8 +340,16 @@ def require_frozen_backbone(args: Namespace):
         )
 
 
+def _phase1_defaults(given):
+    """Return the values that other options have by --preset or --lora_rank."""
+    options = preset_options("1", given)
+    if given.get("lora_rank") is not None:
+        # B starts at zero, and a weight changes by the product of two small matrices.
+        options = {"learning_rate": 1e-4} | options
+    return options
+
+
 def _check_phase1(args):
-    set_learning_rate(args)
     require_frozen_backbone(args)
     _check_training(args)
 
@@ -393,6 +394,7 @@ PHASE1 = Command(
         train_batch_size=4,
         gradient_accumulation_steps=8,
         max_train_steps=10_000,
+        learning_rate=1e-5,
     )
     | {
         "LoRA on a frozen backbone": [
@@ -408,7 +410,7 @@ PHASE1 = Command(
         ]
     },
     _check_phase1,
-    partial(preset_options, "1"),
+    _phase1_defaults,
 )
 
 PHASE2 = Command(
