@@ -6,8 +6,10 @@ generation (`load_for_generation` with another file of the contract's backbone).
 
 import json
 import logging
+import random
 import re
 import struct
+import sys
 from argparse import Namespace
 
 import gguf
@@ -20,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from c2r import InputError, cli
 from c2r.data.buckets import Bucket
-from c2r.estimation.configs import ModelConfigs
+from c2r.estimation.configs import ModelConfigs, build_joined
 from c2r.estimation.report import estimate_run
 from c2r.files import fingerprint
 from c2r.models.assembly import (
@@ -332,6 +334,40 @@ def test_a_hostile_gguf_file_is_refused_at_once(name, base, tmp_path):
     with pytest.raises(InputError, match=r"cannot be read as GGUF|which Diffusers does not read") as error:
         check_transformer(path, base)
     assert "\n" not in str(error.value)
+
+
+def test_no_change_of_a_byte_raises_another_error(written, tmp_path):
+    """Change, remove or add bytes of a GGUF file's header: it is read, or refused."""
+    content, rng = written("Q4_0").read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(300):
+        changed, at = bytearray(content), rng.randrange(8000)  # the header has 8 kB
+        number = rng.choice([0, 1, 255, 2**31, 2**63, 2**64 - 1, rng.randrange(2**64)])
+        match rng.randrange(3):
+            case 0:
+                changed[at : at + 8] = struct.pack("<Q", number)
+            case 1:
+                changed[at] ^= 1 << rng.randrange(8)
+            case _:
+                del changed[at : at + rng.randrange(1, 100)]
+        path = tmp_path / "model.gguf"
+        path.write_bytes(changed)
+        try:
+            dict(WeightIndex(path).tensors())
+        except InputError:
+            refused += 1
+    assert refused > 100
+
+
+def test_without_the_package_only_gguf_files_are_refused(model, base, written, monkeypatch):
+    path = written("Q8_0")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(InputError, match=r"model\.gguf: needs the package gguf; pip install gguf"):
+        load_transformer(path, base)
+    require_weights(load_transformer(written("original file"), base), model, "original file")
+    build_joined(
+        ModelConfigs(dict(model.config), dinov3={"hidden_size": 32}), torch.float32, control_layers=1, control_stride=1
+    )
 
 
 def test_a_cut_or_other_gguf_file_is_refused(model, base, tmp_path):
