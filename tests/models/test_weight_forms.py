@@ -251,6 +251,23 @@ def test_gguf_matrices_stay_quantised_and_the_rest_has_its_dtypes(dtype, base, w
     assert loaded.dtype == expected.dtype
 
 
+def test_a_gguf_backbone_trains_under_autocast_as_a_whole_one_does(base, written):
+    """Train the control branch in fp32 over a backbone in bf16, as phase 2 does by default."""
+    quantised = load_transformer(written("Q8_0"), base, torch.bfloat16)
+    whole = load_transformer(base, torch_dtype=torch.bfloat16)
+    state = whole_state_dict(quantised)
+    whole.load_state_dict({name: state[name].to(tensor.dtype) for name, tensor in whole.state_dict().items()})
+    noisy_latents, *others = tiny_inputs()
+    gradients = []
+    for backbone in (quantised, whole):
+        ours = joined(backbone)
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity = ours(noisy_latents.bfloat16(), *others).sample
+        velocity.float().square().mean().backward()
+        gradients.append([parameter.grad for parameter in ours.controlnet.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
 def test_a_gguf_backbone_runs_from_the_host(base, written):
     expected = joined(load_transformer(written("Q4_0"), base))(*tiny_inputs()).sample
     ours = joined(load_transformer(written("Q4_0"), base))
@@ -486,6 +503,13 @@ def test_the_same_weight_under_two_names_is_refused(model, base, tmp_path):
     save_file(weights | again, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"the same weight under two names|unexpected or of another shape"):
         load_transformer(tmp_path / "model.safetensors", base)
+
+
+@pytest.mark.parametrize("sizes", [{"num_layers": 3}, {"num_attention_heads": 4}])
+def test_a_file_of_another_size_than_the_pipeline_is_named(sizes, base, tmp_path):
+    path = write_form("original file", tmp_path, tiny_transformer(**IN_BLOCKS | sizes))
+    with pytest.raises(InputError, match=r"blocks of width .*, but .* has 4 of width 32; give the --pretrained_model"):
+        check_transformer(path, base)
 
 
 def test_a_file_may_have_any_prefix(model, base, tmp_path):
