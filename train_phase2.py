@@ -32,7 +32,7 @@ from c2r.evaluation.sample_plan import SamplePlan, plan_samples
 from c2r.evaluation.samples import write_samples
 from c2r.evaluation.validation import leak_warning
 from c2r.models.adversary import DomainClassifier, WithAdversary, domain_loss
-from c2r.models.assembly import load_controlnet, load_transformer
+from c2r.models.assembly import find_lora, load_controlnet, load_transformer
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.offloading import store_blocks
@@ -296,6 +296,7 @@ def save(run: Run, state: TrainState, plan: Plan, name: str):
         mixtures=plan.mixtures,
         backbone=plan.backbone,
         backbone_sha256=plan.inputs["backbone"],
+        backbone_base=lora.backbone if (lora := find_lora(plan.backbone)) else None,
         dinov3=run.args.dinov3,
         conditioning_scale=run.args.conditioning_scale,
     )

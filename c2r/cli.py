@@ -79,7 +79,7 @@ def parse(command: Command, argv: list[str] | None = None) -> argparse.Namespace
     try:
         command.check(args)
     except InputError as error:
-        if not preset:
+        if getattr(args, "preset", None) is None:
             raise
         raise InputError(f"{error}; --preset {args.preset} has set {option_words(preset)}") from None
     return args

@@ -12,6 +12,7 @@ import errno
 import logging
 import tempfile
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ logger = logging.getLogger("c2r.generate")  # under python -m, __name__ is "__ma
 
 if TYPE_CHECKING:
     from c2r.models.contract import PhaseContract
+    from c2r.models.lora import LoraFile
 
 
 def name_controls(args: Namespace):
@@ -128,7 +130,7 @@ def follow_control(args: Namespace):
     args.height, args.width = fitting_size(probe(args.control_video[0]).aspect, args.height * args.width)
 
 
-def check_files(args: Namespace, contract: "PhaseContract"):
+def check_files(args: Namespace, contract: "PhaseContract", loras: "Sequence[LoraFile]" = ()):
     """Check the files and models that the options name, reading headers only.
 
     Raises:
@@ -163,7 +165,7 @@ def check_files(args: Namespace, contract: "PhaseContract"):
                 f"{path}: gives {available} frames at {args.fps:g} fps, but --num_frames is {args.num_frames}; "
                 "give a longer video, or lower --num_frames"
             )
-    check_model(args.model, contract, args.backbone)
+    check_model(args.model, contract, args.backbone, loras)
     if args.control_video:
         check_dinov3(args.dinov3, [(args.height, args.width)])
     # Last, because the text encoder is the largest download.
@@ -185,6 +187,7 @@ def main(argv: list[str] | None = None):
     from c2r.models.assembly import read_transformer_config
     from c2r.models.attention import try_attention_backend, use_lean_attention
     from c2r.models.contract import fetch_model, read_contract, with_moved_models
+    from c2r.models.lora import LoraFile
     from c2r.pipeline import C2RPipeline, Sampling, encode_prompts, with_flow_shift
 
     # 1. Refuse early.
@@ -202,10 +205,12 @@ def main(argv: list[str] | None = None):
         follow_control(args)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype or ("fp32" if device == "cpu" else "bf16")]
     if args.attention_backend is not None:
-        config = read_transformer_config(args.backbone if contract.phase == 2 else args.model, contract.base_model)
+        has_backbone = contract.phase == 2 or contract.lora_rank is not None
+        config = read_transformer_config(args.backbone if has_backbone else args.model, contract.base_model)
         head_dim = config["attention_head_dim"]
         try_attention_backend(args.attention_backend, head_dim, torch.device(device), dtype, backward=False)
-    check_files(args, contract)
+    loras = [LoraFile(path, scale) for path, scale in args.lora or []]
+    check_files(args, contract, loras)
 
     # 2. Encode the prompts, then load the other models.
     prompts = [args.negative_prompt or "", *args.prompt]
@@ -216,6 +221,7 @@ def main(argv: list[str] | None = None):
         base=args.pretrained_model_name_or_path,
         backbone=args.backbone,
         dinov3=args.dinov3 if controls else None,
+        loras=loras,
         tokenizer=None,
         text_encoder=None,
     )

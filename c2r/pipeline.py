@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,7 @@ from c2r.models.contract import (
 )
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.hub import fingerprint_files
+from c2r.models.lora import LoraFile
 from c2r.models.parts import freeze, load_pipeline_part, load_text_encoder, log_long_prompts
 from c2r.models.parts import max_sequence_length as longest_prompt
 from c2r.models.streaming import stream_frames
@@ -133,6 +134,7 @@ class C2RPipeline(WanPipeline):
         *,
         backbone: str | Path | None = None,
         base: str | Path | None = None,
+        loras: Iterable[LoraFile] = (),
         **components: Any,
     ) -> "C2RPipeline":
         """Load a trained model with all that its contract names.
@@ -147,6 +149,8 @@ class C2RPipeline(WanPipeline):
             torch_dtype: dtype of the weights; None is fp32.
             backbone: the backbone of phase 2, if it was moved since training.
             base: Wan pipeline with VAE, text encoder, tokenizer and scheduler, a folder or hub name, if it was moved.
+            loras: added to the backbone's weights before these are cast. `load_lora_weights` and its kin, which need
+                peft, add LoRAs later, and can change or remove them.
             components: parts to use in place of the folder's, by the names of the class's arguments; None leaves one
                 out. `dinov3` may also be a folder or hub name.
 
@@ -157,7 +161,7 @@ class C2RPipeline(WanPipeline):
         known, _ = cls._get_signature_keys(cls)
         if unknown := sorted(components.keys() - set(known)):
             raise TypeError(
-                f"from_pretrained() does not take {', '.join(unknown)}; it takes torch_dtype, backbone, base, "
+                f"from_pretrained() does not take {', '.join(unknown)}; it takes torch_dtype, backbone, base, loras, "
                 f"{', '.join(known)}"
             )
         folder = fetch_model(pretrained_model_name_or_path, without=components)
@@ -185,9 +189,9 @@ class C2RPipeline(WanPipeline):
             loaded[part] = None if part in absent else load_pipeline_part(base, part, dtype)
         if "transformer" not in components:
             if contract is None:
-                loaded["transformer"] = _load_without_contract(folder, backbone or folder, base, torch_dtype)
+                loaded["transformer"] = _load_without_contract(folder, backbone or folder, base, torch_dtype, loras)
             else:
-                loaded["transformer"], _ = load_for_generation(folder, backbone, torch_dtype, base)
+                loaded["transformer"], _ = load_for_generation(folder, backbone, torch_dtype, base, loras)
             use_lean_attention(loaded["transformer"])
         dinov3 = components.pop("dinov3", dinov3)
         if isinstance(dinov3, str | Path):
@@ -291,13 +295,16 @@ class C2RPipeline(WanPipeline):
         """Return the contract of a folder of this pipeline's parts, whose paths are relative to the folder."""
         names = {entry: getattr(self.contract, entry) for entry in MODEL_ENTRIES}
         of_hub = {entry: name for entry, name in names.items() if name and not os.path.isabs(name)}
-        changed = {"base_model": ".", "flow_shift": _flow_shift(self.scheduler)}
+        # The saved backbone has its LoRA in it.
+        changed: dict[str, Any] = {"lora_rank": None, "backbone_base": None}
+        changed |= {"base_model": ".", "flow_shift": _flow_shift(self.scheduler)}
         changed["copied_from"] = self.contract.copied_from | of_hub
         if self.dinov3 is not None:
             changed["dinov3"] = "./dinov3"
         # Fingerprints change with the dtype.
         sha256 = fingerprint_files(folder / "transformer")
         if not controlled:
+            changed |= {"backbone": None, "backbone_sha256": None}
             return replace(self.contract, phase=1, weights_sha256=sha256, **changed)
         changed |= {"backbone": "./transformer", "backbone_sha256": sha256}
         return replace(self.contract, phase=2, weights_sha256=fingerprint_files(folder / "controlnet"), **changed)
@@ -696,9 +703,9 @@ def _absent_parts(index):
     return [part for part in (*BASE_PARTS, "transformer_2") if index.get(part) in (None, [None, None])]
 
 
-def _load_without_contract(folder, backbone, base, torch_dtype):
+def _load_without_contract(folder, backbone, base, torch_dtype, loras):
     """Load the transformer of a pipeline folder without contract, with the ControlNet if there is one."""
-    transformer = load_transformer(backbone, base, torch_dtype)
+    transformer = load_transformer(backbone, base, torch_dtype, loras=loras)
     if (folder / "controlnet").is_dir():
         transformer = C2RTransformer(transformer, load_controlnet(folder, torch_dtype))
     return freeze(transformer)

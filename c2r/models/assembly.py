@@ -5,7 +5,9 @@ architecture, a ControlNet of another backbone) raise one `InputError` line, bef
 or the header of a file is enough to tell.
 """
 
+import hashlib
 import logging
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypeVar
@@ -29,6 +31,8 @@ from c2r.models.hub import (
     read_config,
     resolve_model_folder,
 )
+from c2r.models.lora import WEIGHTS as LORA_WEIGHTS
+from c2r.models.lora import LoraFile, WeightIndexWithLoras
 from c2r.models.parts import freeze
 from c2r.models.transformer import C2RTransformer
 from c2r.models.wan import BlockConfig, read_text_to_video_config, refuse_other_weights
@@ -53,6 +57,7 @@ def load_for_generation(
     backbone: str | Path | None = None,
     torch_dtype: torch.dtype | None = None,
     base: str | Path | None = None,
+    loras: Iterable[LoraFile] = (),
 ) -> tuple[WanTransformer3DModel | C2RTransformer, PhaseContract]:
     """Load the trained model of a phase's best/ or final/, frozen, and its contract.
 
@@ -62,33 +67,40 @@ def load_for_generation(
             of it (.gguf, or float8), which cannot be compared with it: a warning is logged.
         torch_dtype: dtype of the weights; None is fp32.
         base: the Wan pipeline that the backbone must fit, if it was moved.
+        loras: added to the backbone.
 
     Raises:
-        InputError: a part is missing, or the backbone is not the one that the ControlNet was trained on.
+        InputError: a part is missing, or the backbone is not the one that the ControlNet or LoRA was trained on.
     """
     contract = read_contract(folder)
     if contract.phase == 1:
-        return freeze(load_transformer(folder, torch_dtype=torch_dtype)), contract
+        if contract.lora_rank is None:
+            return freeze(load_transformer(folder, torch_dtype=torch_dtype, loras=loras)), contract
+        loras = [LoraFile(folder), *loras]
     moved = with_moved_models(contract, folder, base_model=base, backbone=backbone)
+    assert moved.backbone is not None  # `PhaseContract` has checked it
     _require_backbone(folder, moved, may_differ=moved.backbone != contract.backbone)
-    transformer = load_transformer(moved.backbone, moved.base_model, torch_dtype)
+    transformer = load_transformer(moved.backbone, moved.base_model, torch_dtype, loras=loras)
+    if moved.phase == 1:
+        return freeze(transformer), moved
     return freeze(C2RTransformer(transformer, load_controlnet(folder, torch_dtype))), moved
 
 
 def _require_backbone(folder, contract, may_differ):
-    """Check by its fingerprint that a contract's backbone is the one that the ControlNet was trained on.
+    """Check by its fingerprint that a contract's backbone is the one that the ControlNet or LoRA was trained on.
 
-    `may_differ` accepts a quantised one with a warning, as it may be a copy of that one.
+    `may_differ` accepts a quantised one with a warning, as it may be a copy of that one. A copy has no LoRA in it.
     """
     backbone = contract.backbone
     path, _ = check_transformer(backbone, contract.base_model)
-    found = fingerprint_files(path)
+    found = fingerprint_transformer(backbone, contract.base_model)
     if found == contract.backbone_sha256:
         return
     index = WeightIndex(path)
-    if not (may_differ and (index.is_gguf or index.float8)):
+    has_lora = contract.lora_rank is not None or contract.backbone_base is not None
+    if has_lora or not (may_differ and (index.is_gguf or index.float8)):
         raise InputError(
-            f"{backbone}: not the backbone of {folder}: its fingerprint is {found}, the ControlNet was trained on "
+            f"{backbone}: not the backbone of {folder}: its fingerprint is {found}, it was trained on "
             f"{contract.backbone_sha256}; name that one with --backbone (in Python backbone=)"
         )
     logger.warning(
@@ -102,10 +114,12 @@ def load_transformer(
     base: str | Path | None = None,
     torch_dtype: torch.dtype | None = None,
     empty: bool = False,
+    loras: Iterable[LoraFile] = (),
 ) -> WanTransformer3DModel:
     """Load the Wan backbone, in eval mode, its parameters trainable; that of a .gguf file is frozen.
 
-    Weights in float8 are dequantised, and a warning states what their rounding has changed.
+    Weights in float8 are dequantised, and a warning states what their rounding has changed. A LoRA's folder gives the
+    backbone below it with the LoRA.
 
     Args:
         name_or_path, base: see `check_transformer`.
@@ -114,16 +128,16 @@ def load_transformer(
             quantised, and each is dequantised to `torch_dtype` while it is used.
         empty: read no weights and leave the parameters' values undefined, for processes that receive them from the
             main process. Their memory is not touched, so that it takes no room. Not for a .gguf file.
+        loras: added to the weights, each of which is then cast; not to those of a .gguf file.
 
     Raises:
         InputError: see `check_transformer`.
     """
-    path, config = check_transformer(name_or_path, base)
-    torch_dtype = torch_dtype or torch.float32
-    index = WeightIndex(path)
+    index, config = index_weights(name_or_path, base, loras)
+    path, torch_dtype = index.path, torch_dtype or torch.float32
     if index.is_gguf:
         return _load_quantised(index, config, _transformer_folder(_model_folder(base)), torch_dtype)
-    if path.is_dir() and not (empty or index.is_original or index.float8):
+    if path.is_dir() and not (empty or index.loras or index.is_original or index.float8):
         with library_errors_as_input(path):
             return WanTransformer3DModel.from_pretrained(path, torch_dtype=torch_dtype, use_safetensors=True)
     # Not by from_single_file: in bf16 it would keep no module in fp32, and in fp32 a 14B file would need 57 GB.
@@ -142,6 +156,21 @@ def load_transformer(
             *(path, index.rounding.count, len(transformer.state_dict()), index.rounding.percent()),
         )
     return transformer.requires_grad_(True).eval()
+
+
+def index_weights(
+    name_or_path: str | Path, base: str | Path | None = None, loras: Iterable[LoraFile] = ()
+) -> tuple[WeightIndexWithLoras, dict]:
+    """Return the weights that `load_transformer` loads, before they are cast, and the config. Only headers are read.
+
+    Args: see `load_transformer`.
+
+    Raises:
+        InputError: see `check_transformer` and `WeightIndexWithLoras`.
+    """
+    path, config = check_transformer(name_or_path, base)
+    own = [LoraFile(name_or_path)] if find_lora(name_or_path) else []
+    return WeightIndexWithLoras(path, [*own, *loras]), config
 
 
 def _load_quantised(index, config, config_folder, torch_dtype):
@@ -203,16 +232,22 @@ def load_controlnet(folder: str | Path, torch_dtype: torch.dtype | None = None) 
     return load_own_model(_controlnet_folder(folder), C2RControlNet, _ControlNetConfig, torch_dtype)
 
 
-def check_model(folder: str | Path, contract: PhaseContract, backbone: str | Path | None = None) -> None:
+def check_model(
+    folder: str | Path,
+    contract: PhaseContract,
+    backbone: str | Path | None = None,
+    loras: Iterable[LoraFile] = (),
+) -> None:
     """Check the weights that `load_for_generation` reads by configs and headers; fingerprints are not compared.
 
     Raises:
         InputError: see `load_for_generation`.
     """
+    has_backbone = contract.phase == 2 or contract.lora_rank is not None
+    own = [LoraFile(folder)] if contract.lora_rank is not None else []
+    index_weights((backbone or contract.backbone) if has_backbone else folder, contract.base_model, [*own, *loras])
     if contract.phase == 1:
-        check_transformer(folder, contract.base_model)
         return
-    check_transformer(backbone or contract.backbone, contract.base_model)
     check_own_model(_controlnet_folder(folder), C2RControlNet, _ControlNetConfig)
 
 
@@ -249,26 +284,68 @@ def load_own_model(
 
 
 def fingerprint_transformer(name_or_path: str | Path, base: str | Path | None = None) -> str:
-    """Return the fingerprint of a backbone's weights, as phase 2 contracts record it; see `check_transformer`."""
-    return fingerprint_files(check_transformer(name_or_path, base)[0])
+    """Return the fingerprint of a backbone's weights, as phase 2 contracts record it.
+
+    That of a LoRA's folder combines those of the LoRA and of the backbone below it: the sums of the two may differ in
+    their last bits between machines.
+
+    Args:
+        name_or_path, base: see `check_transformer`.
+
+    Raises:
+        InputError: see `check_transformer`; or a LoRA or the backbone below it is not the one that its contract names.
+    """
+    sha256 = fingerprint_files(check_transformer(name_or_path, base)[0])
+    lora = find_lora(name_or_path)
+    if lora is None:
+        return sha256
+    if sha256 != lora.backbone_sha256:
+        raise InputError(
+            f"{name_or_path}: its LoRA was trained on the backbone {lora.backbone_sha256}, but the fingerprint of "
+            f"{lora.backbone} is {sha256}; restore that one"
+        )
+    if LoraFile(name_or_path).sha256() != lora.weights_sha256:
+        raise InputError(f"{name_or_path}: its LoRA is not the one that its c2r.json names; copy the folder again")
+    return hashlib.sha256(f"{sha256} {lora.weights_sha256}".encode()).hexdigest()
+
+
+def find_lora(name_or_path: str | Path) -> PhaseContract | None:
+    """Return the contract of a folder in which phase 1 has saved a LoRA; None for any other model.
+
+    Raises:
+        InputError: the folder has a LoRA without a contract that names its backbone.
+    """
+    folder = complete_folder(name_or_path)
+    if not (folder / LORA_WEIGHTS).is_file():
+        return None
+    contract = read_contract(folder)
+    if contract.lora_rank is None:
+        raise InputError(f"{folder}: its c2r.json names no backbone for its LoRA; give best/ or final/ of phase 1")
+    return contract
 
 
 def check_transformer(name_or_path: str | Path, base: str | Path | None = None) -> tuple[Path, dict]:
     """Check a Wan backbone by its config and its files' headers, before any weight is read.
 
     Args:
-        name_or_path: a Diffusers pipeline folder, a transformer folder, best/ or final/ of phase 1, a folder in Wan's
-            original layout, a hub name of one of these, or a single .safetensors or .gguf file with Diffusers' or
-            Wan's original names, with or without ComfyUI's prefix.
+        name_or_path: a Diffusers pipeline folder, a transformer folder, best/ or final/ of phase 1 (also of a LoRA), a
+            folder in Wan's original layout, a hub name of one of these, or a single .safetensors or .gguf file with
+            Diffusers' or Wan's original names, with or without ComfyUI's prefix.
         base: Wan pipeline, a folder or hub name. A single file takes its config from there. If `base` has a VAE and a
             text encoder, the backbone must fit them.
 
     Returns:
-        folder or file that holds the weights, config.
+        folder or file that holds the weights, for a LoRA those below it; config.
 
     Raises:
         InputError: nothing there, another architecture, or weights that do not fit the config.
     """
+    lora = find_lora(name_or_path)
+    if lora is not None:
+        assert lora.backbone is not None  # `PhaseContract` has checked it
+        path, config = check_transformer(lora.backbone, base or lora.base_model)
+        WeightIndexWithLoras(path, [LoraFile(name_or_path)])
+        return path, config
     path = Path(name_or_path)
     if path.suffix in SINGLE_FILES or path.is_file():
         if path.suffix not in SINGLE_FILES or not path.is_file():
@@ -301,6 +378,10 @@ def read_transformer_config(name_or_path: str | Path, base: str | Path | None = 
     Raises:
         InputError: nothing there, or another architecture.
     """
+    lora = find_lora(name_or_path)
+    if lora is not None:
+        assert lora.backbone is not None
+        return read_transformer_config(lora.backbone, base or lora.base_model)
     folder = complete_folder(name_or_path)
     if not folder.is_dir():
         folder = _model_folder(base if str(name_or_path).endswith(SINGLE_FILES) else name_or_path)

@@ -23,6 +23,7 @@ from c2r.options.types import (
     FOLDER,
     FRAME_RATE,
     FRAMES,
+    LORA,
     MEMORY,
     MODEL,
     NOT_NEGATIVE,
@@ -104,6 +105,14 @@ GENERATE = Command(
             ),
             Option("dinov3", "DINOv3 model; default: the one of training", MODEL),
             Option("dtype", "dtype of the weights; default: bf16 on a GPU, else fp32", Choice(("bf16", "fp32"))),
+            Option(
+                "lora",
+                "LoRA of Wan 2.1 to add to the backbone: a .safetensors file of Diffusers, ComfyUI or musubi-tuner, "
+                "or best/ of train_phase1.py --lora_rank; may be given several times; SCALE is 1 where none is given",
+                LORA,
+                metavar="FILE[:SCALE]",
+                repeatable=True,
+            ),
             Option("cpu_offload", "keep only the model in use on the GPU", Flag(), False),
             Option("vae_tiling", "decode in tiles: less memory, more time", Flag(), False),
             attention_option(ATTENTION_BACKENDS + INFERENCE_BACKENDS),
@@ -159,11 +168,9 @@ ENGINES = ("single_gpu", "multi_gpu", "deepspeed_zero2", "deepspeed_zero3", "dee
 _OF_BOTH_PHASES = (
     *("height", "width", "num_frames", "buckets", "train_batch_size", "gradient_accumulation_steps"),
     *("max_train_steps", "mixed_precision", "weight_storage", "optimizer", "ema_decay", "gradient_checkpointing"),
-    *("offload_activations", "ffn_chunks", "step_in_backward", "max_grad_norm"),
+    *("offload_activations", "ffn_chunks", "step_in_backward", "max_grad_norm", "offload_backbone"),
 )
-_OF_PHASE2 = (
-    *("control_layers", "control_stride", "adversarial_weight", "num_samples", "offload_backbone", "fp8_backbone"),
-)
+_OF_PHASE2 = ("control_layers", "control_stride", "adversarial_weight", "num_samples", "fp8_backbone")
 
 
 def _estimate_options():
@@ -177,6 +184,7 @@ def _estimate_options():
                 f"{option.default:g}" if other is None else f"{other.default:g} in phase 1, {option.default:g} in 2"
             )
             yield replace(option, default=None, help=f"{option.help}; default: {default}")
+    yield PHASE1.options["lora_rank"]
 
 
 def _check_estimate(args):
@@ -186,6 +194,8 @@ def _check_estimate(args):
             if value is not None and value is not False:
                 given = name if value is True else f"{name} {value:g}"
                 raise InputError(f"--{given}: phase 1 has no control; leave it out, or give --phase 2")
+    elif args.lora_rank is not None:
+        raise InputError(f"--lora_rank {args.lora_rank}: phase 2 trains no LoRA; leave it out, or give --phase 1")
     if args.engine == "single_gpu" and args.num_processes > 1:
         raise InputError(f"--num_processes {args.num_processes}: --engine single_gpu has one; give another engine")
     if args.measure and args.engine != "single_gpu":
@@ -318,14 +328,15 @@ PREPARE = Command(
     _check_prepare,
 )
 #: Forms that c2r.export writes, each with a function in `c2r.export.FORMATS`.
-EXPORT_FORMATS = ("original", "pipeline")
+EXPORT_FORMATS = ("original", "lora", "lora-comfyui", "pipeline")
 EXPORT = _command_of_one_group(
     "python -m c2r.export",
     "Write a trained model in a form that other programs read.",
     Option("model", "best/ or final/ of a phase", FOLDER, required=True),
     Option(
         "format",
-        "original: phase 1 as one .safetensors file in Wan's original layout, as ComfyUI and DiffSynth read it; "
+        "original: phase 1 as one .safetensors file in Wan's original layout, as ComfyUI and DiffSynth read it, "
+        "with its LoRA if it trained one; lora, lora-comfyui: this LoRA alone, for Diffusers or ComfyUI; "
         "pipeline: either phase with all models that it needs, as one Diffusers folder",
         Choice(EXPORT_FORMATS),
         required=True,

@@ -44,6 +44,13 @@ WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 
 DATASET_METAVAR = "FOLDER[:WEIGHT]"
 
+OFFLOAD_BACKBONE = Option(
+    "offload_backbone",
+    "keep the frozen backbone's blocks in the CPU's memory and copy each to the device while it runs",
+    Switch(),
+    False,
+)
+
 
 def _training_groups(phase, before_data, after_data, **defaults):
     """Return the groups of options that both phases share.
@@ -121,7 +128,13 @@ def _training_groups(phase, before_data, after_data, **defaults):
             ),
             Option("gradient_accumulation_steps", "micro-steps per optimizer step", COUNT, common=True),
             Option("max_train_steps", "optimizer steps of the run", COUNT, common=True),
-            Option("learning_rate", "learning rate after the warm-up", NOT_NEGATIVE, common=True),
+            Option(
+                "learning_rate",
+                "learning rate after the warm-up"
+                + ("; default: 1e-5, and 1e-4 with --lora_rank" if phase == "1" else ""),
+                NOT_NEGATIVE,
+                common=True,
+            ),
             Option(
                 "lr_scheduler",
                 "learning rate schedule of diffusers.optimization",
@@ -297,7 +310,7 @@ def check_modes(args: Namespace):
         raise InputError(
             f"--fp8_backbone: the weights of {args.resume_backbone_from} are quantised already; leave it out"
         )
-    for option in ("offload_backbone", "fp8_backbone"):  # phase 1 has no frozen backbone
+    for option in ("offload_backbone", "fp8_backbone"):  # phase 1 does not have both
         if getattr(args, option, False) and args.gradient_checkpointing == "none":
             raise InputError(
                 f"--{option}: with --gradient_checkpointing none the device would hold whole weights of all blocks; "
@@ -311,12 +324,34 @@ def _require_compilable(args):
         "gradient_checkpointing selective": args.gradient_checkpointing == "selective",
         "offload_activations": args.offload_activations,
         f"ffn_chunks {args.ffn_chunks}": args.ffn_chunks > 1,
-        "offload_backbone": getattr(args, "offload_backbone", False),  # phase 1 has no frozen backbone
+        "offload_backbone": args.offload_backbone,
         "fp8_backbone": getattr(args, "fp8_backbone", False),
     }
     for option, given in together.items():
         if given:
             raise InputError(f"--compile: is not tested with --{option}; leave one of them out")
+
+
+def require_frozen_backbone(args: Namespace):
+    """Raise InputError for an option of phase 1 that needs a frozen backbone."""
+    if args.offload_backbone and args.lora_rank is None:
+        raise InputError(
+            "--offload_backbone: the backbone trains; give --lora_rank, which freezes it, or leave it out"
+        )
+
+
+def _phase1_defaults(given):
+    """Return the values that other options have by --preset or --lora_rank."""
+    options = preset_options("1", given)
+    if given.get("lora_rank") is not None:
+        # B starts at zero, and a weight changes by the product of two small matrices.
+        options = {"learning_rate": 1e-4} | options
+    return options
+
+
+def _check_phase1(args):
+    require_frozen_backbone(args)
+    _check_training(args)
 
 
 def _check_phase2(args):
@@ -360,9 +395,22 @@ PHASE1 = Command(
         gradient_accumulation_steps=8,
         max_train_steps=10_000,
         learning_rate=1e-5,
-    ),
-    _check_training,
-    partial(preset_options, "1"),
+    )
+    | {
+        "LoRA on a frozen backbone": [
+            Option(
+                "lora_rank",
+                "train a LoRA of this rank, such as 64, on the linear layers of all blocks, over the backbone frozen "
+                "in the --mixed_precision: less memory, smaller files; needs peft",
+                COUNT,
+                common=True,
+                on_resume=MUST_NOT_CHANGE,
+            ),
+            OFFLOAD_BACKBONE,
+        ]
+    },
+    _check_phase1,
+    _phase1_defaults,
 )
 
 PHASE2 = Command(
@@ -412,12 +460,7 @@ PHASE2 = Command(
     )
     | {
         "frozen backbone": [
-            Option(
-                "offload_backbone",
-                "keep the backbone's blocks in the CPU's memory and copy each to the device while it runs",
-                Switch(),
-                False,
-            ),
+            OFFLOAD_BACKBONE,
             Option(
                 "fp8_backbone",
                 "store the matrices of the backbone's blocks in 8 bit; on the toy this changes the gradients by 2 %",

@@ -118,6 +118,15 @@ def _duration(text):
         raise ValueError("not a duration; give one such as 90s, 5m or 1h") from None
 
 
+def _lora(text):
+    """Return (path, scale)."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        return (path, ANY_NUMBER(scale)) if colon else (text, 1.0)
+    except ValueError:
+        raise ValueError("its scale is no number; give FILE:SCALE, such as style.safetensors:0.8") from None
+
+
 def _memory(text):
     number = re.fullmatch(r"(.+?)\s*GI?B?", text.upper())
     try:
@@ -141,5 +150,6 @@ MODEL = Text("a folder or hub name")
 PIXELS = Checked(check_pixels, "pixels, divisible by 16")
 FRAMES = Checked(check_num_frames, "frames, 4k + 1")
 BUCKET = Checked(parse_bucket, "frames x height x width")
+LORA = Checked(_lora, "a file or folder, and perhaps a scale")
 MEMORY = Checked(_memory, "a size such as 16GB")
 DURATION = Checked(_duration, "a duration such as 90s, 5m or 1h")

@@ -1,7 +1,8 @@
 """Save and load the checkpoints of a run.
 
     outputs/phase2/checkpoint-2000/
-        model/                                the trainable weights in fp32, a folder that from_pretrained loads
+        model/                                the trainable weights in fp32, a folder that from_pretrained loads;
+                                              with --lora_rank that load_lora_weights loads
         domain_classifier/                    with --adversarial_weight, likewise
         optimizer-00000-of-00001.safetensors  moments; one file per process where the engine splits them
         ema-00000-of-00001.safetensors        with --ema_decay, likewise

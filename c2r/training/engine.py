@@ -298,7 +298,7 @@ def check_options(args: Namespace, engine: str | None, num_processes: int):
             "single_gpu.yaml"
         )
     for option in ("offload_backbone", "fp8_backbone"):
-        if getattr(args, option, False) and engine is not None:  # phase 1 has no frozen backbone
+        if getattr(args, option, False) and engine is not None:  # phase 1 has no --fp8_backbone
             raise InputError(
                 f"--{option}: {ENGINE_NAMES[engine]} moves or splits all weights by itself; leave it out, or give "
                 "single_gpu.yaml or multi_gpu.yaml"

@@ -19,6 +19,7 @@ from c2r.models.attention import try_attention_backend
 from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet, injection_layers
 from c2r.models.dinov3 import check_dinov3, read_dinov3_config
 from c2r.models.hub import resolve_model_folder
+from c2r.models.lora import LoraWeights, require_peft
 from c2r.models.parts import ENCODERS, check_pipeline_parts
 from c2r.training.engine import failing_together
 from c2r.training.preflight import (
@@ -63,12 +64,19 @@ def check_phase1(run: Run) -> Plan:
     config = read_transformer_config(backbone, base_model)
     _check_attention(run, config)
     plan = Plan(backbone, config, *_read_mixtures(run))
-    plan.num_trainable = count_parameters(WanTransformer3DModel, config)
-    preflight(run, plan.mixtures, ModelConfigs(config), plan.num_trainable, frozen=0)
+    plan.num_trainable, num_frozen = count_parameters(WanTransformer3DModel, config), 0
+    if args.lora_rank is not None:
+        require_peft()
+        plan.config, num_frozen = LoraWeights.config_of(config, args.lora_rank), plan.num_trainable
+        plan.num_trainable = count_parameters(LoraWeights, plan.config)
+    preflight(run, plan.mixtures, ModelConfigs(config), plan.num_trainable, num_frozen)
     _check_inputs(run, plan)
     check_pipeline_parts(base_model)
     check_transformer(backbone, base_model)
-    if run.checkpoint is not None:
+    if args.lora_rank is not None:
+        plan.inputs["backbone"] = fingerprint_backbone(run.accelerator, backbone, base_model)
+        _check_inputs(run, plan)  # again, with the fingerprint that took long
+    elif run.checkpoint is not None:
         plan.backbone = str(run.checkpoint / "model")
     return plan
 

@@ -52,7 +52,7 @@ def require_access(*names: str):
 
 
 def fingerprint_backbone(accelerator: Accelerator, name_or_path: str, base_model: str) -> str:
-    """Return the fingerprint of phase 2's backbone, computed by the main process alone: at 14B it reads 57 GB.
+    """Return the fingerprint of a frozen backbone, computed by the main process alone: at 14B it reads 57 GB.
 
     Raises:
         InputError: the folder was written by phase 2, or its weights are not those that phase 1 saved there.
@@ -69,7 +69,9 @@ def fingerprint_backbone(accelerator: Accelerator, name_or_path: str, base_model
                     "of phase 1"
                 )
             sha256 = fingerprint_transformer(name_or_path, base_model)
-            if contract is not None and contract.weights_sha256 != sha256:
+            # `fingerprint_transformer` has compared a LoRA and the backbone below it.
+            whole = contract is not None and contract.lora_rank is None
+            if whole and contract.weights_sha256 != sha256:
                 raise InputError(
                     f"--resume_backbone_from {name_or_path}: its weights are not those that its {CONTRACT} names; "
                     "copy the folder again"

@@ -10,7 +10,7 @@ from c2r.training.engine import failing_together, gathered_state_dict
 from c2r.training.run import Run, TrainState
 
 
-def save_model(run: Run, state: TrainState, name: str, phase: int, mixtures: list[Mixture], **phase2: Any):
+def save_model(run: Run, state: TrainState, name: str, phase: int, mixtures: list[Mixture], **more: Any):
     """Save the trained weights with their contract. Call it on every process.
 
     Args:
@@ -18,7 +18,7 @@ def save_model(run: Run, state: TrainState, name: str, phase: int, mixtures: lis
         name: "best" or "final".
         phase: 1 or 2.
         mixtures: the mixtures that were trained on.
-        phase2: further entries of a phase 2 contract, see `PhaseContract`.
+        more: further entries of the contract of phase 2 or of a LoRA, see `PhaseContract`.
 
     Raises:
         InputError: no room or no permission to write.
@@ -39,6 +39,6 @@ def save_model(run: Run, state: TrainState, name: str, phase: int, mixtures: lis
                 **max(run.settings.buckets, key=math.prod)._asdict(),
                 fps=run.args.fps,
                 flow_shift=run.args.flow_shift,
-                **phase2,
+                **more,
             )
             save_phase(folder, state.trainable, contract, weights)
