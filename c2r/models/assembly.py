@@ -259,9 +259,10 @@ def _controlnet_folder(folder):
 
 def check_own_model(folder: Path, model_class: type[ModelMixin], kind: type) -> None:
     """Compare the config of a model of this package with its files' headers, see `load_own_model`."""
-    _require_fitting_weights(
-        WeightIndex(folder), model_class, read_config(folder, "_class_name", model_class.__name__, kind)
-    )
+    config = read_config(folder, "_class_name", model_class.__name__, kind)
+    index = WeightIndex(folder)
+    index.require_whole()
+    _require_fitting_weights(index, model_class, config)
 
 
 def load_own_model(

@@ -8,6 +8,7 @@ import json
 import logging
 import random
 import re
+import shutil
 import struct
 import sys
 from argparse import Namespace
@@ -28,6 +29,7 @@ from c2r.files import fingerprint
 from c2r.models.assembly import (
     check_transformer,
     fingerprint_transformer,
+    load_controlnet,
     load_for_generation,
     load_transformer,
     quantised_types,
@@ -35,10 +37,12 @@ from c2r.models.assembly import (
 )
 from c2r.models.contract import PhaseContract, save_phase
 from c2r.models.controlnet import C2RControlNet
+from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.float8 import Rounding
 from c2r.models.gguf_weights import dequantised, whole_state_dict
 from c2r.models.hub import WeightIndex
 from c2r.models.offloading import store_blocks
+from c2r.models.parts import load_pipeline_part
 from c2r.models.transformer import C2RTransformer
 from c2r.options import PHASE1, PHASE2
 from c2r.training.engine import check_options, local_fingerprint
@@ -231,6 +235,25 @@ def test_other_kinds_of_quantisation_are_refused(changes, message, model, base, 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("part", ["pipeline/vae", "pipeline/text_encoder", "dinov3", "controlnet"])
+def test_float8_in_another_part_is_refused(part, phase2, tiny_models, tmp_path):
+    """A library would load it without a word."""
+    folder = phase2 if part == "controlnet" else tiny_models / part
+    copy = shutil.copytree(folder, tmp_path / "copy" / folder.name)
+    (file,) = copy.glob("*.safetensors")
+    weights = load_file(file)
+    name = next(name for name, tensor in weights.items() if tensor.ndim > 1)
+    save_file(weights | {name: weights[name].to(torch.float8_e4m3fn)}, file, metadata={"format": "pt"})
+    load = {
+        "controlnet": load_controlnet,
+        "dinov3": DINOv3FeatureExtractor.from_pretrained,
+        "pipeline/vae": lambda folder: load_pipeline_part(folder.parent, "vae"),
+        "pipeline/text_encoder": lambda folder: load_pipeline_part(folder.parent, "text_encoder"),
+    }[part]
+    with pytest.raises(InputError, match="is stored in float8, which only the transformer may be"):
+        load(copy)
+
+
 # ------------------------------------------------------------------------------------------------------------- GGUF
 
 
@@ -357,7 +380,7 @@ def test_no_change_of_a_byte_raises_another_error(written, tmp_path):
     """Change, remove or add bytes of a GGUF file's header: it is read, or refused."""
     content, rng = written("Q4_0").read_bytes(), random.Random(0)
     refused = 0
-    for _ in range(300):
+    for _ in range(150):
         changed, at = bytearray(content), rng.randrange(8000)  # the header has 8 kB
         number = rng.choice([0, 1, 255, 2**31, 2**63, 2**64 - 1, rng.randrange(2**64)])
         match rng.randrange(3):
@@ -373,7 +396,7 @@ def test_no_change_of_a_byte_raises_another_error(written, tmp_path):
             dict(WeightIndex(path).tensors())
         except InputError:
             refused += 1
-    assert refused > 100
+    assert refused > 50
 
 
 def test_without_the_package_only_gguf_files_are_refused(model, base, written, monkeypatch):
