@@ -303,9 +303,10 @@ def _controlnet_folder(folder):
 
 def check_own_model(folder: Path, model_class: type[ModelMixin], kind: type) -> None:
     """Compare the config of a model of this package with its files' headers, see `load_own_model`."""
-    _require_fitting_weights(
-        WeightIndex(folder), model_class, read_config(folder, "_class_name", model_class.__name__, kind)
-    )
+    config = read_config(folder, "_class_name", model_class.__name__, kind)
+    index = WeightIndex(folder)
+    index.require_whole()
+    _require_fitting_weights(index, model_class, config)
 
 
 def load_own_model(
@@ -408,6 +409,8 @@ def check_transformer(name_or_path: str | Path, base: str | Path | None = None) 
         config = read_text_to_video_config(path)
     index = WeightIndex(path)
     refuse_other_weights(path, index.shapes())
+    if path.is_file():
+        _require_size_of(base, config, path, index.shapes())
     _require_fitting_weights(index, WanTransformer3DModel, config)
     if base is not None:
         _require_fitting_base(name_or_path, config, base)
@@ -438,6 +441,18 @@ def _model_folder(name_or_path):
 def _transformer_folder(folder):
     """Return the transformer's folder of a pipeline folder; a transformer folder unchanged."""
     return folder / "transformer" if (folder / "transformer").is_dir() else folder
+
+
+def _require_size_of(base, config, path, shapes):
+    """Compare the size of a single file with that of the pipeline whose config it takes."""
+    blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
+    found = len(blocks), shapes.get("patch_embedding.weight", (0,))[0]
+    needed = config["num_layers"], config["num_attention_heads"] * config["attention_head_dim"]
+    if all(found) and found != needed:
+        raise InputError(
+            f"{path}: has {found[0]} blocks of width {found[1]}, but {base} has {needed[0]} of width {needed[1]}; "
+            "give the --pretrained_model_name_or_path of this size"
+        )
 
 
 def _require_fitting_weights(index: WeightIndex, model_class: type[ModelMixin], config: dict[str, Any]):
