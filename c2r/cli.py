@@ -130,8 +130,7 @@ def _help_text(option):
         return f"{text} (required)"
     if option.default is None or option.default is False or isinstance(option.type, Flag) or "default:" in text:
         return text
-    default = f"{option.default:g}" if isinstance(option.default, float) else option.default
-    return f"{text} (default: {default})"
+    return f"{text} (default: {option.default_text})"
 
 
 def _typed(option: Option, given: Any) -> Any:

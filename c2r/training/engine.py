@@ -85,7 +85,6 @@ def build_accelerator(args: Namespace) -> Accelerator:
                 sync_each_batch=_launched_with("FSDP"),
             ),
             mixed_precision="no",
-            log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
             deepspeed_plugin=_deepspeed_plugin(args) if deepspeed else None,
             kwargs_handlers=[

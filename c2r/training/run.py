@@ -1,10 +1,12 @@
 """One start of a training script: its options, its progress, and the models that train."""
 
 import logging
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,12 +20,15 @@ from c2r import cli
 from c2r.data.settings import ClipSettings
 from c2r.models.adversary import DomainClassifier
 from c2r.models.context_parallel import ContextParallel
+from c2r.options.training import chosen_trackers
 from c2r.training.background import BackgroundWrite
 from c2r.training.backward_step import StepInBackward
 from c2r.training.interruption import Interruption
+from c2r.training.launched import launch_command, next_commands, resume_command
 from c2r.training.logs import start_logs
 from c2r.training.precision import frozen_dtype
 from c2r.training.progress import Progress
+from c2r.training.record import write_start
 from c2r.training.timings import Timings
 from c2r.training.watchdog import Watchdog
 
@@ -61,6 +66,11 @@ class Run:
     saving: BackgroundWrite | None = None  #: the checkpoint that is being written; None when none is
     bar: tqdm | None = None
 
+    @cached_property
+    def command(self) -> list[str]:
+        """The words that started the run, as far as they are known."""
+        return launch_command()
+
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
@@ -90,6 +100,8 @@ class Run:
         # A run that was killed may have logged this step's validation without saving it.
         repeat_step = self.progress.global_step == 0 or self.validation_is_due()
         start_logs(self.accelerator, self.args, self.progress, repeat_step)
+        if self.accelerator.is_main_process:
+            write_start(self.accelerator, self.args, self.command)
         self.interruption = Interruption(self.args.save_every_minutes, self.args.save_before_timeout)
         self.timings.start()
 
@@ -165,13 +177,36 @@ class Run:
         if self.interruption.stop is not None:
             then = "a dry run keeps nothing" if self.args.dry_run else "continue with --resume_from_checkpoint latest"
             self.info(f"stopped: {self.interruption.stop}; {then}")
+            if not self.args.dry_run:
+                logger.info("checkpoints are in %s; to continue:", self.args.output_dir)
+                logger.info("  %s", resume_command(self.command, self.args))
             self.watchdog.close()
             self.accelerator.end_training()
             sys.exit(cli.EXIT_STOPPED)
 
     def close(self):
-        """Print where the result is, stop the watchdog, and unlock the output folder."""
+        """Print where the results are and what to type next, stop the watchdog, and unlock the output folder."""
         logger.info("final/ and best/ (%s) are in %s", self.progress.best_text, self.args.output_dir)
+        if not self.args.dry_run:
+            for line in self._whereabouts():
+                logger.info("  %s", line)
         self.watchdog.close()
         if self.lock is not None:
             self.lock.close()
+
+    def _whereabouts(self):
+        """Yield lines that say what lies where, and the commands to type next."""
+        out = Path(self.args.output_dir)
+        folders = {
+            "best": out / "best",
+            "final": out / "final",
+            "samples": out / "samples",
+            "curves": out / "validation.png",
+        }
+        for name, path in folders.items():
+            if path.exists():
+                yield f"{name:8s} {path}"
+        if "tensorboard" in chosen_trackers(self.args.report_to):
+            yield f"{'logs':8s} tensorboard --logdir {shlex.quote(str(out))}"
+        for name, command in zip(("next", ""), next_commands(self.command, self.args)):
+            yield f"{name:8s} {command}"
