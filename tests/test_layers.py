@@ -12,9 +12,18 @@ from tests.helpers.source import ROOT, require_none
 LAYERS = (
     (
         *("train_phase1", "train_phase2"),
-        *("c2r.__main__", "c2r.encode", "c2r.estimate", "c2r.generate", "c2r.prepare", "c2r.quickstart", "c2r.study"),
+        *(
+            "c2r.__main__",
+            "c2r.encode",
+            "c2r.estimate",
+            "c2r.generate",
+            "c2r.prepare",
+            "c2r.quickstart",
+            "c2r.report",
+            "c2r.study",
+        ),
     ),
-    ("c2r.toy",),
+    ("c2r.toy", "c2r.reporting"),
     ("c2r.evaluation",),
     ("c2r.training", "c2r.estimation"),
     ("c2r.cli",),

@@ -29,10 +29,8 @@ from c2r.models.parts import load_pipeline_part
 from c2r.models.vae import decode_frames
 from c2r.pipeline import C2RPipeline, Sampling, with_flow_shift
 from c2r.training.engine import failing_together
+from c2r.training.output_files import SAMPLE_COLUMNS
 from c2r.training.trackers import log_picture, log_video
-
-#: The videos of a sample, from left to right.
-COLUMNS = ("control", "with control", "without control", "truth")
 
 #: {number of a sample: {column: (F, H, W, 3) uint8}}
 SampleRows = dict[int, dict[str, np.ndarray]]
@@ -114,7 +112,7 @@ def make_samples(
         go_on: called before each video; sampling ends when it returns False, on all processes alike.
 
     Returns:
-        the rows of this process, each with COLUMNS; None if `go_on` ended the sampling.
+        the rows of this process, each with SAMPLE_COLUMNS; None if `go_on` ended the sampling.
 
     Raises:
         InputError: an output without control cannot be written.
@@ -149,7 +147,7 @@ def make_samples(
                 decode_frames(pipeline.vae, load_tensors(paths[number], ["latents"])[0]["latents"]),
                 rearrange(scenes.target_frames(number), "f c h w -> f h w c").numpy(),
             )
-            rows[number] = dict(zip(COLUMNS, columns))
+            rows[number] = dict(zip(SAMPLE_COLUMNS, columns))
     return rows
 
 
@@ -197,7 +195,7 @@ def write_samples(
         rows = dict(gather_object(list(rows.items())))
     with failing_together(accelerator, folder):
         if accelerator.is_main_process:
-            columns = {name: [rows[number][name] for number in range(len(samples))] for name in COLUMNS}
+            columns = {name: [rows[number][name] for number in range(len(samples))] for name in SAMPLE_COLUMNS}
             sheet = draw_contact_sheet(columns, [sample.caption.text for sample in samples])
             write_atomic(folder / "sheet.png", image_bytes(sheet))
             log_picture(accelerator, "samples/sheet", np.asarray(sheet), step)

@@ -25,11 +25,10 @@ from c2r import __version__
 from c2r.files import write_atomic
 from c2r.training.engine import ENGINE_NAMES, sharding
 from c2r.training.launched import resume_command
+from c2r.training.output_files import METRICS, START, VALIDATIONS
 from c2r.training.resume import saved_options
 
 logger = logging.getLogger(__name__)
-
-START, METRICS, VALIDATIONS = "run.json", "metrics.jsonl", "validations.jsonl"
 
 #: Packages whose versions are written down.
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
