@@ -8,7 +8,10 @@ from html import escape
 from c2r.reporting.run_folder import as_json
 
 #: Size of a chart and the place of its axes, in the units of its viewBox.
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 236, 46, 10, 8, 26
+WIDTH, HEIGHT, RIGHT, TOP, BOTTOM = 420, 236, 10, 10, 26
+
+#: Width of a digit of an axis, in the same units.
+DIGIT = 6.4
 
 #: Points of a line; more cannot be seen at this size.
 MAX_POINTS = 240
@@ -70,6 +73,15 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [i * size for i in range(first, math.floor(high / size + 1e-9) + 1)]
 
 
+def axis_labels(values: Sequence[float]) -> dict[float, str]:
+    """Return a label for each tick, all with as many decimals as their distance needs."""
+    distance = values[1] - values[0] if len(values) > 1 else abs(values[0]) or 1.0
+    if distance < 1e-5:
+        return {value: f"{value:.1e}".replace("-", "−") if value else "0" for value in values}
+    decimals = max(0, -math.floor(math.log10(distance) + 1e-9))
+    return {value: f"{value:,.{decimals}f}".replace("-", "−") for value in values}
+
+
 def chart(
     title: str,
     lines: Sequence[Line],
@@ -103,17 +115,20 @@ def chart(
     margin = 0.06 * (y_high - y_low) or abs(y_high) * 0.1 or 1.0
     y_low, y_high = y_low - margin, y_high + margin
 
+    y_ticks = axis_labels(ticks(y_low, y_high))
+    left = round(DIGIT * max(len(label) for label in y_ticks.values())) + 8
+
     def x_of(x):
-        return LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+        return left + (x - x_low) / (x_high - x_low) * (WIDTH - left - RIGHT)
 
     def y_of(y):
         return TOP + (y_high - y) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
 
     parts = []
-    for value in ticks(y_low, y_high):
+    for value, label in y_ticks.items():
         y = y_of(value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{number(value)}</text>')
+        parts.append(f'<line class="grid" x1="{left}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>')
     x_ticks = [value for value in ticks(x_low, x_high) if value == int(value)]
     for value in x_ticks:
         x = x_of(value)
@@ -122,11 +137,11 @@ def chart(
             f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}"/>'
         )
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{value:,.0f}</text>')
-    axis = f"M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"
+    axis = f"M{left} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"
     parts.append(f'<path class="axis" d="{axis}"/>')
     for value, label in marks:
         y = y_of(value)
-        parts.append(f'<line class="mark" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<line class="mark" x1="{left}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(
             f'<text class="mark" x="{WIDTH - RIGHT - 2}" y="{y - 4:.1f}" text-anchor="end">{escape(label)}</text>'
         )
@@ -149,7 +164,7 @@ def chart(
     # The script finds the step under the pointer by these, and writes the values of each line.
     data = {
         "x": [x_low, x_high],
-        "box": [LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM],
+        "box": [left, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM],
         "lines": [
             {"label": line.label, "color": line.color, "points": [(x, y) for x, y in line.points if math.isfinite(y)]}
             for line in shown
@@ -179,6 +194,11 @@ def _path(points):
     if len(words) == 1:  # a point alone is seen as a short stroke
         words.append("h.1")
     return "".join(words)
+
+
+def fixed(value: float) -> str:
+    """Return a number with four decimals, so that those of a table stand below each other."""
+    return f"{value:.4f}".replace("-", "−")
 
 
 def number(value: float) -> str:

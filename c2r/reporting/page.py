@@ -7,7 +7,7 @@ from html import escape
 from importlib.resources import files
 
 from c2r import __version__
-from c2r.reporting.curves import Line, chart, number, points_of, smoothed
+from c2r.reporting.curves import Line, chart, fixed, number, points_of, smoothed
 from c2r.reporting.pairs import Difference, common_steps, difference
 from c2r.reporting.run_folder import RunFolder, data_address
 from c2r.training.output_files import SAMPLE_COLUMNS
@@ -46,7 +46,6 @@ SUMMARY = {
     "leak by coarse versions": "validation/leak_share_coarse",
     "leak by an altered look": "validation/leak_share_augmented",
     "CG share so far": "train/cg_share",
-    "clips per second": "train/samples_per_second",
 }
 
 
@@ -110,9 +109,9 @@ def _summary(runs):
     for label, name in SUMMARY.items():
         values = [run.last(name) for run in runs]
         if any(value is not None for value in values):
-            rows.append([escape(label), *("–" if value is None else number(value) for value in values)])
+            rows.append([escape(label), *("–" if value is None else fixed(value) for value in values)])
     if any(run.last("monitor/cg_look") is not None for run in runs):
-        rows.append(["CG look [90 % interval]", *(_look_cell(run) for run in runs)])
+        rows.append(["CG look and 90 % interval", *(_look_cell(run) for run in runs)])
     clips = [_clips_text(run) for run in runs]
     if any(clips):
         rows.append(["validation clips", *(text or "–" for text in clips)])
@@ -125,14 +124,14 @@ def _best_cell(run):
         return "–"
     criterion = run.option("best_by") or "loss"
     value = run.numbers[f"validation/{criterion}"][run.best_step]
-    return f"{escape(criterion.replace('_', ' '))} {number(value)} at step {run.best_step:,}"
+    return f"{escape(criterion.replace('_', ' '))} {fixed(value)} at step {run.best_step:,}"
 
 
 def _look_cell(run):
     look, low, high = (run.last(f"monitor/cg_look{ending}") for ending in ("", "_low", "_high"))
     if look is None:
         return "–"
-    return number(round(look, 3)) + ("" if low is None or high is None else f" [{low:.2f}, {high:.2f}]")
+    return f"{look:.2f}" + ("" if low is None or high is None else f" [{low:.2f}, {high:.2f}]")
 
 
 def _clips_text(run):
