@@ -30,33 +30,42 @@ for (const svg of document.querySelectorAll("svg[data-chart]")) {
     });
     if (!pointer.isConnected) { svg.append(pointer); svg.parentNode.append(box); }
     const shift = x / svg.viewBox.baseVal.width * area.width;
-    box.style.top = svg.offsetTop + 4 + "px";
+    box.style.top = area.top - svg.parentNode.getBoundingClientRect().top + 4 + "px";
     box.style.left = (shift > area.width / 2 ? shift - box.offsetWidth - 10 : shift + 10) + "px";
   });
   svg.addEventListener("pointerleave", () => { pointer.remove(); box.remove(); });
 }
-// One step of the samples at a time.
+// One step of the samples at a time; what is seen plays, and a click stops it.
 const bar = document.querySelector(".steps");
 if (bar) {
-  const buttons = [...bar.querySelectorAll("[data-step]")], play = bar.querySelector(".play");
-  const shown = () => [...document.querySelectorAll(".sample:not([hidden]) video")];
-  const show = step => {
-    for (const figure of document.querySelectorAll(".sample")) {
-      figure.hidden = figure.dataset.step !== step;
-      if (figure.hidden) figure.querySelector("video").pause();
+  const buttons = [...bar.querySelectorAll("[data-step]")], button = bar.querySelector(".play");
+  const videos = [...document.querySelectorAll(".sample video")], seen = new Set();
+  let playing = !matchMedia("(prefers-reduced-motion: reduce)").matches;
+  const update = () => {
+    button.textContent = playing ? "Pause" : "Play";
+    for (const video of videos) {
+      if (playing && seen.has(video)) video.play().catch(() => {}); else video.pause();
     }
-    for (const button of buttons) button.setAttribute("aria-pressed", button.dataset.step === step);
-    if (play.textContent === "Pause") start();
   };
-  const start = () => { for (const video of shown()) { video.currentTime = 0; video.play(); } };
-  for (const button of buttons) button.onclick = () => show(button.dataset.step);
-  play.onclick = () => {
-    const playing = play.textContent === "Pause";
-    play.textContent = playing ? "Play" : "Pause";
-    if (playing) shown().forEach(video => video.pause()); else start();
+  const watcher = new IntersectionObserver(entries => {
+    for (const entry of entries) seen[entry.isIntersecting ? "add" : "delete"](entry.target);
+    update();
+  });
+  for (const video of videos) {
+    video.controls = false;
+    video.onclick = () => { playing = !playing; update(); };
+    watcher.observe(video);
+  }
+  const show = step => {
+    for (const figure of document.querySelectorAll(".sample")) figure.hidden = figure.dataset.step !== step;
+    for (const one of buttons) one.setAttribute("aria-pressed", one.dataset.step === step);
+    for (const video of videos) video.currentTime = 0;
   };
+  for (const one of buttons) one.onclick = () => show(one.dataset.step);
+  button.onclick = () => { playing = !playing; update(); };
   bar.hidden = false;
   show(buttons[buttons.length - 1].dataset.step);
+  update();
 }
 for (const button of document.querySelectorAll(".copy")) {
   button.hidden = !navigator.clipboard;

@@ -266,7 +266,7 @@ def _curves(runs):
             "Leak",
             _several(runs, LEAKS),
             "Share of the real clips' control gain that comes from the look of their control.",
-            marks=[(LEAK_BOUND, "too much")],
+            marks=[(LEAK_BOUND, "too much by coarse versions")],
             include=(0, 1),
         )
     )
@@ -411,8 +411,8 @@ def _samples(runs):
                 label = f"step {step:,}" if len(runs) == 1 else f"{_key(runs, run)}, step {step:,}"
                 figures.append(
                     f'<figure class="sample" data-step="{step}"><figcaption>{label}</figcaption>'
-                    f'<div class="columns">{columns}</div><video controls loop muted playsinline preload="metadata" '
-                    f'src="{data_address(path, "video/mp4")}"></video></figure>'
+                    f'<div class="scroll"><div class="row"><div class="columns">{columns}</div><video controls loop muted playsinline preload="metadata" '
+                    f'src="{data_address(path, "video/mp4")}"></video></div></div></figure>'
                 )
         parts.append(f"<h3>Sample {sample}</h3>{''.join(figures)}")
     note = "Controls, prompts and seeds are the same at every step."
