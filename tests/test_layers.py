@@ -33,7 +33,7 @@ LAYERS = (
     ("c2r.data",),
     ("c2r.pipeline",),
     ("c2r.models",),
-    ("c2r", "c2r.files", "c2r.flow_matching", "c2r.sampler", "c2r.units"),
+    ("c2r", "c2r.bars", "c2r.files", "c2r.flow_matching", "c2r.sampler", "c2r.units"),
 )
 SCRIPTS = ("train_phase1", "train_phase2")
 #: Rooms whose functions take values by name, never the parsed options of a command.

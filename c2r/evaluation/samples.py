@@ -16,6 +16,7 @@ from accelerate.utils.memory import clear_device_cache
 from einops import rearrange
 from torch import nn
 
+from c2r.bars import progress_bar
 from c2r.data.clips import Clip, Clips
 from c2r.data.contact_sheet import draw_contact_sheet, image_bytes
 from c2r.data.settings import ClipSettings
@@ -131,8 +132,10 @@ def make_samples(
     kept = all(gather_object([path.exists() for path in paths.values()]))
 
     rows = {}
+    bar = progress_bar(len(numbers), "samples", "video", accelerator.is_main_process)
     for position, number in zip(positions, numbers):
         if not go_on():
+            bar.close()
             return None
         control_frames = scenes.control_frames(number)  # (F, 3, H, W) uint8
         latents = _generate(samples, number, captions, pipeline, sampling, control_frames.float() / 255)
@@ -148,6 +151,8 @@ def make_samples(
                 rearrange(scenes.target_frames(number), "f c h w -> f h w c").numpy(),
             )
             rows[number] = dict(zip(SAMPLE_COLUMNS, columns))
+        bar.update()
+    bar.close()
     return rows
 
 

@@ -409,10 +409,13 @@ def _samples(runs):
                 if path is None:
                     continue
                 label = f"step {step:,}" if len(runs) == 1 else f"{_key(runs, run)}, step {step:,}"
+                video = (
+                    '<video controls loop muted playsinline preload="metadata" '
+                    f'src="{data_address(path, "video/mp4")}"></video>'
+                )
                 figures.append(
-                    f'<figure class="sample" data-step="{step}"><figcaption>{label}</figcaption>'
-                    f'<div class="scroll"><div class="row"><div class="columns">{columns}</div><video controls loop muted playsinline preload="metadata" '
-                    f'src="{data_address(path, "video/mp4")}"></video></div></div></figure>'
+                    f'<figure class="sample" data-step="{step}"><figcaption>{label}</figcaption><div class="scroll">'
+                    f'<div class="row"><div class="columns">{columns}</div>{video}</div></div></figure>'
                 )
         parts.append(f"<h3>Sample {sample}</h3>{''.join(figures)}")
     note = "Controls, prompts and seeds are the same at every step."

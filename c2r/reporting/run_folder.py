@@ -166,7 +166,7 @@ class RunFolder:
 
     @cached_property
     def status(self) -> str:
-        """Whether the run is finished, running or stopped, in words."""
+        """The state of the run in words: finished, running or stopped."""
         planned = self.option("max_train_steps")
         of = f" of {planned:,}" if isinstance(planned, int) else ""
         if (self.path / "final/c2r.json").is_file() and (planned is None or self.step >= planned):

@@ -1,6 +1,7 @@
 """One start of a training script: its options, its progress, and the models that train."""
 
 import logging
+import math
 import shlex
 import sys
 from argparse import Namespace
@@ -17,6 +18,7 @@ from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
 from c2r import cli
+from c2r.bars import bar_settings
 from c2r.data.settings import ClipSettings
 from c2r.models.adversary import DomainClassifier
 from c2r.models.context_parallel import ContextParallel
@@ -47,6 +49,24 @@ class TrainState:
     domain_classifier: DomainClassifier | None = None
     step_in_backward: StepInBackward | None = None
     context_parallel: ContextParallel | None = None
+
+
+class _TrainingBar(tqdm):
+    """The bar of the training loop, whose remaining time includes evaluations and checkpoints to come."""
+
+    def __init__(self, run: "Run", title: str):
+        self._run = run
+        super().__init__(
+            total=run.args.max_train_steps,
+            initial=run.progress.global_step,
+            desc=title,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}, {rate_fmt}{postfix}]",
+            **bar_settings(run.accelerator.is_local_main_process),
+        )
+
+    @property
+    def format_dict(self):
+        return super().format_dict | {"left": self._run.time_left()}
 
 
 @dataclass
@@ -107,17 +127,21 @@ class Run:
 
     def steps(self, title: str) -> Iterator[int]:
         """Yield optimizer steps up to --max_train_steps; end early after a signal or before the Slurm slot ends."""
-        self.bar = tqdm(
-            total=self.args.max_train_steps,
-            initial=self.progress.global_step,
-            desc=title,
-            disable=not self.accelerator.is_local_main_process,
-        )
+        self.bar = _TrainingBar(self, title)
         while self.progress.global_step < self.args.max_train_steps and not self.is_stopping():
             # A dry run times steps: none of them runs beside a write.
             if self.saving is not None and (self.args.dry_run or self.saving.has_ended()):
                 self.finish_saving()
             yield self.progress.global_step
+
+    def time_left(self) -> str:
+        """Return the time that the run still takes, with "+" if a part has not been measured yet."""
+        args = self.args
+        intervals = {"validation": args.validation_steps, "checkpoint": args.checkpointing_steps}
+        if getattr(args, "num_samples", 0) > 0:  # phase 1 has no samples
+            intervals["sampling"] = args.sample_steps
+        seconds, complete = self.timings.remaining(self.progress.global_step, args.max_train_steps, intervals)
+        return "?" if math.isnan(seconds) else tqdm.format_interval(seconds) + "+" * (not complete)
 
     def finish_saving(self):
         """Wait for the checkpoint that is being written, if there is one. Call it on every process.
