@@ -73,8 +73,10 @@ def build_accelerator(args: Namespace) -> Accelerator:
     deepspeed = _launched_with("DEEPSPEED")
     on_cpu = not torch.accelerator.is_available()
     group: dict[str, Any] = {"timeout": collective_timeout(args)}
+    if on_cpu:  # Accelerate imports DeepSpeed wherever it is installed, which warns if it has to find this out
+        os.environ["DS_ACCELERATOR"] = "cpu"
     if deepspeed and on_cpu:
-        os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         group["backend"] = "gloo"
     with joining(60 * args.distributed_timeout_minutes):
         accelerator = Accelerator(
