@@ -22,6 +22,7 @@ class _Lines:
 
     def __init__(self, stream):
         self._stream = stream
+        self.encoding = stream.encoding  # tqdm draws with blocks or with ASCII
 
     def write(self, text: str):
         if text := text.strip("\r\n "):

@@ -111,4 +111,4 @@ def write_history(history: list[dict[str, float]], accelerator: Accelerator, out
     png = draw_history(history)
     write_atomic(Path(output_dir) / "validation.png", png)
     picture = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-    log_picture(accelerator, "validation", picture, history[-1]["step"])
+    log_picture(accelerator, "validation", picture, int(history[-1]["step"]))
