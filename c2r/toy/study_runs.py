@@ -201,7 +201,7 @@ def measure_layout(toy_dir: Path, samples: Path) -> dict[str, float]:
 def _read_row(path: Path, toy: Toy) -> dict[str, torch.Tensor]:
     """Return {column: (F, 3, H, W) float in [0, 255]} of a sample video."""
     row = read_window(path, 0.0, toy["num_frames"], toy["fps"], toy["height"], len(SAMPLE_COLUMNS) * toy["width"])
-    return dict(zip(SAMPLE_COLUMNS, row.float().chunk(len(COLUMNS), dim=-1)))
+    return dict(zip(SAMPLE_COLUMNS, row.float().chunk(len(SAMPLE_COLUMNS), dim=-1)))
 
 
 def _edge_maps(clips: Sequence[torch.Tensor]) -> list[torch.Tensor]:
