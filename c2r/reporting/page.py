@@ -169,8 +169,8 @@ def _comparison(a, b, runs):
     for label, arguments in _compared(first):
         found = difference(first, second, **arguments)
         if found is not None:
-            rows.append([escape(label), _signed(found.mean), _error(found), str(found.clips), _reading(found)])
-    body += _table(["", "difference", "± standard error", "clips", ""], rows, "numbers")
+            rows.append([escape(label), *_difference_cells(found), str(found.clips), _reading(found)])
+    table = _table(["", "difference", "± standard error", "clips", ""], rows, "numbers")
     curve = [(step, difference(a.validations[step], b.validations[step])) for step in steps]
     gain = [(step, difference(a.validations[step], b.validations[step], "other_control", "right")) for step in steps]
     color = _color(runs, b)
@@ -193,7 +193,8 @@ def _comparison(a, b, runs):
         "before they are averaged; domains have the same weight. The standard error is that of the mean over the "
         f"clips: it does not hold what another --seed would change.{only}"
     )
-    return f'{heading}{body}<div class="charts">{charts}</div><p class="small">{note}</p>'
+    compared = f'<div class="compared">{table}<div class="charts">{charts}</div></div>'
+    return f'{heading}{body}{compared}<p class="small">{note}</p>'
 
 
 def _verdict(a, b, loss, step):
@@ -228,12 +229,12 @@ def _rounded(value, error):
     return round(value, 1 - math.floor(math.log10(error)))
 
 
-def _signed(value):
-    return f"+{number(value)}" if value > 0 else number(value)
-
-
-def _error(found: Difference):
-    return number(found.error) if math.isfinite(found.error) else "–"
+def _difference_cells(found: Difference):
+    """Return the mean with its sign, and the error, both to two digits of the error."""
+    if not math.isfinite(found.error):
+        return [f"{found.mean:+.4f}".replace("-", "−"), "–"]
+    decimals = 4 if found.error == 0 else min(6, max(0, 1 - math.floor(math.log10(found.error))))
+    return [f"{found.mean:+.{decimals}f}".replace("-", "−"), f"{found.error:.{decimals}f}"]
 
 
 def _reading(found: Difference):
@@ -257,7 +258,8 @@ def _difference_line(label, curve, color):
 
 def _curves(runs):
     charts = [_training_loss(runs)]
-    charts.append(chart("Validation loss", _several(runs, LOSSES), "Held-out clips under fixed noise."))
+    losses = LOSSES if len(runs) == 1 else dict([*LOSSES.items()][:3])  # more lines cannot be told apart
+    charts.append(chart("Validation loss", _several(runs, losses), "Held-out clips under fixed noise."))
     note = "Loss with the wrong condition − loss."
     charts.append(chart("Gains", _several(runs, GAINS), note, marks=[(0, "ignored")]))
     charts += [_gain_by_level(runs, run) for run in runs]

@@ -6,15 +6,13 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from c2r.options import PHASE1, PHASE2
+from c2r.options import PHASE2
+from c2r.options.shared import clip_option_words
 
 RESUME = ["--resume_from_checkpoint", "latest"]
 
-#: Options of a phase 1 that its phase 2 needs too, where they are not the defaults.
-_KEPT = (
-    *("pretrained_model_name_or_path", "real_dataset", "height", "width", "num_frames", "fps", "buckets"),
-    *("cache_dir", "vae_dtype", "flow_shift", "mixed_precision", "optimizer", "report_to"),
-)
+#: Options of a phase 1 that are kept for phase 2, besides those of the clips.
+_KEPT = ("flow_shift", "mixed_precision", "optimizer", "report_to")
 
 
 def launch_command(parent: list[str] | None = None) -> list[str]:
@@ -78,9 +76,10 @@ def phase2_command(command: list[str], args: Namespace) -> str:
     out = Path(args.output_dir)
     words = [*command[:script], command[script].replace("train_phase1", "train_phase2")]
     words += ["--resume_backbone_from", str(out / "best")]
+    words += ["--real_dataset", *args.real_dataset, *clip_option_words(args)]
     for name in _KEPT:
         value = getattr(args, name)
-        if value not in (PHASE1.options[name].default, PHASE2.options[name].default):
+        if value != PHASE2.options[name].default:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     words += ["--cg_dataset", "data/cg", "--output_dir", str(out.with_name("phase2"))]
     return shlex.join([*words, *RESUME])
