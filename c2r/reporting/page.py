@@ -193,8 +193,8 @@ def _comparison(a, b, runs):
         "before they are averaged; domains have the same weight. The standard error is that of the mean over the "
         f"clips: it does not hold what another --seed would change.{only}"
     )
-    compared = f'<div class="compared">{table}<div class="charts">{charts}</div></div>'
-    return f'{heading}{body}{compared}<p class="small">{note}</p>'
+    table += f'<p class="small">{note}</p>'
+    return f'{heading}{body}<div class="compared"><div>{table}</div><div class="charts">{charts}</div></div>'
 
 
 def _verdict(a, b, loss, step):

@@ -22,13 +22,20 @@ def start_logs(accelerator: Accelerator, args: Namespace, progress: Progress, re
         progress: from the checkpoint.
         repeat_step: also remove the numbers of that step and log them again, because its validation is still to come.
     """
-    config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in vars(args).items()}
+    config = {name: _as_text(value) for name, value in vars(args).items()}
     purge_step = progress.global_step if repeat_step else progress.global_step + 1
     # Built only now, because they must know the step: `Accelerator.init_trackers` would build each by its name.
     accelerator.log_with = build_trackers(accelerator, args, purge_step, resumed=progress.global_step > 0)
     accelerator.init_trackers("", config=config)
     if repeat_step and progress.logs:
         accelerator.log(progress.logs, progress.global_step)
+
+
+def _as_text(value):
+    """Return an option's value as trackers take it: a number or text."""
+    if isinstance(value, int | float | str):
+        return value
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 #: Bounds of the noise levels whose losses are logged apart: low noise is detail, high noise is layout.

@@ -58,6 +58,22 @@ def build_trackers(accelerator: Accelerator, args: Namespace, purge_step: int, r
     return trackers
 
 
+#: Charts of TensorBoard's tab "Custom scalars": the numbers that belong together, in one chart.
+LAYOUT = {
+    "Is it learning?": {
+        "validation loss": [
+            "Multiline",
+            ["validation/loss$", "validation/loss_other_control", "validation/loss_no_control"],
+        ],
+        "gains": ["Multiline", ["validation/control_gain$", "validation/prompt_gain$"]],
+        "control gain by noise level": ["Multiline", ["validation/control_gain_sigma_.*"]],
+        "leak": ["Multiline", ["validation/leak_share_.*"]],
+        "CG look": ["Margin", ["monitor/cg_look", "monitor/cg_look_low", "monitor/cg_look_high"]],
+        "CG share": ["Multiline", ["train/cg_share", "monitor/cg_ratio"]],
+    }
+}
+
+
 class _TensorBoard(TensorBoardTracker):
     """Accelerate's tracker, with the options in the run itself: Accelerate makes them two runs of their own."""
 
@@ -65,6 +81,7 @@ class _TensorBoard(TensorBoardTracker):
     def store_init_configuration(self, values: dict[str, Any]):
         for summary in hparams(values, {}):
             self.writer.file_writer.add_summary(summary)
+        self.writer.add_custom_scalars(LAYOUT)
         rows = "\n".join(f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in values.items())
         self.writer.add_text("options", f"| option | value |\n|---|---|\n{rows}", 0)
         self.writer.flush()
