@@ -122,9 +122,8 @@ def _summary(runs):
 def _best_cell(run):
     if run.best_step is None:
         return "–"
-    criterion = run.option("best_by") or "loss"
-    value = run.numbers[f"validation/{criterion}"][run.best_step]
-    return f"{escape(criterion.replace('_', ' '))} {fixed(value)} at step {run.best_step:,}"
+    value = run.numbers[f"validation/{run.best_by}"][run.best_step]
+    return f"{run.best_by.replace('_', ' ')} {fixed(value)} at step {run.best_step:,}"
 
 
 def _look_cell(run):
@@ -340,7 +339,7 @@ def _cg_look(runs):
         look, low, high = (run.numbers.get(f"monitor/cg_look{ending}", {}) for ending in ("", "_low", "_high"))
         band = [(step, low[step], high[step]) for step in look if step in low and step in high]
         lines.append(Line("CG look" if len(runs) == 1 else run.name, points_of(look), _color(runs, run), band=band))
-    bounds = {run.option("monitor_bound") for run in runs} - {None}
+    bounds = {bound for run in runs if type(bound := run.option("monitor_bound")) is float and abs(bound) < 10}
     marks = [(bounds.pop(), "bound")] if len(bounds) == 1 else []
     note = "0: like the real clips, 1: like the CG clips; 90 % interval."
     return chart("CG look of the samples", lines, note, marks, (0, 1))

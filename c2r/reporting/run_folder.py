@@ -26,6 +26,9 @@ from c2r.training.output_files import METRICS, START, VALIDATIONS
 #: Bounds of what is read: a run of a million steps writes about 700 MB of numbers.
 MAX_BYTES, MAX_LINE_BYTES, MAX_NAMES = 2 * 2**30, 2**22, 1000
 
+#: Largest step, and largest size of a number; others could not be drawn.
+MAX_STEP, MAX_VALUE = 10**12, 1e30
+
 #: A run that has written nothing for longer counts as stopped, in seconds.
 STOPPED_AFTER = 900
 
@@ -113,11 +116,12 @@ class RunFolder:
             where = f"{path}, line {number}"
             entry = parse_json(line, dict[str, JsonValue], where)
             step = entry.pop("step", None)
-            if type(step) is not int or step < 0:
+            if type(step) is not int or not 0 <= step <= MAX_STEP:
                 raise InputError(f"{where}: has no step; replace it by an undamaged copy")
             for name, value in entry.items():
                 if value is None or type(value) in (int, float):
-                    self.numbers.setdefault(name, {})[step] = math.nan if value is None else float(value)
+                    known = value is not None and abs(value) <= MAX_VALUE
+                    self.numbers.setdefault(name, {})[step] = float(value) if known else math.nan
             if len(self.numbers) > MAX_NAMES:
                 raise InputError(f"{where}: more than {MAX_NAMES} names; replace it by an undamaged copy")
 
@@ -126,10 +130,14 @@ class RunFolder:
         for number, line in _lines(path):
             where = f"{path}, line {number}"
             entry = parse_json(line, _Validation, where)
+            if not 0 <= entry["step"] <= MAX_STEP:
+                raise InputError(f"{where}: has no step; replace it by an undamaged copy")
             size = (len(entry["clips"]), len(entry["sigmas"]))
             for condition, table in entry["losses"].items():
                 if len(table) != size[0] or any(len(row) != size[1] for row in table):
                     raise InputError(f"{where}: the table {condition[:80]} has another size than its clips and sigmas")
+                if any(loss is not None and not abs(loss) <= MAX_VALUE for row in table for loss in row):
+                    raise InputError(f"{where}: the table {condition[:80]} has a loss that is not finite")
             self.validations[entry["step"]] = entry
 
     def _find_videos(self):
@@ -168,7 +176,8 @@ class RunFolder:
     def status(self) -> str:
         """The state of the run in words: finished, running or stopped."""
         planned = self.option("max_train_steps")
-        of = f" of {planned:,}" if isinstance(planned, int) else ""
+        planned = planned if type(planned) is int else None
+        of = "" if planned is None else f" of {planned:,}"
         if (self.path / "final/c2r.json").is_file() and (planned is None or self.step >= planned):
             return f"finished at step {self.step:,}"
         path = self.path / METRICS
@@ -179,10 +188,15 @@ class RunFolder:
             return f"running, step {self.step:,}{of}"
         return f"stopped at step {self.step:,}{of}"
 
+    @property
+    def best_by(self) -> str:
+        """The criterion of best/."""
+        return "control_gain" if self.option("best_by") == "control_gain" else "loss"
+
     @cached_property
     def best_step(self) -> int | None:
         """The step of best/: of the lowest validation loss, or of the highest control gain by --best_by."""
-        criterion = self.option("best_by") or "loss"
+        criterion = self.best_by
         values = {step: v for step, v in self.numbers.get(f"validation/{criterion}", {}).items() if math.isfinite(v)}
         if not values:
             return None

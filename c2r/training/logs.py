@@ -24,6 +24,9 @@ def start_logs(accelerator: Accelerator, args: Namespace, progress: Progress, re
     """
     config = {name: _as_text(value) for name, value in vars(args).items()}
     purge_step = progress.global_step if repeat_step else progress.global_step + 1
+    for tracker in accelerator.trackers:  # of the first leg of a dry run
+        tracker.finish()
+    accelerator.trackers.clear()
     # Built only now, because they must know the step: `Accelerator.init_trackers` would build each by its name.
     accelerator.log_with = build_trackers(accelerator, args, purge_step, resumed=progress.global_step > 0)
     accelerator.init_trackers("", config=config)

@@ -164,6 +164,7 @@ def test_a_folder_with_little_in_it_says_what_is_missing(runs, tmp_path):
         ('{"loss": 1}', "line 1: has no step"),
         ('{"step": -1}', "line 1: has no step"),
         ("{" * 100_000, "line 1: "),
+        (f'{{"step": {10**400}}}', "line 1: has no step"),
         ("x" * (run_folder.MAX_LINE_BYTES + 1), "longer than"),
         (json.dumps({"step": 1} | {str(i): 1 for i in range(2000)}), "more than 1000 names"),
     ],
@@ -173,6 +174,22 @@ def test_damaged_numbers_are_refused_in_one_line(tmp_path, line, problem):
     with pytest.raises(InputError, match=re.escape(problem)) as error:
         RunFolder.read(tmp_path, "damaged")
     assert "\n" not in str(error.value)
+
+
+def test_numbers_that_cannot_be_drawn_count_as_not_finite(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "train/loss": {10**400}, "train/grad_norm": 1e300}}\n')
+    run = RunFolder.read(tmp_path, "large")
+    assert np.isnan([run.numbers["train/loss"][1], run.numbers["train/grad_norm"][1]]).all()
+    assert "Training loss" not in report_page([run])
+
+
+def test_options_of_another_type_do_not_end_the_report(runs, tmp_path):
+    shutil.copytree(runs[0].path, tmp_path, dirs_exist_ok=True)
+    start = json.loads((tmp_path / "run.json").read_text())
+    for value in (["x"], {"y": [1]}, "text", 1e300, None, True):
+        start["options"] = dict.fromkeys(start["options"], value)
+        (tmp_path / "run.json").write_text(json.dumps(start))
+        require_self_contained(Elements(report_page([RunFolder.read(tmp_path, "odd"), *runs])))
 
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path):
