@@ -126,6 +126,8 @@ def test_a_lora_is_saved_once_it_is_fused(folder, tmp_path):
     pipeline.unload_lora_weights()
     pipeline.save_pretrained(tmp_path / "pipeline")
     assert torch.equal(outputs(C2RPipeline.from_pretrained(tmp_path / "pipeline")), outputs(pipeline))
+
+
 def test_exports_are_read_back(folder, tmp_path):
     def export(*options):
         output = tmp_path / "out.safetensors"

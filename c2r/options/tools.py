@@ -406,6 +406,20 @@ EXPORT = _command_of_one_group(
         Choice(("bf16", "fp16", "fp32")),
     ),
 )
+REPORT = _command_of_one_group(
+    "python -m c2r.report",
+    "Write one HTML page on one or several runs: curves, paired differences, samples, options.",
+    Option(
+        "runs",
+        "output folders of runs, finished or running, the first being what the others are compared with; also the "
+        "first words without --runs",
+        Text("folders"),
+        metavar="RUN",
+        several=True,
+        required=True,
+    ),
+    Option("output", "HTML file to write", FILE, "report.html"),
+)
 QUICKSTART = _command_of_one_group(
     "python -m c2r.quickstart",
     "Run both phases on a toy city, on a CPU and without downloads, then turn coarse videos into realistic ones.",
