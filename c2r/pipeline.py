@@ -275,34 +275,6 @@ class C2RPipeline(WanPipeline):
             self._write_folder(folder, repo_id)
             return self._upload_folder(folder, repo_id, token, commit_message, create_pr)
 
-    def enable_group_offload(
-        self,
-        onload_device: torch.device,
-        *args: Any,
-        offload_to_disk_path: str | None = None,
-        exclude_modules: str | list[str] | None = None,
-        **options: Any,
-    ) -> None:
-        """Keep all models off the device but the layers in use, see Diffusers.
-
-        Raises:
-            ValueError: the text encoder would be offloaded to the disk. Diffusers computes other embeddings then,
-                without an error, because its table of tokens belongs to two modules.
-        """
-        excluded = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
-        if offload_to_disk_path is not None and self.text_encoder is not None and "text_encoder" not in excluded:
-            raise ValueError(
-                "offload_to_disk_path: the text encoder would compute other embeddings; give "
-                'exclude_modules="text_encoder", or offload to the CPU'
-            )
-        super().enable_group_offload(
-            onload_device,
-            *args,
-            offload_to_disk_path=offload_to_disk_path,
-            exclude_modules=exclude_modules,
-            **options,
-        )
-
     def _write_folder(self, folder, name):
         """Write the folder of `save_pretrained`; `name` is what the card loads."""
         folder = Path(os.path.realpath(folder))
