@@ -316,25 +316,22 @@ class C2RPipeline(WanPipeline):
 
     def _contract_of_folder(self, folder, controlled):
         """Return the contract of a folder of this pipeline's parts, whose paths are relative to the folder."""
-        copied = {entry: getattr(self.contract, entry) for entry in MODEL_ENTRIES}
-        copied = {entry: name for entry, name in copied.items() if name and not os.path.exists(name)}  # hub names
-        fused = ["lora_rank", "backbone_base"]  # the saved backbone has a LoRA in it
+        names = {entry: getattr(self.contract, entry) for entry in MODEL_ENTRIES}
+        of_hub = {entry: name for entry, name in names.items() if name and not os.path.isabs(name)}
+        changed: dict[str, Any] = {
+            "base_model": ".",
+            "flow_shift": _flow_shift(self.scheduler),
+            "copied_from": self.contract.copied_from | of_hub,
+            **dict.fromkeys(("lora_rank", "backbone_base")),  # a LoRA of training is fused in the saved backbone
+        }
+        if self.dinov3 is not None:
+            changed["dinov3"] = "./dinov3"
+        sha256 = fingerprint_files(folder / "transformer")  # it changes with the dtype
         if not controlled:
-            fused += ["backbone", "backbone_sha256"]
-        contract = replace(
-            self.contract,
-            phase=2 if controlled else 1,
-            **dict.fromkeys(fused),
-            base_model=".",
-            flow_shift=_flow_shift(self.scheduler),
-            weights_sha256=fingerprint_files(folder / ("controlnet" if controlled else "transformer")),
-            copied_from=self.contract.copied_from | copied,
-        )
-        if controlled:
-            # The fingerprint changes with the dtype.
-            sha256 = fingerprint_files(folder / "transformer")
-            contract = replace(contract, backbone="./transformer", backbone_sha256=sha256)
-        return contract if self.dinov3 is None else replace(contract, dinov3="./dinov3")
+            changed |= {"backbone": None, "backbone_sha256": None}
+            return replace(self.contract, phase=1, weights_sha256=sha256, **changed)
+        changed |= {"backbone": "./transformer", "backbone_sha256": sha256}
+        return replace(self.contract, phase=2, weights_sha256=fingerprint_files(folder / "controlnet"), **changed)
 
     @torch.no_grad()
     def __call__(

@@ -85,8 +85,8 @@ SCRIPTS = [
     Mutation(
         "phase-1-does-not-update-the-average",
         "train_phase1.py",
-        "step_ema(state.ema, transformer)",
-        "step_ema(None, transformer)",
+        "step_ema(state.ema, trainable)",
+        "step_ema(None, trainable)",
         f"{RESUME}::test_phase_1_averages_too",
     ),
     Mutation(

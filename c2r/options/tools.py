@@ -28,6 +28,7 @@ from c2r.options.types import (
     MODEL,
     NOT_NEGATIVE,
     PIXELS,
+    PORT,
     POSITIVE,
     SEED,
     SHARE,
@@ -170,6 +171,38 @@ GENERATE = Command(
                 Option("flow_shift", "shift of the noise levels; default: as trained, else 3", POSITIVE),
             ),
         ],
+    },
+)
+
+APP = Command(
+    "python -m c2r.app",
+    "Try a model in the browser: coarse video and prompt in, realistic video out.",
+    {
+        "models": [
+            replace(option, help=f"{option.help}; also the first word without --model")
+            if option.name == "model"
+            else option
+            for option in GENERATE.groups["models"]
+        ],
+        "videos": [
+            *(GENERATE.options[name] for name in ("height", "width")),
+            replace(
+                GENERATE.options["num_frames"], help="most frames of a video, 4k + 1; default: as trained", type=FRAMES
+            ),
+            replace(GENERATE.options["fps"], help="frames per second; default: as trained", type=FRAME_RATE),
+            *(GENERATE.options[name] for name in ("window_frames", "window_overlap", "flow_shift")),
+            Option("lora_dir", "folder with LoRAs to choose from on the page", FOLDER),
+        ],
+        "page": _all_common(
+            Option(
+                "host",
+                "address that the page is served at; the default is seen by this machine alone, and there is no "
+                "password",
+                default="127.0.0.1",
+            ),
+            Option("port", "port that the page is served at", PORT, 7860),
+            Option("max_upload_mb", "largest coarse video in MB; of a sequence, all pictures together", COUNT, 500),
+        ),
     },
 )
 
@@ -353,14 +386,15 @@ PREPARE = Command(
     _check_prepare,
 )
 #: Forms that c2r.export writes, each with a function in `c2r.export.FORMATS`.
-EXPORT_FORMATS = ("original", "pipeline")
+EXPORT_FORMATS = ("original", "lora", "lora-comfyui", "pipeline")
 EXPORT = _command_of_one_group(
     "python -m c2r.export",
     "Write a trained model in a form that other programs read.",
     Option("model", "best/ or final/ of a phase", FOLDER, required=True),
     Option(
         "format",
-        "original: phase 1 as one .safetensors file in Wan's original layout, as ComfyUI and DiffSynth read it; "
+        "original: phase 1 as one .safetensors file in Wan's original layout, as ComfyUI and DiffSynth read it, "
+        "with its LoRA if it trained one; lora, lora-comfyui: this LoRA alone, for Diffusers or ComfyUI; "
         "pipeline: either phase with all models that it needs, as one Diffusers folder",
         Choice(EXPORT_FORMATS),
         required=True,
@@ -371,6 +405,20 @@ EXPORT = _command_of_one_group(
         "dtype of the weights; default: as they are stored, of a pipeline fp32",
         Choice(("bf16", "fp16", "fp32")),
     ),
+)
+REPORT = _command_of_one_group(
+    "python -m c2r.report",
+    "Write one HTML page on one or several runs: curves, paired differences, samples, options.",
+    Option(
+        "runs",
+        "output folders of runs, finished or running, the first being what the others are compared with; also the "
+        "first words without --runs",
+        Text("folders"),
+        metavar="RUN",
+        several=True,
+        required=True,
+    ),
+    Option("output", "HTML file to write", FILE, "report.html"),
 )
 QUICKSTART = _command_of_one_group(
     "python -m c2r.quickstart",
