@@ -509,7 +509,6 @@ PHASE2 = Command(
                 "of the adapter are added once to the patch-embedded latents, as in the released C2R",
                 Choice(("blocks", "latent")),
                 "blocks",
-                common=True,
                 on_resume=MUST_NOT_CHANGE,
             ),
             Option(
