@@ -15,7 +15,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from c2r import InputError, cli
 from c2r.options import GENERATE
@@ -23,10 +23,12 @@ from c2r.options import GENERATE
 logger = logging.getLogger("c2r.generate")  # under python -m, __name__ is "__main__"
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from c2r.models.contract import PhaseContract
     from c2r.models.lora import LoraFile
+    from c2r.pipeline import C2RPipeline
 
 
 def name_controls(args: Namespace):
@@ -245,7 +247,107 @@ def read_padded(control: str, length: Length, height: int, width: int) -> "torch
     from c2r.data.control_video import read_control
 
     frames = read_control(control, length.num_frames, length.fps, height, width)
-    return frames[[min(n, length.num_frames - 1) for n in range(length.generated)]]
+    missing = length.generated - length.num_frames
+    return frames if missing == 0 else frames[[*range(length.num_frames), *[-1] * missing]]
+
+
+def load_models(
+    args: Namespace, device: str, dtype: "torch.dtype", loras: "Sequence[LoraFile]", **parts: Any
+) -> "C2RPipeline":
+    """Load the models that the options name, to a device.
+
+    Args:
+        args: options, completed from the contract.
+        device: where the models run.
+        dtype: dtype of the weights.
+        loras: LoRAs to add to the backbone.
+        parts: parts to replace, or None to leave one out, see `C2RPipeline.from_pretrained`.
+
+    Raises:
+        InputError: see `C2RPipeline.from_pretrained`.
+    """
+    from c2r.models.attention import use_lean_attention
+    from c2r.pipeline import C2RPipeline, with_flow_shift
+
+    pipeline = C2RPipeline.from_pretrained(
+        args.model,
+        torch_dtype=dtype,
+        base=args.pretrained_model_name_or_path,
+        backbone=args.backbone,
+        loras=loras,
+        **parts,
+    )
+    pipeline.scheduler = with_flow_shift(pipeline.scheduler, args.flow_shift)
+    if args.attention_backend is not None:
+        use_lean_attention(pipeline.transformer, args.attention_backend)
+    if args.vae_tiling:
+        pipeline.vae.enable_tiling()
+    if args.cpu_offload:
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
+    return pipeline
+
+
+def generate(
+    pipeline: "C2RPipeline",
+    args: Namespace,
+    length: Length,
+    control: "torch.Tensor | None",
+    output: object,
+    **inputs: Any,
+) -> "np.ndarray":
+    """Generate one video.
+
+    Args:
+        pipeline: from `load_models`.
+        args: options, completed from the contract.
+        length: from `length_of`.
+        control: from `read_padded`; None is a video without control.
+        output: name of the video, for messages.
+        inputs: prompts or their embeddings, and other arguments of the pipeline.
+
+    Returns:
+        (F, H, W, 3) uint8.
+
+    Raises:
+        InputError: its frames are not finite.
+    """
+    import numpy as np
+    import torch
+
+    from c2r.pipeline import Sampling
+
+    sampling = Sampling(
+        num_inference_steps=args.num_inference_steps,
+        guidance=args.guidance,
+        guidance_scale=args.guidance_scale,
+        control_guidance_scale=args.control_guidance_scale,
+        conditioning_scale=args.conditioning_scale,
+    )
+    latents = pipeline(
+        control_video=control,
+        num_frames=length.generated,
+        height=args.height,
+        width=args.width,
+        window_frames=args.window_frames,
+        window_overlap=args.window_overlap,
+        **vars(sampling),
+        control_guidance_start=args.control_guidance_start,
+        control_guidance_end=args.control_guidance_end,
+        generator=torch.Generator().manual_seed(args.seed),  # on CPU: the same noise on every machine
+        output_type="latent",
+        return_dict=False,
+        **inputs,
+    )[0]
+    chunks = []
+    for frames in pipeline.stream_frames(latents):  # (1, f, H, W, 3) in [0, 1]
+        if not np.isfinite(frames).all():
+            raise InputError(
+                f"{output}: not written, its frames are not finite; check --model and its VAE, or give --dtype fp32"
+            )
+        chunks.append((frames[0] * 255).round().astype(np.uint8))
+    return np.concatenate(chunks)[: length.num_frames]
 
 
 def main(argv: list[str] | None = None):
@@ -255,16 +357,15 @@ def main(argv: list[str] | None = None):
     controls = args.control_video or []
     outputs = output_paths(args.output, max(len(args.prompt), len(controls)), controls)
 
-    import numpy as np
     import torch
     from diffusers.utils.torch_utils import get_device
 
     from c2r.data.video_writer import write_video
     from c2r.models.assembly import read_transformer_config
-    from c2r.models.attention import try_attention_backend, use_lean_attention
+    from c2r.models.attention import try_attention_backend
     from c2r.models.contract import fetch_model, read_contract, with_moved_models
     from c2r.models.lora import LoraFile
-    from c2r.pipeline import C2RPipeline, Sampling, encode_prompts, with_flow_shift
+    from c2r.pipeline import encode_prompts
 
     # 1. Refuse early.
     device = get_device()
@@ -291,64 +392,32 @@ def main(argv: list[str] | None = None):
     # 2. Encode the prompts, then load the other models.
     prompts = [args.negative_prompt or "", *args.prompt]
     negative_embeds, *embeds = encode_prompts(args.pretrained_model_name_or_path, prompts, device, dtype)
-    pipeline = C2RPipeline.from_pretrained(
-        args.model,
-        torch_dtype=dtype,
-        base=args.pretrained_model_name_or_path,
-        backbone=args.backbone,
+    pipeline = load_models(
+        args,
+        device,
+        dtype,
+        loras,
         dinov3=args.dinov3 if controls else None,
-        loras=loras,
         tokenizer=None,
         text_encoder=None,
     )
-    pipeline.scheduler = with_flow_shift(pipeline.scheduler, args.flow_shift)
-    if args.attention_backend is not None:
-        use_lean_attention(pipeline.transformer, args.attention_backend)
-    if args.vae_tiling:
-        pipeline.vae.enable_tiling()
-    if args.cpu_offload:
-        pipeline.enable_model_cpu_offload(device=device)
-    else:
-        pipeline.to(device)
 
     # 3. Generate.
-    size = {"height": args.height, "width": args.width}
-    windows = {"window_frames": args.window_frames, "window_overlap": args.window_overlap}
-    sampling = Sampling(
-        num_inference_steps=args.num_inference_steps,
-        guidance=args.guidance,
-        guidance_scale=args.guidance_scale,
-        control_guidance_scale=args.control_guidance_scale,
-        conditioning_scale=args.conditioning_scale,
-    )
     for i, output in enumerate(outputs):
         control = controls[i % len(controls)] if controls else None
         length = length_of(args, control)
         if line := describe_windows(length.generated, args.window_frames, args.window_overlap, contract.num_frames):
             print(line, flush=True)
-        latents = pipeline(
-            control_video=None if control is None else read_padded(control, length, **size),
-            num_frames=length.generated,
-            **size,
-            **windows,
-            **vars(sampling),
-            control_guidance_start=args.control_guidance_start,
-            control_guidance_end=args.control_guidance_end,
-            generator=torch.Generator().manual_seed(args.seed),  # on CPU: the same noise on every machine
+        frames = generate(
+            pipeline,
+            args,
+            length,
+            None if control is None else read_padded(control, length, args.height, args.width),
+            output,
             prompt_embeds=embeds[i % len(embeds)],
             negative_prompt_embeds=negative_embeds,
-            output_type="latent",
-            return_dict=False,
-        )[0]
-        chunks = []
-        for frames in pipeline.stream_frames(latents):  # (1, f, H, W, 3) in [0, 1]
-            if not np.isfinite(frames).all():
-                raise InputError(
-                    f"{output}: not written, its frames are not finite; check --model and its VAE, or give "
-                    "--dtype fp32"
-                )
-            chunks.append((frames[0] * 255).round().astype(np.uint8))
-        write_video(output, np.concatenate(chunks)[: length.num_frames], length.fps)
+        )
+        write_video(output, frames, length.fps)
         print(f"wrote {output}", flush=True)
 
 

@@ -395,7 +395,7 @@ THE_PIPELINE = [
     Mutation(
         "generate-writes-frames-that-are-not-finite",
         "c2r/generate.py",
-        "if not np.isfinite(video).all():",
+        "if not np.isfinite(frames).all():",
         "if False:",
         f"{GENERATE}::test_a_video_that_is_not_finite_is_not_written",
     ),

@@ -116,6 +116,18 @@ def test_the_command_adds_loras(folder, tmp_path):
         generated(f"--lora={folder / 'phase2/best'}")
 
 
+def test_a_lora_is_saved_once_it_is_fused(folder, tmp_path):
+    pipeline = C2RPipeline.from_pretrained(folder / "phase2/best")
+    pipeline.load_lora_weights(folder / "lora")
+    with pytest.raises(InputError, match=r"has a LoRA; call pipeline\.fuse_lora\(\) and then pipeline\.unload_lora"):
+        pipeline.save_pretrained(tmp_path / "pipeline")
+    assert not (tmp_path / "pipeline").exists()
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    assert torch.equal(outputs(C2RPipeline.from_pretrained(tmp_path / "pipeline")), outputs(pipeline))
+
+
 def test_exports_are_read_back(folder, tmp_path):
     def export(*options):
         output = tmp_path / "out.safetensors"

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypeVar
+from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -20,7 +20,7 @@ from pydantic import Field
 from c2r import InputError
 from c2r.files import complete_folder, library_errors_as_input, read_json
 from c2r.models.contract import PhaseContract, read_contract, with_moved_models
-from c2r.models.controlnet import C2RControlNet
+from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet
 from c2r.models.gguf_weights import PLAIN_TYPES, dequantised
 from c2r.models.hub import (
     GGUF,
@@ -34,6 +34,7 @@ from c2r.models.hub import (
 from c2r.models.lora import WEIGHTS as LORA_WEIGHTS
 from c2r.models.lora import LoraFile, WeightIndexWithLoras
 from c2r.models.parts import freeze
+from c2r.models.released import load_released, read_released, released_config
 from c2r.models.transformer import C2RTransformer
 from c2r.models.wan import BlockConfig, read_text_to_video_config, refuse_other_weights
 
@@ -47,9 +48,10 @@ SINGLE_FILES = (".safetensors", GGUF)
 
 
 class _ControlNetConfig(BlockConfig):
-    injection_layers: Annotated[list[int], Field(min_length=1, max_length=100)]
+    injection_layers: Annotated[list[int], Field(max_length=100)]
     feature_dim: Width
     temporal_stride: NotRequired[Count]
+    injection: NotRequired[Literal["blocks", "latent"]]
 
 
 def load_for_generation(
@@ -232,6 +234,48 @@ def load_controlnet(folder: str | Path, torch_dtype: torch.dtype | None = None) 
     return load_own_model(_controlnet_folder(folder), C2RControlNet, _ControlNetConfig, torch_dtype)
 
 
+def control_start_config(name_or_path: str | Path, backbone_config: dict) -> dict[str, Any]:
+    """Return the config of weights that a control branch can start from: of phase 2, or released ones.
+
+    Args:
+        name_or_path: best/ or final/ of phase 2, a pipeline folder, or a file of the released C2R.
+        backbone_config: config of the backbone.
+
+    Raises:
+        InputError: nothing there, damaged, or made for another backbone.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return released_config(path, read_released(path), backbone_config)
+    folder = _controlnet_folder(path)
+    if not folder.is_dir():
+        raise InputError(
+            f"{name_or_path}: no such folder or file; give best/ or final/ of phase 2, or a released file"
+        )
+    check_own_model(folder, C2RControlNet, _ControlNetConfig)
+    config = read_config(folder, "_class_name", C2RControlNet.__name__, _ControlNetConfig)
+    for name in SHARED_CONFIG:
+        if config.get(name) != backbone_config[name]:
+            raise InputError(
+                f"{name_or_path}: made for a backbone with {name} {config.get(name)}, this one has "
+                f"{backbone_config[name]}; give that backbone"
+            )
+    return config
+
+
+def load_control_start(
+    name_or_path: str | Path, backbone_config: dict, torch_dtype: torch.dtype | None = None
+) -> C2RControlNet:
+    """Load weights that a control branch can start from, see `control_start_config`; dtype None is fp32."""
+    path = Path(name_or_path)
+    if not path.is_file():
+        return load_controlnet(path, torch_dtype)
+    controlnet = load_released(path, backbone_config)
+    for name, parameter in controlnet.named_parameters():
+        parameter.data = parameter.data.to(stored_dtype(controlnet, name, torch_dtype or torch.float32))
+    return controlnet
+
+
 def check_model(
     folder: str | Path,
     contract: PhaseContract,
@@ -259,9 +303,10 @@ def _controlnet_folder(folder):
 
 def check_own_model(folder: Path, model_class: type[ModelMixin], kind: type) -> None:
     """Compare the config of a model of this package with its files' headers, see `load_own_model`."""
-    _require_fitting_weights(
-        WeightIndex(folder), model_class, read_config(folder, "_class_name", model_class.__name__, kind)
-    )
+    config = read_config(folder, "_class_name", model_class.__name__, kind)
+    index = WeightIndex(folder)
+    index.require_whole()
+    _require_fitting_weights(index, model_class, config)
 
 
 def load_own_model(
@@ -364,6 +409,8 @@ def check_transformer(name_or_path: str | Path, base: str | Path | None = None) 
         config = read_text_to_video_config(path)
     index = WeightIndex(path)
     refuse_other_weights(path, index.shapes())
+    if path.is_file():
+        _require_size_of(base, config, path, index.shapes())
     _require_fitting_weights(index, WanTransformer3DModel, config)
     if base is not None:
         _require_fitting_base(name_or_path, config, base)
@@ -394,6 +441,18 @@ def _model_folder(name_or_path):
 def _transformer_folder(folder):
     """Return the transformer's folder of a pipeline folder; a transformer folder unchanged."""
     return folder / "transformer" if (folder / "transformer").is_dir() else folder
+
+
+def _require_size_of(base, config, path, shapes):
+    """Compare the size of a single file with that of the pipeline whose config it takes."""
+    blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
+    found = len(blocks), shapes.get("patch_embedding.weight", (0,))[0]
+    needed = config["num_layers"], config["num_attention_heads"] * config["attention_head_dim"]
+    if all(found) and found != needed:
+        raise InputError(
+            f"{path}: has {found[0]} blocks of width {found[1]}, but {base} has {needed[0]} of width {needed[1]}; "
+            "give the --pretrained_model_name_or_path of this size"
+        )
 
 
 def _require_fitting_weights(index: WeightIndex, model_class: type[ModelMixin], config: dict[str, Any]):

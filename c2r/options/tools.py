@@ -28,6 +28,7 @@ from c2r.options.types import (
     MODEL,
     NOT_NEGATIVE,
     PIXELS,
+    PORT,
     POSITIVE,
     SEED,
     SHARE,
@@ -173,6 +174,38 @@ GENERATE = Command(
     },
 )
 
+APP = Command(
+    "python -m c2r.app",
+    "Try a model in the browser: coarse video and prompt in, realistic video out.",
+    {
+        "models": [
+            replace(option, help=f"{option.help}; also the first word without --model")
+            if option.name == "model"
+            else option
+            for option in GENERATE.groups["models"]
+        ],
+        "videos": [
+            *(GENERATE.options[name] for name in ("height", "width")),
+            replace(
+                GENERATE.options["num_frames"], help="most frames of a video, 4k + 1; default: as trained", type=FRAMES
+            ),
+            replace(GENERATE.options["fps"], help="frames per second; default: as trained", type=FRAME_RATE),
+            *(GENERATE.options[name] for name in ("window_frames", "window_overlap", "flow_shift")),
+            Option("lora_dir", "folder with LoRAs to choose from on the page", FOLDER),
+        ],
+        "page": _all_common(
+            Option(
+                "host",
+                "address that the page is served at; the default is seen by this machine alone, and there is no "
+                "password",
+                default="127.0.0.1",
+            ),
+            Option("port", "port that the page is served at", PORT, 7860),
+            Option("max_upload_mb", "largest coarse video in MB; of a sequence, all pictures together", COUNT, 500),
+        ),
+    },
+)
+
 
 def _command_of_one_group(prog, description, *options):
     return Command(prog, description, {"options": _all_common(*options)})
@@ -191,7 +224,7 @@ _OF_BOTH_PHASES = (
     *("max_train_steps", "mixed_precision", "weight_storage", "optimizer", "ema_decay", "gradient_checkpointing"),
     *("offload_activations", "ffn_chunks", "step_in_backward", "max_grad_norm", "offload_backbone"),
 )
-_OF_PHASE2 = ("control_layers", "control_stride", "adversarial_weight", "num_samples", "fp8_backbone")
+_OF_PHASE2 = ("injection", "control_layers", "control_stride", "adversarial_weight", "num_samples", "fp8_backbone")
 
 
 def _estimate_options():
@@ -201,11 +234,15 @@ def _estimate_options():
         if isinstance(option.type, Flag | Switch) or (other is not None and other.default == option.default):
             yield option
         else:
-            default = (
-                f"{option.default:g}" if other is None else f"{other.default:g} in phase 1, {option.default:g} in 2"
-            )
+            default = _text(option.default)
+            if other is not None:
+                default = f"{_text(other.default)} in phase 1, {default} in 2"
             yield replace(option, default=None, help=f"{option.help}; default: {default}")
     yield PHASE1.options["lora_rank"]
+
+
+def _text(value):
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _check_estimate(args):
@@ -213,7 +250,7 @@ def _check_estimate(args):
         for name in _OF_PHASE2:
             value = getattr(args, name)
             if value is not None and value is not False:
-                given = name if value is True else f"{name} {value:g}"
+                given = name if value is True else f"{name} {_text(value)}"
                 raise InputError(f"--{given}: phase 1 has no control; leave it out, or give --phase 2")
     elif args.lora_rank is not None:
         raise InputError(f"--lora_rank {args.lora_rank}: phase 2 trains no LoRA; leave it out, or give --phase 1")
@@ -368,6 +405,20 @@ EXPORT = _command_of_one_group(
         "dtype of the weights; default: as they are stored, of a pipeline fp32",
         Choice(("bf16", "fp16", "fp32")),
     ),
+)
+REPORT = _command_of_one_group(
+    "python -m c2r.report",
+    "Write one HTML page on one or several runs: curves, paired differences, samples, options.",
+    Option(
+        "runs",
+        "output folders of runs, finished or running, the first being what the others are compared with; also the "
+        "first words without --runs",
+        Text("folders"),
+        metavar="RUN",
+        several=True,
+        required=True,
+    ),
+    Option("output", "HTML file to write", FILE, "report.html"),
 )
 QUICKSTART = _command_of_one_group(
     "python -m c2r.quickstart",

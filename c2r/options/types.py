@@ -152,6 +152,7 @@ def _memory(text):
 COUNT = Number(least=1, whole=True)
 COUNT_OR_ZERO = Number(least=0, whole=True)
 SEED = Number(least=0, most=2**31 - 1, whole=True)  # numpy takes no others
+PORT = Number(least=1, most=65_535, whole=True)
 POSITIVE = Number(above=0)
 FRAME_RATE = Number(above=0, most=1000)  # a rate of a billion would cut a second of video into millions of clips
 NOT_NEGATIVE = Number(least=0)
