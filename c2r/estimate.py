@@ -53,8 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     from c2r.training.engine import SHARDING, check_options
 
     def check(options):
-        if args.phase == "1":
-            require_frozen_backbone(options)
+        require_frozen_backbone(options)
         check_modes(options)
         check_options(options, SHARDING[args.engine], args.num_processes)
 

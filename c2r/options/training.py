@@ -365,9 +365,14 @@ def _require_compilable(args):
             raise InputError(f"--compile: is not tested with --{option}; leave one of them out")
 
 
+def has_frozen_backbone(args: Namespace) -> bool:
+    """Return True for options of phase 2, and of phase 1 with a LoRA."""
+    return hasattr(args, "control_layers") or args.lora_rank is not None
+
+
 def require_frozen_backbone(args: Namespace):
-    """Raise InputError for an option of phase 1 that needs a frozen backbone."""
-    if args.offload_backbone and args.lora_rank is None:
+    """Raise InputError for an option that needs a frozen backbone."""
+    if args.offload_backbone and not has_frozen_backbone(args):
         raise InputError(
             "--offload_backbone: the backbone trains; give --lora_rank, which freezes it, or leave it out"
         )
