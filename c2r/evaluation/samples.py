@@ -206,7 +206,8 @@ def write_samples(
             log_picture(accelerator, "samples/sheet", np.asarray(sheet), step)
             for number in range(len(samples)):
                 video = folder / f"{number}.mp4"
-                log_video(accelerator, f"samples/{number}", video, _side_by_side(rows[number]), fps, step)
+                frames, prompt = _side_by_side(rows[number]), samples[number].caption.text
+                log_video(accelerator, f"samples/{number}", video, frames, fps, step, prompt)
 
 
 def _side_by_side(row):

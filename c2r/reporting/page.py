@@ -64,7 +64,7 @@ def report_page(runs: Sequence[RunFolder]) -> str:
     shown = [(heading, body) for heading, body in sections if body]
     links = "".join(f'<a href="#{_anchor(heading)}">{escape(heading)}</a>' for heading, _ in shown)
     body = "".join(f'<section id="{_anchor(h)}"><h2>{escape(h)}</h2>{content}</section>' for h, content in shown)
-    style, script = (files("c2r.reporting").joinpath(f"page.{kind}").read_text() for kind in ("css", "js"))
+    style, script = (files("c2r.reporting").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -418,7 +418,9 @@ def _samples(runs):
                     f'<figure class="sample" data-step="{step}"><figcaption>{label}</figcaption><div class="scroll">'
                     f'<div class="row"><div class="columns">{columns}</div>{video}</div></div></figure>'
                 )
-        parts.append(f"<h3>Sample {sample}</h3>{''.join(figures)}")
+        prompts = {run.captions.get(f"samples/{sample}") for run in runs} - {None}
+        prompt = f"<p>{escape(' / '.join(sorted(prompts)))}</p>" if prompts else ""
+        parts.append(f"<h3>Sample {sample}</h3>{prompt}{''.join(figures)}")
     note = "Controls, prompts and seeds are the same at every step."
     return f"<p>{note} {escape(left_out)}</p>{''.join(parts)}"
 

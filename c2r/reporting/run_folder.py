@@ -70,6 +70,7 @@ class RunFolder:
         numbers: {name: {step: value}} of every logged number; NaN where it was not finite.
         validations: {step: content of a line of validations.jsonl}.
         videos: {step: {number of the sample: path}}.
+        captions: {"samples/0": prompt of that sample}.
         missing: lines on what the folder does not have.
     """
 
@@ -79,6 +80,7 @@ class RunFolder:
     numbers: dict[str, dict[int, float]] = field(default_factory=dict)
     validations: dict[int, _Validation] = field(default_factory=dict)
     videos: dict[int, dict[int, Path]] = field(default_factory=dict)
+    captions: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
     @classmethod
@@ -118,11 +120,13 @@ class RunFolder:
             step = entry.pop("step", None)
             if type(step) is not int or not 0 <= step <= MAX_STEP:
                 raise InputError(f"{where}: has no step; replace it by an undamaged copy")
+            if isinstance(entry.get("caption"), str) and isinstance(entry.get("media"), list):
+                self.captions |= {str(name): entry["caption"] for name in entry["media"][:1]}
             for name, value in entry.items():
                 if value is None or type(value) in (int, float):
                     known = value is not None and abs(value) <= MAX_VALUE
                     self.numbers.setdefault(name, {})[step] = float(value) if known else math.nan
-            if len(self.numbers) > MAX_NAMES:
+            if max(len(self.numbers), len(self.captions)) > MAX_NAMES:
                 raise InputError(f"{where}: more than {MAX_NAMES} names; replace it by an undamaged copy")
 
     def _read_validations(self):

@@ -91,9 +91,9 @@ class RecordTracker(GeneralTracker):
         self._append(METRICS, {"step": step} | {name: _finite(value) for name, value in values.items()})
 
     @on_main_process
-    def log_media(self, name: str, step: int):
+    def log_media(self, name: str, step: int, caption: str | None = None):
         """Note that a picture or video of this name was logged."""
-        self._append(METRICS, {"step": step, "media": [name]})
+        self._append(METRICS, {"step": step, "media": [name]} | ({} if caption is None else {"caption": caption}))
 
     @on_main_process
     def log_validation(self, entry: dict[str, Any]):

@@ -139,10 +139,10 @@ class _Wandb(_AppendOnly, WandBTracker):
 
         self.log({name: wandb.Image(picture)}, step)
 
-    def log_video(self, name: str, path: Path, step: int):
+    def log_video(self, name: str, path: Path, step: int, caption: str):
         import wandb
 
-        self.log({name: wandb.Video(str(path), format="mp4")}, step)
+        self.log({name: wandb.Video(str(path), caption=caption, format="mp4")}, step)
 
 
 class _Trackio(_AppendOnly, TrackioTracker):
@@ -161,10 +161,10 @@ class _Trackio(_AppendOnly, TrackioTracker):
 
         self.log({name: trackio.Image(picture)}, step)
 
-    def log_video(self, name: str, path: Path, step: int):
+    def log_video(self, name: str, path: Path, step: int, caption: str):
         import trackio
 
-        self.log({name: trackio.Video(str(path))}, step)
+        self.log({name: trackio.Video(str(path), caption=caption)}, step)
 
 
 def tensorboard_writer(accelerator: Accelerator) -> SummaryWriter | None:
@@ -188,10 +188,21 @@ def log_picture(accelerator: Accelerator, name: str, picture: np.ndarray, step: 
     """
     if (writer := tensorboard_writer(accelerator)) is not None:
         writer.add_image(name, picture, step, dataformats="HWC")
-    _log_media(accelerator, "log_picture", name, picture, step)
+    for tracker in _media_trackers(accelerator, name, step):
+        tracker.log_picture(name, picture, step)
+    if (record := record_of(accelerator)) is not None:
+        record.log_media(name, step)
 
 
-def log_video(accelerator: Accelerator, name: str, path: Path, frames: np.ndarray, fps: float, step: int) -> None:
+def log_video(
+    accelerator: Accelerator,
+    name: str,
+    path: Path,
+    frames: np.ndarray,
+    fps: float,
+    step: int,
+    caption: str,
+) -> None:
     """Log a video to all trackers: as a GIF to TensorBoard, which plays no others. Call it on the main process only.
 
     Args:
@@ -201,18 +212,19 @@ def log_video(accelerator: Accelerator, name: str, path: Path, frames: np.ndarra
         frames: (F, H, W, 3) uint8 RGB.
         fps: frames per second.
         step: the optimizer step.
+        caption: text below the video; TensorBoard has no place for it.
     """
     if (writer := tensorboard_writer(accelerator)) is not None:
         _log_gif(writer, name, frames, fps, step)
-    _log_media(accelerator, "log_video", name, path, step)
-
-
-def _log_media(accelerator, method, name, content, step):
-    for tracker in accelerator.trackers:
-        if isinstance(tracker, _Wandb | _Trackio) and tracker.is_new(name, step):
-            getattr(tracker, method)(name, content, step)
+    for tracker in _media_trackers(accelerator, name, step):
+        tracker.log_video(name, path, step, caption)
     if (record := record_of(accelerator)) is not None:
-        record.log_media(name, step)
+        record.log_media(name, step, caption)
+
+
+def _media_trackers(accelerator, name, step):
+    """Return the trackers besides TensorBoard to which this picture or video is new."""
+    return [t for t in accelerator.trackers if isinstance(t, _Wandb | _Trackio) and t.is_new(name, step)]
 
 
 def _log_gif(writer, tag, frames, fps, step):

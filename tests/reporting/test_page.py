@@ -85,6 +85,8 @@ def test_the_page_has_every_sample_and_loads_nothing(runs):
     videos = [attributes["src"] for tag, attributes in elements.found if tag == "video"]
     assert len(videos) == 2 * 2  # samples of the last step, of both runs
     assert {len(run.videos[4]) for run in runs} == {2}
+    assert sorted(runs[0].captions) == ["samples/0", "samples/1"]
+    assert all(prompt in elements.text for prompt in runs[0].captions.values())
     charts = [json.loads(attributes["data-chart"]) for _, attributes in elements.found if "data-chart" in attributes]
     losses = next(chart for chart in charts if chart["lines"][0]["label"] == "a: right conditions")
     assert losses["lines"][0]["points"] == [

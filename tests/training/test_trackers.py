@@ -14,6 +14,8 @@ from tests.helpers.commands import images, phase2, scalars, succeed
 from tests.helpers.forks import fork
 from tests.helpers.options import options
 
+#: Texts of the held-out real clips, which are the samples' prompts.
+CAPTIONS = {"a street", "the city at night", "red brick", "rain", "two people on a street"}
 SAMPLES = {"samples/sheet", "samples/0", "samples/1"}
 
 
@@ -43,7 +45,7 @@ def numbers_of(out):
     for line in (out / "metrics.jsonl").read_text().splitlines():
         entry = json.loads(line)
         for name, value in entry.items():
-            if name not in ("step", "media", "train/samples_per_second"):  # the last one is measured
+            if name not in ("step", "media", "caption", "train/samples_per_second"):  # the last one is measured
                 assert entry["step"] not in numbers.setdefault(name, {}), f"{name} twice"
                 numbers[name][entry["step"]] = value
     return numbers
@@ -76,8 +78,11 @@ def offline_wandb(out):
                 ids.add(record.run.run_id)
             config |= {item.key: json.loads(item.value_json) for item in record.config.update if item.key}
             if record.HasField("history"):
-                items = record.history.item
-                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+                rows.append({})
+                for item in record.history.item:  # a picture or video has several entries
+                    *outer, name = item.nested_key or [item.key]
+                    entries = rows[-1].setdefault(outer[0], {}) if outer else rows[-1]
+                    entries[name] = json.loads(item.value_json)
     return ids, config, rows
 
 
@@ -112,6 +117,7 @@ def test_wandb_offline_has_the_same_numbers(tracked):
     videos = [row["samples/0"] for row in rows if "samples/0" in row]
     for video in videos:
         assert video["_type"] == "video-file"
+        assert video["caption"] in CAPTIONS
         (file,) = tracked.glob(f"wandb/offline-run-*/files/{video['path']}")
         assert file.read_bytes()[4:8] == b"ftyp"
 
@@ -131,6 +137,7 @@ def test_trackio_has_the_same_numbers(tracked):
         assert [*found[name]] == [2, 4]
     video = found["samples/0"][4]
     assert video["_type"] == "trackio.video"
+    assert video["caption"] in CAPTIONS
     assert (folder / "media" / video["file_path"]).read_bytes()[4:8] == b"ftyp"
 
 
