@@ -639,6 +639,8 @@ def build_page(panel: Panel) -> "gradio.Blocks":
 
             try:
                 yield
+            except Cancelled:  # gradio no longer waits for it, and would print a traceback
+                raise gr.Error("cancelled", visible=False, print_exception=False) from None
             except InputError as error:
                 text = plain_message(panel, error)
             except torch.OutOfMemoryError:
