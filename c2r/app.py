@@ -247,6 +247,8 @@ def prepare_job(
     options = panel.given | fields
     if options["guidance_scale"] == GUIDANCE_SCALES.get(options["guidance"]):
         options["guidance_scale"] = None  # the default, which depends on the kind of guidance
+    if options.get("sequence_fps") == panel.args.fps:
+        options["sequence_fps"] = None
     if lora is not None:
         options["lora"] = [*(options["lora"] or []), lora]
     options = {name: value for name, value in options.items() if value != getattr(panel.contract, name, None)}
@@ -522,8 +524,10 @@ def _summary(job, what, start):
 
 
 def plain_message(panel: Panel, message: object) -> str:
-    """Return a message in the words of the page: labels instead of options, no folders of uploads, no rows."""
-    text = re.sub(rf"{re.escape(str(panel.folder))}/(\S*/)?", "", str(message)).removesuffix(", or remove its row")
+    """Return a message in the words of the page: labels instead of options, no folders of uploads."""
+    text = re.sub(rf"{re.escape(str(panel.folder))}/(\S*/)?", "", str(message))
+    for remedy in (", or remove its row", "; --num_frames all takes what there is"):  # which the page does not have
+        text = text.removesuffix(remedy)
     return re.sub(r"--(\w+)", lambda option: LABELS.get(option[1], option[0]), text)
 
 
@@ -589,7 +593,7 @@ def build_page(panel: Panel) -> "gradio.Blocks":
                     if control:
                         note = "How strictly to follow the coarse video; 1 is off, and faster."
                         add(gr.Slider, "control_guidance_scale", 0, 5, 1, step=0.1, info=note)
-                        note = "As a share of the steps; outside, the prompt alone decides."
+                        note = "Share of the steps."
                         with gr.Row():
                             add(gr.Slider, "control_guidance_start", 0, 1, 0, step=0.05, info=note, **half)
                             add(gr.Slider, "control_guidance_end", 0, 1, 1, step=0.05, info=note, **half)
@@ -601,8 +605,8 @@ def build_page(panel: Panel) -> "gradio.Blocks":
                     with gr.Accordion("Shape and rate of the coarse video", open=False):
                         note = f"With as many pixels as {args.height}x{args.width}. Otherwise its edges are cropped."
                         add(gr.Checkbox, "follow_control", info=note)
-                        note = f"Rate of uploaded pictures; empty is {args.fps:g}, the rate of the output."
-                        add(gr.Number, "sequence_fps", None, minimum=0, info=note)
+                        note = "Rate of uploaded pictures. The output has the model's rate."
+                        add(gr.Number, "sequence_fps", args.fps, info=note)
             with gr.Column(scale=7, min_width=320):
                 with gr.Row():
                     generate_button = gr.Button("Generate", variant="primary", scale=3)
@@ -635,6 +639,8 @@ def build_page(panel: Panel) -> "gradio.Blocks":
 
             try:
                 yield
+            except Cancelled:  # gradio no longer waits for it, and would print a traceback
+                raise gr.Error("cancelled", visible=False, print_exception=False) from None
             except InputError as error:
                 text = plain_message(panel, error)
             except torch.OutOfMemoryError:

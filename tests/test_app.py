@@ -42,7 +42,7 @@ FIELDS = {
     "control_guidance_start": 0.0,
     "control_guidance_end": 1.0,
     "follow_control": False,
-    "sequence_fps": None,
+    "sequence_fps": FPS,
 }
 OF_PHASE1 = {name: value for name, value in FIELDS.items() if "control" not in name and "cond" not in name}
 
@@ -215,7 +215,7 @@ BAD_INPUT = [
     ({}, ["one_1.png", "still.png"], "Coarse video upload"),
     ({}, ["one_1.png", "a/one_1.png"], "Coarse video one_1.png: uploaded twice"),
     ({}, ["a/coarse.mp4", "b/coarse.mp4"], "Coarse video coarse.mp4: is no picture"),
-    ({}, ["short.mp4"], "short.mp4: gives 3 frames at 8 fps, but Frames is 5"),
+    ({}, ["short.mp4"], "short.mp4: gives 3 frames at 8 fps, but Frames is 5; give a longer video, or lower Frames"),
     ({}, ["long.mp4"], "Coarse video long.mp4: 5 s long, above 4 s"),
     ({}, ["large.mp4"], "Coarse video large.mp4: 128x128 pixels"),
     ({}, ["heavy.mp4"], "Coarse video: 1 MB, above 1 MB"),
