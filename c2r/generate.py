@@ -12,8 +12,10 @@ import errno
 import logging
 import tempfile
 from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from c2r import InputError, cli
 from c2r.options import GENERATE
@@ -21,7 +23,12 @@ from c2r.options import GENERATE
 logger = logging.getLogger("c2r.generate")  # under python -m, __name__ is "__main__"
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
     from c2r.models.contract import PhaseContract
+    from c2r.models.lora import LoraFile
+    from c2r.pipeline import C2RPipeline
 
 
 def name_controls(args: Namespace):
@@ -33,8 +40,11 @@ def name_controls(args: Namespace):
     from c2r.data.control_video import name_control
 
     for i, path in enumerate(args.control_video or []):
+        rate = args.sequence_fps or args.fps
+        if rate == "control" and not Path(path).is_file():
+            raise InputError(f"--fps control: pictures have no rate of their own ({path}); give --sequence_fps too")
         try:
-            args.control_video[i] = name_control(path, args.sequence_fps or args.fps)
+            args.control_video[i] = name_control(path, 1.0 if rate == "control" else rate)
         except InputError as error:
             raise InputError(f"--control_video {error}") from None
 
@@ -46,6 +56,11 @@ def check_options(args: Namespace):
             f"--control_guidance_start {args.control_guidance_start}: not below --control_guidance_end "
             f"{args.control_guidance_end}; lower it, or raise the end"
         )
+    if not args.control_video:
+        if args.num_frames == "all":
+            raise InputError("--num_frames all: needs a --control_video; give one, or a number")
+        if args.fps == "control":
+            raise InputError("--fps control: needs the rate of a --control_video; give one, or a number")
     counts = {len(args.prompt), len(args.control_video or [None])}
     if len(counts - {1}) > 1:
         raise InputError(
@@ -95,7 +110,7 @@ def complete_options(args: Namespace, contract: "PhaseContract"):
     """Take options that were not given from the model's contract. Changes `args` in place.
 
     Raises:
-        InputError: the contract has a value that the option would refuse.
+        InputError: the contract has a value that the option would refuse, or windows would not overlap.
     """
     from c2r.models.contract import DEFAULT_FORMAT
 
@@ -109,6 +124,11 @@ def complete_options(args: Namespace, contract: "PhaseContract"):
     for name, default in (DEFAULT_FORMAT | {"flow_shift": 3.0, "conditioning_scale": 1.0}).items():
         if getattr(args, name) is None:
             setattr(args, name, default)
+    args.window_frames = args.window_frames or contract.num_frames or DEFAULT_FORMAT["num_frames"]
+    if args.window_overlap is not None and args.window_overlap >= args.window_frames:
+        raise InputError(
+            f"--window_overlap {args.window_overlap}: not below --window_frames {args.window_frames}; lower it"
+        )
     args.pretrained_model_name_or_path = args.pretrained_model_name_or_path or contract.base_model
     args.backbone = args.backbone or contract.backbone
     args.dinov3 = args.dinov3 or contract.dinov3
@@ -128,7 +148,58 @@ def follow_control(args: Namespace):
     args.height, args.width = fitting_size(probe(args.control_video[0]).aspect, args.height * args.width)
 
 
-def check_files(args: Namespace, contract: "PhaseContract"):
+@dataclass(frozen=True)
+class Length:
+    """Frames and rate of a video."""
+
+    num_frames: int
+    fps: float
+
+    @property
+    def generated(self) -> int:
+        """Frames that are generated, 4k + 1; those beyond num_frames are not written."""
+        return self.num_frames + -(self.num_frames - 1) % 4
+
+
+def length_of(args: Namespace, control: str | None) -> Length:
+    """Return the length of the video that a coarse video gives.
+
+    Raises:
+        InputError: --num_frames is all, and the coarse video hardly changes.
+    """
+    from c2r.data.video import probe
+
+    if control is None:
+        return Length(args.num_frames, args.fps)
+    info = probe(control)
+    fps = info.rate if args.fps == "control" else args.fps
+    if args.num_frames != "all":
+        return Length(args.num_frames, fps)
+    if info.is_frozen_at(fps):
+        raise InputError(f"{control}: hardly changes at --fps {fps:g}; lower it, or give --fps control")
+    return Length(info.frames_at(fps), fps)
+
+
+def describe_windows(num_frames: int, window_frames: int, overlap: int | None, trained: int | None) -> str | None:
+    """Return a line on the length of a video if it is not that of training, else None."""
+    from c2r.windows import default_overlap, plan_windows
+
+    length, total = (window_frames + 3) // 4, (num_frames + 3) // 4
+    latent_overlap = default_overlap(length) if overlap is None else (overlap + 3) // 4
+    windows = plan_windows(total, length, latent_overlap)
+    frames = f"generates {num_frames} frame{'s' * (num_frames > 1)}"
+    if len(windows) > 1:
+        line = f"{frames} in {len(windows)} windows of {window_frames}, overlapping by {4 * latent_overlap - 3}"
+    elif num_frames != trained:
+        line = f"{frames} in one window"
+    else:
+        return None
+    if trained is not None and min(num_frames, window_frames) != trained:
+        line += f"; the model was trained on {trained}"
+    return line
+
+
+def check_files(args: Namespace, contract: "PhaseContract", loras: "Sequence[LoraFile]" = ()):
     """Check the files and models that the options name, reading headers only.
 
     Raises:
@@ -152,22 +223,131 @@ def check_files(args: Namespace, contract: "PhaseContract"):
                 "--width %d, or --follow_control",
                 *(path, 100 * cropped, args.height, args.width, height, width),
             )
-        if info.is_image and args.num_frames > 1:
+        length = length_of(args, path)
+        if info.is_image and length.num_frames > 1:
             raise InputError(
-                f"--control_video {path}: one picture, but --num_frames is {args.num_frames}; give a video, or the "
+                f"--control_video {path}: one picture, but --num_frames is {length.num_frames}; give a video, or the "
                 "folder of an image sequence"
             )
-        available = info.frames_at(args.fps)
-        if available < args.num_frames:
+        available = info.frames_at(length.fps)
+        if available < length.num_frames:
             raise InputError(
-                f"{path}: gives {available} frames at {args.fps:g} fps, but --num_frames is {args.num_frames}; "
-                "give a longer video, or lower --num_frames"
+                f"{path}: gives {available} frames at {length.fps:g} fps, but --num_frames is {length.num_frames}; "
+                "give a longer video, or lower --num_frames; --num_frames all takes what there is"
             )
-    check_model(args.model, contract, args.backbone)
+    check_model(args.model, contract, args.backbone, loras)
     if args.control_video:
         check_dinov3(args.dinov3, [(args.height, args.width)])
     # Last, because the text encoder is the largest download.
     check_pipeline_parts(args.pretrained_model_name_or_path, [*ENCODERS, "scheduler"])
+
+
+def read_padded(control: str, length: Length, height: int, width: int) -> "torch.Tensor":
+    """Read a coarse video's start, (F, 3, H, W) in [0, 1]; its last frame is repeated where F = 4k + 1 needs more."""
+    from c2r.data.control_video import read_control
+
+    frames = read_control(control, length.num_frames, length.fps, height, width)
+    missing = length.generated - length.num_frames
+    return frames if missing == 0 else frames[[*range(length.num_frames), *[-1] * missing]]
+
+
+def load_models(
+    args: Namespace, device: str, dtype: "torch.dtype", loras: "Sequence[LoraFile]", **parts: Any
+) -> "C2RPipeline":
+    """Load the models that the options name, to a device.
+
+    Args:
+        args: options, completed from the contract.
+        device: where the models run.
+        dtype: dtype of the weights.
+        loras: LoRAs to add to the backbone.
+        parts: parts to replace, or None to leave one out, see `C2RPipeline.from_pretrained`.
+
+    Raises:
+        InputError: see `C2RPipeline.from_pretrained`.
+    """
+    from c2r.models.attention import use_lean_attention
+    from c2r.pipeline import C2RPipeline, with_flow_shift
+
+    pipeline = C2RPipeline.from_pretrained(
+        args.model,
+        torch_dtype=dtype,
+        base=args.pretrained_model_name_or_path,
+        backbone=args.backbone,
+        loras=loras,
+        **parts,
+    )
+    pipeline.scheduler = with_flow_shift(pipeline.scheduler, args.flow_shift)
+    if args.attention_backend is not None:
+        use_lean_attention(pipeline.transformer, args.attention_backend)
+    if args.vae_tiling:
+        pipeline.vae.enable_tiling()
+    if args.cpu_offload:
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
+    return pipeline
+
+
+def generate(
+    pipeline: "C2RPipeline",
+    args: Namespace,
+    length: Length,
+    control: "torch.Tensor | None",
+    output: object,
+    **inputs: Any,
+) -> "np.ndarray":
+    """Generate one video.
+
+    Args:
+        pipeline: from `load_models`.
+        args: options, completed from the contract.
+        length: from `length_of`.
+        control: from `read_padded`; None is a video without control.
+        output: name of the video, for messages.
+        inputs: prompts or their embeddings, and other arguments of the pipeline.
+
+    Returns:
+        (F, H, W, 3) uint8.
+
+    Raises:
+        InputError: its frames are not finite.
+    """
+    import numpy as np
+    import torch
+
+    from c2r.pipeline import Sampling
+
+    sampling = Sampling(
+        num_inference_steps=args.num_inference_steps,
+        guidance=args.guidance,
+        guidance_scale=args.guidance_scale,
+        control_guidance_scale=args.control_guidance_scale,
+        conditioning_scale=args.conditioning_scale,
+    )
+    latents = pipeline(
+        control_video=control,
+        num_frames=length.generated,
+        height=args.height,
+        width=args.width,
+        window_frames=args.window_frames,
+        window_overlap=args.window_overlap,
+        **vars(sampling),
+        control_guidance_start=args.control_guidance_start,
+        control_guidance_end=args.control_guidance_end,
+        generator=torch.Generator().manual_seed(args.seed),  # on CPU: the same noise on every machine
+        output_type="latent",
+        return_dict=False,
+        **inputs,
+    )[0]
+    chunks = []
+    for frames in pipeline.stream_frames(latents):  # (1, f, H, W, 3) in [0, 1]
+        if not np.isfinite(frames).all():
+            raise InputError(
+                f"{output}: not written, its frames are not finite; check --model and its VAE, or give --dtype fp32"
+            )
+        chunks.append((frames[0] * 255).round().astype(np.uint8))
+    return np.concatenate(chunks)[: length.num_frames]
 
 
 def main(argv: list[str] | None = None):
@@ -177,15 +357,15 @@ def main(argv: list[str] | None = None):
     controls = args.control_video or []
     outputs = output_paths(args.output, max(len(args.prompt), len(controls)), controls)
 
-    import numpy as np
     import torch
     from diffusers.utils.torch_utils import get_device
 
     from c2r.data.video_writer import write_video
     from c2r.models.assembly import read_transformer_config
-    from c2r.models.attention import try_attention_backend, use_lean_attention
+    from c2r.models.attention import try_attention_backend
     from c2r.models.contract import fetch_model, read_contract, with_moved_models
-    from c2r.pipeline import C2RPipeline, Sampling, encode_prompts, with_flow_shift
+    from c2r.models.lora import LoraFile
+    from c2r.pipeline import encode_prompts
 
     # 1. Refuse early.
     device = get_device()
@@ -202,60 +382,42 @@ def main(argv: list[str] | None = None):
         follow_control(args)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype or ("fp32" if device == "cpu" else "bf16")]
     if args.attention_backend is not None:
-        config = read_transformer_config(args.backbone if contract.phase == 2 else args.model, contract.base_model)
+        has_backbone = contract.phase == 2 or contract.lora_rank is not None
+        config = read_transformer_config(args.backbone if has_backbone else args.model, contract.base_model)
         head_dim = config["attention_head_dim"]
         try_attention_backend(args.attention_backend, head_dim, torch.device(device), dtype, backward=False)
-    check_files(args, contract)
+    loras = [LoraFile(path, scale) for path, scale in args.lora or []]
+    check_files(args, contract, loras)
 
     # 2. Encode the prompts, then load the other models.
     prompts = [args.negative_prompt or "", *args.prompt]
     negative_embeds, *embeds = encode_prompts(args.pretrained_model_name_or_path, prompts, device, dtype)
-    pipeline = C2RPipeline.from_pretrained(
-        args.model,
-        torch_dtype=dtype,
-        base=args.pretrained_model_name_or_path,
-        backbone=args.backbone,
+    pipeline = load_models(
+        args,
+        device,
+        dtype,
+        loras,
         dinov3=args.dinov3 if controls else None,
         tokenizer=None,
         text_encoder=None,
     )
-    pipeline.scheduler = with_flow_shift(pipeline.scheduler, args.flow_shift)
-    if args.attention_backend is not None:
-        use_lean_attention(pipeline.transformer, args.attention_backend)
-    if args.vae_tiling:
-        pipeline.vae.enable_tiling()
-    if args.cpu_offload:
-        pipeline.enable_model_cpu_offload(device=device)
-    else:
-        pipeline.to(device)
 
     # 3. Generate.
-    size = {"num_frames": args.num_frames, "height": args.height, "width": args.width}
-    sampling = Sampling(
-        num_inference_steps=args.num_inference_steps,
-        guidance=args.guidance,
-        guidance_scale=args.guidance_scale,
-        control_guidance_scale=args.control_guidance_scale,
-        conditioning_scale=args.conditioning_scale,
-    )
     for i, output in enumerate(outputs):
-        video = pipeline(
-            control_video=controls[i % len(controls)] if controls else None,
-            fps=args.fps,
-            **size,
-            **vars(sampling),
-            control_guidance_start=args.control_guidance_start,
-            control_guidance_end=args.control_guidance_end,
-            generator=torch.Generator().manual_seed(args.seed),  # on CPU: the same noise on every machine
+        control = controls[i % len(controls)] if controls else None
+        length = length_of(args, control)
+        if line := describe_windows(length.generated, args.window_frames, args.window_overlap, contract.num_frames):
+            print(line, flush=True)
+        frames = generate(
+            pipeline,
+            args,
+            length,
+            None if control is None else read_padded(control, length, args.height, args.width),
+            output,
             prompt_embeds=embeds[i % len(embeds)],
             negative_prompt_embeds=negative_embeds,
-            return_dict=False,
-        )[0][0]  # (F, H, W, 3) in [0, 1]
-        if not np.isfinite(video).all():
-            raise InputError(
-                f"{output}: not written, its frames are not finite; check --model and its VAE, or give --dtype fp32"
-            )
-        write_video(output, video, args.fps)
+        )
+        write_video(output, frames, length.fps)
         print(f"wrote {output}", flush=True)
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,8 +32,9 @@ from c2r.guidance import (
     is_control_on,
     move_momentum,
 )
+from c2r.models import released
 from c2r.models.adversary import WithAdversary
-from c2r.models.assembly import load_controlnet, load_for_generation, load_transformer
+from c2r.models.assembly import load_control_start, load_controlnet, load_for_generation, load_transformer
 from c2r.models.attention import use_lean_attention
 from c2r.models.card import SAMPLES, find_samples, model_card
 from c2r.models.contract import (
@@ -49,6 +50,7 @@ from c2r.models.contract import (
 )
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.hub import fingerprint_files
+from c2r.models.lora import LoraFile
 from c2r.models.parts import freeze, load_pipeline_part, load_text_encoder, log_long_prompts
 from c2r.models.parts import max_sequence_length as longest_prompt
 from c2r.models.streaming import stream_frames
@@ -134,6 +136,8 @@ class C2RPipeline(WanPipeline):
         *,
         backbone: str | Path | None = None,
         base: str | Path | None = None,
+        loras: Iterable[LoraFile] = (),
+        controlnet: str | Path | None = None,
         **components: Any,
     ) -> "C2RPipeline":
         """Load a trained model with all that its contract names.
@@ -148,6 +152,10 @@ class C2RPipeline(WanPipeline):
             torch_dtype: dtype of the weights; None is fp32.
             backbone: the backbone of phase 2, if it was moved since training.
             base: Wan pipeline with VAE, text encoder, tokenizer and scheduler, a folder or hub name, if it was moved.
+            loras: added to the backbone's weights before these are cast. `load_lora_weights` and its kin, which need
+                peft, add LoRAs later, and can change or remove them.
+            controlnet: file of the released C2R's control weights, for a Wan 2.1 pipeline with their backbone, which
+                `backbone` may name; `dinov3` must be given too. Size, rate and shift are those of the release.
             components: parts to use in place of the folder's, by the names of the class's arguments; None leaves one
                 out. `dinov3` may also be a folder or hub name.
 
@@ -158,8 +166,8 @@ class C2RPipeline(WanPipeline):
         known, _ = cls._get_signature_keys(cls)
         if unknown := sorted(components.keys() - set(known)):
             raise TypeError(
-                f"from_pretrained() does not take {', '.join(unknown)}; it takes torch_dtype, backbone, base, "
-                f"{', '.join(known)}"
+                f"from_pretrained() does not take {', '.join(unknown)}; it takes torch_dtype, backbone, base, loras, "
+                f"controlnet, {', '.join(known)}"
             )
         folder = fetch_model(pretrained_model_name_or_path, without=components)
         index = _read_model_index(folder)
@@ -186,11 +194,25 @@ class C2RPipeline(WanPipeline):
             loaded[part] = None if part in absent else load_pipeline_part(base, part, dtype)
         if "transformer" not in components:
             if contract is None:
-                loaded["transformer"] = _load_without_contract(folder, backbone or folder, base, torch_dtype)
+                loaded["transformer"] = _load_without_contract(folder, backbone or folder, base, torch_dtype, loras)
             else:
-                loaded["transformer"], _ = load_for_generation(folder, backbone, torch_dtype, base)
+                loaded["transformer"], _ = load_for_generation(folder, backbone, torch_dtype, base, loras)
+            if controlnet is not None:
+                loaded["transformer"] = _with_released_control(loaded["transformer"], controlnet, torch_dtype)
             use_lean_attention(loaded["transformer"])
         dinov3 = components.pop("dinov3", dinov3)
+        if controlnet is not None:
+            if dinov3 is None or "transformer" in components:
+                raise InputError(f"controlnet={controlnet}: needs dinov3 and no transformer; give dinov3=")
+            contract = PhaseContract(
+                phase=2,
+                base_model=str(base),
+                step=0,
+                **released.FORMAT,
+                backbone=str(backbone or pretrained_model_name_or_path),
+                backbone_sha256="",  # computed when saved: at 14B it takes minutes
+                dinov3=str(dinov3) if isinstance(dinov3, str | Path) else "dinov3",
+            )
         if isinstance(dinov3, str | Path):
             dinov3 = DINOv3FeatureExtractor.from_pretrained(dinov3, torch_dtype)
         pipeline = cls(**loaded, **components, dinov3=dinov3)
@@ -296,13 +318,17 @@ class C2RPipeline(WanPipeline):
         """Return the contract of a folder of this pipeline's parts, whose paths are relative to the folder."""
         names = {entry: getattr(self.contract, entry) for entry in MODEL_ENTRIES}
         of_hub = {entry: name for entry, name in names.items() if name and not os.path.isabs(name)}
-        changed = {"base_model": ".", "flow_shift": _flow_shift(self.scheduler)}
-        changed["copied_from"] = self.contract.copied_from | of_hub
+        changed: dict[str, Any] = {
+            "base_model": ".",
+            "flow_shift": _flow_shift(self.scheduler),
+            "copied_from": self.contract.copied_from | of_hub,
+            **dict.fromkeys(("lora_rank", "backbone_base")),  # a LoRA of training is fused in the saved backbone
+        }
         if self.dinov3 is not None:
             changed["dinov3"] = "./dinov3"
-        # Fingerprints change with the dtype.
-        sha256 = fingerprint_files(folder / "transformer")
+        sha256 = fingerprint_files(folder / "transformer")  # it changes with the dtype
         if not controlled:
+            changed |= {"backbone": None, "backbone_sha256": None}
             return replace(self.contract, phase=1, weights_sha256=sha256, **changed)
         changed |= {"backbone": "./transformer", "backbone_sha256": sha256}
         return replace(self.contract, phase=2, weights_sha256=fingerprint_files(folder / "controlnet"), **changed)
@@ -351,7 +377,7 @@ class C2RPipeline(WanPipeline):
             fps: frames per second at which the path of a control video is read; default: of training, else 16.
             window_frames: pixel frames (4k + 1) of a window, best as many as in training; a longer video is made of
                 overlapping windows that are denoised together, see `c2r.windows`. What grows with its length then is
-                on the CPU. None: one window of num_frames.
+                on the CPU. None: those of training, without a contract one window of num_frames.
             window_overlap: pixel frames (4k + 1) that neighbouring windows share; None: about a quarter of a window.
             num_inference_steps: steps of the scheduler.
             guidance: "apg" or "cfg", see `c2r.guidance.guided_velocity`.
@@ -399,6 +425,8 @@ class C2RPipeline(WanPipeline):
             callback_on_step_end_tensor_inputs,
         )
         self._check_size(num_frames, height, width)
+        if window_frames is None and self.contract is not None:
+            window_frames = self.contract.format["num_frames"]
         windows = self._plan_windows(num_frames, window_frames, window_overlap)
         if guidance not in DEFAULT_GUIDANCE_SCALE:
             raise ValueError(f"guidance is {guidance!r}: it must be one of {', '.join(DEFAULT_GUIDANCE_SCALE)}")
@@ -621,13 +649,26 @@ class C2RPipeline(WanPipeline):
         """Return the frames in the form of `output_type`; streamed: a latent frame at a time, on the CPU."""
         if not streamed:
             return self.video_processor.postprocess_video(decode_latents(self.vae, latents), output_type)
-        chunks = [
-            self.video_processor.postprocess_video(chunk, output_type)
-            for chunk in stream_frames(self.vae, latents, self._execution_device)
-        ]
+        chunks = list(self.stream_frames(latents, output_type))
         if output_type == "pil":
             return [[frame for chunk in video for frame in chunk] for video in zip(*chunks)]
         return np.concatenate(chunks, 1) if output_type == "np" else torch.cat(chunks, 1)
+
+    def stream_frames(self, latents: torch.Tensor, output_type: str = "np") -> Iterator[Any]:
+        """Decode the latents of `output_type="latent"`, and yield frames as soon as they are decoded.
+
+        Neither the device nor the host then holds all frames of a long video, see `c2r.models.streaming`.
+
+        Args:
+            latents: (B, C, T, h, w) on any device.
+            output_type: "np", "pt" or "pil", see `__call__`.
+
+        Yields:
+            the frames of a latent frame: one of the first, four of each of the others.
+        """
+        for pixel_values in stream_frames(self.vae, latents, self._execution_device):
+            yield self.video_processor.postprocess_video(pixel_values, output_type)
+        self.maybe_free_model_hooks()
 
     def _plan_windows(self, num_frames, window_frames, window_overlap):
         """Check the sizes of the windows and return them."""
@@ -739,9 +780,18 @@ def _absent_parts(index):
     return [part for part in (*BASE_PARTS, "transformer_2") if index.get(part) in (None, [None, None])]
 
 
-def _load_without_contract(folder, backbone, base, torch_dtype):
+def _with_released_control(transformer, controlnet, torch_dtype):
+    """Join a backbone and the released control weights, frozen."""
+    if takes_control(transformer):
+        raise InputError(
+            f"controlnet={controlnet}: this model has control already; give a Wan 2.1 pipeline or phase 1"
+        )
+    return freeze(C2RTransformer(transformer, load_control_start(controlnet, transformer.config, torch_dtype)))
+
+
+def _load_without_contract(folder, backbone, base, torch_dtype, loras):
     """Load the transformer of a pipeline folder without contract, with the ControlNet if there is one."""
-    transformer = load_transformer(backbone, base, torch_dtype)
+    transformer = load_transformer(backbone, base, torch_dtype, loras=loras)
     if (folder / "controlnet").is_dir():
         transformer = C2RTransformer(transformer, load_controlnet(folder, torch_dtype))
     return freeze(transformer)

@@ -308,3 +308,44 @@ def test_offloading_from_no_gpu_is_refused(folder, tmp_path):
 def test_the_command_ends_with_one_line(tmp_path):
     with pytest.raises(SystemExit, match=r"^error: .*phase2/best: no such model folder; check the path"):
         cli.run(lambda: main(options(tmp_path, output=tmp_path / "out.mp4")))
+
+
+def test_a_long_video_is_made_of_windows(folder, tmp_path, capsys):
+    # 12 frames of control, the windows of training: 5 frames; the 13th frame that 4k + 1 needs is not written.
+    long = generated(folder, tmp_path / "long.mp4", num_frames="all")
+    assert "generates 13 frames in 3 windows of 5, overlapping by 1\n" in capsys.readouterr().out
+    assert long.shape == (12, 3, HEIGHT, WIDTH)
+    generated(folder, tmp_path / "short.mp4", num_frames=9, window_frames=9)
+    assert "generates 9 frames in one window; the model was trained on 5\n" in capsys.readouterr().out
+    generated(folder, tmp_path / "as-trained.mp4")
+    assert "generates" not in capsys.readouterr().out
+
+
+def test_the_first_window_of_a_longer_video_is_the_video_of_one_window(folder, tmp_path, standard):
+    # Windows of 5 frames share one latent frame, whose weight in the later window is 0.
+    long = generated(folder, tmp_path / "long.mp4", num_frames=9)
+    assert distance(long[:FRAMES], standard) < 1.0  # encoded again
+    assert distance(long[:FRAMES], standard.flip(0)) > 5
+
+
+def test_the_rate_may_be_the_controls(folder, tmp_path):
+    write_noise(tmp_path / "fast.mp4", seed=5, fps=24)
+    main(options(folder, output=tmp_path / "out.mp4", control_video=tmp_path / "fast.mp4", fps="control"))
+    assert probe(tmp_path / "out.mp4").rate == pytest.approx(24)
+    main(options(folder, output=tmp_path / "all.mp4", control_video=tmp_path / "fast.mp4", fps=12, num_frames="all"))
+    assert probe(tmp_path / "all.mp4").native_frames == 6
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"control": False, "num_frames": "all"}, "--num_frames all: needs a --control_video"),
+        ({"control": False, "fps": "control"}, "--fps control: needs the rate of a --control_video"),
+        ({"num_frames": "some"}, "--num_frames some: "),
+        ({"num_frames": 9, "window_overlap": 5}, "--window_overlap 5: not below --window_frames 5; lower it"),
+        ({"window_frames": 6}, "--window_frames 6: "),
+    ],
+)
+def test_lengths_that_cannot_be_are_one_line(folder, tmp_path, changed, message):
+    with pytest.raises(InputError, match=message):
+        main(options(folder, output=tmp_path / "out.mp4", **changed))

@@ -176,6 +176,17 @@ def test_of_a_hub_name_only_needed_parts_are_downloaded(saved, loaded, tmp_path,
     assert torch.equal(generate(pipeline, **given), generate(loaded))
 
 
+def test_another_model_of_the_hub_is_refused_before_its_weights_are_downloaded(tmp_path, monkeypatch):
+    def download(name, allow_patterns, ignore_patterns):
+        assert allow_patterns == ["*.json"]
+        (tmp_path / "config.json").write_text("{}")
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    with pytest.raises(InputError, match=r"me/other: has neither c2r\.json nor model_index\.json"):
+        C2RPipeline.from_pretrained("me/other")
+
+
 @pytest.mark.parametrize("keyword", ["custom_pipeline", "trust_remote_code", "use_safetensors", "revision"])
 def test_keywords_that_would_change_what_is_read_are_refused(saved, keyword):
     with pytest.raises(TypeError, match=f"does not take {keyword}"):
@@ -519,6 +530,16 @@ def test_several_videos_of_each_prompt_agree_with_single_ones(loaded):
     assert torch.equal(of_embeds, together)
 
 
+def test_frames_of_floats_are_written_as_rounded_bytes(tmp_path):
+    frames = np.random.default_rng(0).random((3, HEIGHT, WIDTH, 3))
+    write_video(tmp_path / "floats.mp4", frames, FPS)
+    write_video(tmp_path / "bytes.mp4", (frames * 255).round().astype(np.uint8), FPS)
+    assert (tmp_path / "floats.mp4").read_bytes() == (tmp_path / "bytes.mp4").read_bytes()
+    for value in (-0.5, 1.5, np.nan):
+        with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
+            write_video(tmp_path / "bad.mp4", np.full_like(frames, value), FPS)
+
+
 def test_output_types(loaded):
     shape = (1, FRAMES, HEIGHT, WIDTH, 3)
     array = generate(loaded, output_type="np")
@@ -548,6 +569,27 @@ def test_prompts_are_encoded_alike_alone_and_in_a_call(loaded):
 def test_offloading_knows_all_models_of_the_pipeline(loaded):
     modules = {name for name, part in loaded.components.items() if isinstance(part, torch.nn.Module)}
     assert set(C2RPipeline.model_cpu_offload_seq.split("->")) == modules == set(MODELS)
+
+
+def group_offload(pipeline):
+    cpu = torch.device("cpu")
+    pipeline.enable_group_offload(cpu, offload_device=cpu, offload_type="block_level", num_blocks_per_group=1)
+
+
+#: Others are in test_pipeline_switches.py.
+SWITCHES = {
+    "group offload in memory": group_offload,
+    "tiled and sliced VAE": lambda pipeline: (pipeline.vae.enable_tiling(), pipeline.vae.enable_slicing()),
+    "attention backend": lambda pipeline: pipeline.transformer.set_attention_backend("_native_math"),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_switches_of_diffusers_leave_the_video_as_it_is(saved, loaded, name):
+    pipeline = quiet(C2RPipeline.from_pretrained(saved))
+    SWITCHES[name](pipeline)
+    frames = generate(pipeline, output_type="pt")
+    torch.testing.assert_close(frames, generate(loaded, output_type="pt"), rtol=0, atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------- control video

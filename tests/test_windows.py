@@ -4,12 +4,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler, MagCacheConfig
+from diffusers import AutoencoderKLWan, FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler, MagCacheConfig
 
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.streaming import stream_frames
 from c2r.models.vae import decode_latents
 from c2r.pipeline import C2RPipeline
+from c2r.toy.layout import WEIGHTS
 from c2r.windows import Window, blend_windows, default_overlap, extend_noise, plan_windows
 from tests.helpers import tiny
 
@@ -213,14 +214,16 @@ def test_frames_of_a_long_video_are_those_of_its_latents(pipeline, output_type):
         assert (frames == expected).all()
 
 
-@pytest.mark.parametrize("mode", ["plain", "tiled", "sliced", "single"])
+@pytest.mark.parametrize("mode", ["plain", "tiled", "sliced", "single", "patches", "tiled patches"])
 def test_streaming_decodes_bit_for_bit(mode):
     vae = tiny.tiny_vae()
-    if mode == "tiled":
+    if "patches" in mode:  # the toy's VAE decodes the pixels of a patch as channels
+        vae = AutoencoderKLWan.from_pretrained(WEIGHTS / "model/vae", torch_dtype=torch.float32).eval()
+    if "tiled" in mode:
         vae.enable_tiling(32, 32, 16, 24)
     if mode == "sliced":
         vae.enable_slicing()
-    latents = torch.randn(2, tiny.LATENT_CHANNELS, 1 if mode == "single" else 4, 6, 9)
+    latents = torch.randn(2, vae.config.z_dim, 1 if mode == "single" else 4, 6, 9)
     expected = decode_latents(vae, latents)
     chunks = list(stream_frames(vae, latents, torch.device("cpu")))
     assert torch.equal(torch.cat(chunks, 2), expected)

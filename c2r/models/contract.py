@@ -21,6 +21,7 @@ from c2r import InputError, __version__
 from c2r.files import atomic_folder, complete_folder, read_json
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.hub import fingerprint_files, resolve_model_folder
+from c2r.models.lora import LoraFile, LoraWeights
 
 CONTRACT = "c2r.json"
 #: Diffusers' list of a pipeline's parts.
@@ -35,6 +36,8 @@ MODEL_ENTRIES = {
     "backbone": ("backbone", "--backbone"),
     "dinov3": ("dinov3", "--dinov3"),
 }
+#: Entries that may be local paths.
+PATH_ENTRIES = (*MODEL_ENTRIES, "backbone_base")
 
 #: The format that Wan 2.1 was made for, used where a contract gives none.
 DEFAULT_FORMAT = {"height": 480, "width": 832, "num_frames": 81, "fps": 16.0}
@@ -70,9 +73,12 @@ class PhaseContract:
     flow_shift: FiniteFloat | None = None
     conditioning_scale: FiniteFloat | None = None  #: phase 2 only
     weights_sha256: str | None = None  #: fingerprint of this folder's weights, filled in by `save_phase`
-    # Phase 2 only:
-    backbone: str | None = None  #: the backbone that the ControlNet was trained on
+    lora_rank: PositiveInt | None = None  #: of a phase 1 that trained a LoRA
+    # Phase 2, and a LoRA of phase 1:
+    backbone: str | None = None  #: the frozen backbone of the training
     backbone_sha256: str | None = None  #: `fingerprint_transformer(backbone)`
+    # Phase 2 only:
+    backbone_base: str | None = None  #: the model below `backbone`, where that is a LoRA
     dinov3: str | None = None
     #: In a pipeline's folder, which holds copies: hub names of the models that they are copies of, by MODEL_ENTRIES.
     copied_from: dict[str, str] = field(default_factory=dict)
@@ -83,6 +89,8 @@ class PhaseContract:
         absent = [name for name in ("backbone", "backbone_sha256", "dinov3") if getattr(self, name) is None]
         if self.phase == 2 and absent:
             raise ValueError(f"a phase 2 contract needs {', '.join(absent)}")
+        if self.lora_rank is not None and (self.backbone is None or self.backbone_sha256 is None):
+            raise ValueError("the contract of a LoRA needs backbone and backbone_sha256")
         if self.validation_loss is not None and not math.isfinite(self.validation_loss):
             raise ValueError(f"validation_loss is {self.validation_loss}: such a model must not be saved")
 
@@ -105,17 +113,18 @@ def with_weights(model: M, state_dict: dict[str, torch.Tensor]) -> M:
 
 def save_phase(
     folder: str | Path,
-    model: WanTransformer3DModel | C2RControlNet,
+    model: WanTransformer3DModel | LoraWeights | C2RControlNet,
     contract: PhaseContract,
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> PhaseContract:
     """Write best/ or final/ of a phase: model, config and contract; complete or absent (see `atomic_folder`).
 
-    Call it on one process. The phase 1 folder also loads with `WanTransformer3DModel.from_pretrained`.
+    Call it on one process. The phase 1 folder also loads with `WanTransformer3DModel.from_pretrained`, that of a LoRA
+    with `load_lora_weights` of Diffusers' pipelines.
 
     Args:
         folder: folder to write; an older one is replaced.
-        model: `WanTransformer3DModel` in phase 1, `C2RControlNet` in phase 2.
+        model: `WanTransformer3DModel` or `LoraWeights` in phase 1, `C2RControlNet` in phase 2.
         contract: local paths in it are relative to the current directory.
         state_dict: weights to save instead of the module's own: gathered from a sharding engine, or averaged.
 
@@ -126,6 +135,8 @@ def save_phase(
         TypeError: if the model is of the other phase.
     """
     model_class = {1: WanTransformer3DModel, 2: C2RControlNet}[contract.phase]
+    if contract.lora_rank is not None:
+        model_class = LoraWeights
     if not isinstance(model, model_class):
         raise TypeError(f"phase {contract.phase} saves a {model_class.__name__}, not a {type(model).__name__}")
     folder = Path(os.path.realpath(folder))
@@ -134,8 +145,9 @@ def save_phase(
             model.save_pretrained(temporary)
         else:
             with_weights(model, state_dict).save_pretrained(temporary)
-        contract = replace(contract, weights_sha256=fingerprint_files(temporary))
-        relative = {name: _relative(getattr(contract, name), folder) for name in MODEL_ENTRIES}
+        weights = fingerprint_files(temporary) if contract.lora_rank is None else LoraFile(temporary).sha256()
+        contract = replace(contract, weights_sha256=weights)
+        relative = {name: _relative(getattr(contract, name), folder) for name in PATH_ENTRIES}
         write_contract(temporary, replace(contract, **relative))
     return contract
 
@@ -172,7 +184,7 @@ def read_contract(folder: str | Path) -> PhaseContract:
     except InputError as error:
         raise InputError(f"{error} (written by version {version}, this is {__version__}: use that version)") from None
     local = {}
-    for name in MODEL_ENTRIES:
+    for name in PATH_ENTRIES:
         if (getattr(contract, name) or "").startswith("."):
             local[name] = os.path.realpath(folder / getattr(contract, name))
     return replace(contract, version=version, **local)
@@ -187,13 +199,18 @@ def fetch_model(name_or_path: str | Path, without: Iterable[str] = ()) -> Path:
         without: folders of parts that are not needed, such as "text_encoder".
 
     Raises:
-        InputError: see `resolve_model_folder`.
+        InputError: the hub's model is none of these; see also `resolve_model_folder`.
     """
     folder = complete_folder(name_or_path)
     if folder.is_dir():
         return folder
     folder = resolve_model_folder(name_or_path, [])  # the .json files alone show which parts there are
     if not (folder / MODEL_INDEX).is_file():
+        if not (folder / CONTRACT).is_file():
+            raise InputError(
+                f"{name_or_path}: has neither {CONTRACT} nor {MODEL_INDEX}; give a trained model, or a pipeline of "
+                "Diffusers"
+            )
         return resolve_model_folder(name_or_path)
     parts = [path.name for path in folder.iterdir() if path.is_dir() and path.name not in without]
     return resolve_model_folder(name_or_path, sorted(parts))

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from c2r.models.vae import denormalise_latents
@@ -32,7 +33,7 @@ def stream_frames(vae: AutoencoderKLWan, latents: torch.Tensor, device: torch.de
     ratio = vae.spatial_compression_ratio
     tile_height, tile_width = vae.tile_sample_min_height // ratio, vae.tile_sample_min_width // ratio
     if not vae.use_tiling or (latents.shape[-2] <= tile_height and latents.shape[-1] <= tile_width):
-        yield from (frames.clamp(-1, 1) for frames in _stream(vae, latents, device))
+        yield from (_pixel_values(vae, frames) for frames in _stream(vae, latents, device))
         return
     rows = [
         [
@@ -41,7 +42,15 @@ def stream_frames(vae: AutoencoderKLWan, latents: torch.Tensor, device: torch.de
         ]
         for top in range(0, latents.shape[-2], vae.tile_sample_stride_height // ratio)
     ]
-    yield _blend_tiles(vae, rows)[..., : latents.shape[-2] * ratio, : latents.shape[-1] * ratio].clamp(-1, 1)
+    height, width = (size * ratio // (vae.config.patch_size or 1) for size in latents.shape[-2:])
+    yield _pixel_values(vae, _blend_tiles(vae, rows)[..., :height, :width])
+
+
+def _pixel_values(vae, decoded):
+    """Return pixel values in [−1, 1]: a VAE with a patch_size decodes the pixels of a patch as channels."""
+    if vae.config.patch_size is not None:
+        decoded = unpatchify(decoded, vae.config.patch_size)
+    return decoded.clamp(-1, 1)
 
 
 def _stream(vae, latents, device):
@@ -64,12 +73,15 @@ def _decode_next(vae, latents, is_first):
 
 def _blend_tiles(vae, rows):
     """Blend rows of overlapping tiles into whole frames, as `AutoencoderKLWan.tiled_decode` does."""
-    height, width = vae.tile_sample_stride_height, vae.tile_sample_stride_width
+    patch = vae.config.patch_size or 1
+    height, width = vae.tile_sample_stride_height // patch, vae.tile_sample_stride_width // patch
+    overlap_height = vae.tile_sample_min_height // patch - height
+    overlap_width = vae.tile_sample_min_width // patch - width
     for top, row in enumerate(rows):
         for left, tile in enumerate(row):
             if top > 0:
-                tile = vae.blend_v(rows[top - 1][left], tile, vae.tile_sample_min_height - height)
+                tile = vae.blend_v(rows[top - 1][left], tile, overlap_height)
             if left > 0:
-                tile = vae.blend_h(row[left - 1], tile, vae.tile_sample_min_width - width)
+                tile = vae.blend_h(row[left - 1], tile, overlap_width)
             row[left] = tile
     return torch.cat([torch.cat([tile[..., :height, :width] for tile in row], -1) for row in rows], -2)

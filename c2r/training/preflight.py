@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from diffusers import ModelMixin
 
 from c2r import InputError
+from c2r.bars import slow_work
 from c2r.data.buckets import Bucket
 from c2r.data.mixture import Mixture
 from c2r.estimation.configs import ModelConfigs
@@ -52,7 +53,7 @@ def require_access(*names: str):
 
 
 def fingerprint_backbone(accelerator: Accelerator, name_or_path: str, base_model: str) -> str:
-    """Return the fingerprint of phase 2's backbone, computed by the main process alone: at 14B it reads 57 GB.
+    """Return the fingerprint of a frozen backbone, computed by the main process alone: at 14B it reads 57 GB.
 
     Raises:
         InputError: the folder was written by phase 2, or its weights are not those that phase 1 saved there.
@@ -68,8 +69,11 @@ def fingerprint_backbone(accelerator: Accelerator, name_or_path: str, base_model
                     f"--resume_backbone_from {name_or_path}: a model of phase {contract.phase}; give best/ or final/ "
                     "of phase 1"
                 )
-            sha256 = fingerprint_transformer(name_or_path, base_model)
-            if contract is not None and contract.weights_sha256 != sha256:
+            with slow_work("reading the backbone's weights for their fingerprint", shown=True):
+                sha256 = fingerprint_transformer(name_or_path, base_model)
+            # `fingerprint_transformer` has compared a LoRA and the backbone below it.
+            whole = contract is not None and contract.lora_rank is None
+            if whole and contract.weights_sha256 != sha256:
                 raise InputError(
                     f"--resume_backbone_from {name_or_path}: its weights are not those that its {CONTRACT} names; "
                     "copy the folder again"
