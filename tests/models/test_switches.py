@@ -21,7 +21,9 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from peft import LoraConfig
 
 from c2r.models.attention import use_lean_attention
-from tests.helpers.tiny import tiny_c2r_transformer, tiny_inputs
+from c2r.models.controlnet import C2RControlNet
+from c2r.models.transformer import C2RTransformer
+from tests.helpers.tiny import FEATURE_DIM, tiny_c2r_transformer, tiny_inputs, tiny_transformer
 
 CPU = torch.device("cpu")
 STEPS = 4
@@ -33,6 +35,15 @@ ALWAYS_SKIP = 1e9  # threshold of a cache: it skips as soon as it may
 def model():
     """Residuals follow blocks 0 and 2 of 4."""
     return tiny_c2r_transformer(2, 2, trained=True).eval()
+
+
+@pytest.fixture
+def latent_model():
+    """The control is added once, to the patch-embedded latents."""
+    backbone = tiny_transformer()
+    controlnet = C2RControlNet.from_transformer(backbone, feature_dim=FEATURE_DIM, injection="latent")
+    controlnet.control_adapter.gate.data.fill_(1.0)
+    return C2RTransformer(backbone, controlnet).eval()
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +280,29 @@ def test_a_cache_keeps_what_it_stands_for_with_control(model, cache):
     model.disable_cache()
     assert not model.is_cache_enabled
     assert torch.equal(predict(model, *inputs_of(1)), second)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_cache_keeps_what_it_stands_for_with_control_in_the_latents(latent_model, cache):
+    model = latent_model
+    first = predict(model, *inputs_of(0))
+    by_hand = predicted_by_hand(model, cache)
+    model.enable_cache(CACHES[cache]())
+    assert torch.equal(predict_in(model, "cond", 0), first)
+    torch.testing.assert_close(predict_in(model, "cond", 1), by_hand, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.usefixtures("undefined_memory_is_nan")
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_offloading_with_control_in_the_latents(latent_model, tmp_path, offload_type):
+    expected = predict(latent_model)
+    noisy_latents, timesteps, prompt_embeds, _ = tiny_inputs()
+    assert not torch.allclose(predict(latent_model, noisy_latents, timesteps, prompt_embeds), expected, atol=1e-2)
+    latent_model.compile_repeated_blocks(backend="eager")  # there are blocks of one branch only
+    latent_model.enable_group_offload(
+        CPU, offload_type=offload_type, num_blocks_per_group=1, offload_to_disk_path=tmp_path
+    )
+    torch.testing.assert_close(predict(latent_model), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("cache", CACHES)
