@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from c2r.generate import main
-from tests.helpers.commands import phase2, same, scalars, succeed, weights
+from tests.helpers.commands import ENGINES, phase2, same, scalars, succeed, weights
 from tests.helpers.forks import fork
 from tests.helpers.released import released_tensors, save_released
 
@@ -67,3 +67,26 @@ def test_weights_of_another_shape_are_refused_with_the_options_that_fit(run, who
     assert f"--resume_controlnet_from {whole / 'final'}: has injection latent; give --injection latent" in errors
     _, errors = run("absent", f"--resume_controlnet_from={whole / 'none'}", fails=True)
     assert "no such folder or file; give best/ or final/ of phase 2" in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+def test_engines_train_it_as_one_process_does(engine, run, whole, tiny_models, small_datasets):
+    out = whole.with_name(engine)
+    options = [
+        "--injection=latent",
+        "--max_train_steps=4",
+        "--ema_decay=0.9",
+        "--lr_warmup_steps=0",
+        "--num_samples=0",
+    ]
+    options += [f"--resume_controlnet_from={run.released}", f"--cache_dir={whole.with_name('cache')}"]
+    options.append("--train_batch_size=1")  # of each of two processes
+    launcher = ENGINES[engine]
+    succeed(*phase2(tiny_models, small_datasets, tiny_models / "pipeline", out, *options, launcher=launcher))
+    assert scalars(out)["train/loss"] == pytest.approx(scalars(whole)["train/loss"], rel=1e-4)
+    trained, expected = weights(out / "final"), weights(whole / "final")
+    assert trained.keys() == expected.keys()
+    for name, tensor in trained.items():
+        # AdamW makes full steps of gradients that are nothing but rounding.
+        assert (tensor - expected[name]).abs().mean() < 1e-4, name
