@@ -96,7 +96,7 @@ def reference_of(
     tasks = [(domain, i) for domain, clips in reference_clips.items() for i in range(len(clips))]
     measured = []  # (domain, position, file, features)
     mine = tasks[accelerator.process_index :: accelerator.num_processes]
-    bar = progress_bar(len(mine), "CG monitor", "clip", accelerator.is_main_process)
+    bar = progress_bar(len(mine), "CG monitor", "clip", accelerator.process_index == 0)
     for domain, i in mine:
         beat("measuring the clips that the CG monitor compares with")
         file = reference_clips[domain][i].name

@@ -132,7 +132,7 @@ def make_samples(
     kept = all(gather_object([path.exists() for path in paths.values()]))
 
     rows = {}
-    bar = progress_bar(len(numbers), "samples", "video", accelerator.is_main_process)
+    bar = progress_bar(len(numbers), "samples", "video", accelerator.process_index == 0)
     for position, number in zip(positions, numbers):
         if not go_on():
             bar.close()

@@ -79,7 +79,7 @@ def clip_losses(
     levels = noise_levels(flow_shift)
     losses: dict[str, torch.Tensor] = {}
     firsts = range(0, len(positions), batch_size)
-    bar = progress_bar(len(firsts), "validation", "batch", accelerator.is_main_process)
+    bar = progress_bar(len(firsts), "validation", "batch", accelerator.process_index == 0)
     for first, batch in zip(firsts, loader):
         if go_on is not None and not go_on():
             bar.close()

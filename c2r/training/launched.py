@@ -72,9 +72,11 @@ def phase2_command(command: list[str], args: Namespace) -> str:
         command: the words that started phase 1.
         args: its options.
     """
-    script = next(i for i, word in enumerate(command) if Path(word).name.startswith("train_phase1"))
+    if not any(Path(word).name == "train_phase1.py" for word in command):  # called from another program
+        command = ["accelerate", "launch", "train_phase1.py"]
+    script = next(i for i, word in enumerate(command) if Path(word).name == "train_phase1.py")
     out = Path(args.output_dir)
-    words = [*command[:script], command[script].replace("train_phase1", "train_phase2")]
+    words = [*command[:script], str(Path(command[script]).with_name("train_phase2.py"))]
     words += ["--resume_backbone_from", str(out / "best")]
     words += ["--real_dataset", *args.real_dataset, *clip_option_words(args)]
     for name in _KEPT:

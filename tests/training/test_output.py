@@ -93,4 +93,5 @@ def test_the_command_of_phase_2_keeps_what_both_phases_need():
         "accelerate launch train_phase2.py --resume_backbone_from out/best --real_dataset 'a b:2' c --height 64 "
         "--report_to none --cg_dataset data/cg --output_dir phase2 --resume_from_checkpoint latest"
     )
+    assert phase2_command(["python", "-m", "pytest"], args) == line  # called from another program
     assert len(next_commands(["python", "train_phase2.py"], phase2_options())) == 2
