@@ -32,7 +32,7 @@ from c2r.evaluation.sample_plan import SamplePlan, plan_samples
 from c2r.evaluation.samples import write_samples
 from c2r.evaluation.validation import leak_warning
 from c2r.models.adversary import DomainClassifier, WithAdversary, domain_loss
-from c2r.models.assembly import find_lora, load_controlnet, load_transformer
+from c2r.models.assembly import find_lora, load_control_start, load_controlnet, load_transformer
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.offloading import store_blocks
@@ -135,9 +135,14 @@ def train(run: Run) -> Plan:
     set_seed(args.seed)  # again: encoding has drawn random numbers, depending on what was cached
     if run.checkpoint is not None and not empty:
         controlnet = load_controlnet(run.checkpoint / "model")
+    elif args.resume_controlnet_from is not None and not empty:
+        controlnet = load_control_start(args.resume_controlnet_from, backbone.config)
     else:
         controlnet = C2RControlNet.from_transformer(
-            backbone, args.control_layers, args.control_stride, feature_dim=plan.feature_dim, empty=empty
+            *(backbone, args.control_layers, args.control_stride),
+            feature_dim=plan.feature_dim,
+            empty=empty,
+            injection=args.injection,
         )
     # One module, because an engine such as DeepSpeed wraps one.
     joined = C2RTransformer(backbone, controlnet)

@@ -79,7 +79,7 @@ def parse(command: Command, argv: list[str] | None = None) -> argparse.Namespace
     try:
         command.check(args)
     except InputError as error:
-        if not preset:
+        if getattr(args, "preset", None) is None:
             raise
         raise InputError(f"{error}; --preset {args.preset} has set {option_words(preset)}") from None
     return args
@@ -130,8 +130,7 @@ def _help_text(option):
         return f"{text} (required)"
     if option.default is None or option.default is False or isinstance(option.type, Flag) or "default:" in text:
         return text
-    default = f"{option.default:g}" if isinstance(option.default, float) else option.default
-    return f"{text} (default: {default})"
+    return f"{text} (default: {option.default_text})"
 
 
 def _typed(option: Option, given: Any) -> Any:
@@ -387,4 +386,7 @@ def log_to_stdout():
     if not any(isinstance(handler, _LineHandler) for handler in logger.handlers):
         logger.addHandler(_LineHandler())
     logger.propagate = False
+    # Where bitsandbytes is installed, Diffusers imports it, and it asks on some CPUs for a package that would download
+    # a kernel for 4-bit weights. Nothing here has such weights, and no setting declines the kernel.
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)

@@ -16,7 +16,7 @@ from c2r import InputError, cli
 from c2r.data.buckets import Bucket
 from c2r.options import ESTIMATE, PHASE1, PHASE2
 from c2r.options.presets import option_words
-from c2r.options.training import check_modes, require_frozen_backbone, set_learning_rate
+from c2r.options.training import check_modes, require_frozen_backbone
 from c2r.units import GIB
 
 
@@ -25,11 +25,7 @@ def training_options(args: Namespace) -> Namespace:
     command = PHASE1 if args.phase == "1" else PHASE2
     values = {name: option.default for name, option in command.options.items()}
     given = {name: value for name, value in vars(args).items() if name in values and value is not None}
-    options = Namespace(**values | given)
-    if args.phase == "1":
-        set_learning_rate(options)
-        require_frozen_backbone(options)
-    return options
+    return Namespace(**values | given)
 
 
 def command_line(args: Namespace, changes: dict[str, Any]) -> str:

@@ -54,15 +54,27 @@ def require_phase1(args: Namespace, contract: "PhaseContract"):
 
 def export_original(args: Namespace, contract: "PhaseContract") -> str:
     """Write phase 1's weights as one file in Wan's original layout; return a line on how to use it."""
-    from c2r.models.assembly import check_transformer
-    from c2r.models.hub import WeightIndex
+    from c2r.models.assembly import index_weights
     from c2r.models.original_layout import save_original
 
     require_phase1(args, contract)
     path = require_output(args, ".safetensors")
-    folder, _ = check_transformer(args.model)
-    num_bytes = save_original(WeightIndex(folder), path, _dtype(args))
+    index, _ = index_weights(args.model)
+    num_bytes = save_original(index, path, _dtype(args))
     return f"{size_text(num_bytes)}; in ComfyUI it belongs into models/diffusion_models"
+
+
+def export_lora(args: Namespace, contract: "PhaseContract") -> str:
+    """Write the LoRA of a phase 1 as one file; return a line on how to use it."""
+    from c2r.models.lora import LoraWeights, save_lora
+
+    if contract.lora_rank is None:
+        raise InputError(f"--model {args.model}: has no LoRA; give best/ or final/ of a train_phase1.py --lora_rank")
+    path = require_output(args, ".safetensors")
+    save_lora(path, LoraWeights.load(args.model), comfyui=args.format == "lora-comfyui", dtype=_dtype(args))
+    if args.format == "lora":
+        return "load_lora_weights of Diffusers' pipelines and c2r.generate --lora load it"
+    return "in ComfyUI it belongs into models/loras"
 
 
 def export_pipeline(args: Namespace, contract: "PhaseContract") -> str:
@@ -96,6 +108,8 @@ def _dtype(args):
 #: Function of each format, by the choices of --format.
 FORMATS: dict[str, Callable[[Namespace, "PhaseContract"], str]] = {
     "original": export_original,
+    "lora": export_lora,
+    "lora-comfyui": export_lora,
     "pipeline": export_pipeline,
 }
 

@@ -247,7 +247,8 @@ def read_padded(control: str, length: Length, height: int, width: int) -> "torch
     from c2r.data.control_video import read_control
 
     frames = read_control(control, length.num_frames, length.fps, height, width)
-    return frames[[min(n, length.num_frames - 1) for n in range(length.generated)]]
+    missing = length.generated - length.num_frames
+    return frames if missing == 0 else frames[[*range(length.num_frames), *[-1] * missing]]
 
 
 def load_models(

@@ -32,8 +32,9 @@ from c2r.guidance import (
     is_control_on,
     move_momentum,
 )
+from c2r.models import released
 from c2r.models.adversary import WithAdversary
-from c2r.models.assembly import load_controlnet, load_for_generation, load_transformer
+from c2r.models.assembly import load_control_start, load_controlnet, load_for_generation, load_transformer
 from c2r.models.attention import use_lean_attention
 from c2r.models.card import SAMPLES, find_samples, model_card
 from c2r.models.contract import (
@@ -136,6 +137,7 @@ class C2RPipeline(WanPipeline):
         backbone: str | Path | None = None,
         base: str | Path | None = None,
         loras: Iterable[LoraFile] = (),
+        controlnet: str | Path | None = None,
         **components: Any,
     ) -> "C2RPipeline":
         """Load a trained model with all that its contract names.
@@ -152,6 +154,8 @@ class C2RPipeline(WanPipeline):
             base: Wan pipeline with VAE, text encoder, tokenizer and scheduler, a folder or hub name, if it was moved.
             loras: added to the backbone's weights before these are cast. `load_lora_weights` and its kin, which need
                 peft, add LoRAs later, and can change or remove them.
+            controlnet: file of the released C2R's control weights, for a Wan 2.1 pipeline with their backbone, which
+                `backbone` may name; `dinov3` must be given too. Size, rate and shift are those of the release.
             components: parts to use in place of the folder's, by the names of the class's arguments; None leaves one
                 out. `dinov3` may also be a folder or hub name.
 
@@ -163,7 +167,7 @@ class C2RPipeline(WanPipeline):
         if unknown := sorted(components.keys() - set(known)):
             raise TypeError(
                 f"from_pretrained() does not take {', '.join(unknown)}; it takes torch_dtype, backbone, base, loras, "
-                f"{', '.join(known)}"
+                f"controlnet, {', '.join(known)}"
             )
         folder = fetch_model(pretrained_model_name_or_path, without=components)
         index = _read_model_index(folder)
@@ -193,8 +197,22 @@ class C2RPipeline(WanPipeline):
                 loaded["transformer"] = _load_without_contract(folder, backbone or folder, base, torch_dtype, loras)
             else:
                 loaded["transformer"], _ = load_for_generation(folder, backbone, torch_dtype, base, loras)
+            if controlnet is not None:
+                loaded["transformer"] = _with_released_control(loaded["transformer"], controlnet, torch_dtype)
             use_lean_attention(loaded["transformer"])
         dinov3 = components.pop("dinov3", dinov3)
+        if controlnet is not None:
+            if dinov3 is None or "transformer" in components:
+                raise InputError(f"controlnet={controlnet}: needs dinov3 and no transformer; give dinov3=")
+            contract = PhaseContract(
+                phase=2,
+                base_model=str(base),
+                step=0,
+                **released.FORMAT,
+                backbone=str(backbone or pretrained_model_name_or_path),
+                backbone_sha256="",  # computed when saved: at 14B it takes minutes
+                dinov3=str(dinov3) if isinstance(dinov3, str | Path) else "dinov3",
+            )
         if isinstance(dinov3, str | Path):
             dinov3 = DINOv3FeatureExtractor.from_pretrained(dinov3, torch_dtype)
         pipeline = cls(**loaded, **components, dinov3=dinov3)
@@ -298,25 +316,22 @@ class C2RPipeline(WanPipeline):
 
     def _contract_of_folder(self, folder, controlled):
         """Return the contract of a folder of this pipeline's parts, whose paths are relative to the folder."""
-        copied = {entry: getattr(self.contract, entry) for entry in MODEL_ENTRIES}
-        copied = {entry: name for entry, name in copied.items() if name and not os.path.exists(name)}  # hub names
-        fused = ["lora_rank", "backbone_base"]  # the saved backbone has a LoRA in it
+        names = {entry: getattr(self.contract, entry) for entry in MODEL_ENTRIES}
+        of_hub = {entry: name for entry, name in names.items() if name and not os.path.isabs(name)}
+        changed: dict[str, Any] = {
+            "base_model": ".",
+            "flow_shift": _flow_shift(self.scheduler),
+            "copied_from": self.contract.copied_from | of_hub,
+            **dict.fromkeys(("lora_rank", "backbone_base")),  # a LoRA of training is fused in the saved backbone
+        }
+        if self.dinov3 is not None:
+            changed["dinov3"] = "./dinov3"
+        sha256 = fingerprint_files(folder / "transformer")  # it changes with the dtype
         if not controlled:
-            fused += ["backbone", "backbone_sha256"]
-        contract = replace(
-            self.contract,
-            phase=2 if controlled else 1,
-            **dict.fromkeys(fused),
-            base_model=".",
-            flow_shift=_flow_shift(self.scheduler),
-            weights_sha256=fingerprint_files(folder / ("controlnet" if controlled else "transformer")),
-            copied_from=self.contract.copied_from | copied,
-        )
-        if controlled:
-            # The fingerprint changes with the dtype.
-            sha256 = fingerprint_files(folder / "transformer")
-            contract = replace(contract, backbone="./transformer", backbone_sha256=sha256)
-        return contract if self.dinov3 is None else replace(contract, dinov3="./dinov3")
+            changed |= {"backbone": None, "backbone_sha256": None}
+            return replace(self.contract, phase=1, weights_sha256=sha256, **changed)
+        changed |= {"backbone": "./transformer", "backbone_sha256": sha256}
+        return replace(self.contract, phase=2, weights_sha256=fingerprint_files(folder / "controlnet"), **changed)
 
     @torch.no_grad()
     def __call__(
@@ -550,6 +565,21 @@ class C2RPipeline(WanPipeline):
             *(device, dtype),
         )
 
+    def enable_group_offload(self, *args, exclude_modules: str | list[str] | None = None, **options):
+        """Keep groups of layers elsewhere until they run; the arguments are Diffusers'.
+
+        Raises:
+            ValueError: Diffusers would give wrong embeddings.
+        """
+        excluded = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
+        to_disk = options.get("offload_to_disk_path") is not None and options.get("offload_type") == "leaf_level"
+        if to_disk and self.text_encoder is not None and "text_encoder" not in excluded:
+            raise ValueError(
+                "offload_to_disk_path with leaf_level: Diffusers would lose the text encoder's embeddings, which two "
+                'of its layers share; add exclude_modules="text_encoder"'
+            )
+        super().enable_group_offload(*args, exclude_modules=exclude_modules, **options)
+
     @property
     def do_classifier_free_guidance(self) -> bool:
         """True if the last call had text guidance: any scale but 1."""
@@ -584,7 +614,8 @@ class C2RPipeline(WanPipeline):
         timesteps = timestep.to(device).expand(len(noisy_latents))
 
         def predict(name, features, prompt_embeds):
-            with self._cache_context(f"{name} {window.start}", **progress):
+            name = f"{name} {window.start}" + ("" if features is not None else " without control")
+            with self._cache_context(name, **progress):
                 inputs = (noisy_latents, timesteps, conditioning_scale, features, prompt_embeds)
                 return self._predict_velocity(*inputs)
 
@@ -747,6 +778,15 @@ def _read_model_index(folder):
 def _absent_parts(index):
     """Return the parts that a pipeline folder does not have."""
     return [part for part in (*BASE_PARTS, "transformer_2") if index.get(part) in (None, [None, None])]
+
+
+def _with_released_control(transformer, controlnet, torch_dtype):
+    """Join a backbone and the released control weights, frozen."""
+    if takes_control(transformer):
+        raise InputError(
+            f"controlnet={controlnet}: this model has control already; give a Wan 2.1 pipeline or phase 1"
+        )
+    return freeze(C2RTransformer(transformer, load_control_start(controlnet, transformer.config, torch_dtype)))
 
 
 def _load_without_contract(folder, backbone, base, torch_dtype, loras):

@@ -204,12 +204,13 @@ def split_at_cuts(rows: "list[Row]", threshold: float, notes: "Notes", damaged: 
     from pydantic import FiniteFloat
     from tqdm import tqdm
 
+    from c2r.bars import bar_settings
     from c2r.data.drop_reasons import DroppedRow
     from c2r.data.video_info import UnusableVideo
     from c2r.preparation.scenes import find_cuts, parts_between
 
     split = []
-    for row in tqdm(rows, desc="finding cuts", unit="video"):
+    for row in tqdm(rows, desc="finding cuts", unit="video", **bar_settings(shown=True)):
         file = row.video.file
         if row.start or row.end:
             split.append(row)
@@ -245,12 +246,13 @@ def ask_caption_model(
     """
     from tqdm import tqdm
 
+    from c2r.bars import bar_settings
     from c2r.data.drop_reasons import DroppedRow
     from c2r.data.video_info import UnusableVideo
     from c2r.preparation.caption_model import CaptionModel, middle_frames
 
     model, captioned = None, []
-    for row in tqdm(rows, desc="writing captions", unit="clip"):
+    for row in tqdm(rows, desc="writing captions", unit="clip", **bar_settings(shown=True)):
         if row.text:
             captioned.append(row)
             continue

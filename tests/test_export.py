@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from c2r import InputError, cli
 from c2r.export import FORMATS, main
 from c2r.files import fingerprint
-from c2r.models.assembly import fingerprint_transformer, load_transformer
+from c2r.models.assembly import fingerprint_transformer, load_for_generation, load_transformer
 from c2r.models.contract import PhaseContract, save_phase
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.hub import WeightIndex
@@ -78,6 +78,8 @@ def test_the_original_layout_is_read_back_bit_for_bit(phases, tmp_path, capsys):
         assert loaded.state_dict().keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
     assert fingerprint_transformer(output, phases / "model") == fingerprint(expected)
+    controlled, _ = load_for_generation(phases / "phase2/best", output)
+    assert fingerprint(controlled.transformer.state_dict()) == fingerprint(expected)
     written = load_file(output)  # another reader of the file
     assert written.keys() == names_by_hand(expected).keys()
     assert all(torch.equal(tensor, written[name]) for name, tensor in names_by_hand(expected).items())
@@ -131,6 +133,8 @@ def test_the_pipeline_is_read_back_bit_for_bit(phase, phases, tmp_path, capsys):
         assert found.keys() == control.keys()
         assert all(torch.equal(tensor, control[name]) for name, tensor in found.items())
         assert ours.dinov3 is not None
+        controlled, _ = load_for_generation(phases / "phase2/best", moved)  # as a moved backbone
+        assert fingerprint(controlled.transformer.state_dict()) == fingerprint(expected)
 
 
 def test_a_pipeline_has_the_dtype_that_is_asked_for(phases, tmp_path):

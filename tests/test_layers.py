@@ -13,9 +13,9 @@ LAYERS = (
     (
         *("train_phase1", "train_phase2"),
         *("c2r.__main__", "c2r.app", "c2r.encode", "c2r.estimate", "c2r.export", "c2r.generate"),
-        *("c2r.prepare", "c2r.quickstart", "c2r.study"),
+        *("c2r.prepare", "c2r.quickstart", "c2r.report", "c2r.study"),
     ),
-    ("c2r.toy",),
+    ("c2r.toy", "c2r.reporting"),
     ("c2r.evaluation",),
     ("c2r.training", "c2r.estimation"),
     ("c2r.cli",),
@@ -25,7 +25,10 @@ LAYERS = (
     ("c2r.pipeline",),
     ("c2r.data",),
     ("c2r.models",),
-    ("c2r", "c2r.files", "c2r.flow_matching", "c2r.guidance", "c2r.sampler", "c2r.units", "c2r.windows"),
+    (
+        *("c2r", "c2r.bars", "c2r.files", "c2r.flow_matching", "c2r.guidance", "c2r.sampler", "c2r.units"),
+        "c2r.windows",
+    ),
 )
 SCRIPTS = ("train_phase1", "train_phase2")
 #: Rooms whose functions take values by name, never the parsed options of a command.

@@ -183,7 +183,8 @@ def test_a_share_of_cg_needs_cg_pairs():
 def test_defaults_pass_their_own_checks(command):
     for option in command.options.values():
         if isinstance(option.type, Number | Choice) and option.default is not None:
-            assert option.type(str(option.default)) == option.default
+            for default in option.default if option.several else [option.default]:
+                assert option.type(str(default)) == default
         assert not (option.required and option.default is not None)
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import threading
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline
+from accelerate import cpu_offload
+from diffusers import FirstBlockCacheConfig, WanPipeline
 from diffusers.callbacks import PipelineCallback
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
@@ -174,6 +176,17 @@ def test_of_a_hub_name_only_needed_parts_are_downloaded(saved, loaded, tmp_path,
         embeds, negative = loaded.encode_prompt(PROMPT)
     given = {"prompt": None, "prompt_embeds": embeds, "negative_prompt_embeds": negative}
     assert torch.equal(generate(pipeline, **given), generate(loaded))
+
+
+def test_another_model_of_the_hub_is_refused_before_its_weights_are_downloaded(tmp_path, monkeypatch):
+    def download(name, allow_patterns, ignore_patterns):
+        assert allow_patterns == ["*.json"]
+        (tmp_path / "config.json").write_text("{}")
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    with pytest.raises(InputError, match=r"me/other: has neither c2r\.json nor model_index\.json"):
+        C2RPipeline.from_pretrained("me/other")
 
 
 @pytest.mark.parametrize("keyword", ["custom_pipeline", "trust_remote_code", "use_safetensors", "revision"])
@@ -519,6 +532,16 @@ def test_several_videos_of_each_prompt_agree_with_single_ones(loaded):
     assert torch.equal(of_embeds, together)
 
 
+def test_frames_of_floats_are_written_as_rounded_bytes(tmp_path):
+    frames = np.random.default_rng(0).random((3, HEIGHT, WIDTH, 3))
+    write_video(tmp_path / "floats.mp4", frames, FPS)
+    write_video(tmp_path / "bytes.mp4", (frames * 255).round().astype(np.uint8), FPS)
+    assert (tmp_path / "floats.mp4").read_bytes() == (tmp_path / "bytes.mp4").read_bytes()
+    for value in (-0.5, 1.5, np.nan):
+        with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
+            write_video(tmp_path / "bad.mp4", np.full_like(frames, value), FPS)
+
+
 def test_output_types(loaded):
     shape = (1, FRAMES, HEIGHT, WIDTH, 3)
     array = generate(loaded, output_type="np")
@@ -548,6 +571,46 @@ def test_prompts_are_encoded_alike_alone_and_in_a_call(loaded):
 def test_offloading_knows_all_models_of_the_pipeline(loaded):
     modules = {name for name, part in loaded.components.items() if isinstance(part, torch.nn.Module)}
     assert set(C2RPipeline.model_cpu_offload_seq.split("->")) == modules == set(MODELS)
+
+
+def sequential_offload(pipeline, folder):
+    # As enable_sequential_cpu_offload does, whose device "cpu:0" accelerate takes for another one than "cpu".
+    for model in pipeline.components.values():
+        if isinstance(model, torch.nn.Module):
+            cpu_offload(model, "cpu", offload_buffers=len(model._parameters) > 0)
+
+
+def group_offload(pipeline, folder, kind="leaf_level", **options):
+    cpu = torch.device("cpu")
+    pipeline.enable_group_offload(cpu, offload_device=cpu, offload_type=kind, **options)
+
+
+SWITCHES = {
+    "model offload": lambda pipeline, folder: pipeline.enable_model_cpu_offload(device="cpu"),
+    "sequential offload": sequential_offload,
+    "group offload of leaves": group_offload,
+    "group offload of blocks": partial(group_offload, kind="block_level", num_blocks_per_group=1),
+    "first block cache": lambda pipeline, folder: pipeline.transformer.enable_cache(FirstBlockCacheConfig(0.0)),
+    "tiled and sliced VAE": lambda pipeline, folder: (pipeline.vae.enable_tiling(), pipeline.vae.enable_slicing()),
+    "attention backend": lambda pipeline, folder: pipeline.transformer.set_attention_backend("_native_math"),
+    "group offload to disk": lambda pipeline, folder: group_offload(
+        pipeline, folder, offload_to_disk_path=str(folder), exclude_modules="text_encoder"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_switches_of_diffusers_leave_the_video_as_it_is(saved, loaded, tmp_path, name):
+    pipeline = quiet(C2RPipeline.from_pretrained(saved))
+    SWITCHES[name](pipeline, tmp_path)
+    for _ in range(2):
+        frames = generate(pipeline, output_type="pt")
+        torch.testing.assert_close(frames, generate(loaded, output_type="pt"), rtol=0, atol=1e-3)
+
+
+def test_offloading_the_text_encoder_to_disk_is_refused(loaded, tmp_path):
+    with pytest.raises(ValueError, match='other embeddings; give exclude_modules="text_encoder"'):
+        group_offload(loaded, tmp_path, offload_to_disk_path=str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------------- control video

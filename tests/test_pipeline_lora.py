@@ -2,15 +2,19 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from c2r import InputError
+from c2r.export import main as export_main
 from c2r.generate import main
 from c2r.models.assembly import fingerprint_transformer, load_transformer
 from c2r.models.contract import PhaseContract, save_phase
-from c2r.models.lora import LoraFile, LoraWeights, export_comfyui
+from c2r.models.lora import LoraFile, LoraWeights, save_lora
 from c2r.pipeline import C2RPipeline
+from tests.helpers.commands import same
 from tests.helpers.tiny import tiny_inputs, tiny_transformer
 from tests.helpers.trained import SIZE, save_trained_models
+from tests.helpers.weight_forms import write_form
 
 SCALE = 0.5
 
@@ -27,7 +31,7 @@ def folder(tmp_path_factory):
         torch.nn.init.normal_(parameter, std=0.3)
     contract = {"backbone": base, "backbone_sha256": fingerprint_transformer(base), "lora_rank": 3}
     save_phase(folder / "lora", lora, PhaseContract(phase=1, base_model=base, step=1, **SIZE, **contract))
-    export_comfyui(folder / "lora", folder / "comfyui.safetensors")
+    save_lora(folder / "comfyui.safetensors", lora, comfyui=True)
     return folder
 
 
@@ -110,3 +114,48 @@ def test_the_command_adds_loras(folder, tmp_path):
         generated(f"--lora={folder / 'lora'}:much")
     with pytest.raises(InputError, match="no LoRA here"):
         generated(f"--lora={folder / 'phase2/best'}")
+
+
+def test_a_lora_is_saved_once_it_is_fused(folder, tmp_path):
+    pipeline = C2RPipeline.from_pretrained(folder / "phase2/best")
+    pipeline.load_lora_weights(folder / "lora")
+    with pytest.raises(InputError, match=r"has a LoRA; call pipeline\.fuse_lora\(\) and then pipeline\.unload_lora"):
+        pipeline.save_pretrained(tmp_path / "pipeline")
+    assert not (tmp_path / "pipeline").exists()
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    assert torch.equal(outputs(C2RPipeline.from_pretrained(tmp_path / "pipeline")), outputs(pipeline))
+
+
+def test_exports_are_read_back(folder, tmp_path):
+    def export(*options):
+        output = tmp_path / "out.safetensors"
+        export_main([f"--model={folder / 'lora'}", f"--output={output}", *options])
+        return output
+
+    trained = LoraWeights.load(folder / "lora").state_dict()
+    lora = {name.removeprefix("transformer."): t for name, t in load_file(export("--format=lora")).items()}
+    assert same(lora, trained)
+    half = load_file(export("--format=lora", "--dtype=bf16"))
+    assert all(tensor.dtype == torch.bfloat16 for tensor in half.values())
+    assert export("--format=lora-comfyui").read_bytes() == (folder / "comfyui.safetensors").read_bytes()
+    expected = load_transformer(folder / "lora").state_dict()
+    assert same(load_transformer(export("--format=original"), folder / "base").state_dict(), expected)
+    with pytest.raises(InputError, match="has no LoRA"):
+        export_main([f"--model={folder / 'phase1/best'}", "--format=lora", f"--output={tmp_path / 'x.safetensors'}"])
+
+
+@pytest.mark.parametrize("form", ["original shards", "ComfyUI file", "fp8_scaled file"])
+def test_every_layout_of_a_backbone_takes_a_lora(form, folder, tmp_path):
+    path = write_form(form, tmp_path, tiny_transformer())
+    plain = load_transformer(path, folder / "base").state_dict()
+    lora = LoraFile(folder / "lora", SCALE)
+    summed = load_transformer(path, folder / "base", loras=[lora]).state_dict()
+    assert same(summed, {name: lora.add_to(name, tensor) for name, tensor in plain.items()})
+
+
+def test_a_quantised_backbone_takes_no_lora(folder, tmp_path):
+    path = write_form("Q8_0", tmp_path, tiny_transformer())
+    with pytest.raises(InputError, match="its weights are quantised, so no LoRA can be added"):
+        load_transformer(path, folder / "base", loras=[LoraFile(folder / "lora")])

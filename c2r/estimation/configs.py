@@ -95,6 +95,7 @@ def build_joined(
     *,
     control_layers: int,
     control_stride: int,
+    injection: str = "blocks",
     device: str = "meta",
 ) -> C2RTransformer:
     """Return phase 2's model: the backbone frozen in `dtype`, the control branch in fp32.
@@ -103,6 +104,7 @@ def build_joined(
         configs: of the models.
         dtype: of the frozen weights.
         control_layers, control_stride: see `injection_layers`.
+        injection: "blocks" or "latent".
         device: "meta" or "cpu".
 
     Raises:
@@ -111,7 +113,9 @@ def build_joined(
     backbone = build_backbone(configs.transformer, dtype, device)
     quantise_modules(backbone, configs.quantised, dtype)
     controlnet = C2RControlNet.from_transformer(
-        backbone, control_layers, control_stride, configs.dinov3["hidden_size"], empty=device == "meta"
+        *(backbone, control_layers, control_stride, configs.dinov3["hidden_size"]),
+        empty=device == "meta",
+        injection=injection,
     )
     return C2RTransformer(backbone, controlnet)
 

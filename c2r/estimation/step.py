@@ -128,7 +128,11 @@ def build_models(args: Namespace, configs: ModelConfigs, device: torch.device = 
         backbone = build_backbone(configs.transformer, torch.float32, made_on).requires_grad_(True).to(device)
         return TrainingModels(backbone, backbone, backbone)
     joined = build_joined(
-        configs, dtype, control_layers=args.control_layers, control_stride=args.control_stride, device=made_on
+        *(configs, dtype),
+        control_layers=args.control_layers,
+        control_stride=args.control_stride,
+        injection=args.injection,
+        device=made_on,
     )
     if args.offload_backbone or args.fp8_backbone:
         store_blocks(joined.transformer.blocks, device, args.offload_backbone, args.fp8_backbone)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -11,8 +12,9 @@ from c2r.evaluation.monitor_reference import judge_samples, reference_of
 from c2r.evaluation.ratio_controller import RatioController
 from c2r.evaluation.sample_plan import SamplePlan
 from c2r.evaluation.samples import SampleRows, make_samples, sampling_pipeline
-from c2r.evaluation.validation import validation_metrics
+from c2r.evaluation.validation import noise_levels, validation_metrics
 from c2r.evaluation.validation_plot import write_history
+from c2r.files import digest
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.pipeline import Sampling
 from c2r.sampler import MixedCGRealSampler
@@ -20,6 +22,7 @@ from c2r.training.ema import averaged_weights
 from c2r.training.engine import failing_together
 from c2r.training.plan import Plan
 from c2r.training.run import Run, TrainState
+from c2r.training.trackers import record_of
 
 
 @contextmanager
@@ -64,10 +67,44 @@ def record_validation(
     run.log("validation", metrics)
     with failing_together(run.accelerator, run.args.output_dir):
         if run.accelerator.is_main_process:
+            if (record := record_of(run.accelerator)) is not None:
+                record.log_validation(validation_entry(run.progress.global_step, losses, conditions))
             write_history(run.progress.history, run.accelerator, run.args.output_dir)
     gain = f", control gain {metrics['control_gain']:.4f}" if "control_gain" in metrics else ""
     run.info(f"validation loss {metrics['loss']:.4f}{gain}")
     return metrics
+
+
+def validation_entry(
+    step: int, losses: dict[str, torch.Tensor], conditions: PromptConditions | ControlConditions
+) -> dict[str, Any]:
+    """Return the losses of every clip as `c2r.report` reads them, to compare two runs clip by clip.
+
+    Args:
+        step: the optimizer step.
+        losses: {condition: (n, S)}, NaN where a clip does not have the condition.
+        conditions: those that the losses were computed under.
+    """
+    clips = [
+        {
+            "name": f"{clip.name}#{clip.window}",
+            "domain": clip.domain,
+            # Equal for the same clip in another folder: with it go the noise and the wrong conditions.
+            "key": digest([clip.name, clip.window, clip.start, *clip.bucket, clip.size, clip.text])[:16],
+        }
+        for clip in conditions.clips
+    ]
+    return {
+        "step": step,
+        "sigmas": [round(sigma, 6) for sigma in noise_levels(conditions.flow_shift).tolist()],
+        "clips": clips,
+        "losses": {name: _nested(table) for name, table in losses.items()},
+    }
+
+
+def _nested(table):
+    """(n, S) -> lists of numbers, None for NaN."""
+    return [[None if loss != loss else loss for loss in row] for row in table.double().tolist()]
 
 
 def sample_and_judge(

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Subset
 
 from c2r import InputError, flow_matching
+from c2r.bars import progress_bar
 from c2r.encoding.dataset import ClipDataset
 from c2r.evaluation.shares import equal_share
 from c2r.training.seeds import seeded_generator
@@ -77,8 +78,11 @@ def clip_losses(
     )
     levels = noise_levels(flow_shift)
     losses: dict[str, torch.Tensor] = {}
-    for first, batch in zip(range(0, len(positions), batch_size), loader):
+    firsts = range(0, len(positions), batch_size)
+    bar = progress_bar(len(firsts), "validation", "batch", accelerator.is_main_process)
+    for first, batch in zip(firsts, loader):
         if go_on is not None and not go_on():
+            bar.close()
             return None
         latents, predictors = batch["latents_mean"], predictors_of(batch)
         for column, (quantile, level) in enumerate(zip(QUANTILES, levels)):
@@ -94,6 +98,8 @@ def clip_losses(
                 for position, loss in zip(positions[first : first + batch_size], batch_losses):
                     if position < len(dataset):
                         losses[condition][position, column] = loss
+        bar.update()
+    bar.close()
     summed = accelerator.reduce(torch.stack([*losses.values()]), reduction="sum").cpu()  # (conditions, n, S)
     _require_finite(summed, dataset.clips)
     return dict(zip(losses, summed))

@@ -140,11 +140,10 @@ class WithAdversary(nn.Module):
         domain_classifier: classifier for the backbone's output channels.
     """
 
-    _no_split_modules = C2RTransformer._no_split_modules
-
     def __init__(self, model: C2RTransformer, domain_classifier: DomainClassifier):
         super().__init__()
         self.model = model
+        self._no_split_modules = model._no_split_modules
         self.domain_classifier = domain_classifier
 
     @property

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypeVar
+from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -20,7 +20,7 @@ from pydantic import Field
 from c2r import InputError
 from c2r.files import complete_folder, library_errors_as_input, read_json
 from c2r.models.contract import PhaseContract, read_contract, with_moved_models
-from c2r.models.controlnet import C2RControlNet
+from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet
 from c2r.models.gguf_weights import PLAIN_TYPES, dequantised
 from c2r.models.hub import (
     GGUF,
@@ -32,8 +32,9 @@ from c2r.models.hub import (
     resolve_model_folder,
 )
 from c2r.models.lora import WEIGHTS as LORA_WEIGHTS
-from c2r.models.lora import LoraFile, add_loras
+from c2r.models.lora import LoraFile, WeightIndexWithLoras
 from c2r.models.parts import freeze
+from c2r.models.released import load_released, read_released, released_config
 from c2r.models.transformer import C2RTransformer
 from c2r.models.wan import BlockConfig, read_text_to_video_config, refuse_other_weights
 
@@ -47,9 +48,10 @@ SINGLE_FILES = (".safetensors", GGUF)
 
 
 class _ControlNetConfig(BlockConfig):
-    injection_layers: Annotated[list[int], Field(min_length=1, max_length=100)]
+    injection_layers: Annotated[list[int], Field(max_length=100)]
     feature_dim: Width
     temporal_stride: NotRequired[Count]
+    injection: NotRequired[Literal["blocks", "latent"]]
 
 
 def load_for_generation(
@@ -77,26 +79,19 @@ def load_for_generation(
         if contract.lora_rank is None:
             return freeze(load_transformer(folder, torch_dtype=torch_dtype, loras=loras)), contract
         loras = [LoraFile(folder), *loras]
-    named = backbone is not None
-    contract = with_moved_models(contract, folder, base_model=base, backbone=backbone)
-    assert contract.backbone is not None  # `PhaseContract` has checked it
-    require_backbone(folder, contract, named)
-    transformer = load_transformer(contract.backbone, contract.base_model, torch_dtype, loras=loras)
-    if contract.phase == 1:
-        return freeze(transformer), contract
-    return freeze(C2RTransformer(transformer, load_controlnet(folder, torch_dtype))), contract
+    moved = with_moved_models(contract, folder, base_model=base, backbone=backbone)
+    assert moved.backbone is not None  # `PhaseContract` has checked it
+    _require_backbone(folder, moved, may_differ=moved.backbone != contract.backbone)
+    transformer = load_transformer(moved.backbone, moved.base_model, torch_dtype, loras=loras)
+    if moved.phase == 1:
+        return freeze(transformer), moved
+    return freeze(C2RTransformer(transformer, load_controlnet(folder, torch_dtype))), moved
 
 
-def require_backbone(folder: str | Path, contract: PhaseContract, named: bool = False) -> None:
-    """Check by its fingerprint that a contract's backbone is the one that a ControlNet or LoRA was trained on.
+def _require_backbone(folder, contract, may_differ):
+    """Check by its fingerprint that a contract's backbone is the one that the ControlNet or LoRA was trained on.
 
-    Args:
-        folder: of phase 2 or of a LoRA of phase 1, for messages.
-        contract: of this folder.
-        named: True if a user has named the backbone; it may then be a quantised copy.
-
-    Raises:
-        InputError: it is another one.
+    `may_differ` accepts a quantised one with a warning, as it may be a copy of that one. A copy has no LoRA in it.
     """
     backbone = contract.backbone
     path, _ = check_transformer(backbone, contract.base_model)
@@ -105,7 +100,7 @@ def require_backbone(folder: str | Path, contract: PhaseContract, named: bool = 
         return
     index = WeightIndex(path)
     has_lora = contract.lora_rank is not None or contract.backbone_base is not None
-    if has_lora or not (named and (index.is_gguf or index.float8)):
+    if has_lora or not (may_differ and (index.is_gguf or index.float8)):
         raise InputError(
             f"{backbone}: not the backbone of {folder}: its fingerprint is {found}, it was trained on "
             f"{contract.backbone_sha256}; name that one with --backbone (in Python backbone=)"
@@ -140,18 +135,11 @@ def load_transformer(
     Raises:
         InputError: see `check_transformer`.
     """
-    path, config = check_transformer(name_or_path, base)
-    torch_dtype = torch_dtype or torch.float32
-    index = WeightIndex(path)
-    loras = [*([LoraFile(name_or_path)] if find_lora(name_or_path) else []), *loras]
+    index, config = index_weights(name_or_path, base, loras)
+    path, torch_dtype = index.path, torch_dtype or torch.float32
     if index.is_gguf:
-        if loras:
-            raise InputError(
-                f"{path}: its weights are quantised, so no LoRA can be added to them; give the bf16, fp16 or fp32 "
-                ".safetensors file"
-            )
         return _load_quantised(index, config, _transformer_folder(_model_folder(base)), torch_dtype)
-    if path.is_dir() and not (empty or loras or index.is_original or index.float8):
+    if path.is_dir() and not (empty or index.loras or index.is_original or index.float8):
         with library_errors_as_input(path):
             return WanTransformer3DModel.from_pretrained(path, torch_dtype=torch_dtype, use_safetensors=True)
     # Not by from_single_file: in bf16 it would keep no module in fp32, and in fp32 a 14B file would need 57 GB.
@@ -161,9 +149,7 @@ def load_transformer(
     if empty:
         named = ((name, torch.empty(p.shape, dtype=dtype_of(name))) for name, p in transformer.named_parameters())
     else:
-        for lora in loras:
-            lora.match(index.shapes())
-        named = ((name, add_loras(name, tensor, loras).to(dtype_of(name))) for name, tensor in index.tensors())
+        named = ((name, tensor.to(dtype_of(name))) for name, tensor in index.tensors())
     transformer.load_state_dict(dict(named), assign=True)
     if index.rounding.count:
         logger.warning(
@@ -172,6 +158,21 @@ def load_transformer(
             *(path, index.rounding.count, len(transformer.state_dict()), index.rounding.percent()),
         )
     return transformer.requires_grad_(True).eval()
+
+
+def index_weights(
+    name_or_path: str | Path, base: str | Path | None = None, loras: Iterable[LoraFile] = ()
+) -> tuple[WeightIndexWithLoras, dict]:
+    """Return the weights that `load_transformer` loads, before they are cast, and the config. Only headers are read.
+
+    Args: see `load_transformer`.
+
+    Raises:
+        InputError: see `check_transformer` and `WeightIndexWithLoras`.
+    """
+    path, config = check_transformer(name_or_path, base)
+    own = [LoraFile(name_or_path)] if find_lora(name_or_path) else []
+    return WeightIndexWithLoras(path, [*own, *loras]), config
 
 
 def _load_quantised(index, config, config_folder, torch_dtype):
@@ -233,6 +234,48 @@ def load_controlnet(folder: str | Path, torch_dtype: torch.dtype | None = None) 
     return load_own_model(_controlnet_folder(folder), C2RControlNet, _ControlNetConfig, torch_dtype)
 
 
+def control_start_config(name_or_path: str | Path, backbone_config: dict) -> dict[str, Any]:
+    """Return the config of weights that a control branch can start from: of phase 2, or released ones.
+
+    Args:
+        name_or_path: best/ or final/ of phase 2, a pipeline folder, or a file of the released C2R.
+        backbone_config: config of the backbone.
+
+    Raises:
+        InputError: nothing there, damaged, or made for another backbone.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return released_config(path, read_released(path), backbone_config)
+    folder = _controlnet_folder(path)
+    if not folder.is_dir():
+        raise InputError(
+            f"{name_or_path}: no such folder or file; give best/ or final/ of phase 2, or a released file"
+        )
+    check_own_model(folder, C2RControlNet, _ControlNetConfig)
+    config = read_config(folder, "_class_name", C2RControlNet.__name__, _ControlNetConfig)
+    for name in SHARED_CONFIG:
+        if config.get(name) != backbone_config[name]:
+            raise InputError(
+                f"{name_or_path}: made for a backbone with {name} {config.get(name)}, this one has "
+                f"{backbone_config[name]}; give that backbone"
+            )
+    return config
+
+
+def load_control_start(
+    name_or_path: str | Path, backbone_config: dict, torch_dtype: torch.dtype | None = None
+) -> C2RControlNet:
+    """Load weights that a control branch can start from, see `control_start_config`; dtype None is fp32."""
+    path = Path(name_or_path)
+    if not path.is_file():
+        return load_controlnet(path, torch_dtype)
+    controlnet = load_released(path, backbone_config)
+    for name, parameter in controlnet.named_parameters():
+        parameter.data = parameter.data.to(stored_dtype(controlnet, name, torch_dtype or torch.float32))
+    return controlnet
+
+
 def check_model(
     folder: str | Path,
     contract: PhaseContract,
@@ -245,9 +288,8 @@ def check_model(
         InputError: see `load_for_generation`.
     """
     has_backbone = contract.phase == 2 or contract.lora_rank is not None
-    path, _ = check_transformer((backbone or contract.backbone) if has_backbone else folder, contract.base_model)
-    for lora in [*([LoraFile(folder)] if contract.lora_rank is not None else []), *loras]:
-        lora.match(WeightIndex(path).shapes())
+    own = [LoraFile(folder)] if contract.lora_rank is not None else []
+    index_weights((backbone or contract.backbone) if has_backbone else folder, contract.base_model, [*own, *loras])
     if contract.phase == 1:
         return
     check_own_model(_controlnet_folder(folder), C2RControlNet, _ControlNetConfig)
@@ -261,9 +303,10 @@ def _controlnet_folder(folder):
 
 def check_own_model(folder: Path, model_class: type[ModelMixin], kind: type) -> None:
     """Compare the config of a model of this package with its files' headers, see `load_own_model`."""
-    _require_fitting_weights(
-        WeightIndex(folder), model_class, read_config(folder, "_class_name", model_class.__name__, kind)
-    )
+    config = read_config(folder, "_class_name", model_class.__name__, kind)
+    index = WeightIndex(folder)
+    index.require_whole()
+    _require_fitting_weights(index, model_class, config)
 
 
 def load_own_model(
@@ -345,9 +388,9 @@ def check_transformer(name_or_path: str | Path, base: str | Path | None = None) 
     lora = find_lora(name_or_path)
     if lora is not None:
         assert lora.backbone is not None  # `PhaseContract` has checked it
-        found = check_transformer(lora.backbone, base or lora.base_model)
-        LoraFile(name_or_path).match(WeightIndex(found[0]).shapes())
-        return found
+        path, config = check_transformer(lora.backbone, base or lora.base_model)
+        WeightIndexWithLoras(path, [LoraFile(name_or_path)])
+        return path, config
     path = Path(name_or_path)
     if path.suffix in SINGLE_FILES or path.is_file():
         if path.suffix not in SINGLE_FILES or not path.is_file():
@@ -366,6 +409,8 @@ def check_transformer(name_or_path: str | Path, base: str | Path | None = None) 
         config = read_text_to_video_config(path)
     index = WeightIndex(path)
     refuse_other_weights(path, index.shapes())
+    if path.is_file():
+        _require_size_of(base, config, path, index.shapes())
     _require_fitting_weights(index, WanTransformer3DModel, config)
     if base is not None:
         _require_fitting_base(name_or_path, config, base)
@@ -396,6 +441,18 @@ def _model_folder(name_or_path):
 def _transformer_folder(folder):
     """Return the transformer's folder of a pipeline folder; a transformer folder unchanged."""
     return folder / "transformer" if (folder / "transformer").is_dir() else folder
+
+
+def _require_size_of(base, config, path, shapes):
+    """Compare the size of a single file with that of the pipeline whose config it takes."""
+    blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
+    found = len(blocks), shapes.get("patch_embedding.weight", (0,))[0]
+    needed = config["num_layers"], config["num_attention_heads"] * config["attention_head_dim"]
+    if all(found) and found != needed:
+        raise InputError(
+            f"{path}: has {found[0]} blocks of width {found[1]}, but {base} has {needed[0]} of width {needed[1]}; "
+            "give the --pretrained_model_name_or_path of this size"
+        )
 
 
 def _require_fitting_weights(index: WeightIndex, model_class: type[ModelMixin], config: dict[str, Any]):

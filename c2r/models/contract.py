@@ -199,13 +199,18 @@ def fetch_model(name_or_path: str | Path, without: Iterable[str] = ()) -> Path:
         without: folders of parts that are not needed, such as "text_encoder".
 
     Raises:
-        InputError: see `resolve_model_folder`.
+        InputError: the hub's model is none of these; see also `resolve_model_folder`.
     """
     folder = complete_folder(name_or_path)
     if folder.is_dir():
         return folder
     folder = resolve_model_folder(name_or_path, [])  # the .json files alone show which parts there are
     if not (folder / MODEL_INDEX).is_file():
+        if not (folder / CONTRACT).is_file():
+            raise InputError(
+                f"{name_or_path}: has neither {CONTRACT} nor {MODEL_INDEX}; give a trained model, or a pipeline of "
+                "Diffusers"
+            )
         return resolve_model_folder(name_or_path)
     parts = [path.name for path in folder.iterdir() if path.is_dir() and path.name not in without]
     return resolve_model_folder(name_or_path, sorted(parts))

@@ -52,7 +52,7 @@ class GGUFFile:
                         "Q6_K, Q5_K, Q4_K or another of its types"
                     )
                 block, num_bytes = gguf.GGML_QUANT_SIZES[kind]
-                if math.prod(shape) > len(self._data) * block or not shape or shape[-1] % block:
+                if math.prod(shape) > len(self._data) * block or not (shape and all(shape)) or shape[-1] % block:
                     raise ValueError(f"tensor {name[:80]} has the impossible shape {shape[:8]}")
                 begin = start + offset
                 end = begin + math.prod(shape) // block * num_bytes
@@ -148,8 +148,12 @@ class _HeaderReader:
         if kind != _LIST or depth > 3:
             raise ValueError(f"a value of the unknown type {kind}")
         inner, count = self.number("I"), self.number("Q")
-        for _ in range(count):  # the values of lists are not needed
-            self.value(inner, depth + 1)
+        # The values of lists are not needed.
+        if inner in _NUMBERS:
+            self.take(count * struct.calcsize(f"<{_NUMBERS[inner]}"))
+        else:
+            for _ in range(count):
+                self.value(inner, depth + 1)
         return None
 
 
@@ -175,6 +179,8 @@ def quantise_modules(model: torch.nn.Module, types: dict[str, str], compute_dtyp
         types: {name of a weight: its type, such as Q4_K}.
         compute_dtype: dtype that the weights are dequantised to.
     """
+    if not types:
+        return  # the package gguf need not be installed
     import gguf
     from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 

@@ -260,6 +260,18 @@ class WeightIndex:
         unknown = [name for name in found if exactly and name not in expected]
         require_complete(self.path, [name for name in expected if name not in found], unfit + unknown)
 
+    def require_whole(self) -> None:
+        """Check that no weight is in float8, for models that a library loads: it would round them in silence.
+
+        Raises:
+            InputError: one is.
+        """
+        if self.float8:
+            raise InputError(
+                f"{self.path}: {self.float8[0]} is stored in float8, which only the transformer may be; give the "
+                "bf16, fp16 or fp32 files of this model"
+            )
+
     def require_enough_for(self, model: torch.nn.Module) -> None:
         """Check that the files can fill a model of transformers, built without memory on the device "meta".
 

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,14 @@ from diffusers import ModelMixin, WanTransformer3DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from typing_extensions import TypedDict
 
 from c2r import InputError
-from c2r.files import complete_folder, fingerprint
-from c2r.models.hub import Count, Layers, Width, read_config, require_complete
+from c2r.files import complete_folder, fingerprint, write_atomic
+from c2r.models.hub import Count, Layers, WeightIndex, Width, read_config, require_complete
+from c2r.models.original_layout import original_names
 
 #: The file of a LoRA's folder, by Diffusers' name: `load_lora_weights` of a pipeline takes the folder.
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -39,34 +40,6 @@ TARGETS = (
     "ffn.net.0.proj",
     "ffn.net.2",
 )
-
-#: Modules by Wan's original names and Diffusers' names: of a block, and of the whole transformer.
-_OF_A_BLOCK = {
-    f"{original}.{layer}": f"{diffusers}.{name}"
-    for original, diffusers in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-    for layer, name in (
-        *(("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")),
-        *(("norm_q", "norm_q"), ("norm_k", "norm_k")),
-    )
-} | {"ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2", "norm3": "norm2"}
-_OF_ALL = {
-    "patch_embedding": "patch_embedding",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "head.head": "proj_out",
-}
-
-
-def original_names(num_layers: int) -> dict[str, str]:
-    """Return {Wan's original name of a module: Diffusers' name} for a text-to-video backbone of this many blocks."""
-    return _OF_ALL | {
-        f"blocks.{index}.{original}": f"blocks.{index}.{name}"
-        for index in range(num_layers)
-        for original, name in _OF_A_BLOCK.items()
-    }
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -135,16 +108,15 @@ class LoraWeights(ModelMixin, ConfigMixin):
         transformer.add_adapter(config)
         for name, pair in self.pairs().items():
             layer = transformer.get_submodule(name)
-            layer.lora_A["default"], layer.lora_B["default"] = pair["lora_A"], pair["lora_B"]  # type: ignore[index]
+            layer.lora_A["default"], layer.lora_B["default"] = pair["lora_A"], pair["lora_B"]
             # Autocast casts the input. peft would first make an fp32 copy of it, twice as large as the input itself.
-            layer.cast_input_dtype_enabled = False  # type: ignore[assignment]
+            layer.cast_input_dtype_enabled = False
         self.requires_grad_(True)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write config.json and WEIGHTS, in the layout that `load_lora_weights` of Diffusers' pipelines reads."""
         self.save_config(save_directory)
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_lora(Path(save_directory) / WEIGHTS, tensors, self.config.rank)
+        save_lora(Path(save_directory) / WEIGHTS, self)
 
     @classmethod
     def load(cls, folder: str | Path) -> "LoraWeights":
@@ -189,37 +161,31 @@ def require_peft() -> Any:
     return peft
 
 
-def save_lora(path: Path, tensors: Mapping[str, torch.Tensor], rank: int) -> None:
-    """Write a LoRA whose alpha is its rank, in Diffusers' layout.
+def save_lora(path: Path, lora: LoraWeights, comfyui: bool = False, dtype: torch.dtype | None = None) -> None:
+    """Write a LoRA as one safetensors file, complete or absent.
 
     Args:
         path: the file.
-        tensors: by the names of `LoraWeights`.
-        rank: of every layer.
+        lora: its alpha is its rank.
+        comfyui: use Wan's original names, as ComfyUI and DiffSynth do, instead of Diffusers' layout.
+        dtype: of the file; None: as the weights are.
     """
-    description = {"transformer.r": rank, "transformer.lora_alpha": rank, "transformer.target_modules": list(TARGETS)}
-    metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(description, indent=2, sort_keys=True)}
-    save_file({f"transformer.{name}": tensor for name, tensor in tensors.items()}, path, metadata)
-
-
-def export_comfyui(folder: str | Path, path: Path) -> None:
-    """Write the LoRA of a folder as one file by Wan's original names, which ComfyUI and DiffSynth read.
-
-    Args:
-        folder: best/ or final/ of a phase 1 that trained a LoRA.
-        path: .safetensors file to write.
-
-    Raises:
-        InputError: the folder has no LoRA.
-    """
-    lora = LoraWeights.load(folder)
-    names = {name: original for original, name in original_names(lora.config.num_layers).items()}
-    tensors = {}
-    for name, pair in lora.pairs().items():
-        for key, matrix in (("lora_down", pair["lora_A"]), ("lora_up", pair["lora_B"])):
-            tensors[f"diffusion_model.{names[name]}.{key}.weight"] = matrix.weight.detach()
-        tensors[f"diffusion_model.{names[name]}.alpha"] = torch.tensor(float(lora.config.rank))
-    save_file(tensors, path, {"format": "pt"})
+    weights = {name: tensor.detach().to(dtype).contiguous() for name, tensor in lora.state_dict().items()}
+    rank, metadata, tensors = lora.config.rank, {"format": "pt"}, {}
+    if comfyui:
+        names = original_names([f"{name}.weight" for name in lora.pairs()])
+        for name in lora.pairs():
+            module = "diffusion_model." + names[f"{name}.weight"].removesuffix(".weight")
+            tensors[f"{module}.lora_down.weight"] = weights[f"{name}.lora_A.weight"]
+            tensors[f"{module}.lora_up.weight"] = weights[f"{name}.lora_B.weight"]
+            tensors[f"{module}.alpha"] = torch.tensor(float(rank))
+    else:
+        tensors = {f"transformer.{name}": tensor for name, tensor in weights.items()}
+        entries = {"r": rank, "lora_alpha": rank, "target_modules": list(TARGETS)}
+        entries = {f"transformer.{name}": value for name, value in entries.items()}
+        metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(entries, indent=2, sort_keys=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, save(tensors, metadata))
 
 
 # ---------------------------------------------------------------------------------------------------------- LoRA files
@@ -232,6 +198,10 @@ _SUFFIXES = re.compile(
 _MATRICES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"}
 #: Where a difference is added: to weight, bias, or the table of modulations.
 _DIFFERENCES = {"diff": "weight", "diff_b": "bias", "diff_m": "scale_shift_table"}
+
+
+#: Types of a file's tensors; in others a tensor might need a scale that is not known here.
+FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 @dataclass
@@ -274,7 +244,13 @@ class LoraFile:
             raise InputError(
                 f"{self.path}: cannot be read as safetensors ({error}); copy or download it again"
             ) from None
-        self._shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118
+        slices = {key: self._file.get_slice(key) for key in self._file.keys()}  # noqa: SIM118
+        self._shapes = {key: tuple(one.get_shape()) for key, one in slices.items()}
+        other = {one.get_dtype() for one in slices.values()} - FLOATS
+        if other:
+            raise InputError(
+                f"{self.path}: has tensors in {', '.join(sorted(other))}; give a LoRA in bf16, fp16 or fp32"
+            )
         self._changes: dict[str, _Change] = {}
         self._alpha = self._metadata_alpha()
 
@@ -335,10 +311,8 @@ class LoraFile:
     def _modules(self, shapes):
         """Return {module as the file names it: Diffusers' name}; "" is the transformer itself."""
         own = {name.rpartition(".")[0] for name in shapes}
-        num_layers = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
-        original = {name: to for name, to in original_names(num_layers).items() if to in own}
-        # Where modulations lie: of a block, and of the head.
-        original |= {f"blocks.{index}": f"blocks.{index}" for index in range(num_layers)} | {"head": ""}
+        # Modulations too: original "blocks.0" and "head", Diffusers' "blocks.0" and "".
+        original = {to.rpartition(".")[0]: name.rpartition(".")[0] for name, to in original_names([*shapes]).items()}
         if any(key.startswith("lora_unet_") for key in self._shapes):
             return {name.replace(".", "_"): to for name, to in original.items()}
         # Norms have the same names in both layouts and mean different ones; these parts of names are Diffusers' alone.
@@ -422,8 +396,30 @@ def _bare(key):
     return key
 
 
-def add_loras(name: str, weight: torch.Tensor, loras: Iterable[LoraFile]) -> torch.Tensor:
-    """Return a parameter with several LoRAs; see `LoraFile.add_to`."""
-    for lora in loras:
-        weight = lora.add_to(name, weight)
-    return weight
+class WeightIndexWithLoras(WeightIndex):
+    """The tensors of a backbone's files with LoRAs added to them.
+
+    Args:
+        path: see `WeightIndex`.
+        loras: may be empty.
+
+    Raises:
+        InputError: see `WeightIndex` and `LoraFile.match`; or a LoRA for a .gguf file.
+    """
+
+    def __init__(self, path: str | Path, loras: Iterable[LoraFile] = ()):
+        super().__init__(path)
+        loras = list(loras)
+        if loras and self.is_gguf:
+            raise InputError(
+                f"{path}: its weights are quantised, so no LoRA can be added to them; give the bf16, fp16 or fp32 "
+                ".safetensors file"
+            )
+        self.loras = [lora.match(self.shapes()) for lora in loras]
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, tensor) sorted by name; a tensor that a LoRA changes is in fp32."""
+        for name, tensor in super().tensors():
+            for lora in self.loras:
+                tensor = lora.add_to(name, tensor)
+            yield name, tensor

@@ -68,6 +68,8 @@ class C2RTransformer(ModelMixin, CacheMixin, AttentionMixin, PeftAdapterMixin):
                 raise ValueError(f"the ControlNet is for a backbone with {name} {control}, this one has {backbone}")
         self.transformer = transformer.requires_grad_(False).eval()
         self.controlnet = controlnet
+        if not controlnet.control_blocks:  # engines refuse names of modules that do not exist
+            self._no_split_modules = ["WanTransformerBlock"]
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., Any] = run_checkpointed
 
@@ -151,7 +153,8 @@ class C2RTransformer(ModelMixin, CacheMixin, AttentionMixin, PeftAdapterMixin):
         """Compile the blocks of both branches, one graph each, with `torch.compile`'s options."""
         # ModelMixin's would also compile the block within each control block.
         self.transformer.compile_repeated_blocks(*args, **compile_options)
-        self.controlnet.compile_repeated_blocks(*args, **compile_options)
+        if self.controlnet.control_blocks:
+            self.controlnet.compile_repeated_blocks(*args, **compile_options)
 
     def forward(
         self,
@@ -193,7 +196,10 @@ class C2RTransformer(ModelMixin, CacheMixin, AttentionMixin, PeftAdapterMixin):
         if control_features is not None:
             control_hidden_states = self.controlnet.control_adapter(control_features, token_grid)  # (B, N, D)
             control_blocks = dict(zip(self.controlnet.config.injection_layers, self.controlnet.control_blocks))
-        steering = _Steering(self._run_block, control_blocks, control_hidden_states, conditioning_scale)
+        in_latents = self.controlnet.config.injection == "latent"
+        steering = _Steering(
+            self._run_block, control_blocks, control_hidden_states, conditioning_scale, in_latents=in_latents
+        )
         with _steered(self.transformer.blocks, steering):
             (velocity_pred,) = self.transformer(
                 noisy_latents, timesteps, prompt_embeds, return_dict=False, attention_kwargs=attention_kwargs
@@ -323,14 +329,17 @@ for _name, _method in vars(PeftAdapterMixin).items():
 class _Steering:
     """Runs the control blocks of one forward, so that at most one residual is alive."""
 
-    def __init__(self, run_block, control_blocks, control_hidden_states, conditioning_scale):
+    def __init__(self, run_block, control_blocks, control_hidden_states, conditioning_scale, in_latents):
         self.run_block = run_block
         self.control_blocks = control_blocks  # {index of a backbone's block: control block}
         self.control_hidden_states = control_hidden_states  # (B, N, D)
         self.conditioning_scale = conditioning_scale
+        self.in_latents = in_latents  # the control enters the patch-embedded latents, not the outputs of blocks
 
     def run(self, index, block, hidden_states, *shared):
         """Return the hidden states after a block of the backbone and its control block."""
+        if index == 0 and self.in_latents and self.control_hidden_states is not None:
+            hidden_states = add_residual(hidden_states, self.control_hidden_states, self.conditioning_scale)
         hidden_states = self.run_block(block, hidden_states, *shared)
         return hidden_states if _STEERING_HOOK in _hooks(block) else self.steer(index, hidden_states, *shared)
 

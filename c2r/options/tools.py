@@ -224,7 +224,7 @@ _OF_BOTH_PHASES = (
     *("max_train_steps", "mixed_precision", "weight_storage", "optimizer", "ema_decay", "gradient_checkpointing"),
     *("offload_activations", "ffn_chunks", "step_in_backward", "max_grad_norm", "offload_backbone"),
 )
-_OF_PHASE2 = ("control_layers", "control_stride", "adversarial_weight", "num_samples", "fp8_backbone")
+_OF_PHASE2 = ("injection", "control_layers", "control_stride", "adversarial_weight", "num_samples", "fp8_backbone")
 
 
 def _estimate_options():
@@ -234,11 +234,15 @@ def _estimate_options():
         if isinstance(option.type, Flag | Switch) or (other is not None and other.default == option.default):
             yield option
         else:
-            default = (
-                f"{option.default:g}" if other is None else f"{other.default:g} in phase 1, {option.default:g} in 2"
-            )
+            default = _text(option.default)
+            if other is not None:
+                default = f"{_text(other.default)} in phase 1, {default} in 2"
             yield replace(option, default=None, help=f"{option.help}; default: {default}")
     yield PHASE1.options["lora_rank"]
+
+
+def _text(value):
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _check_estimate(args):
@@ -246,7 +250,7 @@ def _check_estimate(args):
         for name in _OF_PHASE2:
             value = getattr(args, name)
             if value is not None and value is not False:
-                given = name if value is True else f"{name} {value:g}"
+                given = name if value is True else f"{name} {_text(value)}"
                 raise InputError(f"--{given}: phase 1 has no control; leave it out, or give --phase 2")
     elif args.lora_rank is not None:
         raise InputError(f"--lora_rank {args.lora_rank}: phase 2 trains no LoRA; leave it out, or give --phase 1")
@@ -382,14 +386,15 @@ PREPARE = Command(
     _check_prepare,
 )
 #: Forms that c2r.export writes, each with a function in `c2r.export.FORMATS`.
-EXPORT_FORMATS = ("original", "pipeline")
+EXPORT_FORMATS = ("original", "lora", "lora-comfyui", "pipeline")
 EXPORT = _command_of_one_group(
     "python -m c2r.export",
     "Write a trained model in a form that other programs read.",
     Option("model", "best/ or final/ of a phase", FOLDER, required=True),
     Option(
         "format",
-        "original: phase 1 as one .safetensors file in Wan's original layout, as ComfyUI and DiffSynth read it; "
+        "original: phase 1 as one .safetensors file in Wan's original layout, as ComfyUI and DiffSynth read it, "
+        "with its LoRA if it trained one; lora, lora-comfyui: this LoRA alone, for Diffusers or ComfyUI; "
         "pipeline: either phase with all models that it needs, as one Diffusers folder",
         Choice(EXPORT_FORMATS),
         required=True,
@@ -400,6 +405,20 @@ EXPORT = _command_of_one_group(
         "dtype of the weights; default: as they are stored, of a pipeline fp32",
         Choice(("bf16", "fp16", "fp32")),
     ),
+)
+REPORT = _command_of_one_group(
+    "python -m c2r.report",
+    "Write one HTML page on one or several runs: curves, paired differences, samples, options.",
+    Option(
+        "runs",
+        "output folders of runs, finished or running, the first being what the others are compared with; also the "
+        "first words without --runs",
+        Text("folders"),
+        metavar="RUN",
+        several=True,
+        required=True,
+    ),
+    Option("output", "HTML file to write", FILE, "report.html"),
 )
 QUICKSTART = _command_of_one_group(
     "python -m c2r.quickstart",

@@ -4,6 +4,7 @@ import os
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 
 from c2r import InputError
 from c2r.options.option import MUST_NOT_CHANGE, NEW_BASELINE, Command, Option
@@ -41,6 +42,9 @@ from c2r.options.types import (
 #: `c2r.flow_matching.WEIGHTING_SCHEMES`; importing these takes seconds.
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
+
+#: Trackers of --report_to, which are also the names of their packages.
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 DATASET_METAVAR = "FOLDER[:WEIGHT]"
 
@@ -100,7 +104,14 @@ def _training_groups(phase, before_data, after_data, **defaults):
                 metavar="|".join(PRESETS[phase]),
                 common=True,
             ),
-            Option("report_to", "tracker that gets the logs", Choice(("tensorboard", "none")), "tensorboard"),
+            Option(
+                "report_to",
+                "one or several trackers that get numbers, pictures and videos; all: those that are installed",
+                Choice((*TRACKERS, "all", "none")),
+                ["tensorboard"],
+                metavar="TRACKER",
+                several=True,
+            ),
             TIMEOUT,
         ],
         "model and data": [
@@ -270,11 +281,33 @@ def _training_groups(phase, before_data, after_data, **defaults):
 def _check_training(args):
     clip_settings(args)
     check_modes(args)
+    chosen_trackers(args.report_to)
     if args.save_before_timeout is not None and not os.environ.get("SLURM_JOB_END_TIME", "").isdigit():
         raise InputError(
             f"--save_before_timeout {args.save_before_timeout:g}s: the end of this slot is unknown; outside Slurm set "
             "SLURM_JOB_END_TIME to its end in seconds since 1970"
         )
+
+
+def chosen_trackers(report_to: list[str]) -> list[str]:
+    """Return the trackers that --report_to names.
+
+    Raises:
+        InputError: none beside others, or a tracker whose package is not installed.
+    """
+    given = "--report_to " + " ".join(report_to)
+    if "none" in report_to and len(report_to) > 1:
+        raise InputError(f"{given}: none excludes the others; leave it out, or give it alone")
+    # A folder wandb/, which wandb makes where it is started, is found too; but it has no file.
+    specs = {name: find_spec(name) for name in TRACKERS}
+    installed = [name for name, spec in specs.items() if spec is not None and spec.origin is not None]
+    if "all" in report_to:
+        return installed
+    chosen = [name for name in TRACKERS if name in report_to]
+    for name in chosen:
+        if name not in installed:
+            raise InputError(f'{given}: needs {name}; pip install "c2r[{name}]", or leave it out')
+    return chosen
 
 
 def check_modes(args: Namespace):
@@ -332,13 +365,6 @@ def _require_compilable(args):
             raise InputError(f"--compile: is not tested with --{option}; leave one of them out")
 
 
-def set_learning_rate(args: Namespace):
-    """Set phase 1's learning rate where none is given. Changes `args` in place."""
-    if args.learning_rate is None:
-        # B starts at zero, and the change of a weight is a product of two small matrices.
-        args.learning_rate = 1e-5 if args.lora_rank is None else 1e-4
-
-
 def require_frozen_backbone(args: Namespace):
     """Raise InputError for an option of phase 1 that needs a frozen backbone."""
     if args.offload_backbone and args.lora_rank is None:
@@ -347,8 +373,16 @@ def require_frozen_backbone(args: Namespace):
         )
 
 
+def _phase1_defaults(given):
+    """Return the values that other options have by --preset or --lora_rank."""
+    options = preset_options("1", given)
+    if given.get("lora_rank") is not None:
+        # B starts at zero, and a weight changes by the product of two small matrices.
+        options = {"learning_rate": 1e-4} | options
+    return options
+
+
 def _check_phase1(args):
-    set_learning_rate(args)
     require_frozen_backbone(args)
     _check_training(args)
 
@@ -393,6 +427,7 @@ PHASE1 = Command(
         train_batch_size=4,
         gradient_accumulation_steps=8,
         max_train_steps=10_000,
+        learning_rate=1e-5,
     )
     | {
         "LoRA on a frozen backbone": [
@@ -408,7 +443,7 @@ PHASE1 = Command(
         ]
     },
     _check_phase1,
-    partial(preset_options, "1"),
+    _phase1_defaults,
 )
 
 PHASE2 = Command(
@@ -468,6 +503,22 @@ PHASE2 = Command(
             ),
         ],
         "control": [
+            Option(
+                "injection",
+                "blocks: ControlNet blocks add residuals after the backbone's blocks; latent: no blocks, the tokens "
+                "of the adapter are added once to the patch-embedded latents, as in the released C2R",
+                Choice(("blocks", "latent")),
+                "blocks",
+                on_resume=MUST_NOT_CHANGE,
+            ),
+            Option(
+                "resume_controlnet_from",
+                "control weights to start from: best/ or final/ of phase 2, or a file of the released C2R; default: "
+                "clones of the backbone's blocks",
+                Text("a folder or file"),
+                metavar="PATH",
+                on_resume="not used",
+            ),
             Option("control_layers", "number of ControlNet blocks", COUNT, 15, common=True, on_resume=MUST_NOT_CHANGE),
             Option(
                 "control_stride",

@@ -73,8 +73,10 @@ def build_accelerator(args: Namespace) -> Accelerator:
     deepspeed = _launched_with("DEEPSPEED")
     on_cpu = not torch.accelerator.is_available()
     group: dict[str, Any] = {"timeout": collective_timeout(args)}
+    if on_cpu:  # Accelerate imports DeepSpeed wherever it is installed, which warns if it has to find this out
+        os.environ["DS_ACCELERATOR"] = "cpu"
     if deepspeed and on_cpu:
-        os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         group["backend"] = "gloo"
     with joining(60 * args.distributed_timeout_minutes):
         accelerator = Accelerator(
@@ -85,7 +87,6 @@ def build_accelerator(args: Namespace) -> Accelerator:
                 sync_each_batch=_launched_with("FSDP"),
             ),
             mixed_precision="no",
-            log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
             deepspeed_plugin=_deepspeed_plugin(args) if deepspeed else None,
             kwargs_handlers=[

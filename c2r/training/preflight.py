@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from diffusers import ModelMixin
 
 from c2r import InputError
+from c2r.bars import slow_work
 from c2r.data.buckets import Bucket
 from c2r.data.mixture import Mixture
 from c2r.estimation.configs import ModelConfigs
@@ -68,7 +69,8 @@ def fingerprint_backbone(accelerator: Accelerator, name_or_path: str, base_model
                     f"--resume_backbone_from {name_or_path}: a model of phase {contract.phase}; give best/ or final/ "
                     "of phase 1"
                 )
-            sha256 = fingerprint_transformer(name_or_path, base_model)
+            with slow_work("reading the backbone's weights for their fingerprint", shown=True):
+                sha256 = fingerprint_transformer(name_or_path, base_model)
             # `fingerprint_transformer` has compared a LoRA and the backbone below it.
             whole = contract is not None and contract.lora_rank is None
             if whole and contract.weights_sha256 != sha256:

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from c2r.bars import slow_work
 from c2r.data.mixture import Mixture
 from c2r.models.contract import PhaseContract, save_phase
 from c2r.training.engine import failing_together, gathered_state_dict
@@ -24,9 +25,11 @@ def save_model(run: Run, state: TrainState, name: str, phase: int, mixtures: lis
         InputError: no room or no permission to write.
     """
     folder = Path(run.args.output_dir) / name
-    weights = gathered_state_dict(run.accelerator, state.trainable, state.optimizer)
-    with failing_together(run.accelerator, folder):
-        if run.accelerator.is_main_process:
+    main = run.accelerator.is_main_process
+    with slow_work(f"gathering the weights of {name}/", main):
+        weights = gathered_state_dict(run.accelerator, state.trainable, state.optimizer)
+    with failing_together(run.accelerator, folder), slow_work(f"writing {name}/", main):
+        if main:
             progress = run.progress
             contract = PhaseContract(
                 phase=phase,

@@ -6,11 +6,10 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file, save_file
 
 from c2r import InputError
-from c2r.models.lora import TARGETS, WEIGHTS, LoraFile, LoraWeights, add_loras, export_comfyui, original_names
+from c2r.models.lora import TARGETS, WEIGHTS, LoraFile, LoraWeights, save_lora
 from tests.helpers.tiny import tiny_inputs, tiny_transformer, tiny_vae
 
 RANK, ALPHA, SCALE = 3, 2.0, 0.7
@@ -138,16 +137,6 @@ def test_step_distilled_files_change_norms_biases_and_modulations(weights, tmp_p
     assert sum(not torch.equal(changed[name], tensor) for name, tensor in weights.items()) == len(changes) + 1
 
 
-def test_original_names_are_those_of_diffusers_converter():
-    names = original_names(2)
-    converted = convert_wan_transformer_to_diffusers({f"{original}.weight": original for original in names})
-    assert {name.removesuffix(".weight"): original for name, original in converted.items()} == {
-        name: original for original, name in names.items()
-    }
-    state_dict = tiny_transformer(num_layers=2, cross_attn_norm=True).state_dict()
-    assert set(names.values()) == {name.rpartition(".")[0] for name in state_dict if "scale_shift" not in name}
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Return a backbone with a LoRA of random weights, and the LoRA's folder."""
@@ -192,7 +181,7 @@ def test_diffusers_pipeline_loads_the_trained_lora(trained, layout, tmp_path):
     transformer, folder = trained
     pipeline = stock_pipeline()
     if layout == "comfyui":
-        export_comfyui(folder, tmp_path / "lora.safetensors")
+        save_lora(tmp_path / "lora.safetensors", LoraWeights.load(folder), comfyui=True)
         assert "diffusion_model.blocks.0.self_attn.q.lora_down.weight" in load_file(tmp_path / "lora.safetensors")
         pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors", use_safetensors=True)
     else:
@@ -212,7 +201,7 @@ def test_two_loras_add_up(trained, weights):
     one, two = (LoraFile(trained[1], scale).match(shapes(weights)) for scale in (0.25, 0.5))
     both = LoraFile(trained[1], 0.75).match(shapes(weights))
     for name, tensor in weights.items():
-        torch.testing.assert_close(add_loras(name, tensor, [one, two]), both.add_to(name, tensor))
+        torch.testing.assert_close(two.add_to(name, one.add_to(name, tensor)), both.add_to(name, tensor))
 
 
 def test_refuses_what_does_not_belong_to_the_backbone(weights, trained, tmp_path):
@@ -240,6 +229,7 @@ def test_refuses_what_does_not_belong_to_the_backbone(weights, trained, tmp_path
     assert "of rank 25" in refusal({key: torch.zeros(25, 24), up: torch.zeros(24, 25)})
     assert "twice" in refusal({key.replace("lora_A", "lora_down"): torch.zeros(RANK, 24)})
     assert "is not finite" in refusal({key: torch.full((RANK, 24), torch.inf)})
+    assert "has tensors in I8" in refusal({key: torch.zeros(RANK, 24, dtype=torch.int8)})
     assert "alpha (2,)" in refusal({key.replace("lora_A.weight", "alpha"): torch.zeros(2)})
 
 

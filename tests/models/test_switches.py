@@ -74,7 +74,8 @@ def test_group_offload_to_disk_changes_nothing(model, expected, tmp_path, offloa
     away = [name for name, parameter in model.named_parameters() if parameter.isnan().all()]
     assert len(away) == len(list(model.parameters()))
     for _ in range(2):
-        assert torch.equal(predict(model), expected)
+        # Weights from the disk lie at other addresses, at which kernels may sum in another order.
+        torch.testing.assert_close(predict(model), expected, atol=1e-5, rtol=1e-5)
     assert model.device == CPU
 
 
@@ -369,4 +370,4 @@ def test_adapters_work_in_offloaded_and_cached_models(model, tmp_path):
         model.enable_group_offload(CPU, offload_type="leaf_level", offload_to_disk_path=tmp_path)
     model.enable_cache(CACHES["first block"]())
     with model.cache_context("cond"):
-        assert torch.equal(predict(model), adapted)
+        torch.testing.assert_close(predict(model), adapted, atol=1e-5, rtol=1e-5)

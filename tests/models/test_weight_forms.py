@@ -6,8 +6,11 @@ generation (`load_for_generation` with another file of the contract's backbone).
 
 import json
 import logging
+import random
 import re
+import shutil
 import struct
+import sys
 from argparse import Namespace
 
 import gguf
@@ -20,12 +23,13 @@ from safetensors.torch import load_file, save_file
 
 from c2r import InputError, cli
 from c2r.data.buckets import Bucket
-from c2r.estimation.configs import ModelConfigs
+from c2r.estimation.configs import ModelConfigs, build_joined
 from c2r.estimation.report import estimate_run
 from c2r.files import fingerprint
 from c2r.models.assembly import (
     check_transformer,
     fingerprint_transformer,
+    load_controlnet,
     load_for_generation,
     load_transformer,
     quantised_types,
@@ -33,10 +37,12 @@ from c2r.models.assembly import (
 )
 from c2r.models.contract import PhaseContract, save_phase
 from c2r.models.controlnet import C2RControlNet
+from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.float8 import Rounding
 from c2r.models.gguf_weights import dequantised, whole_state_dict
 from c2r.models.hub import WeightIndex
 from c2r.models.offloading import store_blocks
+from c2r.models.parts import load_pipeline_part
 from c2r.models.transformer import C2RTransformer
 from c2r.options import PHASE1, PHASE2
 from c2r.training.engine import check_options, local_fingerprint
@@ -229,6 +235,25 @@ def test_other_kinds_of_quantisation_are_refused(changes, message, model, base, 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("part", ["pipeline/vae", "pipeline/text_encoder", "dinov3", "controlnet"])
+def test_float8_in_another_part_is_refused(part, phase2, tiny_models, tmp_path):
+    """A library would load it without a word."""
+    folder = phase2 if part == "controlnet" else tiny_models / part
+    copy = shutil.copytree(folder, tmp_path / "copy" / folder.name)
+    (file,) = copy.glob("*.safetensors")
+    weights = load_file(file)
+    name = next(name for name, tensor in weights.items() if tensor.ndim > 1)
+    save_file(weights | {name: weights[name].to(torch.float8_e4m3fn)}, file, metadata={"format": "pt"})
+    load = {
+        "controlnet": load_controlnet,
+        "dinov3": DINOv3FeatureExtractor.from_pretrained,
+        "pipeline/vae": lambda folder: load_pipeline_part(folder.parent, "vae"),
+        "pipeline/text_encoder": lambda folder: load_pipeline_part(folder.parent, "text_encoder"),
+    }[part]
+    with pytest.raises(InputError, match="is stored in float8, which only the transformer may be"):
+        load(copy)
+
+
 # ------------------------------------------------------------------------------------------------------------- GGUF
 
 
@@ -247,6 +272,23 @@ def test_gguf_matrices_stay_quantised_and_the_rest_has_its_dtypes(dtype, base, w
     for name, parameter in loaded.named_parameters():
         assert parameter.dtype == (torch.uint8 if name in names else dtypes[name]), name
     assert loaded.dtype == expected.dtype
+
+
+def test_a_gguf_backbone_trains_under_autocast_as_a_whole_one_does(base, written):
+    """Train the control branch in fp32 over a backbone in bf16, as phase 2 does by default."""
+    quantised = load_transformer(written("Q8_0"), base, torch.bfloat16)
+    whole = load_transformer(base, torch_dtype=torch.bfloat16)
+    state = whole_state_dict(quantised)
+    whole.load_state_dict({name: state[name].to(tensor.dtype) for name, tensor in whole.state_dict().items()})
+    noisy_latents, *others = tiny_inputs()
+    gradients = []
+    for backbone in (quantised, whole):
+        ours = joined(backbone)
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity = ours(noisy_latents.bfloat16(), *others).sample
+        velocity.float().square().mean().backward()
+        gradients.append([parameter.grad for parameter in ours.controlnet.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
 def test_a_gguf_backbone_runs_from_the_host(base, written):
@@ -332,6 +374,40 @@ def test_a_hostile_gguf_file_is_refused_at_once(name, base, tmp_path):
     with pytest.raises(InputError, match=r"cannot be read as GGUF|which Diffusers does not read") as error:
         check_transformer(path, base)
     assert "\n" not in str(error.value)
+
+
+def test_no_change_of_a_byte_raises_another_error(written, tmp_path):
+    """Change, remove or add bytes of a GGUF file's header: it is read, or refused."""
+    content, rng = written("Q4_0").read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(150):
+        changed, at = bytearray(content), rng.randrange(8000)  # the header has 8 kB
+        number = rng.choice([0, 1, 255, 2**31, 2**63, 2**64 - 1, rng.randrange(2**64)])
+        match rng.randrange(3):
+            case 0:
+                changed[at : at + 8] = struct.pack("<Q", number)
+            case 1:
+                changed[at] ^= 1 << rng.randrange(8)
+            case _:
+                del changed[at : at + rng.randrange(1, 100)]
+        path = tmp_path / "model.gguf"
+        path.write_bytes(changed)
+        try:
+            dict(WeightIndex(path).tensors())
+        except InputError:
+            refused += 1
+    assert refused > 50
+
+
+def test_without_the_package_only_gguf_files_are_refused(model, base, written, monkeypatch):
+    path = written("Q8_0")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(InputError, match=r"model\.gguf: needs the package gguf; pip install gguf"):
+        load_transformer(path, base)
+    require_weights(load_transformer(written("original file"), base), model, "original file")
+    build_joined(
+        ModelConfigs(dict(model.config), dinov3={"hidden_size": 32}), torch.float32, control_layers=1, control_stride=1
+    )
 
 
 def test_a_cut_or_other_gguf_file_is_refused(model, base, tmp_path):
@@ -450,6 +526,13 @@ def test_the_same_weight_under_two_names_is_refused(model, base, tmp_path):
     save_file(weights | again, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"the same weight under two names|unexpected or of another shape"):
         load_transformer(tmp_path / "model.safetensors", base)
+
+
+@pytest.mark.parametrize("sizes", [{"num_layers": 3}, {"num_attention_heads": 4}])
+def test_a_file_of_another_size_than_the_pipeline_is_named(sizes, base, tmp_path):
+    path = write_form("original file", tmp_path, tiny_transformer(**IN_BLOCKS | sizes))
+    with pytest.raises(InputError, match=r"blocks of width .*, but .* has 4 of width 32; give the --pretrained_model"):
+        check_transformer(path, base)
 
 
 def test_a_file_may_have_any_prefix(model, base, tmp_path):

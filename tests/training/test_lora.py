@@ -7,9 +7,11 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
+from c2r import InputError, cli
 from c2r.models.assembly import fingerprint_transformer, load_for_generation, load_transformer
 from c2r.models.contract import read_contract
 from c2r.models.lora import WEIGHTS
+from c2r.options import ESTIMATE, PHASE1
 from tests.helpers.commands import phase1, phase2, same, succeed
 from tests.helpers.forks import fork
 
@@ -83,3 +85,17 @@ def test_phase_2_and_generation_take_the_sum(run, tiny_models, small_datasets, t
 
     moved = json.loads((lora / "c2r.json").read_text())
     assert moved["backbone"].startswith(".")  # relative: both folders can be moved together
+
+
+def test_options_fit_each_other():
+    def parsed(*given):
+        return cli.parse(PHASE1, ["--real_dataset=data", "--output_dir=out", *given])
+
+    assert parsed().learning_rate == 1e-5
+    assert parsed("--lora_rank=64").learning_rate == 1e-4
+    assert parsed("--lora_rank=64", "--preset=24gb").optimizer == "adamw8bit"
+    assert parsed("--lora_rank=64", "--learning_rate=2e-4").learning_rate == 2e-4
+    with pytest.raises(InputError, match="give --lora_rank, which freezes it"):
+        parsed("--offload_backbone")
+    with pytest.raises(InputError, match="phase 2 trains no LoRA"):
+        cli.parse(ESTIMATE, ["--phase=2", "--lora_rank=64"])
