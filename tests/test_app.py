@@ -18,11 +18,10 @@ from c2r import InputError, app, cli, generate
 from c2r.app import Cancelled, Panel, command_words, labelled, plain_message, prepare_job
 from c2r.data.video import read_window
 from c2r.data.video_writer import write_video
-from c2r.models.assembly import fingerprint_transformer, load_transformer
-from c2r.models.contract import PhaseContract, save_phase
-from c2r.models.lora import LoraWeights, export_comfyui
+from c2r.models.assembly import load_transformer
+from c2r.models.lora import LoraWeights, save_lora
 from c2r.options import APP, GENERATE
-from tests.helpers.trained import FPS, FRAMES, HEIGHT, SIZE, WIDTH, save_trained_models
+from tests.helpers.trained import FPS, FRAMES, HEIGHT, WIDTH, save_trained_models
 from tests.helpers.videos import encode_video
 
 pytest.importorskip("gradio")
@@ -58,14 +57,11 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     write_video(folder / "coarse.mp4", noise(0), FPS)
     save_trained_models(folder)
-    base = str(folder / "base")
-    lora = LoraWeights.from_config(LoraWeights.config_of(load_transformer(base).config, 3))
+    lora = LoraWeights.from_config(LoraWeights.config_of(load_transformer(folder / "base").config, 3))
     for parameter in lora.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(4))
-    contract = {"backbone": base, "backbone_sha256": fingerprint_transformer(base), "lora_rank": 3}
-    save_phase(folder / "lora", lora, PhaseContract(phase=1, base_model=base, step=1, **SIZE, **contract))
     (folder / "loras").mkdir()
-    export_comfyui(folder / "lora", folder / "loras/style.safetensors")
+    save_lora(folder / "loras/style.safetensors", lora, comfyui=True)
     return folder
 
 
