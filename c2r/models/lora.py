@@ -157,7 +157,7 @@ def require_peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise InputError('--lora_rank: needs peft; pip install "c2r[lora]"') from error
+        raise InputError("--lora_rank: needs peft; pip install peft==0.21.2") from error
     return peft
 
 

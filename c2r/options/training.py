@@ -44,7 +44,7 @@ LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "cons
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 
 #: Trackers of --report_to, which are also the names of their packages.
-TRACKERS = ("tensorboard", "wandb", "trackio")
+TRACKERS = {"tensorboard": "tensorboard==2.21.0", "wandb": "wandb==0.31.0", "trackio": "trackio==0.43.0"}
 
 DATASET_METAVAR = "FOLDER[:WEIGHT]"
 
@@ -306,7 +306,7 @@ def chosen_trackers(report_to: list[str]) -> list[str]:
     chosen = [name for name in TRACKERS if name in report_to]
     for name in chosen:
         if name not in installed:
-            raise InputError(f'{given}: needs {name}; pip install "c2r[{name}]", or leave it out')
+            raise InputError(f"{given}: needs {name}; pip install {TRACKERS[name]}, or leave it out")
     return chosen
 
 
