@@ -1,17 +1,13 @@
-"""A WanPipeline that follows a coarse video: calling, loading, saving and publishing it."""
+"""A WanPipeline that follows a coarse video. Its folder is loaded and written in `c2r.pipeline_folder`."""
 
-import json
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -22,46 +18,21 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from huggingface_hub import create_repo
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from c2r import InputError
 from c2r.data.control_video import as_control_frames
-from c2r.files import atomic_folder, read_json
-from c2r.guidance import (
-    APG_MOMENTUM,
-    DEFAULT_GUIDANCE_SCALE,
-    guided_velocity,
-    is_control_on,
-    move_momentum,
-)
-from c2r.models import released
-from c2r.models.adversary import WithAdversary
-from c2r.models.assembly import load_control_start, load_controlnet, load_for_generation, load_transformer
-from c2r.models.attention import use_lean_attention
-from c2r.models.card import SAMPLES, find_samples, model_card
-from c2r.models.contract import (
-    CONTRACT,
-    DEFAULT_FORMAT,
-    MODEL_ENTRIES,
-    MODEL_INDEX,
-    PhaseContract,
-    fetch_model,
-    read_contract,
-    with_moved_models,
-    write_contract,
-)
+from c2r.guidance import APG_MOMENTUM, DEFAULT_GUIDANCE_SCALE, guided_velocity, is_control_on, move_momentum
+from c2r.models.adversary import WithAdversary, takes_control
+from c2r.models.contract import DEFAULT_FORMAT, PhaseContract
 from c2r.models.dinov3 import DINOv3FeatureExtractor
-from c2r.models.hub import fingerprint_files
 from c2r.models.lora import LoraFile
-from c2r.models.parts import freeze, load_pipeline_part, load_text_encoder, log_long_prompts
+from c2r.models.parts import load_pipeline_part, load_text_encoder, log_long_prompts
 from c2r.models.parts import max_sequence_length as longest_prompt
 from c2r.models.streaming import stream_frames
 from c2r.models.transformer import C2RTransformer
 from c2r.models.vae import decode_latents
+from c2r.pipeline_folder import load_parts, with_flow_shift, write_folder
 from c2r.windows import blend_windows, default_overlap, extend_noise, plan_windows
 
-#: Parts that a folder of Diffusers names in its model_index.json, but the transformer.
-BASE_PARTS = ("scheduler", "tokenizer", "vae", "text_encoder")
-#: Classes of the pipelines whose folders can be loaded.
-PIPELINES = ("WanPipeline", "C2RPipeline")
+__all__ = ["C2RPipeline", "Sampling", "encode_prompts", "takes_control", "with_flow_shift"]
 
 
 @dataclass(frozen=True)
@@ -73,11 +44,6 @@ class Sampling:
     guidance_scale: float | None = None
     control_guidance_scale: float = 1.0
     conditioning_scale: float = 1.0
-
-
-def takes_control(transformer) -> bool:
-    """Return True if a model has a control branch: its forward then takes control features and their scale."""
-    return isinstance(transformer, (C2RTransformer, WithAdversary))
 
 
 class C2RPipeline(WanPipeline):
@@ -169,57 +135,12 @@ class C2RPipeline(WanPipeline):
                 f"from_pretrained() does not take {', '.join(unknown)}; it takes torch_dtype, backbone, base, loras, "
                 f"controlnet, {', '.join(known)}"
             )
-        folder = fetch_model(pretrained_model_name_or_path, without=components)
-        index = _read_model_index(folder)
-        contract: PhaseContract | None = None
-        dinov3: Any = folder / "dinov3" if (folder / "dinov3").is_dir() else None
-        if index is None or (folder / CONTRACT).is_file():
-            # Models that are replaced need not be where the contract says.
-            replaced = [entry for entry in ("dinov3",) if entry in components]
-            if "transformer" in components:
-                replaced.append("backbone")
-            given = {"base_model": base, "backbone": backbone, "dinov3": None}
-            contract = with_moved_models(
-                read_contract(folder),
-                pretrained_model_name_or_path,
-                **{entry: name for entry, name in given.items() if entry not in replaced},
-            )
-            base, dinov3 = contract.base_model, contract.dinov3
-        base = base or folder
-        absent = () if index is None or os.path.realpath(base) != os.path.realpath(folder) else _absent_parts(index)
-
-        loaded: dict[str, Any] = {}
-        for part in (part for part in BASE_PARTS if part not in components):
-            dtype = torch_dtype if part == "text_encoder" else None
-            loaded[part] = None if part in absent else load_pipeline_part(base, part, dtype)
-        if "transformer" not in components:
-            if contract is None:
-                loaded["transformer"] = _load_without_contract(folder, backbone or folder, base, torch_dtype, loras)
-            else:
-                loaded["transformer"], _ = load_for_generation(folder, backbone, torch_dtype, base, loras)
-            if controlnet is not None:
-                loaded["transformer"] = _with_released_control(loaded["transformer"], controlnet, torch_dtype)
-            use_lean_attention(loaded["transformer"])
-        dinov3 = components.pop("dinov3", dinov3)
-        if controlnet is not None:
-            if dinov3 is None or "transformer" in components:
-                raise InputError(f"controlnet={controlnet}: needs dinov3 and no transformer; give dinov3=")
-            contract = PhaseContract(
-                phase=2,
-                base_model=str(base),
-                step=0,
-                **released.FORMAT,
-                backbone=str(backbone or pretrained_model_name_or_path),
-                backbone_sha256="",  # computed when saved: at 14B it takes minutes
-                dinov3=str(dinov3) if isinstance(dinov3, str | Path) else "dinov3",
-            )
-        if isinstance(dinov3, str | Path):
-            dinov3 = DINOv3FeatureExtractor.from_pretrained(dinov3, torch_dtype)
-        pipeline = cls(**loaded, **components, dinov3=dinov3)
-        if contract is not None and contract.flow_shift is not None and "scheduler" in loaded:
-            pipeline.scheduler = with_flow_shift(pipeline.scheduler, contract.flow_shift)
+        parts = load_parts(
+            *(pretrained_model_name_or_path, torch_dtype, backbone, base, loras, controlnet), given=components
+        )
+        pipeline = cls(**parts.components)
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        pipeline.contract, pipeline._folder = contract, folder
+        pipeline.contract, pipeline._folder = parts.contract, parts.folder
         return pipeline
 
     @classmethod
@@ -252,7 +173,7 @@ class C2RPipeline(WanPipeline):
         Raises:
             InputError: the folder has files already, or the transformer has a LoRA that is not fused.
         """
-        self._write_folder(save_directory, str(save_directory))
+        write_folder(save_directory, self, self.contract, self._folder, name=str(save_directory))
 
     def push_to_hub(
         self,
@@ -272,66 +193,8 @@ class C2RPipeline(WanPipeline):
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary, "pipeline")
-            self._write_folder(folder, repo_id)
+            write_folder(folder, self, self.contract, self._folder, name=repo_id)
             return self._upload_folder(folder, repo_id, token, commit_message, create_pr)
-
-    def _write_folder(self, folder, name):
-        """Write the folder of `save_pretrained`; `name` is what the card loads."""
-        folder = Path(os.path.realpath(folder))
-        if folder.exists() and any(folder.iterdir()):
-            raise InputError(f"{folder}: has files already; give a new folder")
-        controlled = takes_control(self.transformer)
-        backbone = self.transformer.transformer if controlled else self.transformer
-        if getattr(backbone, "peft_config", None):
-            raise InputError(
-                f"{folder}: not written, because the transformer has a LoRA; call pipeline.fuse_lora() and then "
-                "pipeline.unload_lora_weights(), or unload it alone"
-            )
-        if getattr(backbone, "hf_quantizer", None) is not None:
-            raise InputError(
-                f"{folder}: not written, because the transformer is quantised; load it unquantised to save it"
-            )
-        parts = {part: getattr(self, part) for part in BASE_PARTS} | {"transformer": backbone}
-        index = {"_class_name": type(self).__name__, "_diffusers_version": diffusers.__version__}
-        with atomic_folder(folder) as temporary:
-            for part, model in parts.items():
-                index[part] = [None, None]
-                if model is not None:
-                    index[part] = [type(model).__module__.partition(".")[0], type(model).__name__]
-                    model.save_pretrained(temporary / part)
-            # Not in the index: a stock WanPipeline would refuse classes that Diffusers does not have.
-            if controlled:
-                self.transformer.controlnet.save_pretrained(temporary / "controlnet")
-            if self.dinov3 is not None:
-                self.dinov3.save_pretrained(temporary / "dinov3")
-            (temporary / MODEL_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-            if self.contract is not None and backbone is not None:
-                contract = self._contract_of_folder(temporary, controlled)
-                write_contract(temporary, contract)
-                samples = self._folder and find_samples(self._folder, contract.step)
-                if samples:
-                    shutil.copyfile(samples, temporary / SAMPLES)
-                card = model_card(contract, name, has_samples=bool(samples))
-                (temporary / "README.md").write_text(card, encoding="utf-8")
-
-    def _contract_of_folder(self, folder, controlled):
-        """Return the contract of a folder of this pipeline's parts, whose paths are relative to the folder."""
-        names = {entry: getattr(self.contract, entry) for entry in MODEL_ENTRIES}
-        of_hub = {entry: name for entry, name in names.items() if name and not os.path.isabs(name)}
-        changed: dict[str, Any] = {
-            "base_model": ".",
-            "flow_shift": _flow_shift(self.scheduler),
-            "copied_from": self.contract.copied_from | of_hub,
-            **dict.fromkeys(("lora_rank", "backbone_base")),  # a LoRA of training is fused in the saved backbone
-        }
-        if self.dinov3 is not None:
-            changed["dinov3"] = "./dinov3"
-        sha256 = fingerprint_files(folder / "transformer")  # it changes with the dtype
-        if not controlled:
-            changed |= {"backbone": None, "backbone_sha256": None}
-            return replace(self.contract, phase=1, weights_sha256=sha256, **changed)
-        changed |= {"backbone": "./transformer", "backbone_sha256": sha256}
-        return replace(self.contract, phase=2, weights_sha256=fingerprint_files(folder / "controlnet"), **changed)
 
     @torch.no_grad()
     def __call__(
@@ -405,16 +268,10 @@ class C2RPipeline(WanPipeline):
         Raises:
             ValueError: for arguments that do not fit each other or the models.
         """
-        # 1. Check the arguments.
-        given = {"num_frames": num_frames, "height": height, "width": width, "fps": fps}
-        size = dict(DEFAULT_FORMAT if self.contract is None else self.contract.format)
-        size |= {name: value for name, value in given.items() if value is not None}
-        control_frames = None
-        if control_video is not None:
-            control_frames = as_control_frames(control_video, **size)
-            own = dict(zip(("num_frames", "height", "width"), (control_frames.shape[1], *control_frames.shape[3:])))
-            size |= {name: value for name, value in own.items() if given[name] is None}
-        num_frames, height, width = size["num_frames"], size["height"], size["width"]
+        # 1. Check the arguments and fill in their defaults.
+        control_frames, num_frames, height, width = self._read_control(
+            control_video, num_frames=num_frames, height=height, width=width, fps=fps
+        )
         if conditioning_scale is None:
             trained = None if self.contract is None else self.contract.conditioning_scale
             conditioning_scale = 1.0 if trained is None else trained
@@ -425,18 +282,10 @@ class C2RPipeline(WanPipeline):
             callback_on_step_end_tensor_inputs,
         )
         self._check_size(num_frames, height, width)
-        if window_frames is None and self.contract is not None:
-            window_frames = self.contract.format["num_frames"]
         windows = self._plan_windows(num_frames, window_frames, window_overlap)
-        if guidance not in DEFAULT_GUIDANCE_SCALE:
-            raise ValueError(f"guidance is {guidance!r}: it must be one of {', '.join(DEFAULT_GUIDANCE_SCALE)}")
+        self._check_guidance(guidance, control_guidance_start, control_guidance_end)
         if guidance_scale is None:
             guidance_scale = DEFAULT_GUIDANCE_SCALE[guidance]
-        if not 0 <= control_guidance_start < control_guidance_end <= 1:
-            raise ValueError(
-                f"control_guidance_start is {control_guidance_start}, control_guidance_end {control_guidance_end}: "
-                "they must be in ascending order in [0, 1]"
-            )
         if isinstance(prompt, str):
             prompt = [prompt]
         if num_videos_per_prompt < 1:
@@ -466,34 +315,19 @@ class C2RPipeline(WanPipeline):
         if needs_negative:
             negative_prompt_embeds = negative_prompt_embeds.to(device, dtype)
             negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_videos_per_prompt, 0)
-        control_features = None
         storage = device if len(windows) == 1 else torch.device("cpu")  # of what grows with the length
+        control_features = None
         if control_frames is not None:
             chunk_size = control_frames.shape[1] if len(windows) == 1 else self.dinov3.chunk_size
-            control_features = torch.cat(
-                [self.dinov3(frames.to(device)).to(storage, dtype) for frames in control_frames.split(chunk_size, 1)],
-                dim=1,
-            )
+            control_features = self._encode_control(control_frames, chunk_size, storage)
             control_features = control_features.expand(batch_size, *control_features.shape[1:])
             control_features = control_features.repeat_interleave(num_videos_per_prompt, 0)
 
         # 3. Start from noise.
-        batch_size *= num_videos_per_prompt
         self.scheduler.set_timesteps(num_inference_steps, device=storage)
         self.scheduler.set_begin_index(0)
         if latents is None:
-            # As for a video of one window, so that this is the noise at the start of longer videos too.
-            latents = self.prepare_latents(
-                batch_size,
-                self.transformer.config.in_channels,
-                height,
-                width,
-                min(num_frames, window_frames or num_frames),
-                torch.float32,
-                device,
-                generator,
-            )
-            latents = extend_noise(latents, windows[-1].stop, generator)
+            latents = self._draw_noise(batch_size * num_videos_per_prompt, windows, height, width, generator)
         latents = latents.to(storage, torch.float32)
 
         # 4. Denoise.
@@ -520,12 +354,8 @@ class C2RPipeline(WanPipeline):
             )
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
             if callback_on_step_end is not None:
-                tensors = dict(
-                    zip(
-                        self._callback_tensor_inputs,
-                        (latents, prompt_embeds, negative_prompt_embeds, control_features),
-                    )
-                )
+                values = (latents, prompt_embeds, negative_prompt_embeds, control_features)
+                tensors = dict(zip(self._callback_tensor_inputs, values))
                 asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 tensors |= callback_on_step_end(self, step, timestep, asked)
                 latents, prompt_embeds, negative_prompt_embeds, control_features = (
@@ -584,6 +414,84 @@ class C2RPipeline(WanPipeline):
     def do_classifier_free_guidance(self) -> bool:
         """True if the last call had text guidance: any scale but 1."""
         return self._guidance_scale != 1
+
+    def _read_control(self, control_video, **given):
+        """Return the control frames (B, F, 3, H, W) or None, and num_frames, height and width of the video.
+
+        `given` are the arguments of these names and fps, or None: then the control video's, else those of training.
+        """
+        size = dict(DEFAULT_FORMAT if self.contract is None else self.contract.format)
+        size |= {name: value for name, value in given.items() if value is not None}
+        control_frames = None
+        if control_video is not None:
+            control_frames = as_control_frames(control_video, **size)
+            own = dict(zip(("num_frames", "height", "width"), (control_frames.shape[1], *control_frames.shape[3:])))
+            size |= {name: value for name, value in own.items() if given[name] is None}
+        return control_frames, size["num_frames"], size["height"], size["width"]
+
+    def _check_size(self, num_frames, height, width):
+        """Refuse sizes that WanPipeline would round, so that the control video would no longer fit."""
+        if num_frames < 1 or num_frames % self.vae_scale_factor_temporal != 1:
+            raise ValueError(
+                f"num_frames is {num_frames}: it must be a multiple of {self.vae_scale_factor_temporal} plus 1"
+            )
+        for name, size, patch in zip(("height", "width"), (height, width), self.transformer.config.patch_size[1:]):
+            if size < 1 or size % (self.vae_scale_factor_spatial * patch):
+                raise ValueError(f"{name} is {size}: it must be a multiple of {self.vae_scale_factor_spatial * patch}")
+
+    def _plan_windows(self, num_frames, window_frames, window_overlap):
+        """Check the sizes of the windows, fill in their defaults, and return the windows."""
+        if window_frames is None and self.contract is not None:
+            window_frames = self.contract.format["num_frames"]
+        stride = self.vae_scale_factor_temporal
+        for name, size in (("window_frames", window_frames), ("window_overlap", window_overlap)):
+            if size is not None and (size < 1 or size % stride != 1):
+                raise ValueError(f"{name} is {size}: it must be a multiple of {stride} plus 1")
+        length = ((window_frames or num_frames) - 1) // stride + 1
+        overlap = default_overlap(length) if window_overlap is None else (window_overlap - 1) // stride + 1
+        if window_overlap is not None and window_overlap >= (window_frames or num_frames):
+            raise ValueError(f"window_overlap is {window_overlap}: it must be below window_frames, {window_frames}")
+        return plan_windows((num_frames - 1) // stride + 1, length, overlap)
+
+    @staticmethod
+    def _check_guidance(guidance, control_guidance_start, control_guidance_end):
+        if guidance not in DEFAULT_GUIDANCE_SCALE:
+            raise ValueError(f"guidance is {guidance!r}: it must be one of {', '.join(DEFAULT_GUIDANCE_SCALE)}")
+        if not 0 <= control_guidance_start < control_guidance_end <= 1:
+            raise ValueError(
+                f"control_guidance_start is {control_guidance_start}, control_guidance_end {control_guidance_end}: "
+                "they must be in ascending order in [0, 1]"
+            )
+
+    def _check_control(self, control_frames, batch_size, size):
+        if not takes_control(self.transformer) or self.dinov3 is None:
+            raise ValueError("control_video is given, but this pipeline has no ControlNet and DINOv3: load phase 2")
+        if control_frames.shape[0] not in (1, batch_size):
+            raise ValueError(f"there are {len(control_frames)} control videos for {batch_size} prompts")
+        if (control_frames.shape[1], *control_frames.shape[3:]) != size:
+            raise ValueError(
+                f"control_video has {control_frames.shape[1]} frames of {control_frames.shape[3]}x"
+                f"{control_frames.shape[4]}: resize and cut it to num_frames, height, width = {size}"
+            )
+
+    def _encode_control(self, control_frames, chunk_size, storage):
+        """Return the features (B, F, h, w, Dd) of control frames (B, F, 3, H, W), on the device `storage`.
+
+        `chunk_size` frames of each video are on the pipeline's device at a time.
+        """
+        device, dtype = self._execution_device, self.transformer.dtype
+        chunks = control_frames.split(chunk_size, dim=1)
+        return torch.cat([self.dinov3(frames.to(device)).to(storage, dtype) for frames in chunks], dim=1)
+
+    def _draw_noise(self, batch_size, windows, height, width, generator):
+        """Return the noise (B, C, T, h, w) fp32 of all windows, drawn on the pipeline's device."""
+        # As for a video of one window, so that this is the noise at the start of longer videos too.
+        frames = windows[0].frames(self.vae_scale_factor_temporal)
+        noise = self.prepare_latents(
+            *(batch_size, self.transformer.config.in_channels, height, width, frames.stop),
+            *(torch.float32, self._execution_device, generator),
+        )
+        return extend_noise(noise, windows[-1].stop, generator)
 
     def _guided_velocity(
         self,
@@ -670,39 +578,6 @@ class C2RPipeline(WanPipeline):
             yield self.video_processor.postprocess_video(pixel_values, output_type)
         self.maybe_free_model_hooks()
 
-    def _plan_windows(self, num_frames, window_frames, window_overlap):
-        """Check the sizes of the windows and return them."""
-        stride = self.vae_scale_factor_temporal
-        for name, size in (("window_frames", window_frames), ("window_overlap", window_overlap)):
-            if size is not None and (size < 1 or size % stride != 1):
-                raise ValueError(f"{name} is {size}: it must be a multiple of {stride} plus 1")
-        length = ((window_frames or num_frames) - 1) // stride + 1
-        overlap = default_overlap(length) if window_overlap is None else (window_overlap - 1) // stride + 1
-        if window_overlap is not None and window_overlap >= (window_frames or num_frames):
-            raise ValueError(f"window_overlap is {window_overlap}: it must be below window_frames, {window_frames}")
-        return plan_windows((num_frames - 1) // stride + 1, length, overlap)
-
-    def _check_size(self, num_frames, height, width):
-        """Refuse sizes that WanPipeline would round, so that the control video would no longer fit."""
-        if num_frames < 1 or num_frames % self.vae_scale_factor_temporal != 1:
-            raise ValueError(
-                f"num_frames is {num_frames}: it must be a multiple of {self.vae_scale_factor_temporal} plus 1"
-            )
-        for name, size, patch in zip(("height", "width"), (height, width), self.transformer.config.patch_size[1:]):
-            if size < 1 or size % (self.vae_scale_factor_spatial * patch):
-                raise ValueError(f"{name} is {size}: it must be a multiple of {self.vae_scale_factor_spatial * patch}")
-
-    def _check_control(self, control_frames, batch_size, size):
-        if not takes_control(self.transformer) or self.dinov3 is None:
-            raise ValueError("control_video is given, but this pipeline has no ControlNet and DINOv3: load phase 2")
-        if control_frames.shape[0] not in (1, batch_size):
-            raise ValueError(f"there are {len(control_frames)} control videos for {batch_size} prompts")
-        if (control_frames.shape[1], *control_frames.shape[3:]) != size:
-            raise ValueError(
-                f"control_video has {control_frames.shape[1]} frames of {control_frames.shape[3]}x"
-                f"{control_frames.shape[4]}: resize and cut it to num_frames, height, width = {size}"
-            )
-
 
 @torch.no_grad()
 def encode_prompts(
@@ -731,67 +606,3 @@ def encode_prompts(
     del pipeline, text_encoder
     clear_device_cache(garbage_collection=True)
     return embeds
-
-
-def with_flow_shift(scheduler: SchedulerMixin, flow_shift: float) -> SchedulerMixin:
-    """Return a scheduler of the same class and config with another shift of the noise levels.
-
-    Args:
-        scheduler: Wan's own UniPC, or any flow-matching scheduler of Diffusers.
-        flow_shift: see `flow_matching.shift_sigmas`.
-
-    Raises:
-        InputError: if the scheduler has no shift.
-    """
-    for name in ("flow_shift", "shift"):
-        if name in scheduler.config:
-            return type(scheduler).from_config(scheduler.config, **{name: flow_shift})
-    raise InputError(
-        f"--flow_shift {flow_shift}: {type(scheduler).__name__} has no shift; use the scheduler of a Wan 2.1 folder"
-    )
-
-
-def _flow_shift(scheduler):
-    """Return a scheduler's shift of the noise levels, or None if it has none."""
-    config = {} if scheduler is None else scheduler.config
-    return next((config[name] for name in ("flow_shift", "shift") if name in config), None)
-
-
-def _read_model_index(folder):
-    """Return the list of a pipeline folder's parts, or None if it is the folder of a phase.
-
-    Raises:
-        InputError: it is damaged, or of another pipeline than Wan 2.1's text to video.
-    """
-    path = folder / MODEL_INDEX
-    if not path.is_file():
-        return None
-    index = read_json(path)
-    name = index.get("_class_name")
-    if name not in PIPELINES:
-        raise InputError(f"{path}: its pipeline is {name}; give one of Wan 2.1 text to video")
-    if "transformer_2" not in _absent_parts(index) or index.get("boundary_ratio") or index.get("expand_timesteps"):
-        raise InputError(f"{path}: this is a Wan 2.2 pipeline; give one of Wan 2.1 text to video")
-    return index
-
-
-def _absent_parts(index):
-    """Return the parts that a pipeline folder does not have."""
-    return [part for part in (*BASE_PARTS, "transformer_2") if index.get(part) in (None, [None, None])]
-
-
-def _with_released_control(transformer, controlnet, torch_dtype):
-    """Join a backbone and the released control weights, frozen."""
-    if takes_control(transformer):
-        raise InputError(
-            f"controlnet={controlnet}: this model has control already; give a Wan 2.1 pipeline or phase 1"
-        )
-    return freeze(C2RTransformer(transformer, load_control_start(controlnet, transformer.config, torch_dtype)))
-
-
-def _load_without_contract(folder, backbone, base, torch_dtype, loras):
-    """Load the transformer of a pipeline folder without contract, with the ControlNet if there is one."""
-    transformer = load_transformer(backbone, base, torch_dtype, loras=loras)
-    if (folder / "controlnet").is_dir():
-        transformer = C2RTransformer(transformer, load_controlnet(folder, torch_dtype))
-    return freeze(transformer)

@@ -22,7 +22,7 @@ LAYERS = (
     ("c2r.options",),
     ("c2r.preparation",),
     ("c2r.encoding",),
-    ("c2r.pipeline",),
+    ("c2r.pipeline", "c2r.pipeline_folder"),
     ("c2r.data",),
     ("c2r.models",),
     (
@@ -34,7 +34,7 @@ SCRIPTS = ("train_phase1", "train_phase2")
 #: Rooms whose functions take values by name, never the parsed options of a command.
 WITHOUT_OPTIONS = (
     *("c2r.data", "c2r.encoding", "c2r.flow_matching", "c2r.guidance", "c2r.models", "c2r.pipeline"),
-    *("c2r.preparation", "c2r.sampler", "c2r.windows"),
+    *("c2r.pipeline_folder", "c2r.preparation", "c2r.sampler", "c2r.windows"),
 )
 #: Imported before a command has answered --help: they must load within a moment.
 LIGHT = (

@@ -218,6 +218,11 @@ class WithAdversary(nn.Module):
         )
 
 
+def takes_control(transformer) -> bool:
+    """Return True if a model has a control branch: its forward then takes control features and their scale."""
+    return isinstance(transformer, (C2RTransformer, WithAdversary))
+
+
 def domain_loss(
     domain_logits: torch.Tensor, domains: torch.Tensor, counted: torch.Tensor, cg_ratio: float
 ) -> torch.Tensor:

@@ -569,7 +569,6 @@ PHASE2 = Command(
                 "lower bound of --cg_ratio, which is halved while the samples' CG look stays above --monitor_bound; "
                 "default: --cg_ratio stays as it is",
                 SHARE,
-                common=True,
             ),
         ],
         "sample videos and CG monitor": [
