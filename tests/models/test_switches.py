@@ -100,7 +100,7 @@ def test_group_offload_in_memory_changes_nothing(model, expected, offload_type):
 
 
 def test_block_level_offload_holds_one_block_at_a_time(model):
-    """And not the whole backbone, which has no blocks that the joined model could see without being told."""
+    """Diffusers would load the whole backbone at once if the joined model did not name its blocks."""
     model.enable_group_offload(CPU, offload_type="block_level", num_blocks_per_group=1)
     groups = {
         name: module._diffusers_hook.get_hook("group_offloading").group
