@@ -15,7 +15,6 @@ import re
 import shlex
 import shutil
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -751,7 +750,7 @@ def served(panel: Panel) -> Iterator[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command with these arguments."""
-    args = cli.parse(APP, name_the_model(sys.argv[1:] if argv is None else argv))
+    args = cli.parse(APP, cli.name_first_words("model", argv))
     given = {name: value for name, value in vars(args).items() if name in GENERATE.options}
     require_gradio()
     require_free_port(args.host, args.port)
@@ -765,12 +764,6 @@ def main(argv: list[str] | None = None) -> None:
         with served(panel) as address:
             print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
             threading.Event().wait()
-
-
-def name_the_model(argv: Sequence[str]) -> list[str]:
-    """Return the arguments with --model before a first word that is no option."""
-    is_folder = bool(argv) and not argv[0].startswith("-")
-    return ["--model", *argv] if is_folder else list(argv)
 
 
 def require_gradio() -> None:
