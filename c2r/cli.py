@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -83,6 +83,17 @@ def parse(command: Command, argv: list[str] | None = None) -> argparse.Namespace
             raise
         raise InputError(f"{error}; --preset {args.preset} has set {option_words(preset)}") from None
     return args
+
+
+def name_first_words(option: str, argv: Sequence[str] | None = None) -> list[str]:
+    """Return the arguments with an option's name before them if they begin with words that belong to no option.
+
+    Args:
+        option: name of the option that takes these words.
+        argv: arguments without the program's name; None: those of this process.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    return [f"--{option}", *argv] if argv and not argv[0].startswith("-") else argv
 
 
 def _build_parser(command, show_all=False):

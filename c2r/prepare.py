@@ -11,7 +11,6 @@ Modules that take seconds to import are imported inside functions: --help and ba
 
 import logging
 import shlex
-import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -40,7 +39,7 @@ MAX_NAMED = 20
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command with these arguments."""
-    args = cli.parse(PREPARE, name_the_folder(sys.argv[1:] if argv is None else argv))
+    args = cli.parse(PREPARE, cli.name_first_words("dataset", argv))
     check_options(args)
 
     from c2r.data.folders import LocalFolder
@@ -87,12 +86,6 @@ def main(argv: list[str] | None = None) -> None:
     metadata.write(rows)
     logger.info(f"wrote {metadata.path}")
     propose(args, folder, rows)
-
-
-def name_the_folder(argv: Sequence[str]) -> list[str]:
-    """Return the arguments with --dataset before a first word that is no option."""
-    is_folder = bool(argv) and not argv[0].startswith("-")
-    return ["--dataset", *argv] if is_folder else list(argv)
 
 
 def check_options(args: Namespace) -> None:

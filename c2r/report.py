@@ -6,8 +6,6 @@
 The page has everything in it and loads nothing from elsewhere. Runs are compared clip by clip with the first one.
 """
 
-import sys
-from itertools import takewhile
 from pathlib import Path
 
 from c2r import InputError, cli
@@ -16,7 +14,7 @@ from c2r.options import REPORT
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command with these arguments."""
-    args = cli.parse(REPORT, name_the_runs(sys.argv[1:] if argv is None else argv))
+    args = cli.parse(REPORT, cli.name_first_words("runs", argv))
     output = Path(args.output)
     if output.is_dir():
         raise InputError(f"--output {output}: is a folder; give the name of a file, such as {output / 'report.html'}")
@@ -34,12 +32,6 @@ def main(argv: list[str] | None = None) -> None:
         for line in run.missing:
             print(f"{run.name}: has no {line}")
     print(f"{output}: {size_text(len(page))}; open it in a browser")
-
-
-def name_the_runs(argv: list[str]) -> list[str]:
-    """Give the words before the first option to --runs."""
-    words = [*takewhile(lambda word: not word.startswith("-"), argv)]
-    return ["--runs", *argv] if words else argv
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ from tests.helpers.source import ROOT, require_none
 
 #: From the top down. A module imports from its own layer and from those below. A package stands for all its modules.
 LAYERS = (
+    ("c2r.app",),
+    ("c2r.panel",),  # makes command lines of c2r.generate and runs them: it knows parsed options
     (
         *("train_phase1", "train_phase2"),
-        *("c2r.__main__", "c2r.app", "c2r.encode", "c2r.estimate", "c2r.export", "c2r.generate"),
+        *("c2r.__main__", "c2r.encode", "c2r.estimate", "c2r.export", "c2r.generate"),
         *("c2r.prepare", "c2r.quickstart", "c2r.report", "c2r.study"),
     ),
     ("c2r.toy", "c2r.reporting"),

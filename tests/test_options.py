@@ -10,7 +10,7 @@ from diffusers.optimization import SchedulerType
 from tqdm import tqdm
 
 from c2r import InputError, cli, flow_matching, guidance
-from c2r.options import COMMANDS, ESTIMATE, GENERATE, PHASE1, PHASE2
+from c2r.options import APP, COMMANDS, ESTIMATE, GENERATE, PHASE1, PHASE2, PREPARE, REPORT
 from c2r.options.__main__ import markdown
 from c2r.options.presets import PRESETS, option_words, preset_line
 from c2r.options.shared import GUIDANCE_SCALES
@@ -157,6 +157,21 @@ def test_a_missing_option_and_a_stray_word_are_named():
         cli.parse(PHASE1, ["--real_dataset=x"])
     with pytest.raises(InputError, match=r"^word: not an option"):
         cli.parse(PHASE1, ["word", "--real_dataset=x", "--output_dir=o"])
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "first"),
+    [(PREPARE, "dataset", ["a b"]), (APP, "model", ["a"]), (REPORT, "runs", ["a", "b"])],
+)
+def test_the_first_words_are_those_of_an_option(command, option, first, monkeypatch):
+    for argv in (first, [f"--{option}", *first]):
+        named = cli.name_first_words(option, argv)
+        assert named == [f"--{option}", *first]
+        given = getattr(cli.parse(command, named), option)
+        assert given == (first if command.options[option].several else first[0])
+        monkeypatch.setattr(sys, "argv", ["program", *argv])
+        assert cli.name_first_words(option) == named
+    assert cli.name_first_words(option, []) == []
 
 
 @pytest.mark.parametrize(

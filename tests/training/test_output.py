@@ -8,7 +8,6 @@ import pytest
 
 from c2r import cli
 from c2r.options import PHASE2, REPORT
-from c2r.report import name_the_runs
 from c2r.training.launched import launch_command, next_commands, phase2_command, resume_command
 from tests.helpers.options import options, phase2_options
 
@@ -49,7 +48,7 @@ def test_phase_1_ends_with_the_command_of_phase_2(first):
     args = cli.parse(PHASE2, words[words.index("train_phase2.py") + 1 :])
     assert (args.resume_backbone_from, args.height, args.mixed_precision) == (f"{out}/best", 32, "no")
     assert shlex.split(report)[:3] == ["python", "-m", "c2r.report"]
-    assert cli.parse(REPORT, name_the_runs(shlex.split(report)[3:])).runs == [str(out)]
+    assert cli.parse(REPORT, cli.name_first_words("runs", shlex.split(report)[3:])).runs == [str(out)]
 
 
 def test_phase_2_ends_with_generation_and_the_report(second):
