@@ -44,11 +44,12 @@ class Panel:
         finally:
             del self.jobs[cancelled]
 
-    def cancel(self, session: str) -> None:
-        """Cancel the jobs of one user: each ends after the step that runs."""
-        for cancelled, owner in list(self.jobs.items()):
-            if owner == session:
-                cancelled.set()
+    def cancel(self, session: str) -> int:
+        """Cancel the jobs of one user, each of which ends after the step that runs; return their number."""
+        found = [cancelled for cancelled, owner in list(self.jobs.items()) if owner == session]
+        for cancelled in found:
+            cancelled.set()
+        return len(found)
 
     def describe(self) -> str:
         """Return a line about the model."""

@@ -65,8 +65,7 @@ def connect(panel: Panel, page: "gradio.Blocks", fields: Fields, results: Result
         panel.cancel(request.session_hash)
 
     def on_cancel(request: gr.Request):
-        panel.cancel(request.session_hash)
-        return "Cancelled."
+        return "Cancelled." if panel.cancel(request.session_hash) else "Nothing to cancel."
 
     # One job at a time: those of a concurrency_id share its limit. Private: only the page calls them.
     of_options = fields.of_options
@@ -127,7 +126,8 @@ def errors_as_messages(panel: Panel) -> Iterator[None]:
     except InputError as error:
         text = plain_message(error, panel.folder)
     except torch.OutOfMemoryError:
-        text = "out of memory; restart with --cpu_offload, --vae_tiling or a smaller --num_frames"
+        unused = [f"--{name}" for name in ("cpu_offload", "vae_tiling") if not getattr(panel.args, name)]
+        text = f"out of memory; restart with {', '.join(unused)}{' or ' if unused else ''}a smaller --num_frames"
     else:
         return
     raise gr.Error(html.escape(text, quote=False), duration=30, print_exception=False)
