@@ -59,6 +59,12 @@ def progress_bar(total: int, title: str, unit: str, shown: bool) -> tqdm:
     return tqdm(total=total, desc=title, unit=unit, leave=False, delay=1.0, **bar_settings(shown))
 
 
+def close_bars() -> None:
+    """Close all bars, each of which then ends its line."""
+    for bar in list(tqdm._instances):
+        bar.close()
+
+
 @contextmanager
 def slow_work(title: str, shown: bool) -> Iterator[None]:
     """Print a line after FIRST_LINE seconds and every LOG_INTERVAL seconds while the body runs.

@@ -312,7 +312,11 @@ def check_command_line(command: Command):
 
 def _exit(error, message):
     """Exit with status 1 and one line."""
-    traceback.clear_frames(error.__traceback__)  # closes progress bars, which would share the line
+    traceback.clear_frames(error.__traceback__)  # ends what has a bar, which would share the line
+    if "tqdm" in sys.modules:
+        from c2r.bars import close_bars
+
+        close_bars()
     if len(message) > MAX_MESSAGE:
         message = f"{message[: MAX_MESSAGE // 2]} … {message[-MAX_MESSAGE // 2 :]}"
     sys.exit(f"error: {printable(message)}")
