@@ -73,12 +73,14 @@ def load_for_generation(
         loras: added to the backbone.
 
     Raises:
-        InputError: a part is missing, or the backbone is not the one that the ControlNet or LoRA was trained on.
+        InputError: a part is missing, or the backbone is not the one that the ControlNet or LoRA was trained on, or
+            one is given for a whole model of phase 1.
     """
     contract = read_contract(folder)
+    if not contract.has_backbone:
+        with_moved_models(contract, folder, backbone=backbone)
+        return freeze(load_transformer(folder, torch_dtype=torch_dtype, loras=loras)), contract
     if contract.phase == 1:
-        if contract.lora_rank is None:
-            return freeze(load_transformer(folder, torch_dtype=torch_dtype, loras=loras)), contract
         loras = [LoraFile(folder), *loras]
     moved = with_moved_models(contract, folder, base_model=base, backbone=backbone)
     assert moved.backbone is not None  # `PhaseContract` has checked it
@@ -288,9 +290,9 @@ def check_model(
     Raises:
         InputError: see `load_for_generation`.
     """
-    has_backbone = contract.phase == 2 or contract.lora_rank is not None
     own = [LoraFile(folder)] if contract.lora_rank is not None else []
-    index_weights((backbone or contract.backbone) if has_backbone else folder, contract.base_model, [*own, *loras])
+    whole = (backbone or contract.backbone) if contract.has_backbone else folder
+    index_weights(whole, contract.base_model, [*own, *loras])
     if contract.phase == 1:
         return
     check_own_model(_controlnet_folder(folder), C2RControlNet, _ControlNetConfig)

@@ -524,10 +524,18 @@ PHASE2 = Command(
                 metavar="PATH",
                 on_resume="not used",
             ),
-            Option("control_layers", "number of ControlNet blocks", COUNT, 15, common=True, on_resume=MUST_NOT_CHANGE),
+            Option(
+                "control_layers",
+                "number of ControlNet blocks; not used with --injection latent",
+                COUNT,
+                15,
+                common=True,
+                on_resume=MUST_NOT_CHANGE,
+            ),
             Option(
                 "control_stride",
-                "backbone blocks per ControlNet block: 1 injects after the first blocks, 3 after every third",
+                "backbone blocks per ControlNet block: 1 injects after the first blocks, 3 after every third; not "
+                "used with --injection latent",
                 COUNT,
                 1,
                 on_resume=MUST_NOT_CHANGE,
