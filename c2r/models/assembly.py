@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, TypeVar
+from typing import Annotated, Any, NotRequired, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -32,6 +32,7 @@ from c2r.models.hub import (
     read_config,
     resolve_model_folder,
 )
+from c2r.models.injections import Injection
 from c2r.models.lora import WEIGHTS as LORA_WEIGHTS
 from c2r.models.lora import LoraFile, WeightIndexWithLoras
 from c2r.models.parts import freeze
@@ -52,7 +53,7 @@ class _ControlNetConfig(BlockConfig):
     injection_layers: Annotated[list[int], Field(max_length=100)]
     feature_dim: Width
     temporal_stride: NotRequired[Count]
-    injection: NotRequired[Literal["blocks", "latent"]]
+    injection: NotRequired[Injection]
 
 
 def load_for_generation(
@@ -385,7 +386,7 @@ def _below_loras(name_or_path, base):
 
     Without a LoRA that is [], `name_or_path` and `base`.
     """
-    loras: list[Path] = []
+    loras = []
     while (lora := find_lora(name_or_path)) is not None:
         folder = Path(os.path.realpath(complete_folder(name_or_path)))
         if folder in loras:

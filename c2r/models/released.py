@@ -51,7 +51,7 @@ def read_released(path: str | Path) -> dict[str, torch.Tensor]:
 def _read_pickle(path):
     """Return the checked tensors of a pickle."""
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # a damaged pickle raises any

@@ -7,6 +7,7 @@ from functools import partial
 from importlib.util import find_spec
 
 from c2r import InputError
+from c2r.models.injections import INJECTIONS
 from c2r.options.option import MUST_NOT_CHANGE, NEW_BASELINE, Command, Option
 from c2r.options.presets import PRESETS, preset_options
 from c2r.options.shared import (
@@ -512,7 +513,7 @@ PHASE2 = Command(
                 "injection",
                 "blocks: ControlNet blocks add residuals after the backbone's blocks; latent: no blocks, the tokens "
                 "of the adapter are added once to the patch-embedded latents, as in the released C2R",
-                Choice(("blocks", "latent")),
+                Choice(INJECTIONS),
                 "blocks",
                 on_resume=MUST_NOT_CHANGE,
             ),
