@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from c2r import InputError, cli
+from c2r.bars import slow_work
 from c2r.options import EXPORT
 from c2r.units import size_text
 
@@ -54,14 +55,17 @@ def require_phase1(args: Namespace, contract: "PhaseContract"):
 
 def export_original(args: Namespace, contract: "PhaseContract") -> str:
     """Write phase 1's weights as one file in Wan's original layout; return a line on how to use it."""
-    from c2r.models.assembly import index_weights
+    from c2r.models.assembly import fingerprint_transformer, index_weights
     from c2r.models.original_layout import save_original
 
     require_phase1(args, contract)
     path = require_output(args, ".safetensors")
     index, _ = index_weights(args.model)
+    if contract.lora_rank is not None:
+        with slow_work("reading the backbone's weights for their fingerprint", shown=True):
+            fingerprint_transformer(args.model)  # refuses a LoRA on another backbone than that of its training
     num_bytes = save_original(index, path, _dtype(args))
-    return f"{size_text(num_bytes)}; in ComfyUI it belongs into models/diffusion_models"
+    return f"{size_text(num_bytes)}; in ComfyUI put it into models/diffusion_models"
 
 
 def export_lora(args: Namespace, contract: "PhaseContract") -> str:
@@ -74,7 +78,7 @@ def export_lora(args: Namespace, contract: "PhaseContract") -> str:
     save_lora(path, LoraWeights.load(args.model), comfyui=args.format == "lora-comfyui", dtype=_dtype(args))
     if args.format == "lora":
         return "load_lora_weights of Diffusers' pipelines and c2r.generate --lora load it"
-    return "in ComfyUI it belongs into models/loras"
+    return "in ComfyUI put it into models/loras"
 
 
 def export_pipeline(args: Namespace, contract: "PhaseContract") -> str:

@@ -382,8 +382,8 @@ def main(argv: list[str] | None = None):
         follow_control(args)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype or ("fp32" if device == "cpu" else "bf16")]
     if args.attention_backend is not None:
-        has_backbone = contract.phase == 2 or contract.lora_rank is not None
-        config = read_transformer_config(args.backbone if has_backbone else args.model, contract.base_model)
+        backbone = args.backbone if contract.has_backbone else args.model
+        config = read_transformer_config(backbone, contract.base_model)
         head_dim = config["attention_head_dim"]
         try_attention_backend(args.attention_backend, head_dim, torch.device(device), dtype, backward=False)
     loras = [LoraFile(path, scale) for path, scale in args.lora or []]

@@ -35,6 +35,8 @@ OPTIMIZER = "tests/training/test_optimizer.py"
 FLOW = "tests/test_flow_matching.py"
 SAMPLER = "tests/test_sampler.py"
 PIPELINE = "tests/test_pipeline.py"
+PIPELINE_LORA = "tests/test_pipeline_lora.py"
+EXPORT = "tests/test_export.py"
 GENERATE = "tests/test_generate.py"
 OPTIONS = "tests/test_options.py"
 FILES = "tests/test_files.py"
@@ -46,6 +48,9 @@ SWITCHES = "tests/models/test_switches.py"
 OFFLOADING = "tests/models/test_offloading.py"
 ADVERSARY = "tests/models/test_adversary.py"
 DINOV3 = "tests/models/test_dinov3.py"
+LORA = "tests/models/test_lora.py"
+RELEASED = "tests/models/test_released.py"
+WEIGHT_FORMS = "tests/models/test_weight_forms.py"
 BUCKETS = "tests/data/test_buckets.py"
 MANIFEST = "tests/data/test_manifest.py"
 VIDEO = "tests/data/test_video.py"
@@ -902,6 +907,97 @@ MODELS = [
         "latents * latents_std + latents_mean",
         "(latents + latents_mean) * latents_std",
         f"{PIPELINE}::test_without_control_it_agrees_with_a_wan_pipeline",
+    ),
+    Mutation(
+        "alpha-is-not-divided-by-the-rank",
+        "c2r/models/lora.py",
+        "float(self._file.tensor(change.alpha)) / self._shapes[change.down][0]",
+        "float(self._file.tensor(change.alpha))",
+        f"{LORA}::test_adds_every_layout_by_the_formula",
+    ),
+    Mutation(
+        "the-bias-of-a-lora-has-another-factor",
+        "c2r/models/lora.py",
+        "factor = self._factor(self._changes[_weight_of(name)])",
+        "factor = self.scale * self._alpha",
+        f"{LORA}::test_alpha_scales_the_bias_of_lora_b_too",
+    ),
+    Mutation(
+        "a-whole-difference-is-not-scaled",
+        "c2r/models/lora.py",
+        "self.scale * self._file.tensor(change.difference).double()",
+        "self._file.tensor(change.difference).double()",
+        f"{LORA}::test_step_distilled_files_change_norms_biases_and_modulations",
+    ),
+    Mutation(
+        "a-new-lora-changes-the-output",
+        "c2r/models/lora.py",
+        'nn.init.zeros_(pair["lora_B"].weight)',
+        'nn.init.ones_(pair["lora_B"].weight)',
+        f"{LORA}::test_loads_what_it_has_saved",
+    ),
+    Mutation(
+        "the-inner-lora-is-lost",
+        "c2r/models/assembly.py",
+        "[*map(LoraFile, below), *loras]",
+        "[*map(LoraFile, below[-1:]), *loras]",
+        f"{PIPELINE_LORA}::test_a_lora_over_a_lora_adds_both",
+    ),
+    Mutation(
+        "a-lora-is-exported-into-any-backbone",
+        "c2r/export.py",
+        "fingerprint_transformer(args.model)",
+        "pass",
+        f"{PIPELINE_LORA}::test_the_export_compares_the_backbone_with_that_of_training",
+    ),
+    Mutation(
+        "the-scales-of-float8-rows-are-applied-to-columns",
+        "c2r/models/float8.py",
+        "scale.float().reshape(-1, *[1] * (weight.ndim - 1))",
+        "scale.float().reshape(*[1] * (weight.ndim - 1), -1)",
+        f"{WEIGHT_FORMS}::test_a_scale_per_row_is_applied_to_rows",
+    ),
+    Mutation(
+        "the-error-of-float8-is-that-of-the-largest-one",
+        "c2r/models/float8.py",
+        "distances.square().sum() / 12",
+        "distances.square().sum() / 4",
+        f"{WEIGHT_FORMS}::test_the_error_of_rounding_is_computed_from_the_rounded_values",
+    ),
+    Mutation(
+        "a-float8-weight-without-its-scale-is-taken",
+        "c2r/models/float8.py",
+        ".square().mean().sqrt() > IMPOSSIBLE_WEIGHT",
+        ".square().mean().sqrt() > 1e9",
+        f"{WEIGHT_FORMS}::test_other_kinds_of_quantisation_are_refused",
+    ),
+    Mutation(
+        "the-released-adapter-has-half-its-stride",
+        "c2r/models/released.py",
+        '"temporal_stride": size // 2,',
+        '"temporal_stride": size // 4,',
+        f"{RELEASED}::test_its_tokens_are_added_to_the_patch_embedded_latents",
+    ),
+    Mutation(
+        "shapes-of-a-released-file-are-not-compared",
+        "c2r/models/released.py",
+        "if unfit or size % 2 == 0:",
+        "if size % 2 == 0:",
+        f"{RELEASED}::test_a_wrong_safetensors_file_is_refused_by_its_header",
+    ),
+    Mutation(
+        "an-exported-weight-may-overflow",
+        "c2r/models/original_layout.py",
+        "if cast.dtype != tensor.dtype and not cast.isfinite().all():",
+        "if False:",
+        f"{EXPORT}::test_nothing_is_overwritten_or_left_half_written",
+    ),
+    Mutation(
+        "a-name-without-an-original-one-is-dropped",
+        "c2r/models/original_layout.py",
+        "if unknown := set(names) - converted.keys():",
+        "if unknown := set():",
+        f"{EXPORT}::test_a_weight_without_an_original_name_is_an_error",
     ),
 ]
 

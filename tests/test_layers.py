@@ -40,7 +40,7 @@ WITHOUT_OPTIONS = (
 )
 #: Imported before a command has answered --help: they must load within a moment.
 LIGHT = (
-    *("c2r", "c2r.cli", "c2r.data.buckets", "c2r.data.settings"),
+    *("c2r", "c2r.cli", "c2r.data.buckets", "c2r.data.settings", "c2r.models.injections"),
     *("c2r.options", "c2r.options.option", "c2r.options.presets", "c2r.options.shared", "c2r.options.tools"),
     *("c2r.options.training", "c2r.options.types"),
 )

@@ -1,5 +1,9 @@
 """LoRAs in C2RPipeline and c2r.generate: added while weights are loaded, or by Diffusers' own methods."""
 
+import json
+import re
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,7 +11,12 @@ from safetensors.torch import load_file
 from c2r import InputError
 from c2r.export import main as export_main
 from c2r.generate import main
-from c2r.models.assembly import fingerprint_transformer, load_transformer
+from c2r.models.assembly import (
+    fingerprint_transformer,
+    load_for_generation,
+    load_transformer,
+    read_transformer_config,
+)
 from c2r.models.contract import PhaseContract, save_phase
 from c2r.models.lora import LoraFile, LoraWeights, save_lora
 from c2r.pipeline import C2RPipeline
@@ -25,10 +34,7 @@ def folder(tmp_path_factory):
     folder = save_trained_models(tmp_path_factory.mktemp("models"))
     base = str(folder / "base")
     transformer = load_transformer(base)
-    lora = LoraWeights.from_config(LoraWeights.config_of(transformer.config, 3))
-    torch.manual_seed(4)
-    for parameter in lora.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    lora = random_lora(transformer.config, rank=3, seed=4)
     contract = {"backbone": base, "backbone_sha256": fingerprint_transformer(base), "lora_rank": 3}
     save_phase(folder / "lora", lora, PhaseContract(phase=1, base_model=base, step=1, **SIZE, **contract))
     save_lora(folder / "comfyui.safetensors", lora, comfyui=True)
@@ -89,6 +95,70 @@ def test_a_trained_lora_is_a_model_of_its_own(folder, tmp_path):
         assert all(torch.equal(tensor, expected[name]) for name, tensor in state_dict.items())
     assert pipeline.contract.lora_rank == 3
     assert again.contract.lora_rank is None
+
+
+def random_lora(config, rank=2, seed=8):
+    lora = LoraWeights.from_config(LoraWeights.config_of(config, rank))
+    torch.manual_seed(seed)
+    for parameter in lora.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return lora
+
+
+def save_over(backbone, folder, base):
+    """Save a random LoRA whose contract names a backbone."""
+    names = {"base_model": str(base), "backbone": str(backbone), "backbone_sha256": fingerprint_transformer(backbone)}
+    contract = PhaseContract(phase=1, step=1, lora_rank=2, **SIZE, **names)
+    save_phase(folder, random_lora(tiny_transformer().config), contract)
+    return folder
+
+
+def test_a_lora_over_a_lora_adds_both(folder, tmp_path):
+    outer = save_over(folder / "lora", tmp_path / "outer", folder / "base")
+    loras = [LoraFile(folder / "lora"), LoraFile(outer)]
+    expected = load_transformer(folder / "base", loras=loras).state_dict()
+    assert same(load_transformer(outer).state_dict(), expected)
+    assert same(C2RPipeline.from_pretrained(outer).transformer.state_dict(), expected)
+    export_main([f"--model={outer}", "--format=original", f"--output={tmp_path / 'out.safetensors'}"])
+    assert same(load_transformer(tmp_path / "out.safetensors", folder / "base").state_dict(), expected)
+    assert len({fingerprint_transformer(f) for f in (outer, folder / "lora", folder / "base")}) == 3
+
+
+def test_a_lora_on_itself_is_refused(folder, tmp_path):
+    lora = shutil.copytree(folder / "lora", tmp_path / "lora")
+    contract = json.loads((lora / "c2r.json").read_text()) | {"backbone": "./.", "base_model": str(folder / "base")}
+    (lora / "c2r.json").write_text(json.dumps(contract))
+    for read in (load_transformer, fingerprint_transformer, read_transformer_config):
+        with pytest.raises(InputError, match="names a backbone that has this LoRA already"):
+            read(lora)
+
+
+def test_the_export_compares_the_backbone_with_that_of_training(folder, tmp_path):
+    base = shutil.copytree(folder / "base", tmp_path / "base")
+    lora = save_over(base, tmp_path / "lora", base)
+    tiny_transformer(seed=9).save_pretrained(base / "transformer")
+    with pytest.raises(InputError, match="its LoRA was trained on the backbone"):
+        export_main([f"--model={lora}", "--format=original", f"--output={tmp_path / 'out.safetensors'}"])
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_phase_2_over_a_lora_loads_once_the_contract_names_where_the_backbone_is(folder, tmp_path):
+    base = shutil.copytree(folder / "base", tmp_path / "base")
+    lora = save_over(base, tmp_path / "lora", base)
+    shutil.copytree(folder / "phase2/best", tmp_path / "phase2")
+    stored = json.loads((tmp_path / "phase2/c2r.json").read_text())
+    stored |= {"base_model": str(base), "dinov3": str(folder / "dinov3"), "backbone": str(lora)}
+    stored |= {"backbone_base": str(base), "backbone_sha256": fingerprint_transformer(lora)}
+    (tmp_path / "phase2/c2r.json").write_text(json.dumps(stored))
+    before = load_for_generation(tmp_path / "phase2")[0].state_dict()
+
+    moved = base.rename(tmp_path / "moved")
+    entry = f"write its new place as the entry backbone into {lora / 'c2r.json'}"
+    with pytest.raises(InputError, match=re.escape(entry)):
+        load_for_generation(tmp_path / "phase2", base=moved)
+    contract = json.loads((lora / "c2r.json").read_text())
+    (lora / "c2r.json").write_text(json.dumps(contract | {"backbone": str(moved)}))
+    assert same(load_for_generation(tmp_path / "phase2", base=moved)[0].state_dict(), before)
 
 
 def test_another_backbone_is_refused(folder, tmp_path):

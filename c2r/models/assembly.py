@@ -7,10 +7,11 @@ or the header of a file is enough to tell.
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, TypeVar
+from typing import Annotated, Any, NotRequired, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -19,7 +20,7 @@ from pydantic import Field
 
 from c2r import InputError
 from c2r.files import complete_folder, library_errors_as_input, read_json
-from c2r.models.contract import PhaseContract, read_contract, with_moved_models
+from c2r.models.contract import CONTRACT, PhaseContract, read_contract, with_moved_models
 from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet
 from c2r.models.gguf_weights import PLAIN_TYPES, dequantised
 from c2r.models.hub import (
@@ -31,6 +32,7 @@ from c2r.models.hub import (
     read_config,
     resolve_model_folder,
 )
+from c2r.models.injections import Injection
 from c2r.models.lora import WEIGHTS as LORA_WEIGHTS
 from c2r.models.lora import LoraFile, WeightIndexWithLoras
 from c2r.models.parts import freeze
@@ -51,7 +53,7 @@ class _ControlNetConfig(BlockConfig):
     injection_layers: Annotated[list[int], Field(max_length=100)]
     feature_dim: Width
     temporal_stride: NotRequired[Count]
-    injection: NotRequired[Literal["blocks", "latent"]]
+    injection: NotRequired[Injection]
 
 
 def load_for_generation(
@@ -72,12 +74,14 @@ def load_for_generation(
         loras: added to the backbone.
 
     Raises:
-        InputError: a part is missing, or the backbone is not the one that the ControlNet or LoRA was trained on.
+        InputError: a part is missing, or the backbone is not the one that the ControlNet or LoRA was trained on, or
+            one is given for a whole model of phase 1.
     """
     contract = read_contract(folder)
+    if not contract.has_backbone:
+        with_moved_models(contract, folder, backbone=backbone)
+        return freeze(load_transformer(folder, torch_dtype=torch_dtype, loras=loras)), contract
     if contract.phase == 1:
-        if contract.lora_rank is None:
-            return freeze(load_transformer(folder, torch_dtype=torch_dtype, loras=loras)), contract
         loras = [LoraFile(folder), *loras]
     moved = with_moved_models(contract, folder, base_model=base, backbone=backbone)
     assert moved.backbone is not None  # `PhaseContract` has checked it
@@ -171,8 +175,8 @@ def index_weights(
         InputError: see `check_transformer` and `WeightIndexWithLoras`.
     """
     path, config = check_transformer(name_or_path, base)
-    own = [LoraFile(name_or_path)] if find_lora(name_or_path) else []
-    return WeightIndexWithLoras(path, [*own, *loras]), config
+    below, *_ = _below_loras(name_or_path, base)
+    return WeightIndexWithLoras(path, [*map(LoraFile, below), *loras]), config
 
 
 def _load_quantised(index, config, config_folder, torch_dtype):
@@ -287,9 +291,9 @@ def check_model(
     Raises:
         InputError: see `load_for_generation`.
     """
-    has_backbone = contract.phase == 2 or contract.lora_rank is not None
     own = [LoraFile(folder)] if contract.lora_rank is not None else []
-    index_weights((backbone or contract.backbone) if has_backbone else folder, contract.base_model, [*own, *loras])
+    whole = (backbone or contract.backbone) if contract.has_backbone else folder
+    index_weights(whole, contract.base_model, [*own, *loras])
     if contract.phase == 1:
         return
     check_own_model(_controlnet_folder(folder), C2RControlNet, _ControlNetConfig)
@@ -331,8 +335,8 @@ def load_own_model(
 def fingerprint_transformer(name_or_path: str | Path, base: str | Path | None = None) -> str:
     """Return the fingerprint of a backbone's weights, as phase 2 contracts record it.
 
-    That of a LoRA's folder combines those of the LoRA and of the backbone below it: the sums of the two may differ in
-    their last bits between machines.
+    That of a LoRA's folder combines those of the LoRA and of the backbone below it, which may be a LoRA's too: the
+    sums of the two may differ in their last bits between machines.
 
     Args:
         name_or_path, base: see `check_transformer`.
@@ -340,10 +344,12 @@ def fingerprint_transformer(name_or_path: str | Path, base: str | Path | None = 
     Raises:
         InputError: see `check_transformer`; or a LoRA or the backbone below it is not the one that its contract names.
     """
-    sha256 = fingerprint_files(check_transformer(name_or_path, base)[0])
+    path, _ = check_transformer(name_or_path, base)
     lora = find_lora(name_or_path)
     if lora is None:
-        return sha256
+        return fingerprint_files(path)
+    assert lora.backbone is not None  # `PhaseContract` has checked it
+    sha256 = fingerprint_transformer(lora.backbone, base or lora.base_model)
     if sha256 != lora.backbone_sha256:
         raise InputError(
             f"{name_or_path}: its LoRA was trained on the backbone {lora.backbone_sha256}, but the fingerprint of "
@@ -366,7 +372,30 @@ def find_lora(name_or_path: str | Path) -> PhaseContract | None:
     contract = read_contract(folder)
     if contract.lora_rank is None:
         raise InputError(f"{folder}: its c2r.json names no backbone for its LoRA; give best/ or final/ of phase 1")
+    backbone = str(contract.backbone)
+    if os.path.isabs(backbone) and not complete_folder(backbone).exists():
+        raise InputError(
+            f"{backbone}: not there, but the LoRA in {folder} was trained on it; if it was moved, write its new place "
+            f"as the entry backbone into {folder / CONTRACT}"
+        )
     return contract
+
+
+def _below_loras(name_or_path, base):
+    """Return the folders of the LoRAs that a backbone is made of, the lowest first; the model below; its Wan pipeline.
+
+    Without a LoRA that is [], `name_or_path` and `base`.
+    """
+    loras = []
+    while (lora := find_lora(name_or_path)) is not None:
+        folder = Path(os.path.realpath(complete_folder(name_or_path)))
+        if folder in loras:
+            raise InputError(
+                f"{folder / CONTRACT}: names a backbone that has this LoRA already; copy the folder again"
+            )
+        loras.insert(0, folder)
+        name_or_path, base = lora.backbone, base or lora.base_model
+    return loras, name_or_path, base
 
 
 def check_transformer(name_or_path: str | Path, base: str | Path | None = None) -> tuple[Path, dict]:
@@ -385,12 +414,7 @@ def check_transformer(name_or_path: str | Path, base: str | Path | None = None) 
     Raises:
         InputError: nothing there, another architecture, or weights that do not fit the config.
     """
-    lora = find_lora(name_or_path)
-    if lora is not None:
-        assert lora.backbone is not None  # `PhaseContract` has checked it
-        path, config = check_transformer(lora.backbone, base or lora.base_model)
-        WeightIndexWithLoras(path, [LoraFile(name_or_path)])
-        return path, config
+    loras, name_or_path, base = _below_loras(name_or_path, base)
     path = Path(name_or_path)
     if path.suffix in SINGLE_FILES or path.is_file():
         if path.suffix not in SINGLE_FILES or not path.is_file():
@@ -414,6 +438,7 @@ def check_transformer(name_or_path: str | Path, base: str | Path | None = None) 
     _require_fitting_weights(index, WanTransformer3DModel, config)
     if base is not None:
         _require_fitting_base(name_or_path, config, base)
+    WeightIndexWithLoras(path, map(LoraFile, loras))
     return path, config
 
 
@@ -423,10 +448,7 @@ def read_transformer_config(name_or_path: str | Path, base: str | Path | None = 
     Raises:
         InputError: nothing there, or another architecture.
     """
-    lora = find_lora(name_or_path)
-    if lora is not None:
-        assert lora.backbone is not None
-        return read_transformer_config(lora.backbone, base or lora.base_model)
+    _, name_or_path, base = _below_loras(name_or_path, base)
     folder = complete_folder(name_or_path)
     if not folder.is_dir():
         folder = _model_folder(base if str(name_or_path).endswith(SINGLE_FILES) else name_or_path)

@@ -43,7 +43,7 @@ def model_card(contract: PhaseContract, name: str, has_samples: bool) -> str:
     Args:
         contract: of the folder, with `copied_from`.
         name: folder or hub name to load it from.
-        has_samples: whether SAMPLES is in the folder.
+        has_samples: True if SAMPLES is in the folder.
     """
     base, dinov3 = (contract.copied_from.get(entry) for entry in ("base_model", "dinov3"))
     metadata = {

@@ -95,6 +95,11 @@ class PhaseContract:
             raise ValueError(f"validation_loss is {self.validation_loss}: such a model must not be saved")
 
     @property
+    def has_backbone(self) -> bool:
+        """True if the folder's weights belong to a frozen backbone elsewhere: in phase 2, and in a LoRA of phase 1."""
+        return self.phase == 2 or self.lora_rank is not None
+
+    @property
     def format(self) -> dict[str, Any]:
         """Height, width, num_frames and fps of training; DEFAULT_FORMAT where an old contract has none."""
         trained = {name: getattr(self, name) for name in DEFAULT_FORMAT}
@@ -225,8 +230,12 @@ def with_moved_models(contract: PhaseContract, folder: str | Path, **given: str 
         given: {entry of MODEL_ENTRIES: hub name or path; None keeps the contract's}. Entries left out are not checked.
 
     Raises:
-        InputError: a model of the contract is no longer there.
+        InputError: a model of the contract is no longer there, or a backbone is given for a model that is one.
     """
+    if given.get("backbone") is not None and not contract.has_backbone:
+        raise InputError(
+            f"--backbone {given['backbone']} (in Python backbone=): {folder} is a whole backbone itself; leave it out"
+        )
     for entry, name in given.items():
         named = getattr(contract, entry)
         # A hub name is no absolute path, and stays as it is.

@@ -12,9 +12,7 @@ from torch import nn
 from c2r import InputError
 from c2r.models.control_adapter import ControlAdapter
 from c2r.models.gguf_weights import whole_state_dict
-
-#: Where the control enters the backbone: after its blocks, or once before the first block.
-INJECTIONS = ("blocks", "latent")
+from c2r.models.injections import INJECTIONS
 
 #: Entries of WanTransformer3DModel's config that control blocks share with the backbone's blocks.
 SHARED_CONFIG = (

@@ -153,8 +153,12 @@ def require_complete(where: str | Path, missing: Iterable, unfit: Iterable):
             )
 
 
-class _SafetensorsFile:
-    """The tensors of a safetensors file, by the names in it; one of the two kinds of files of a `WeightIndex`."""
+class SafetensorsFile:
+    """The tensors of a safetensors file, by the names in it. Creating it reads only the header.
+
+    Raises:
+        InputError: no such file, or no safetensors.
+    """
 
     def __init__(self, path: Path):
         try:
@@ -164,15 +168,19 @@ class _SafetensorsFile:
         self.metadata: dict[str, str] = self._file.metadata() or {}
 
     def keys(self) -> list[str]:
+        """Return the names of all tensors."""
         return list(self._file.keys())
 
     def shape(self, key: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
         return tuple(self._file.get_slice(key).get_shape())
 
     def dtype(self, key: str) -> str:
+        """Return the type of a tensor, such as BF16."""
         return self._file.get_slice(key).get_dtype()
 
     def tensor(self, key: str) -> torch.Tensor:
+        """Return a tensor."""
         return self._file.get_tensor(key)
 
 
@@ -203,7 +211,7 @@ class WeightIndex:
         for file in self._find_files():
             if not file.is_file():
                 raise InputError(f"{file}: no such file; copy or download it again")
-            opened: GGUFFile | _SafetensorsFile = GGUFFile(file) if self.is_gguf else _SafetensorsFile(file)
+            opened: GGUFFile | SafetensorsFile = GGUFFile(file) if self.is_gguf else SafetensorsFile(file)
             self._files |= dict.fromkeys(opened.keys(), opened)
             metadata |= opened.metadata
         weights, scales = list(self._files), dict[str, str]()

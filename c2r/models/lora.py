@@ -21,14 +21,14 @@ import torch
 from diffusers import ModelMixin, WanTransformer3DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 from typing_extensions import TypedDict
 
 from c2r import InputError
 from c2r.files import complete_folder, fingerprint, write_atomic
-from c2r.models.hub import Count, Layers, WeightIndex, Width, read_config, require_complete
+from c2r.models.float8 import FLOATS
+from c2r.models.hub import Count, Layers, SafetensorsFile, WeightIndex, Width, read_config, require_complete
 from c2r.models.original_layout import original_names
 
 #: The file of a LoRA's folder, by Diffusers' name: `load_lora_weights` of a pipeline takes the folder.
@@ -190,7 +190,7 @@ def save_lora(path: Path, lora: LoraWeights, comfyui: bool = False, dtype: torch
 
 # ---------------------------------------------------------------------------------------------------------- LoRA files
 
-_PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "lora_unet_")
+_PREFIXES = ("transformer.", "model.diffusion_model.", "diffusion_model.", "base_model.model.", "lora_unet_")
 _SUFFIXES = re.compile(
     r"(?P<module>.+?)\.(?:(?P<matrix>lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.(?P<part>weight|bias)"
     r"|(?P<other>alpha|diff|diff_b|diff_m))"
@@ -200,8 +200,8 @@ _MATRICES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "
 _DIFFERENCES = {"diff": "weight", "diff_b": "bias", "diff_m": "scale_shift_table"}
 
 
-#: Types of a file's tensors; in others a tensor might need a scale that is not known here.
-FLOATS = {"F64", "F32", "F16", "BF16"}
+#: Types of an alpha, besides FLOATS.
+_INTEGERS = {"I8", "U8", "I16", "I32", "I64"}
 
 
 @dataclass
@@ -220,8 +220,8 @@ class LoraFile:
 
     - Diffusers' and PEFT's: `transformer.blocks.0.attn1.to_q.lora_A.weight`, alpha in the metadata.
     - Wan's original names, as ComfyUI and DiffSynth use them: `diffusion_model.blocks.0.self_attn.q.lora_down.weight`
-      or `lora_A`, with or without the prefix and `.alpha`; also `.diff`, `.diff_b` and `.diff_m`, by which
-      step-distilled LoRAs change norms, biases and modulations.
+      or `lora_A`, also with the prefix `model.diffusion_model.` or none, with or without `.alpha`; and `.diff`,
+      `.diff_b` and `.diff_m`, by which step-distilled LoRAs change norms, biases and modulations.
     - musubi-tuner's and kohya's: `lora_unet_blocks_0_self_attn_q.lora_down.weight`.
 
     Args:
@@ -238,15 +238,12 @@ class LoraFile:
         self.scale = scale
         if not self.path.is_file():
             raise InputError(f"{path}: no LoRA here; give a .safetensors file, or a folder with {WEIGHTS}")
-        try:
-            self._file = safe_open(self.path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{self.path}: cannot be read as safetensors ({error}); copy or download it again"
-            ) from None
-        slices = {key: self._file.get_slice(key) for key in self._file.keys()}  # noqa: SIM118
-        self._shapes = {key: tuple(one.get_shape()) for key, one in slices.items()}
-        other = {one.get_dtype() for one in slices.values()} - FLOATS
+        self._file = SafetensorsFile(self.path)
+        keys = self._file.keys()
+        self._shapes = {key: self._file.shape(key) for key in keys}
+        # In other types a tensor might need a scale that is not known here.
+        other = {self._file.dtype(key) for key in keys if not key.endswith(".alpha")} - FLOATS.keys()
+        other |= {self._file.dtype(key) for key in keys} - FLOATS.keys() - _INTEGERS
         if other:
             raise InputError(
                 f"{self.path}: has tensors in {', '.join(sorted(other))}; give a LoRA in bf16, fp16 or fp32"
@@ -256,7 +253,7 @@ class LoraFile:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the file's tensors by their own names."""
-        return {key: self._file.get_tensor(key) for key in self._shapes}
+        return {key: self._file.tensor(key) for key in self._shapes}
 
     def sha256(self) -> str:
         """Return the `fingerprint` of the file's tensors."""
@@ -299,6 +296,8 @@ class LoraFile:
                     unfit.append(f"{key} {shape}")
         for target, change in found.items():
             unfit += self._misfits(change, shapes[target])
+            if change.bias is not None and found.get(_weight_of(target), _Change()).down is None:
+                unfit.append(f"{change.bias} without matrices")
         for names, problem in ((unknown, "the backbone has no such layers"), (unfit, "tensors do not fit")):
             if names:
                 some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -338,7 +337,7 @@ class LoraFile:
 
     def _metadata_alpha(self):
         """Return alpha / rank from the metadata that Diffusers writes; 1 without it."""
-        text = (self._file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+        text = self._file.metadata.get(LORA_ADAPTER_METADATA_KEY)
         if text is None:
             return 1.0
         try:
@@ -348,7 +347,7 @@ class LoraFile:
             rank, alpha = float(entries["r"]), float(entries["lora_alpha"])
             if not (rank > 0 and math.isfinite(alpha)):
                 raise ValueError(f"r {rank:g} and lora_alpha {alpha:g}")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
             raise InputError(
                 f"{self.path}: its metadata {LORA_ADAPTER_METADATA_KEY} is not supported ({error}); give another file"
             ) from None
@@ -358,7 +357,7 @@ class LoraFile:
         """Return scale · alpha / rank of a change."""
         if change.alpha is None:
             return self.scale * self._alpha
-        return self.scale * float(self._file.get_tensor(change.alpha)) / self._shapes[change.down][0]
+        return self.scale * float(self._file.tensor(change.alpha)) / self._shapes[change.down][0]
 
     def add_to(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Return a parameter with this LoRA, in fp32; one that the file does not change as it is.
@@ -376,16 +375,22 @@ class LoraFile:
         # In fp64, so that the sum rounded to fp32 does not depend on the order in which a library adds.
         total = weight.double()
         if change.down is not None:
-            down, up = (self._file.get_tensor(key).double() for key in (change.down, change.up))
+            down, up = (self._file.tensor(key).double() for key in (change.down, change.up))
             total = torch.addmm(total, up, down, alpha=self._factor(change))
         if change.difference is not None:
-            total = total + self.scale * self._file.get_tensor(change.difference).double()
+            total = total + self.scale * self._file.tensor(change.difference).double()
         if change.bias is not None:
-            total = total + self.scale * self._alpha * self._file.get_tensor(change.bias).double()
+            factor = self._factor(self._changes[_weight_of(name)])
+            total = total + factor * self._file.tensor(change.bias).double()
         total = total.float()
         if not total.isfinite().all():
             raise InputError(f"{self.path}: with it {name} is not finite; give an undamaged file, or a lower scale")
         return total
+
+
+def _weight_of(bias):
+    """Return the name of the weight beside a bias."""
+    return f"{bias.removesuffix('bias')}weight"
 
 
 def _bare(key):

@@ -1,16 +1,15 @@
 """The released C2R weights: a file with the six tensors of the control adapter, for injection "latent"."""
 
 import logging
-import pickle
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from c2r import InputError
 from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet
+from c2r.models.hub import SafetensorsFile
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +27,8 @@ NAMES = {
 def read_released(path: str | Path) -> dict[str, torch.Tensor]:
     """Read a released file, a .safetensors, or a pickle of which tensors alone are loaded.
 
+    Of a .safetensors file, names and shapes are compared before a tensor is read.
+
     Returns:
         {name in `C2RControlNet`: tensor in fp32}.
 
@@ -35,36 +36,49 @@ def read_released(path: str | Path) -> dict[str, torch.Tensor]:
         InputError: it cannot be read, or holds other tensors.
     """
     path = Path(path)
+    if path.suffix == ".safetensors":
+        file = SafetensorsFile(path)
+        _require_adapter(path, {key: file.shape(key) for key in file.keys()})  # noqa: SIM118, it is no dict
+        tensors = {name: file.tensor(name) for name in NAMES}
+    else:
+        tensors = _read_pickle(path)
+    weights = {key: tensors[name].float() for name, key in NAMES.items()}
+    gate = NAMES["gate"]
+    weights[gate] = weights[gate].reshape(1)  # a scalar in the file
+    return weights
+
+
+def _read_pickle(path):
+    """Return the checked tensors of a pickle."""
     try:
-        if path.suffix == ".safetensors":
-            tensors: Any = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-            logger.warning("%s: a pickle, of which tensors alone are loaded; a .safetensors file is safer", path)
-    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle raises any
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"{path}: cannot be read as weights ({reason}); copy or download it again") from None
-    found = sorted(tensors) if isinstance(tensors, dict) else [type(tensors).__name__]
-    if found != sorted(NAMES) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        some = ", ".join(map(str, found[:3])) + (", …" if len(found) > 3 else "")
+    logger.warning("%s: a pickle, of which tensors alone are loaded; a .safetensors file is safer", path)
+    if not isinstance(content, dict):
+        content = {type(content).__name__: None}
+    _require_adapter(path, {str(name): getattr(tensor, "shape", None) for name, tensor in content.items()})
+    for name, tensor in content.items():
+        # Others, such as sparse ones, cannot be copied into a model's.
+        plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not (plain and tensor.is_floating_point()):
+            raise InputError(f"{path}: {name} is no tensor of plain floats; give the file of the released C2R")
+    return content
+
+
+def _require_adapter(path, found):
+    """Check the names and shapes of a file's tensors."""
+    if found.keys() != NAMES.keys() or None in found.values():
+        names = sorted(found)
+        some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
         raise InputError(
             f"{path}: has {some}, but the released C2R adapter has {', '.join(NAMES)}; give its file, or best/ or "
             "final/ of phase 2"
         )
-    weights = {NAMES[name]: tensor.float() for name, tensor in tensors.items()}
-    gate = NAMES["gate"]
-    if weights[gate].numel() == 1:
-        weights[gate] = weights[gate].reshape(1)  # a scalar in the file
-    return weights
-
-
-def released_config(path: str | Path, weights: dict[str, torch.Tensor], backbone_config: dict) -> dict[str, Any]:
-    """Return the config of the `C2RControlNet` of released weights on a backbone.
-
-    Raises:
-        InputError: the weights have other shapes than an adapter, or are for another backbone.
-    """
-    shapes = {name: tuple(weights[key].shape) for name, key in NAMES.items()}
+    shapes = {name: tuple(shape) for name, shape in found.items()}
     kernel, projection = shapes["temporal_downsample.conv.weight"], shapes["proj.weight"]
     feature_dim, dim = (projection[1], projection[0]) if len(projection) == 2 else (0, 0)
     size = kernel[2] if len(kernel) == 5 else 0
@@ -74,12 +88,22 @@ def released_config(path: str | Path, weights: dict[str, torch.Tensor], backbone
         "ln.bias": (feature_dim,),
         "proj.weight": (dim, feature_dim),
         "proj.bias": (dim,),
-        "gate": (1,),
+        "gate": shapes["gate"] if math.prod(shapes["gate"]) == 1 else (1,),
     }
     unfit = [f"{name} {shapes[name]}" for name, shape in expected.items() if shapes[name] != shape]
     if unfit or size % 2 == 0:
         names = ", ".join(unfit) or f"an even kernel, {kernel}"
         raise InputError(f"{path}: its shapes are not those of an adapter: {names}; give another copy")
+
+
+def released_config(path: str | Path, weights: dict[str, torch.Tensor], backbone_config: dict) -> dict[str, Any]:
+    """Return the config of the `C2RControlNet` of weights from `read_released` on a backbone.
+
+    Raises:
+        InputError: they are for another backbone.
+    """
+    dim, feature_dim = weights[NAMES["proj.weight"]].shape
+    size = weights[NAMES["temporal_downsample.conv.weight"]].shape[2]
     width = backbone_config["num_attention_heads"] * backbone_config["attention_head_dim"]
     if dim != width:
         raise InputError(

@@ -7,6 +7,7 @@ from functools import partial
 from importlib.util import find_spec
 
 from c2r import InputError
+from c2r.models.injections import INJECTIONS
 from c2r.options.option import MUST_NOT_CHANGE, NEW_BASELINE, Command, Option
 from c2r.options.presets import PRESETS, preset_options
 from c2r.options.shared import (
@@ -512,7 +513,7 @@ PHASE2 = Command(
                 "injection",
                 "blocks: ControlNet blocks add residuals after the backbone's blocks; latent: no blocks, the tokens "
                 "of the adapter are added once to the patch-embedded latents, as in the released C2R",
-                Choice(("blocks", "latent")),
+                Choice(INJECTIONS),
                 "blocks",
                 on_resume=MUST_NOT_CHANGE,
             ),
@@ -524,10 +525,18 @@ PHASE2 = Command(
                 metavar="PATH",
                 on_resume="not used",
             ),
-            Option("control_layers", "number of ControlNet blocks", COUNT, 15, common=True, on_resume=MUST_NOT_CHANGE),
+            Option(
+                "control_layers",
+                "number of ControlNet blocks; not used with --injection latent",
+                COUNT,
+                15,
+                common=True,
+                on_resume=MUST_NOT_CHANGE,
+            ),
             Option(
                 "control_stride",
-                "backbone blocks per ControlNet block: 1 injects after the first blocks, 3 after every third",
+                "backbone blocks per ControlNet block: 1 injects after the first blocks, 3 after every third; not "
+                "used with --injection latent",
                 COUNT,
                 1,
                 on_resume=MUST_NOT_CHANGE,

@@ -75,7 +75,8 @@ def check_phase1(run: Run) -> Plan:
     check_pipeline_parts(base_model)
     check_transformer(backbone, base_model)
     if args.lora_rank is not None:
-        plan.inputs["backbone"] = fingerprint_backbone(run.accelerator, backbone, base_model)
+        option = "dit_path" if args.dit_path else "pretrained_model_name_or_path"
+        plan.inputs["backbone"] = fingerprint_backbone(run.accelerator, option, backbone, base_model)
         _check_inputs(run, plan)  # again, with the fingerprint that took long
     elif run.checkpoint is not None:
         plan.backbone = str(run.checkpoint / "model")
@@ -109,7 +110,8 @@ def check_phase2(run: Run) -> Plan:
     _check_inputs(run, plan)
     check_pipeline_parts(base_model, [*ENCODERS, "scheduler"])
     check_transformer(plan.backbone, base_model)
-    plan.inputs["backbone"] = fingerprint_backbone(run.accelerator, plan.backbone, base_model)
+    option = "resume_backbone_from"
+    plan.inputs["backbone"] = fingerprint_backbone(run.accelerator, option, plan.backbone, base_model)
     _check_inputs(run, plan)  # again, with the fingerprint that took long
     return plan
 

@@ -52,8 +52,13 @@ def require_access(*names: str):
         resolve_model_folder(name, [])
 
 
-def fingerprint_backbone(accelerator: Accelerator, name_or_path: str, base_model: str) -> str:
+def fingerprint_backbone(accelerator: Accelerator, option: str, name_or_path: str, base_model: str) -> str:
     """Return the fingerprint of a frozen backbone, computed by the main process alone: at 14B it reads 57 GB.
+
+    Args:
+        accelerator: of the run.
+        option: name of the option that gave the backbone, without dashes, for messages.
+        name_or_path, base_model: see `fingerprint_transformer`.
 
     Raises:
         InputError: the folder was written by phase 2, or its weights are not those that phase 1 saved there.
@@ -66,8 +71,7 @@ def fingerprint_backbone(accelerator: Accelerator, name_or_path: str, base_model
                 contract = read_contract(name_or_path)
             if contract is not None and contract.phase != 1:
                 raise InputError(
-                    f"--resume_backbone_from {name_or_path}: a model of phase {contract.phase}; give best/ or final/ "
-                    "of phase 1"
+                    f"--{option} {name_or_path}: a model of phase {contract.phase}; give best/ or final/ of phase 1"
                 )
             with slow_work("reading the backbone's weights for their fingerprint", shown=True):
                 sha256 = fingerprint_transformer(name_or_path, base_model)
@@ -75,7 +79,7 @@ def fingerprint_backbone(accelerator: Accelerator, name_or_path: str, base_model
             whole = contract is not None and contract.lora_rank is None
             if whole and contract.weights_sha256 != sha256:
                 raise InputError(
-                    f"--resume_backbone_from {name_or_path}: its weights are not those that its {CONTRACT} names; "
+                    f"--{option} {name_or_path}: its weights are not those that its {CONTRACT} names; "
                     "copy the folder again"
                 )
     return broadcast_object_list([sha256])[0]

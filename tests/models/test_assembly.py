@@ -380,6 +380,13 @@ def test_another_backbone_is_refused_with_both_fingerprints(phases):
     load_for_generation(phases / "phase2/best", backbone=same)
 
 
+def test_a_backbone_for_a_whole_model_is_refused(phases):
+    for backbone in (phases / "model", "/no/such/model"):
+        message = refusal(load_for_generation, phases / "phase1/best", backbone=backbone)
+        assert message.startswith(f"--backbone {backbone} (in Python backbone=): ")
+        assert message.endswith("is a whole backbone itself; leave it out")
+
+
 def test_a_backbone_with_one_changed_byte_is_refused(phases):
     path = phases / "phase1/best" / WEIGHTS
     content = bytearray(path.read_bytes())

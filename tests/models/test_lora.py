@@ -56,6 +56,8 @@ def keys_of(layout, original, diffusers):
     module = {"diffusers": f"transformer.{diffusers}", "peft": f"base_model.model.{diffusers}"}.get(layout)
     if layout in ("comfyui", "comfyui up"):
         module = f"diffusion_model.{original}"
+    elif layout == "comfyui whole":
+        module = f"model.diffusion_model.{original}"
     elif layout == "diffsynth":
         module = original
     elif layout == "musubi":
@@ -66,7 +68,9 @@ def keys_of(layout, original, diffusers):
     return f"{module}.lora_A{infix}.weight", f"{module}.lora_B{infix}.weight", None
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "peft", "comfyui", "comfyui up", "diffsynth", "musubi"])
+@pytest.mark.parametrize(
+    "layout", ["diffusers", "peft", "comfyui", "comfyui up", "comfyui whole", "diffsynth", "musubi"]
+)
 def test_adds_every_layout_by_the_formula(layout, weights, matrices, tmp_path):
     tensors, factor = {}, SCALE
     for original, name in LAYERS.items():
@@ -103,6 +107,23 @@ def test_metadata_gives_alpha(weights, tmp_path):
     save(r=RANK, lora_alpha=6, alpha_pattern={"to_q": 1})
     with pytest.raises(InputError, match="not supported"):
         LoraFile(tmp_path / "lora.safetensors")
+    for text in ("[" * 200_000, '{"r": 1' + "0" * 400 + ', "lora_alpha": 1}', "[]"):
+        save_file(tensors, tmp_path / "lora.safetensors", {LORA_ADAPTER_METADATA_KEY: text})
+        with pytest.raises(InputError, match="not supported") as error:
+            LoraFile(tmp_path / "lora.safetensors")
+        assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor(6), torch.tensor([6.0]), torch.tensor(6, dtype=torch.uint8)])
+def test_alpha_scales_the_bias_of_lora_b_too(alpha, weights, tmp_path):
+    name = "blocks.0.attn1.to_q"
+    up, down, bias = torch.randn(24, RANK), torch.randn(RANK, 24), torch.randn(24)
+    tensors = {"lora_A.weight": down, "lora_B.weight": up, "lora_B.bias": bias, "alpha": alpha}
+    save_file({f"transformer.{name}.{key}": t for key, t in tensors.items()}, tmp_path / "lora.safetensors")
+    changed = added(tmp_path / "lora.safetensors", weights)
+    factor = SCALE * 6 / RANK
+    torch.testing.assert_close(changed[f"{name}.bias"], weights[f"{name}.bias"] + factor * bias)
+    torch.testing.assert_close(changed[f"{name}.weight"], weights[f"{name}.weight"] + factor * up @ down)
 
 
 def test_step_distilled_files_change_norms_biases_and_modulations(weights, tmp_path):
@@ -230,6 +251,8 @@ def test_refuses_what_does_not_belong_to_the_backbone(weights, trained, tmp_path
     assert "twice" in refusal({key.replace("lora_A", "lora_down"): torch.zeros(RANK, 24)})
     assert "is not finite" in refusal({key: torch.full((RANK, 24), torch.inf)})
     assert "has tensors in I8" in refusal({key: torch.zeros(RANK, 24, dtype=torch.int8)})
+    alone = {up.replace("weight", "bias"): torch.zeros(24), up: None, key: None}
+    assert "lora_B.bias without matrices" in refusal(alone)
     assert "alpha (2,)" in refusal({key.replace("lora_A.weight", "alpha"): torch.zeros(2)})
 
 

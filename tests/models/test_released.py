@@ -102,6 +102,37 @@ def test_a_pickle_is_read_without_running_it(tmp_path, file, caplog):
 
 
 @pytest.mark.parametrize(
+    "damage",
+    [
+        *(b"hello world", b".", b"\x80\x02X\x04\0\0\0\xff\xff\xff\xff.", b"", b"PK\x03\x04"),
+        *([1, 2], {"gate": 1}, {1: torch.zeros(1), "gate": torch.zeros(1)}),
+        *(released_tensors() | {"gate": gate} for gate in (None, 0.3, torch.ones(1, dtype=torch.int))),
+        released_tensors() | {"gate": torch.zeros(1).to_sparse()},
+        released_tensors() | {"gate": torch.zeros(1, device="meta")},
+    ],
+)
+def test_a_damaged_pickle_is_one_line(damage, tmp_path):
+    path = tmp_path / "adapter.pt"
+    path.write_bytes(damage) if isinstance(damage, bytes) else torch.save(damage, path)
+    with pytest.raises(InputError, match=f"^{path}: ") as error:
+        read_released(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_wrong_safetensors_file_is_refused_by_its_header(tmp_path, monkeypatch):
+    monkeypatch.setattr("c2r.models.hub.SafetensorsFile.tensor", None)
+    save_file({"blocks.0.attn1.to_q.weight": torch.zeros(2)}, tmp_path / "backbone.safetensors")
+    with pytest.raises(InputError, match=r"has blocks\.0\.attn1\.to_q\.weight, but the released"):
+        read_released(tmp_path / "backbone.safetensors")
+    save_file(released_tensors() | {"proj.weight": torch.zeros(24, 3)}, tmp_path / "adapter.safetensors")
+    with pytest.raises(InputError, match="its shapes are not those of an adapter"):
+        read_released(tmp_path / "adapter.safetensors")
+    (tmp_path / "adapter.safetensors").write_bytes(b"hello")
+    with pytest.raises(InputError, match="cannot be read as safetensors"):
+        read_released(tmp_path / "adapter.safetensors")
+
+
+@pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"gate": None}, "has ln.bias, ln.weight, proj.bias, …, but the released C2R adapter has temporal_downsample"),
