@@ -30,7 +30,7 @@ from c2r.models.streaming import stream_frames
 from c2r.models.transformer import C2RTransformer
 from c2r.models.vae import decode_latents
 from c2r.pipeline_folder import load_parts, with_flow_shift, write_folder
-from c2r.windows import blend_windows, default_overlap, extend_noise, plan_windows
+from c2r.windows import Window, blend_windows, extend_noise, plan_pixel_windows, trained_window
 
 __all__ = ["C2RPipeline", "Sampling", "encode_prompts", "takes_control", "with_flow_shift"]
 
@@ -240,7 +240,8 @@ class C2RPipeline(WanPipeline):
             fps: frames per second at which the path of a control video is read; default: of training, else 16.
             window_frames: pixel frames (4k + 1) of a window, best as many as in training; a longer video is made of
                 overlapping windows that are denoised together, see `c2r.windows`. What grows with its length then is
-                on the CPU. None: those of training, without a contract one window of num_frames.
+                on the CPU. None: those of training; one window of num_frames without a contract, or if the model was
+                trained on single pictures.
             window_overlap: pixel frames (4k + 1) that neighbouring windows share; None: about a quarter of a window.
             num_inference_steps: steps of the scheduler.
             guidance: "apg" or "cfg", see `c2r.guidance.guided_velocity`.
@@ -282,7 +283,7 @@ class C2RPipeline(WanPipeline):
             callback_on_step_end_tensor_inputs,
         )
         self._check_size(num_frames, height, width)
-        windows = self._plan_windows(num_frames, window_frames, window_overlap)
+        windows = self.plan_windows(num_frames, window_frames, window_overlap)
         self._check_guidance(guidance, control_guidance_start, control_guidance_end)
         if guidance_scale is None:
             guidance_scale = DEFAULT_GUIDANCE_SCALE[guidance]
@@ -410,6 +411,18 @@ class C2RPipeline(WanPipeline):
             )
         super().enable_group_offload(*args, exclude_modules=exclude_modules, **options)
 
+    def plan_windows(
+        self, num_frames: int, window_frames: int | None = None, window_overlap: int | None = None
+    ) -> list[Window]:
+        """Return the windows of a video of `num_frames`; the arguments are those of `__call__`.
+
+        Raises:
+            ValueError: the sizes of the windows do not fit the VAE or each other.
+        """
+        if window_frames is None and self.contract is not None:
+            window_frames = trained_window(self.contract.format["num_frames"])
+        return plan_pixel_windows(num_frames, window_frames, window_overlap, self.vae_scale_factor_temporal)
+
     @property
     def do_classifier_free_guidance(self) -> bool:
         """True if the last call had text guidance: any scale but 1."""
@@ -438,20 +451,6 @@ class C2RPipeline(WanPipeline):
         for name, size, patch in zip(("height", "width"), (height, width), self.transformer.config.patch_size[1:]):
             if size < 1 or size % (self.vae_scale_factor_spatial * patch):
                 raise ValueError(f"{name} is {size}: it must be a multiple of {self.vae_scale_factor_spatial * patch}")
-
-    def _plan_windows(self, num_frames, window_frames, window_overlap):
-        """Check the sizes of the windows, fill in their defaults, and return the windows."""
-        if window_frames is None and self.contract is not None:
-            window_frames = self.contract.format["num_frames"]
-        stride = self.vae_scale_factor_temporal
-        for name, size in (("window_frames", window_frames), ("window_overlap", window_overlap)):
-            if size is not None and (size < 1 or size % stride != 1):
-                raise ValueError(f"{name} is {size}: it must be a multiple of {stride} plus 1")
-        length = ((window_frames or num_frames) - 1) // stride + 1
-        overlap = default_overlap(length) if window_overlap is None else (window_overlap - 1) // stride + 1
-        if window_overlap is not None and window_overlap >= (window_frames or num_frames):
-            raise ValueError(f"window_overlap is {window_overlap}: it must be below window_frames, {window_frames}")
-        return plan_windows((num_frames - 1) // stride + 1, length, overlap)
 
     @staticmethod
     def _check_guidance(guidance, control_guidance_start, control_guidance_end):
