@@ -13,7 +13,7 @@ import torch
 from diffusers import SchedulerMixin, WanPipeline
 
 from c2r import InputError
-from c2r.files import atomic_folder, read_json
+from c2r.files import atomic_folder, complete_folder, read_json
 from c2r.models import released
 from c2r.models.adversary import takes_control
 from c2r.models.assembly import load_control_start, load_controlnet, load_for_generation, load_transformer
@@ -69,6 +69,7 @@ def load_parts(
         InputError: a part is missing, damaged, or not the one of training.
     """
     # 1. Find the folder, its contract, and the models that it names.
+    base, backbone, given = _absolute(base), _absolute(backbone), {part: _absolute(given[part]) for part in given}
     folder = fetch_model(name_or_path, without=given)
     index = _read_model_index(folder)
     contract: PhaseContract | None = None
@@ -76,7 +77,7 @@ def load_parts(
     if index is None or (folder / CONTRACT).is_file():
         contract = _read_contract(folder, name_or_path, base, backbone, given)
         base, dinov3 = contract.base_model, contract.dinov3
-    base = base or folder
+    base_name, base = base or _absolute(name_or_path), base or folder
     dinov3 = given.get("dinov3", dinov3)
 
     # 2. Load what is not given.
@@ -97,13 +98,19 @@ def load_parts(
     if controlnet is not None:
         if dinov3 is None or "transformer" in given:
             raise InputError(f"controlnet={controlnet}: needs dinov3 and no transformer; give dinov3=")
-        contract = _released_contract(base, backbone or name_or_path, dinov3)
+        contract = _released_contract(base_name, backbone or _absolute(name_or_path), dinov3)
     if isinstance(dinov3, str | Path):
         dinov3 = DINOv3FeatureExtractor.from_pretrained(dinov3, torch_dtype)
     components["dinov3"] = dinov3
     if contract is not None and contract.flow_shift is not None and "scheduler" not in given:
         components["scheduler"] = with_flow_shift(components["scheduler"], contract.flow_shift)
     return LoadedParts(components, contract, folder)
+
+
+def _absolute(part):
+    """Return a local path as an absolute one, which no contract takes for a hub name; all else as it is."""
+    is_local = isinstance(part, str | Path) and complete_folder(part).exists()
+    return os.path.abspath(part) if is_local else part  # not the real path: files of the hub's cache are links
 
 
 def _read_model_index(folder):

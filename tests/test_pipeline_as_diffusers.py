@@ -413,6 +413,19 @@ def test_the_card_knows_the_licences_of_the_models_of_the_hub(loaded, saved, tmp
         assert "DINOv3 License" in card
 
 
+def test_a_relative_path_is_not_taken_for_a_hub_name(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    here = Path(folder.name)
+    pipeline = C2RPipeline.from_pretrained(
+        here / "phase2/best", base=here / "base", backbone=str(here / "phase1/best"), dinov3=str(here / "dinov3")
+    )
+    pipeline.save_pretrained(tmp_path / "saved")
+    assert read_contract(tmp_path / "saved").copied_from == {}
+    card = (tmp_path / "saved/README.md").read_text()
+    assert "huggingface.co" not in card
+    assert str(here) not in card
+
+
 def python_of(text):
     """Return the one example of Python in a Markdown text."""
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
