@@ -29,7 +29,7 @@ from c2r.models.parts import max_sequence_length as longest_prompt
 from c2r.models.streaming import stream_frames
 from c2r.models.transformer import C2RTransformer
 from c2r.models.vae import decode_latents
-from c2r.pipeline_folder import load_parts, with_flow_shift, write_folder
+from c2r.pipeline_folder import load_parts, with_flow_shift, with_replaced_parts, write_folder
 from c2r.windows import Window, blend_windows, extend_noise, plan_pixel_windows, trained_window
 
 __all__ = ["C2RPipeline", "Sampling", "encode_prompts", "takes_control", "with_flow_shift"]
@@ -92,7 +92,7 @@ class C2RPipeline(WanPipeline):
         super().__init__(tokenizer, text_encoder, vae, scheduler, transformer)
         self.register_modules(dinov3=dinov3)
         self.contract: PhaseContract | None = None
-        self._folder: Path | None = None  # that it was loaded from
+        self._samples: Path | None = None  # folder whose samples are of these parts
 
     @classmethod
     def from_pretrained(
@@ -140,7 +140,7 @@ class C2RPipeline(WanPipeline):
         )
         pipeline = cls(**parts.components)
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        pipeline.contract, pipeline._folder = parts.contract, parts.folder
+        pipeline.contract, pipeline._samples = parts.contract, parts.samples
         return pipeline
 
     @classmethod
@@ -158,7 +158,10 @@ class C2RPipeline(WanPipeline):
         new = cls(**shared | components)
         new.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
         if isinstance(pipeline, C2RPipeline):
-            new.contract, new._folder = pipeline.contract, pipeline._folder
+            new.contract, new._samples = pipeline.contract, pipeline._samples
+            if pipeline.contract is not None:
+                new.contract = with_replaced_parts(pipeline.contract, components)
+                new._samples = pipeline._samples if new.contract == pipeline.contract else None
         return new
 
     def save_pretrained(self, save_directory: str | Path) -> None:
@@ -173,7 +176,7 @@ class C2RPipeline(WanPipeline):
         Raises:
             InputError: the folder has files already, or the transformer has a LoRA that is not fused.
         """
-        write_folder(save_directory, self, self.contract, self._folder, name=str(save_directory))
+        write_folder(save_directory, self, self.contract, self._samples, name=str(save_directory))
 
     def push_to_hub(
         self,
@@ -193,7 +196,7 @@ class C2RPipeline(WanPipeline):
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary, "pipeline")
-            write_folder(folder, self, self.contract, self._folder, name=repo_id)
+            write_folder(folder, self, self.contract, self._samples, name=repo_id)
             return self._upload_folder(folder, repo_id, token, commit_message, create_pr)
 
     @torch.no_grad()

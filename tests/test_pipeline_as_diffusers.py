@@ -426,6 +426,31 @@ def test_a_relative_path_is_not_taken_for_a_hub_name(folder, tmp_path, monkeypat
     assert str(here) not in card
 
 
+def test_nothing_of_replaced_parts_is_in_contract_and_card(folder, loaded, saved, tmp_path):
+    as_trained = C2RPipeline.from_pretrained(saved)
+    as_trained.contract = replace(as_trained.contract, copied_from={"base_model": "Wan-AI/Wan2.1", "dinov3": "a/b"})
+    as_trained.save_pretrained(tmp_path / "copies")
+    dinov3 = C2RPipeline.from_pretrained(tmp_path / "copies", dinov3=folder / "dinov3")
+    transformer = C2RPipeline.from_pipe(as_trained, transformer=loaded.transformer)
+    for name, pipeline, copies, has_data in (
+        ("dinov3", dinov3, {"base_model": "Wan-AI/Wan2.1"}, True),
+        ("transformer", transformer, as_trained.contract.copied_from, False),
+        (
+            "none",
+            C2RPipeline.from_pretrained(tmp_path / "copies", text_encoder=None),
+            transformer.contract.copied_from,
+            True,
+        ),
+    ):
+        pipeline.save_pretrained(tmp_path / name)
+        card, contract = (tmp_path / name / "README.md").read_text(), read_contract(tmp_path / name)
+        assert contract.copied_from == copies
+        assert ("## Validation" in card) == ("samples.png" in card) == (name == "none")
+        assert (contract.validation_loss is None) == (contract.metrics == {}) == (name != "none")
+        assert ("## Data" in card) == has_data
+        assert equal_weights(C2RPipeline.from_pretrained(tmp_path / name, text_encoder=loaded.text_encoder), loaded)
+
+
 def python_of(text):
     """Return the one example of Python in a Markdown text."""
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

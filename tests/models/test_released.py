@@ -158,5 +158,8 @@ def test_the_pipeline_loads_saves_and_runs_it(tmp_path, file):
     assert read_contract(tmp_path / "saved").copied_from == {}
     with pytest.raises(InputError, match="has control already"):
         C2RPipeline.from_pretrained(tmp_path / "saved", controlnet=file)
+    with pytest.raises(InputError, match=r"not a file; .* C2RPipeline\.from_pretrained"):
+        C2RPipeline.from_pretrained(pipeline_folder, controlnet=tmp_path / "saved/controlnet", dinov3=dinov3)
+    next(pipeline_folder.glob("transformer/*.safetensors")).unlink()  # refused before weights are read
     with pytest.raises(InputError, match="needs dinov3"):
         C2RPipeline.from_pretrained(pipeline_folder, controlnet=file)
