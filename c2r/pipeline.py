@@ -4,9 +4,9 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from c2r.data.control_video import as_control_frames
 from c2r.guidance import APG_MOMENTUM, DEFAULT_GUIDANCE_SCALE, guided_velocity, is_control_on, move_momentum
 from c2r.models.adversary import WithAdversary, takes_control
-from c2r.models.contract import DEFAULT_FORMAT, PhaseContract
+from c2r.models.contract import CONTRACT, DEFAULT_FORMAT, PhaseContract, read_contract
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.lora import LoraFile
 from c2r.models.parts import load_pipeline_part, load_text_encoder, log_long_prompts
@@ -29,7 +29,7 @@ from c2r.models.parts import max_sequence_length as longest_prompt
 from c2r.models.streaming import stream_frames
 from c2r.models.transformer import C2RTransformer
 from c2r.models.vae import decode_latents
-from c2r.pipeline_folder import load_parts, with_flow_shift, with_replaced_parts, write_folder
+from c2r.pipeline_folder import load_parts, with_flow_shift, with_replaced_parts, write_card, write_folder
 from c2r.windows import Window, blend_windows, extend_noise, plan_pixel_windows, trained_window
 
 __all__ = ["C2RPipeline", "Sampling", "encode_prompts", "takes_control", "with_flow_shift"]
@@ -44,6 +44,25 @@ class Sampling:
     guidance_scale: float | None = None
     control_guidance_scale: float = 1.0
     conditioning_scale: float = 1.0
+
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def _frees_hooks(call: Call) -> Call:
+    """Return a method of a pipeline that also takes offloaded models off the device, and resets caches, if it fails.
+
+    Otherwise the model that ran out of memory would stay on the device, and all later calls would fail.
+    """
+
+    @wraps(call)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            self.maybe_free_model_hooks()
+
+    return cast(Call, wrapped)
 
 
 class C2RPipeline(WanPipeline):
@@ -193,12 +212,15 @@ class C2RPipeline(WanPipeline):
         Returns:
             address of the commit.
         """
-        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary, "pipeline")
-            write_folder(folder, self, self.contract, self._samples, name=repo_id)
+            write_folder(folder, self, self.contract, self._samples, name=repo_id)  # it may refuse
+            repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+            if (folder / CONTRACT).is_file():
+                write_card(folder, read_contract(folder), name=repo_id)  # repo_id now has its owner
             return self._upload_folder(folder, repo_id, token, commit_message, create_pr)
 
+    @_frees_hooks
     @torch.no_grad()
     def __call__(
         self,
@@ -297,6 +319,8 @@ class C2RPipeline(WanPipeline):
         batch_size = len(prompt if prompt_embeds is None else prompt_embeds)
         if control_frames is not None:
             self._check_control(control_frames, batch_size, (num_frames, height, width))
+        if latents is not None:
+            self._check_latents(latents, batch_size * num_videos_per_prompt, windows, height, width)
         needs_negative = guidance_scale != 1 or (control_frames is not None and control_guidance_scale != 1)
         if needs_negative and negative_prompt_embeds is None and self.text_encoder is None:
             raise ValueError("negative_prompt_embeds is missing: this guidance needs it, and there is no text encoder")
@@ -369,7 +393,6 @@ class C2RPipeline(WanPipeline):
 
         # 5. Decode.
         frames = latents if output_type == "latent" else self._decode(latents, output_type, len(windows) > 1)
-        self.maybe_free_model_hooks()
         return WanPipelineOutput(frames=frames) if return_dict else (frames,)
 
     def encode_prompt(
@@ -476,6 +499,12 @@ class C2RPipeline(WanPipeline):
                 f"{control_frames.shape[4]}: resize and cut it to num_frames, height, width = {size}"
             )
 
+    def _check_latents(self, latents, batch_size, windows, height, width):
+        size = (height // self.vae_scale_factor_spatial, width // self.vae_scale_factor_spatial)
+        expected = (batch_size, self.transformer.config.in_channels, windows[-1].stop, *size)
+        if latents.shape != expected:
+            raise ValueError(f"latents has shape {tuple(latents.shape)}: expected {expected}")
+
     def _encode_control(self, control_frames, chunk_size, storage):
         """Return the features (B, F, h, w, Dd) of control frames (B, F, 3, H, W), on the device `storage`.
 
@@ -576,9 +605,11 @@ class C2RPipeline(WanPipeline):
         Yields:
             the frames of a latent frame: one of the first, four of each of the others.
         """
-        for pixel_values in stream_frames(self.vae, latents, self._execution_device):
-            yield self.video_processor.postprocess_video(pixel_values, output_type)
-        self.maybe_free_model_hooks()
+        try:
+            for pixel_values in stream_frames(self.vae, latents, self._execution_device):
+                yield self.video_processor.postprocess_video(pixel_values, output_type)
+        finally:  # also if the caller stops early
+            self.maybe_free_model_hooks()
 
 
 @torch.no_grad()

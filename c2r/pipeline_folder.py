@@ -277,8 +277,13 @@ def write_folder(
             samples = samples_of and find_samples(samples_of, contract.step)
             if samples:
                 shutil.copyfile(samples, temporary / SAMPLES)
-            card = model_card(contract, name, has_samples=bool(samples))
-            (temporary / "README.md").write_text(card, encoding="utf-8")
+            write_card(temporary, contract, name)
+
+
+def write_card(folder: Path, contract: PhaseContract, name: str) -> None:
+    """Write README.md of a pipeline's folder; `name` is the one that its code loads."""
+    card = model_card(contract, name, has_samples=(folder / SAMPLES).is_file())
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def contract_of_folder(folder: Path, contract: PhaseContract, scheduler: SchedulerMixin | None) -> PhaseContract:

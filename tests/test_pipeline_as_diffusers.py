@@ -368,7 +368,12 @@ def test_an_upload_has_all_files_and_a_card_that_loads_it(loaded, saved, tmp_pat
     server = Hub()
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.address)
     try:
-        loaded.push_to_hub("me/street", token="hf_none", private=True)
+        with monkeypatch.context() as quantised:
+            quantised.setattr(loaded.transformer.transformer, "hf_quantizer", "any", raising=False)
+            with pytest.raises(InputError, match="quantised"):
+                loaded.push_to_hub("street", token="hf_none")
+            assert server.created is None
+        loaded.push_to_hub("street", token="hf_none", private=True)
     finally:
         server.shutdown()
         server.server_close()
