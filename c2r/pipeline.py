@@ -256,8 +256,8 @@ class C2RPipeline(WanPipeline):
 
         Args:
             prompt: one prompt or a list of B; None with `prompt_embeds`.
-            control_video: one for all prompts, or a list of B. Each is the path of a video or of a sequence of
-                pictures, whose start is read; a tensor (F, 3, H, W) or an array (F, H, W, 3), uint8 or floats in
+            control_video: one for all prompts, or a list of B. Each is the path of a video or of an image
+                sequence, whose start is read; a tensor (F, 3, H, W) or an array (F, H, W, 3), uint8 or floats in
                 [0, 1]; or a list of F pictures. None runs the backbone alone.
             negative_prompt: the prompt ∅ of the text term; None is the empty prompt, as in training.
             height, width, num_frames: pixels and pixel frames (4k + 1); default: the control video's, else those of

@@ -329,6 +329,14 @@ def test_a_failed_call_leaves_no_state_in_a_cache(parts):
     assert torch.equal(generate(pipeline, **arguments), expected)
 
 
+def test_values_a_little_outside_are_clamped(pipeline):
+    control = 1.4 * control_video() - 0.2
+    assert control.min() < 0 < 1 < control.max()
+    assert torch.equal(
+        generate(pipeline, control_video=control), generate(pipeline, control_video=control.clamp(0, 1))
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
