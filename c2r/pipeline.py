@@ -123,6 +123,7 @@ class C2RPipeline(WanPipeline):
         base: str | Path | None = None,
         loras: Iterable[LoraFile] = (),
         controlnet: str | Path | None = None,
+        use_safetensors: bool = True,
         **components: Any,
     ) -> "C2RPipeline":
         """Load a trained model with all that its contract names.
@@ -141,18 +142,22 @@ class C2RPipeline(WanPipeline):
                 peft, add LoRAs later, and can change or remove them.
             controlnet: file of the released C2R's control weights, for a Wan 2.1 pipeline with their backbone, which
                 `backbone` may name; `dinov3` must be given too. Size, rate and shift are those of the release.
+            use_safetensors: True; code for Diffusers may give it.
             components: parts to use in place of the folder's, by the names of the class's arguments; None leaves one
                 out. `dinov3` may also be a folder or hub name.
 
         Raises:
             InputError: a part is missing, damaged, or not the one of training.
             TypeError: for an unknown keyword, such as one that would run code of a model's author.
+            ValueError: `use_safetensors` is False.
         """
+        if not use_safetensors:
+            raise ValueError("use_safetensors is False: weights are read from safetensors alone; leave it out")
         known, _ = cls._get_signature_keys(cls)
         if unknown := sorted(components.keys() - set(known)):
             raise TypeError(
                 f"from_pretrained() does not take {', '.join(unknown)}; it takes torch_dtype, backbone, base, loras, "
-                f"controlnet, {', '.join(known)}"
+                f"controlnet, use_safetensors, {', '.join(known)}"
             )
         parts = load_parts(
             *(pretrained_model_name_or_path, torch_dtype, backbone, base, loras, controlnet), given=components
@@ -183,7 +188,13 @@ class C2RPipeline(WanPipeline):
                 new._samples = pipeline._samples if new.contract == pipeline.contract else None
         return new
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        *,
+        max_shard_size: int | str | None = None,
+    ) -> None:
         """Write a folder with all parts, the contract and a model card; `from_pretrained` and c2r.generate load it.
 
         `WanPipeline.from_pretrained` loads it too, without the control. A pipeline that was not loaded from a trained
@@ -191,11 +202,18 @@ class C2RPipeline(WanPipeline):
 
         Args:
             save_directory: complete or absent (see `atomic_folder`).
+            safe_serialization: True; code for Diffusers may give it.
+            max_shard_size: bytes of a file of weights, or text such as "5GB"; larger models are split. None: the
+                default of the library of each model.
 
         Raises:
             InputError: the folder has files already, or the transformer has a LoRA that is not fused.
+            ValueError: `safe_serialization` is False.
         """
-        write_folder(save_directory, self, self.contract, self._samples, name=str(save_directory))
+        if not safe_serialization:
+            raise ValueError("safe_serialization is False: weights are written as safetensors alone; leave it out")
+        name = str(save_directory)
+        write_folder(save_directory, self, self.contract, self._samples, name, max_shard_size)
 
     def push_to_hub(
         self,

@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import SchedulerMixin, WanPipeline
+from torch import nn
 
 from c2r import InputError
 from c2r.files import atomic_folder, complete_folder, read_json
@@ -229,7 +230,12 @@ def with_replaced_parts(contract: PhaseContract, given: Mapping[str, Any]) -> Ph
 
 
 def write_folder(
-    folder: str | Path, pipeline: WanPipeline, contract: PhaseContract | None, samples_of: Path | None, name: str
+    folder: str | Path,
+    pipeline: WanPipeline,
+    contract: PhaseContract | None,
+    samples_of: Path | None,
+    name: str,
+    max_shard_size: int | str | None = None,
 ) -> None:
     """Write the folder of `C2RPipeline.save_pretrained`.
 
@@ -239,6 +245,7 @@ def write_folder(
         contract: of the model that it was loaded from; without one, neither contract nor card is written.
         samples_of: folder whose samples go into the card, see `find_samples`.
         name: name that the card's code loads.
+        max_shard_size: see `C2RPipeline.save_pretrained`.
 
     Raises:
         InputError: the folder has files already, or the transformer has a LoRA that is not fused, or is quantised.
@@ -259,17 +266,18 @@ def write_folder(
         )
     parts = {part: getattr(pipeline, part) for part in BASE_PARTS} | {"transformer": backbone}
     index = {"_class_name": type(pipeline).__name__, "_diffusers_version": diffusers.__version__}
+    sharded: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     with atomic_folder(folder) as temporary:
         for part, model in parts.items():
             index[part] = [None, None]
             if model is not None:
                 index[part] = [type(model).__module__.partition(".")[0], type(model).__name__]
-                model.save_pretrained(temporary / part)
+                model.save_pretrained(temporary / part, **(sharded if isinstance(model, nn.Module) else {}))
         # Not in the index: a stock WanPipeline would refuse classes that Diffusers does not have.
         if controlled:
-            pipeline.transformer.controlnet.save_pretrained(temporary / "controlnet")
+            pipeline.transformer.controlnet.save_pretrained(temporary / "controlnet", **sharded)
         if pipeline.dinov3 is not None:
-            pipeline.dinov3.save_pretrained(temporary / "dinov3")
+            pipeline.dinov3.save_pretrained(temporary / "dinov3", **sharded)
         (temporary / MODEL_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         if contract is not None and backbone is not None:
             contract = contract_of_folder(temporary, contract, pipeline.scheduler)

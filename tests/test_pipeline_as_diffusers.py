@@ -187,7 +187,7 @@ def test_another_model_of_the_hub_is_refused_before_its_weights_are_downloaded(t
         C2RPipeline.from_pretrained("me/other")
 
 
-@pytest.mark.parametrize("keyword", ["custom_pipeline", "trust_remote_code", "use_safetensors", "revision"])
+@pytest.mark.parametrize("keyword", ["custom_pipeline", "trust_remote_code", "variant", "revision"])
 def test_keywords_that_would_change_what_is_read_are_refused(saved, keyword):
     with pytest.raises(TypeError, match=f"does not take {keyword}"):
         C2RPipeline.from_pretrained(saved, **{keyword: True})
@@ -246,6 +246,17 @@ def test_a_saved_pipeline_loads_equal(loaded, saved):
     again.scheduler.register_to_config(shift=4.0)
     again.save_pretrained(saved.parent / "again")
     assert C2RPipeline.from_pretrained(saved.parent / "again").scheduler.config.shift == 4.0
+
+
+def test_large_models_are_split_and_safetensors_is_the_only_format(loaded, tmp_path):
+    loaded.save_pretrained(tmp_path / "split", safe_serialization=True, max_shard_size="20KB")
+    for part in (*MODELS, "controlnet"):
+        assert len(list((tmp_path / "split" / part).glob("*.safetensors"))) > 1
+    assert equal_weights(C2RPipeline.from_pretrained(tmp_path / "split", use_safetensors=True), loaded)
+    with pytest.raises(ValueError, match="safe_serialization is False"):
+        loaded.save_pretrained(tmp_path / "pickle", safe_serialization=False)
+    with pytest.raises(ValueError, match="use_safetensors is False"):
+        C2RPipeline.from_pretrained(tmp_path / "split", use_safetensors=False)
 
 
 def test_the_contract_of_a_saved_pipeline_names_its_own_parts(loaded, saved):
