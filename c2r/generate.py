@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from c2r.models.contract import PhaseContract
     from c2r.models.lora import LoraFile
     from c2r.pipeline import C2RPipeline
+    from c2r.windows import Window
 
 
 def name_controls(args: Namespace):
@@ -113,19 +114,26 @@ def complete_options(args: Namespace, contract: "PhaseContract"):
         InputError: the contract has a value that the option would refuse, or windows would not overlap.
     """
     from c2r.models.contract import DEFAULT_FORMAT
+    from c2r.windows import trained_window
 
     for name in (*DEFAULT_FORMAT, "flow_shift", "conditioning_scale"):
-        value = getattr(contract, name)
-        if getattr(args, name) is None and value is not None:
-            try:
-                setattr(args, name, GENERATE.options[name].type(str(value)))
-            except ValueError as error:
-                raise InputError(f"--model {args.model}: its contract has {name} {value}: {error}") from None
+        value, is_given = getattr(contract, name), getattr(args, name) is not None
+        is_window = name == "num_frames" and args.window_frames is None
+        if value is None or (is_given and not is_window):
+            continue
+        try:
+            value = GENERATE.options[name].type(str(value))
+        except ValueError as error:
+            raise InputError(f"--model {args.model}: its contract has {name} {value}: {error}") from None
+        if not is_given:
+            setattr(args, name, value)
     for name, default in (DEFAULT_FORMAT | {"flow_shift": 3.0, "conditioning_scale": 1.0}).items():
         if getattr(args, name) is None:
             setattr(args, name, default)
-    args.window_frames = args.window_frames or contract.num_frames or DEFAULT_FORMAT["num_frames"]
-    if args.window_overlap is not None and args.window_overlap >= args.window_frames:
+    args.window_frames = args.window_frames or trained_window(contract.format["num_frames"])
+    if args.window_frames == 1 != args.num_frames:
+        raise InputError("--window_frames 1: windows of a longer video overlap; give at least 5, or leave it out")
+    if None not in (args.window_frames, args.window_overlap) and args.window_overlap >= args.window_frames:
         raise InputError(
             f"--window_overlap {args.window_overlap}: not below --window_frames {args.window_frames}; lower it"
         )
@@ -180,21 +188,24 @@ def length_of(args: Namespace, control: str | None) -> Length:
     return Length(info.frames_at(fps), fps)
 
 
-def describe_windows(num_frames: int, window_frames: int, overlap: int | None, trained: int | None) -> str | None:
-    """Return a line on the length of a video if it is not that of training, else None."""
-    from c2r.windows import default_overlap, plan_windows
+def describe_windows(windows: "Sequence[Window]", temporal_stride: int, trained: int | None) -> str | None:
+    """Return a line on the length of a video if it is not that of training, else None.
 
-    length, total = (window_frames + 3) // 4, (num_frames + 3) // 4
-    latent_overlap = default_overlap(length) if overlap is None else (overlap + 3) // 4
-    windows = plan_windows(total, length, latent_overlap)
+    Args:
+        windows: of the video, from `C2RPipeline.plan_windows`.
+        temporal_stride: the VAE's.
+        trained: frames of a clip in training, if they are known.
+    """
+    window_frames, num_frames = (window.frames(temporal_stride).stop for window in (windows[0], windows[-1]))
     frames = f"generates {num_frames} frame{'s' * (num_frames > 1)}"
     if len(windows) > 1:
-        line = f"{frames} in {len(windows)} windows of {window_frames}, overlapping by {4 * latent_overlap - 3}"
+        overlap = temporal_stride * (min(window.overlap for window in windows[1:]) - 1) + 1
+        line = f"{frames} in {len(windows)} windows of {window_frames}, overlapping by {overlap}"
     elif num_frames != trained:
         line = f"{frames} in one window"
     else:
         return None
-    if trained is not None and min(num_frames, window_frames) != trained:
+    if trained is not None and window_frames != trained:
         line += f"; the model was trained on {trained}"
     return line
 
@@ -406,7 +417,8 @@ def main(argv: list[str] | None = None):
     for i, output in enumerate(outputs):
         control = controls[i % len(controls)] if controls else None
         length = length_of(args, control)
-        if line := describe_windows(length.generated, args.window_frames, args.window_overlap, contract.num_frames):
+        windows = pipeline.plan_windows(length.generated, args.window_frames, args.window_overlap)
+        if line := describe_windows(windows, pipeline.vae_scale_factor_temporal, contract.num_frames):
             print(line, flush=True)
         frames = generate(
             pipeline,

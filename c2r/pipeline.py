@@ -4,9 +4,9 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from c2r.data.control_video import as_control_frames
 from c2r.guidance import APG_MOMENTUM, DEFAULT_GUIDANCE_SCALE, guided_velocity, is_control_on, move_momentum
 from c2r.models.adversary import WithAdversary, takes_control
-from c2r.models.contract import DEFAULT_FORMAT, PhaseContract
+from c2r.models.contract import CONTRACT, DEFAULT_FORMAT, PhaseContract, read_contract
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.lora import LoraFile
 from c2r.models.parts import load_pipeline_part, load_text_encoder, log_long_prompts
@@ -29,8 +29,8 @@ from c2r.models.parts import max_sequence_length as longest_prompt
 from c2r.models.streaming import stream_frames
 from c2r.models.transformer import C2RTransformer
 from c2r.models.vae import decode_latents
-from c2r.pipeline_folder import load_parts, with_flow_shift, write_folder
-from c2r.windows import blend_windows, default_overlap, extend_noise, plan_windows
+from c2r.pipeline_folder import load_parts, with_flow_shift, with_replaced_parts, write_card, write_folder
+from c2r.windows import Window, blend_windows, extend_noise, plan_pixel_windows, trained_window
 
 __all__ = ["C2RPipeline", "Sampling", "encode_prompts", "takes_control", "with_flow_shift"]
 
@@ -44,6 +44,25 @@ class Sampling:
     guidance_scale: float | None = None
     control_guidance_scale: float = 1.0
     conditioning_scale: float = 1.0
+
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def _frees_hooks(call: Call) -> Call:
+    """Return a method of a pipeline that also takes offloaded models off the device, and resets caches, if it fails.
+
+    Otherwise the model that ran out of memory would stay on the device, and all later calls would fail.
+    """
+
+    @wraps(call)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            self.maybe_free_model_hooks()
+
+    return cast(Call, wrapped)
 
 
 class C2RPipeline(WanPipeline):
@@ -92,7 +111,7 @@ class C2RPipeline(WanPipeline):
         super().__init__(tokenizer, text_encoder, vae, scheduler, transformer)
         self.register_modules(dinov3=dinov3)
         self.contract: PhaseContract | None = None
-        self._folder: Path | None = None  # that it was loaded from
+        self._samples: Path | None = None  # folder whose samples are of these parts
 
     @classmethod
     def from_pretrained(
@@ -104,6 +123,7 @@ class C2RPipeline(WanPipeline):
         base: str | Path | None = None,
         loras: Iterable[LoraFile] = (),
         controlnet: str | Path | None = None,
+        use_safetensors: bool = True,
         **components: Any,
     ) -> "C2RPipeline":
         """Load a trained model with all that its contract names.
@@ -122,25 +142,29 @@ class C2RPipeline(WanPipeline):
                 peft, add LoRAs later, and can change or remove them.
             controlnet: file of the released C2R's control weights, for a Wan 2.1 pipeline with their backbone, which
                 `backbone` may name; `dinov3` must be given too. Size, rate and shift are those of the release.
+            use_safetensors: True; code for Diffusers may give it.
             components: parts to use in place of the folder's, by the names of the class's arguments; None leaves one
                 out. `dinov3` may also be a folder or hub name.
 
         Raises:
             InputError: a part is missing, damaged, or not the one of training.
             TypeError: for an unknown keyword, such as one that would run code of a model's author.
+            ValueError: `use_safetensors` is False.
         """
+        if not use_safetensors:
+            raise ValueError("use_safetensors is False: weights are read from safetensors alone; leave it out")
         known, _ = cls._get_signature_keys(cls)
         if unknown := sorted(components.keys() - set(known)):
             raise TypeError(
                 f"from_pretrained() does not take {', '.join(unknown)}; it takes torch_dtype, backbone, base, loras, "
-                f"controlnet, {', '.join(known)}"
+                f"controlnet, use_safetensors, {', '.join(known)}"
             )
         parts = load_parts(
             *(pretrained_model_name_or_path, torch_dtype, backbone, base, loras, controlnet), given=components
         )
         pipeline = cls(**parts.components)
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        pipeline.contract, pipeline._folder = parts.contract, parts.folder
+        pipeline.contract, pipeline._samples = parts.contract, parts.samples
         return pipeline
 
     @classmethod
@@ -158,10 +182,19 @@ class C2RPipeline(WanPipeline):
         new = cls(**shared | components)
         new.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
         if isinstance(pipeline, C2RPipeline):
-            new.contract, new._folder = pipeline.contract, pipeline._folder
+            new.contract, new._samples = pipeline.contract, pipeline._samples
+            if pipeline.contract is not None:
+                new.contract = with_replaced_parts(pipeline.contract, components)
+                new._samples = pipeline._samples if new.contract == pipeline.contract else None
         return new
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        *,
+        max_shard_size: int | str | None = None,
+    ) -> None:
         """Write a folder with all parts, the contract and a model card; `from_pretrained` and c2r.generate load it.
 
         `WanPipeline.from_pretrained` loads it too, without the control. A pipeline that was not loaded from a trained
@@ -169,11 +202,18 @@ class C2RPipeline(WanPipeline):
 
         Args:
             save_directory: complete or absent (see `atomic_folder`).
+            safe_serialization: True; code for Diffusers may give it.
+            max_shard_size: bytes of a file of weights, or text such as "5GB"; larger models are split. None: the
+                default of the library of each model.
 
         Raises:
             InputError: the folder has files already, or the transformer has a LoRA that is not fused.
+            ValueError: `safe_serialization` is False.
         """
-        write_folder(save_directory, self, self.contract, self._folder, name=str(save_directory))
+        if not safe_serialization:
+            raise ValueError("safe_serialization is False: weights are written as safetensors alone; leave it out")
+        name = str(save_directory)
+        write_folder(save_directory, self, self.contract, self._samples, name, max_shard_size)
 
     def push_to_hub(
         self,
@@ -190,12 +230,15 @@ class C2RPipeline(WanPipeline):
         Returns:
             address of the commit.
         """
-        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary, "pipeline")
-            write_folder(folder, self, self.contract, self._folder, name=repo_id)
+            write_folder(folder, self, self.contract, self._samples, name=repo_id)  # it may refuse
+            repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+            if (folder / CONTRACT).is_file():
+                write_card(folder, read_contract(folder), name=repo_id)  # repo_id now has its owner
             return self._upload_folder(folder, repo_id, token, commit_message, create_pr)
 
+    @_frees_hooks
     @torch.no_grad()
     def __call__(
         self,
@@ -231,8 +274,8 @@ class C2RPipeline(WanPipeline):
 
         Args:
             prompt: one prompt or a list of B; None with `prompt_embeds`.
-            control_video: one for all prompts, or a list of B. Each is the path of a video or of a sequence of
-                pictures, whose start is read; a tensor (F, 3, H, W) or an array (F, H, W, 3), uint8 or floats in
+            control_video: one for all prompts, or a list of B. Each is the path of a video or of an image
+                sequence, whose start is read; a tensor (F, 3, H, W) or an array (F, H, W, 3), uint8 or floats in
                 [0, 1]; or a list of F pictures. None runs the backbone alone.
             negative_prompt: the prompt ∅ of the text term; None is the empty prompt, as in training.
             height, width, num_frames: pixels and pixel frames (4k + 1); default: the control video's, else those of
@@ -240,7 +283,8 @@ class C2RPipeline(WanPipeline):
             fps: frames per second at which the path of a control video is read; default: of training, else 16.
             window_frames: pixel frames (4k + 1) of a window, best as many as in training; a longer video is made of
                 overlapping windows that are denoised together, see `c2r.windows`. What grows with its length then is
-                on the CPU. None: those of training, without a contract one window of num_frames.
+                on the CPU. None: those of training; one window of num_frames without a contract, or if the model was
+                trained on single pictures.
             window_overlap: pixel frames (4k + 1) that neighbouring windows share; None: about a quarter of a window.
             num_inference_steps: steps of the scheduler.
             guidance: "apg" or "cfg", see `c2r.guidance.guided_velocity`.
@@ -282,7 +326,7 @@ class C2RPipeline(WanPipeline):
             callback_on_step_end_tensor_inputs,
         )
         self._check_size(num_frames, height, width)
-        windows = self._plan_windows(num_frames, window_frames, window_overlap)
+        windows = self.plan_windows(num_frames, window_frames, window_overlap)
         self._check_guidance(guidance, control_guidance_start, control_guidance_end)
         if guidance_scale is None:
             guidance_scale = DEFAULT_GUIDANCE_SCALE[guidance]
@@ -293,6 +337,8 @@ class C2RPipeline(WanPipeline):
         batch_size = len(prompt if prompt_embeds is None else prompt_embeds)
         if control_frames is not None:
             self._check_control(control_frames, batch_size, (num_frames, height, width))
+        if latents is not None:
+            self._check_latents(latents, batch_size * num_videos_per_prompt, windows, height, width)
         needs_negative = guidance_scale != 1 or (control_frames is not None and control_guidance_scale != 1)
         if needs_negative and negative_prompt_embeds is None and self.text_encoder is None:
             raise ValueError("negative_prompt_embeds is missing: this guidance needs it, and there is no text encoder")
@@ -365,7 +411,6 @@ class C2RPipeline(WanPipeline):
 
         # 5. Decode.
         frames = latents if output_type == "latent" else self._decode(latents, output_type, len(windows) > 1)
-        self.maybe_free_model_hooks()
         return WanPipelineOutput(frames=frames) if return_dict else (frames,)
 
     def encode_prompt(
@@ -410,6 +455,18 @@ class C2RPipeline(WanPipeline):
             )
         super().enable_group_offload(*args, exclude_modules=exclude_modules, **options)
 
+    def plan_windows(
+        self, num_frames: int, window_frames: int | None = None, window_overlap: int | None = None
+    ) -> list[Window]:
+        """Return the windows of a video of `num_frames`; the arguments are those of `__call__`.
+
+        Raises:
+            ValueError: the sizes of the windows do not fit the VAE or each other.
+        """
+        if window_frames is None and self.contract is not None:
+            window_frames = trained_window(self.contract.format["num_frames"])
+        return plan_pixel_windows(num_frames, window_frames, window_overlap, self.vae_scale_factor_temporal)
+
     @property
     def do_classifier_free_guidance(self) -> bool:
         """True if the last call had text guidance: any scale but 1."""
@@ -439,20 +496,6 @@ class C2RPipeline(WanPipeline):
             if size < 1 or size % (self.vae_scale_factor_spatial * patch):
                 raise ValueError(f"{name} is {size}: it must be a multiple of {self.vae_scale_factor_spatial * patch}")
 
-    def _plan_windows(self, num_frames, window_frames, window_overlap):
-        """Check the sizes of the windows, fill in their defaults, and return the windows."""
-        if window_frames is None and self.contract is not None:
-            window_frames = self.contract.format["num_frames"]
-        stride = self.vae_scale_factor_temporal
-        for name, size in (("window_frames", window_frames), ("window_overlap", window_overlap)):
-            if size is not None and (size < 1 or size % stride != 1):
-                raise ValueError(f"{name} is {size}: it must be a multiple of {stride} plus 1")
-        length = ((window_frames or num_frames) - 1) // stride + 1
-        overlap = default_overlap(length) if window_overlap is None else (window_overlap - 1) // stride + 1
-        if window_overlap is not None and window_overlap >= (window_frames or num_frames):
-            raise ValueError(f"window_overlap is {window_overlap}: it must be below window_frames, {window_frames}")
-        return plan_windows((num_frames - 1) // stride + 1, length, overlap)
-
     @staticmethod
     def _check_guidance(guidance, control_guidance_start, control_guidance_end):
         if guidance not in DEFAULT_GUIDANCE_SCALE:
@@ -473,6 +516,12 @@ class C2RPipeline(WanPipeline):
                 f"control_video has {control_frames.shape[1]} frames of {control_frames.shape[3]}x"
                 f"{control_frames.shape[4]}: resize and cut it to num_frames, height, width = {size}"
             )
+
+    def _check_latents(self, latents, batch_size, windows, height, width):
+        size = (height // self.vae_scale_factor_spatial, width // self.vae_scale_factor_spatial)
+        expected = (batch_size, self.transformer.config.in_channels, windows[-1].stop, *size)
+        if latents.shape != expected:
+            raise ValueError(f"latents has shape {tuple(latents.shape)}: expected {expected}")
 
     def _encode_control(self, control_frames, chunk_size, storage):
         """Return the features (B, F, h, w, Dd) of control frames (B, F, 3, H, W), on the device `storage`.
@@ -574,9 +623,11 @@ class C2RPipeline(WanPipeline):
         Yields:
             the frames of a latent frame: one of the first, four of each of the others.
         """
-        for pixel_values in stream_frames(self.vae, latents, self._execution_device):
-            yield self.video_processor.postprocess_video(pixel_values, output_type)
-        self.maybe_free_model_hooks()
+        try:
+            for pixel_values in stream_frames(self.vae, latents, self._execution_device):
+                yield self.video_processor.postprocess_video(pixel_values, output_type)
+        finally:  # also if the caller stops early
+            self.maybe_free_model_hooks()
 
 
 @torch.no_grad()

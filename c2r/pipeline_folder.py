@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import SchedulerMixin, WanPipeline
+from torch import nn
 
 from c2r import InputError
-from c2r.files import atomic_folder, read_json
+from c2r.files import atomic_folder, complete_folder, read_json
 from c2r.models import released
 from c2r.models.adversary import takes_control
 from c2r.models.assembly import load_control_start, load_controlnet, load_for_generation, load_transformer
@@ -39,15 +40,17 @@ from c2r.models.transformer import C2RTransformer
 BASE_PARTS = ("scheduler", "tokenizer", "vae", "text_encoder")
 #: Classes of the pipelines whose folders can be loaded.
 PIPELINES = ("WanPipeline", "C2RPipeline")
+#: Entries of the contract of a pipeline's folder that name a part in it.
+OWN_FOLDERS = {"backbone": "./transformer", "dinov3": "./dinov3"}
 
 
 @dataclass(frozen=True)
 class LoadedParts:
-    """The parts of a pipeline, and the folder that they come from."""
+    """The parts of a pipeline, and what is known of their training."""
 
     components: dict[str, Any]  #: {name of an argument of `C2RPipeline`: part}; those that were given included
     contract: PhaseContract | None  #: of the folder, or of the release; None for a pipeline of Diffusers
-    folder: Path
+    samples: Path | None  #: folder whose samples are of these parts, see `find_samples`
 
 
 def load_parts(
@@ -69,15 +72,23 @@ def load_parts(
         InputError: a part is missing, damaged, or not the one of training.
     """
     # 1. Find the folder, its contract, and the models that it names.
+    base, backbone, given = _absolute(base), _absolute(backbone), {part: _absolute(given[part]) for part in given}
     folder = fetch_model(name_or_path, without=given)
     index = _read_model_index(folder)
     contract: PhaseContract | None = None
+    samples: Path | None = None
     dinov3: Any = folder / "dinov3" if (folder / "dinov3").is_dir() else None
     if index is None or (folder / CONTRACT).is_file():
-        contract = _read_contract(folder, name_or_path, base, backbone, given)
+        trained = _read_contract(folder, name_or_path, base, backbone, given)
+        contract = with_replaced_parts(trained, given)
+        samples = folder if contract == trained else None
         base, dinov3 = contract.base_model, contract.dinov3
-    base = base or folder
+    base_name, base = base or _absolute(name_or_path), base or folder
     dinov3 = given.get("dinov3", dinov3)
+
+    if controlnet is not None:
+        has_control = (contract is not None and contract.phase == 2) or (folder / "controlnet").is_dir()
+        _check_released_control(controlnet, has_control, "transformer" in given, dinov3)
 
     # 2. Load what is not given.
     absent = () if index is None or os.path.realpath(base) != os.path.realpath(folder) else _absent_parts(index)
@@ -95,15 +106,19 @@ def load_parts(
         use_lean_attention(transformer)
         components["transformer"] = transformer
     if controlnet is not None:
-        if dinov3 is None or "transformer" in given:
-            raise InputError(f"controlnet={controlnet}: needs dinov3 and no transformer; give dinov3=")
-        contract = _released_contract(base, backbone or name_or_path, dinov3)
+        contract = _released_contract(base_name, backbone or _absolute(name_or_path), dinov3, contract)
     if isinstance(dinov3, str | Path):
         dinov3 = DINOv3FeatureExtractor.from_pretrained(dinov3, torch_dtype)
     components["dinov3"] = dinov3
     if contract is not None and contract.flow_shift is not None and "scheduler" not in given:
         components["scheduler"] = with_flow_shift(components["scheduler"], contract.flow_shift)
-    return LoadedParts(components, contract, folder)
+    return LoadedParts(components, contract, samples)
+
+
+def _absolute(part):
+    """Return a local path as an absolute one, which no contract takes for a hub name; all else as it is."""
+    is_local = isinstance(part, str | Path) and complete_folder(part).exists()
+    return os.path.abspath(part) if is_local else part  # not the real path: files of the hub's cache are links
 
 
 def _read_model_index(folder):
@@ -137,7 +152,12 @@ def _read_contract(folder, name_or_path, base, backbone, given):
         del named["dinov3"]
     if "transformer" in given:
         del named["backbone"]
-    return with_moved_models(read_contract(folder), name_or_path, **named)
+    contract = read_contract(folder)
+    moved = with_moved_models(contract, name_or_path, **named)
+    if moved.base_model == contract.base_model:
+        return moved
+    # The backbone has the contract's fingerprint, but another base may be of other models.
+    return replace(moved, copied_from={e: name for e, name in moved.copied_from.items() if e != "base_model"})
 
 
 def _load_without_contract(folder, backbone, base, torch_dtype, loras):
@@ -148,17 +168,32 @@ def _load_without_contract(folder, backbone, base, torch_dtype, loras):
     return freeze(transformer)
 
 
-def _with_released_control(transformer, controlnet, torch_dtype):
-    """Join a backbone and the released control weights, frozen."""
-    if takes_control(transformer):
+def _check_released_control(controlnet, has_control, has_transformer, dinov3):
+    """Refuse what does not fit the released control weights before any weight is read."""
+    if not os.path.isfile(controlnet):
+        raise InputError(
+            f"controlnet={controlnet}: not a file; give that of the released C2R. A phase 2 folder is loaded itself, "
+            "C2RPipeline.from_pretrained(FOLDER), with backbone= if its backbone was moved"
+        )
+    if has_control:
         raise InputError(
             f"controlnet={controlnet}: this model has control already; give a Wan 2.1 pipeline or phase 1"
         )
+    if dinov3 is None or has_transformer:
+        raise InputError(f"controlnet={controlnet}: needs dinov3 and no transformer; give dinov3=")
+
+
+def _with_released_control(transformer, controlnet, torch_dtype):
+    """Join a backbone and the released control weights, frozen."""
     return freeze(C2RTransformer(transformer, load_control_start(controlnet, transformer.config, torch_dtype)))
 
 
-def _released_contract(base, backbone, dinov3):
-    """Return the contract of a pipeline with the released control; `dinov3` is a name, a path or a model."""
+def _released_contract(base, backbone, dinov3, phase1):
+    """Return the contract of a pipeline with the released control.
+
+    `dinov3` is a name, a path or a model; `phase1` the contract of the folder that the control is added to, or None.
+    """
+    copied_from = {} if phase1 is None else phase1.copied_from
     return PhaseContract(
         phase=2,
         base_model=str(base),
@@ -166,12 +201,41 @@ def _released_contract(base, backbone, dinov3):
         **released.FORMAT,
         backbone=str(backbone),
         backbone_sha256="",  # computed when saved: at 14B it takes minutes
-        dinov3=str(dinov3) if isinstance(dinov3, str | Path) else "dinov3",
+        dinov3=str(dinov3) if isinstance(dinov3, str | Path) else OWN_FOLDERS["dinov3"],
+        copied_from={entry: name for entry, name in copied_from.items() if entry == "base_model"},
     )
 
 
+def with_replaced_parts(contract: PhaseContract, given: Mapping[str, Any]) -> PhaseContract:
+    """Return the contract of a model with another transformer or DINOv3, without what was measured with the old one.
+
+    Args:
+        contract: of the model before.
+        given: parts by the names of the arguments of `C2RPipeline`, a DINOv3 also by hub name or path. None, which
+            leaves a part out, and parts that no entry of the contract describes change nothing.
+    """
+    changed: dict[str, Any] = {"validation_loss": None, "metrics": {}}
+    transformer, dinov3 = given.get("transformer"), given.get("dinov3")
+    if isinstance(dinov3, str | Path) and str(dinov3) == contract.dinov3:
+        dinov3 = None
+    if dinov3 is not None:
+        changed["dinov3"] = str(dinov3) if isinstance(dinov3, str | Path) else OWN_FOLDERS["dinov3"]
+    if transformer is not None:
+        changed |= {"step": 0, "dataset_fingerprints": {}, "num_clips": {}}
+        changed |= {"backbone": OWN_FOLDERS["backbone"]} if contract.backbone is not None else {}
+    if transformer is None and dinov3 is None:
+        return contract
+    copied_from = {entry: name for entry, name in contract.copied_from.items() if entry not in changed}
+    return replace(contract, copied_from=copied_from, **changed)
+
+
 def write_folder(
-    folder: str | Path, pipeline: WanPipeline, contract: PhaseContract | None, loaded_from: Path | None, name: str
+    folder: str | Path,
+    pipeline: WanPipeline,
+    contract: PhaseContract | None,
+    samples_of: Path | None,
+    name: str,
+    max_shard_size: int | str | None = None,
 ) -> None:
     """Write the folder of `C2RPipeline.save_pretrained`.
 
@@ -179,8 +243,9 @@ def write_folder(
         folder: complete or absent (see `atomic_folder`).
         pipeline: a `C2RPipeline`.
         contract: of the model that it was loaded from; without one, neither contract nor card is written.
-        loaded_from: folder of that model, for the sample videos of its training.
+        samples_of: folder whose samples go into the card, see `find_samples`.
         name: name that the card's code loads.
+        max_shard_size: see `C2RPipeline.save_pretrained`.
 
     Raises:
         InputError: the folder has files already, or the transformer has a LoRA that is not fused, or is quantised.
@@ -201,26 +266,32 @@ def write_folder(
         )
     parts = {part: getattr(pipeline, part) for part in BASE_PARTS} | {"transformer": backbone}
     index = {"_class_name": type(pipeline).__name__, "_diffusers_version": diffusers.__version__}
+    sharded: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     with atomic_folder(folder) as temporary:
         for part, model in parts.items():
             index[part] = [None, None]
             if model is not None:
                 index[part] = [type(model).__module__.partition(".")[0], type(model).__name__]
-                model.save_pretrained(temporary / part)
+                model.save_pretrained(temporary / part, **(sharded if isinstance(model, nn.Module) else {}))
         # Not in the index: a stock WanPipeline would refuse classes that Diffusers does not have.
         if controlled:
-            pipeline.transformer.controlnet.save_pretrained(temporary / "controlnet")
+            pipeline.transformer.controlnet.save_pretrained(temporary / "controlnet", **sharded)
         if pipeline.dinov3 is not None:
-            pipeline.dinov3.save_pretrained(temporary / "dinov3")
+            pipeline.dinov3.save_pretrained(temporary / "dinov3", **sharded)
         (temporary / MODEL_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         if contract is not None and backbone is not None:
             contract = contract_of_folder(temporary, contract, pipeline.scheduler)
             write_contract(temporary, contract)
-            samples = loaded_from and find_samples(loaded_from, contract.step)
+            samples = samples_of and find_samples(samples_of, contract.step)
             if samples:
                 shutil.copyfile(samples, temporary / SAMPLES)
-            card = model_card(contract, name, has_samples=bool(samples))
-            (temporary / "README.md").write_text(card, encoding="utf-8")
+            write_card(temporary, contract, name)
+
+
+def write_card(folder: Path, contract: PhaseContract, name: str) -> None:
+    """Write README.md of a pipeline's folder; `name` is the one that its code loads."""
+    card = model_card(contract, name, has_samples=(folder / SAMPLES).is_file())
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def contract_of_folder(folder: Path, contract: PhaseContract, scheduler: SchedulerMixin | None) -> PhaseContract:
@@ -232,7 +303,7 @@ def contract_of_folder(folder: Path, contract: PhaseContract, scheduler: Schedul
         scheduler: the pipeline's.
     """
     names = {entry: getattr(contract, entry) for entry in MODEL_ENTRIES}
-    of_hub = {entry: name for entry, name in names.items() if name and not os.path.isabs(name)}
+    of_hub = {entry: name for entry, name in names.items() if name and not os.path.isabs(name) and name[0] != "."}
     changed: dict[str, Any] = {
         "base_model": ".",
         "flow_shift": _flow_shift(scheduler),
@@ -240,12 +311,12 @@ def contract_of_folder(folder: Path, contract: PhaseContract, scheduler: Schedul
         **dict.fromkeys(("lora_rank", "backbone_base")),  # a LoRA of training is fused in the saved backbone
     }
     if (folder / "dinov3").is_dir():
-        changed["dinov3"] = "./dinov3"
+        changed["dinov3"] = OWN_FOLDERS["dinov3"]
     sha256 = fingerprint_files(folder / "transformer")  # it changes with the dtype
     if not (folder / "controlnet").is_dir():
         changed |= {"backbone": None, "backbone_sha256": None}
         return replace(contract, phase=1, weights_sha256=sha256, **changed)
-    changed |= {"backbone": "./transformer", "backbone_sha256": sha256}
+    changed |= {"backbone": OWN_FOLDERS["backbone"], "backbone_sha256": sha256}
     return replace(contract, phase=2, weights_sha256=fingerprint_files(folder / "controlnet"), **changed)
 
 

@@ -49,6 +49,41 @@ def default_overlap(length: int) -> int:
     return max(1, length // 4)
 
 
+def trained_window(num_frames: int) -> int | None:
+    """Return the default window of a model trained on clips of `num_frames`: None for single pictures.
+
+    Windows of one frame could not overlap.
+    """
+    return num_frames if num_frames > 1 else None
+
+
+def plan_pixel_windows(
+    num_frames: int, window_frames: int | None, window_overlap: int | None, temporal_stride: int
+) -> list[Window]:
+    """Cover a video with windows, see `plan_windows`, whose sizes are given in pixel frames.
+
+    Args:
+        num_frames: of the video, a multiple of the stride plus 1.
+        window_frames, window_overlap: see `C2RPipeline.__call__`; windows of None are as long as the video.
+        temporal_stride: the VAE's.
+
+    Raises:
+        ValueError: the sizes of the windows do not fit the stride or each other.
+    """
+    for name, size in (("window_frames", window_frames), ("window_overlap", window_overlap)):
+        if size is not None and (size < 1 or size % temporal_stride != 1):
+            raise ValueError(f"{name} is {size}: it must be a multiple of {temporal_stride} plus 1")
+    if window_frames is None:
+        window_frames = num_frames
+    elif window_frames == 1 < num_frames:
+        raise ValueError(f"window_frames is 1: windows of a longer video overlap; give at least {temporal_stride + 1}")
+    elif window_overlap is not None and window_overlap >= window_frames:
+        raise ValueError(f"window_overlap is {window_overlap}: it must be below window_frames, {window_frames}")
+    length = (window_frames - 1) // temporal_stride + 1
+    overlap = default_overlap(length) if window_overlap is None else (window_overlap - 1) // temporal_stride + 1
+    return plan_windows((num_frames - 1) // temporal_stride + 1, length, overlap)
+
+
 def plan_windows(num_latent_frames: int, length: int, overlap: int) -> list[Window]:
     """Cover a video with windows of one length.
 

@@ -1,5 +1,6 @@
 """python -m c2r.generate: what decides the videos, agreement with Diffusers, and one line for bad input."""
 
+import json
 import shutil
 
 import numpy as np
@@ -326,6 +327,37 @@ def test_the_first_window_of_a_longer_video_is_the_video_of_one_window(folder, t
     long = generated(folder, tmp_path / "long.mp4", num_frames=9)
     assert distance(long[:FRAMES], standard) < 1.0  # encoded again
     assert distance(long[:FRAMES], standard.flip(0)) > 5
+
+
+@pytest.fixture
+def contract_with(folder):
+    """Return a function that writes a folder of phase 1 with a changed contract."""
+    folder = folder / "changed"
+
+    def write(**changed):
+        copy = shutil.copytree(folder.parent / "phase1/best", folder / "best")  # beside the models that it names
+        contract = json.loads((copy / "c2r.json").read_text()) | changed
+        (copy / "c2r.json").write_text(json.dumps(contract))
+        return copy
+
+    yield write
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_model_of_single_pictures_generates_a_video_in_one_window(folder, tmp_path, capsys, contract_with):
+    model = contract_with(num_frames=1)
+    main(options(folder, control=False, model=model, num_frames=9, output=tmp_path / "out.mp4"))
+    assert "generates 9 frames in one window; the model was trained on 1\n" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"^--window_frames 1: windows of a longer video overlap; give at least 5"):
+        main(options(folder, control=False, window_frames=1, output=tmp_path / "out.mp4"))
+
+
+def test_the_contracts_length_is_checked_as_a_window_too(folder, tmp_path, contract_with):
+    model = contract_with(num_frames=6)
+    with pytest.raises(InputError, match=r"its contract has num_frames 6: .*4k \+ 1"):
+        main(options(folder, control=False, model=model, num_frames=5, output=tmp_path / "out.mp4"))
+    given = parsed(folder, control=False, model=model, num_frames=5, window_frames=9)
+    assert (given.num_frames, given.window_frames) == (5, 9)
 
 
 def test_the_rate_may_be_the_controls(folder, tmp_path):

@@ -4,7 +4,13 @@ import itertools
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+from diffusers import (
+    DDPMScheduler,
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+)
 
 from c2r import InputError
 from c2r.guidance import DEFAULT_GUIDANCE_SCALE
@@ -289,6 +295,48 @@ def test_offloading_does_not_change_the_video(parts):
         offloaded.remove_all_hooks()
 
 
+def test_a_call_or_a_stream_that_ends_early_frees_the_hooks(parts):
+    class Counted(C2RPipeline):
+        freed = 0
+
+        def maybe_free_model_hooks(self):
+            self.freed += 1
+            super().maybe_free_model_hooks()
+
+    def fail(*_):
+        raise MemoryError
+
+    pipeline = Counted(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    with pytest.raises(MemoryError):
+        generate(pipeline, callback_on_step_end=fail)
+    assert pipeline.freed == 1
+    for _ in pipeline.stream_frames(torch.zeros(1, tiny.LATENT_CHANNELS, 2, 4, 6)):
+        break
+    assert pipeline.freed == 2
+
+
+def test_a_failed_call_leaves_no_state_in_a_cache(parts):
+    def fail(*_):
+        raise MemoryError
+
+    pipeline = pipeline_of(parts, transformer=controlled_transformer())
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e6))
+    arguments = {"control_video": control_video(), "num_inference_steps": 2}
+    expected = generate(pipeline, **arguments)
+    with pytest.raises(MemoryError):
+        generate(pipeline, seed=1, callback_on_step_end=fail, **arguments)
+    assert torch.equal(generate(pipeline, **arguments), expected)
+
+
+def test_values_a_little_outside_are_clamped(pipeline):
+    control = 1.4 * control_video() - 0.2
+    assert control.min() < 0 < 1 < control.max()
+    assert torch.equal(
+        generate(pipeline, control_video=control), generate(pipeline, control_video=control.clamp(0, 1))
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -306,6 +354,7 @@ def test_offloading_does_not_change_the_video(parts):
         ({"control_video": torch.rand(3, HEIGHT, WIDTH)}, "control_video has shape"),
         ({"control_video": torch.rand(2, FRAMES, 3, HEIGHT, WIDTH)}, "2 control videos for 1 prompts"),
         ({"prompt": None}, "prompt"),
+        ({"latents": torch.zeros(1, 4, 1, 4, 6)}, r"latents has shape \(1, 4, 1, 4, 6\): expected \(1, 4, 2, 4, 6\)"),
     ],
 )
 def test_bad_arguments_are_named(pipeline, arguments, message):

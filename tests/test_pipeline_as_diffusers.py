@@ -187,7 +187,7 @@ def test_another_model_of_the_hub_is_refused_before_its_weights_are_downloaded(t
         C2RPipeline.from_pretrained("me/other")
 
 
-@pytest.mark.parametrize("keyword", ["custom_pipeline", "trust_remote_code", "use_safetensors", "revision"])
+@pytest.mark.parametrize("keyword", ["custom_pipeline", "trust_remote_code", "variant", "revision"])
 def test_keywords_that_would_change_what_is_read_are_refused(saved, keyword):
     with pytest.raises(TypeError, match=f"does not take {keyword}"):
         C2RPipeline.from_pretrained(saved, **{keyword: True})
@@ -246,6 +246,17 @@ def test_a_saved_pipeline_loads_equal(loaded, saved):
     again.scheduler.register_to_config(shift=4.0)
     again.save_pretrained(saved.parent / "again")
     assert C2RPipeline.from_pretrained(saved.parent / "again").scheduler.config.shift == 4.0
+
+
+def test_large_models_are_split_and_safetensors_is_the_only_format(loaded, tmp_path):
+    loaded.save_pretrained(tmp_path / "split", safe_serialization=True, max_shard_size="20KB")
+    for part in (*MODELS, "controlnet"):
+        assert len(list((tmp_path / "split" / part).glob("*.safetensors"))) > 1
+    assert equal_weights(C2RPipeline.from_pretrained(tmp_path / "split", use_safetensors=True), loaded)
+    with pytest.raises(ValueError, match="safe_serialization is False"):
+        loaded.save_pretrained(tmp_path / "pickle", safe_serialization=False)
+    with pytest.raises(ValueError, match="use_safetensors is False"):
+        C2RPipeline.from_pretrained(tmp_path / "split", use_safetensors=False)
 
 
 def test_the_contract_of_a_saved_pipeline_names_its_own_parts(loaded, saved):
@@ -368,7 +379,12 @@ def test_an_upload_has_all_files_and_a_card_that_loads_it(loaded, saved, tmp_pat
     server = Hub()
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.address)
     try:
-        loaded.push_to_hub("me/street", token="hf_none", private=True)
+        with monkeypatch.context() as quantised:
+            quantised.setattr(loaded.transformer.transformer, "hf_quantizer", "any", raising=False)
+            with pytest.raises(InputError, match="quantised"):
+                loaded.push_to_hub("street", token="hf_none")
+            assert server.created is None
+        loaded.push_to_hub("street", token="hf_none", private=True)
     finally:
         server.shutdown()
         server.server_close()
@@ -411,6 +427,44 @@ def test_the_card_knows_the_licences_of_the_models_of_the_hub(loaded, saved, tmp
         assert "base_model: Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in card
         assert "license: other" in card
         assert "DINOv3 License" in card
+
+
+def test_a_relative_path_is_not_taken_for_a_hub_name(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    here = Path(folder.name)
+    pipeline = C2RPipeline.from_pretrained(
+        here / "phase2/best", base=here / "base", backbone=str(here / "phase1/best"), dinov3=str(here / "dinov3")
+    )
+    pipeline.save_pretrained(tmp_path / "saved")
+    assert read_contract(tmp_path / "saved").copied_from == {}
+    card = (tmp_path / "saved/README.md").read_text()
+    assert "huggingface.co" not in card
+    assert str(here) not in card
+
+
+def test_nothing_of_replaced_parts_is_in_contract_and_card(folder, loaded, saved, tmp_path):
+    as_trained = C2RPipeline.from_pretrained(saved)
+    as_trained.contract = replace(as_trained.contract, copied_from={"base_model": "Wan-AI/Wan2.1", "dinov3": "a/b"})
+    as_trained.save_pretrained(tmp_path / "copies")
+    dinov3 = C2RPipeline.from_pretrained(tmp_path / "copies", dinov3=folder / "dinov3")
+    transformer = C2RPipeline.from_pipe(as_trained, transformer=loaded.transformer)
+    for name, pipeline, copies, has_data in (
+        ("dinov3", dinov3, {"base_model": "Wan-AI/Wan2.1"}, True),
+        ("transformer", transformer, as_trained.contract.copied_from, False),
+        (
+            "none",
+            C2RPipeline.from_pretrained(tmp_path / "copies", text_encoder=None),
+            transformer.contract.copied_from,
+            True,
+        ),
+    ):
+        pipeline.save_pretrained(tmp_path / name)
+        card, contract = (tmp_path / name / "README.md").read_text(), read_contract(tmp_path / name)
+        assert contract.copied_from == copies
+        assert ("## Validation" in card) == ("samples.png" in card) == (name == "none")
+        assert (contract.validation_loss is None) == (contract.metrics == {}) == (name != "none")
+        assert ("## Data" in card) == has_data
+        assert equal_weights(C2RPipeline.from_pretrained(tmp_path / name, text_encoder=loaded.text_encoder), loaded)
 
 
 def python_of(text):

@@ -257,6 +257,7 @@ def test_a_callback_and_an_interrupt_see_the_whole_video(pipeline):
         ({"window_frames": 8}, "window_frames is 8: it must be a multiple of 4 plus 1"),
         ({"window_overlap": 4}, "window_overlap is 4: it must be a multiple of 4 plus 1"),
         ({"window_overlap": 9}, "window_overlap is 9: it must be below window_frames, 9"),
+        ({"window_frames": 1}, "window_frames is 1: windows of a longer video overlap; give at least 5"),
     ],
 )
 def test_bad_windows_are_named(pipeline, arguments, message):

@@ -12,16 +12,16 @@ from c2r.data.drop_reasons import DropRow
 from c2r.data.sequences import find_sequence, is_pattern, split_rate
 from c2r.data.video import probe, read_window
 
-#: Values of a control video in [0, 1] may lie a little outside after resizing; more is another range.
+#: Values of a control video in [0, 1] may lie a little outside after resizing, and are clamped; more is another range.
 TOLERATED = 0.25
 
 
 def name_control(path: str | Path, fps: float) -> str:
-    """Return the name by which a control video is read: a picture sequence's pattern and rate, or the path of a file.
+    """Return the name by which a control video is read: an image sequence's pattern and rate, or the path of a file.
 
     Args:
-        path: a video or picture, or the folder or pattern (`a_####.png`) of a picture sequence.
-        fps: frames per second of a picture sequence.
+        path: a video or picture, or the folder or pattern (`a_####.png`) of an image sequence.
+        fps: frames per second of an image sequence.
 
     Raises:
         InputError: it is missing or incomplete.
@@ -129,4 +129,4 @@ def _as_frames(video):
     low, high = (float(value) for value in video.aminmax())
     if not -TOLERATED <= low <= high <= 1 + TOLERATED:
         raise ValueError(f"control_video has values from {low:.3g} to {high:.3g}: expected uint8, or floats in [0, 1]")
-    return video.float()
+    return video.float().clamp(0, 1)

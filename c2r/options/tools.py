@@ -91,7 +91,8 @@ GENERATE = Command(
         "models": _all_common(
             Option(
                 "model",
-                "best/ or final/ of phase 2, or of phase 1 (without control); or a pipeline, by folder or hub name",
+                "best/ or final/ of phase 2, or of phase 1 (without control); or a folder that save_pretrained wrote, "
+                "or its hub name",
                 MODEL,
                 required=True,
             ),

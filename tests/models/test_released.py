@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from c2r import InputError
+from c2r.models import hub
 from c2r.models.assembly import control_start_config, load_control_start
+from c2r.models.contract import read_contract
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.released import read_released
@@ -155,6 +157,16 @@ def test_injection_and_layers_must_fit():
             C2RControlNet(injection_layers=layers, injection=injection, **shared)
 
 
+def test_a_saved_one_names_the_models_of_the_hub_that_it_is_a_copy_of(tmp_path, file, monkeypatch):
+    cached = {"Wan-AI/Wan2.1-T2V-14B-Diffusers": tiny.save_tiny_pipeline(tmp_path / "cache/wan")}
+    cached["facebook/dinov3-vitb16"] = tiny.save_tiny_dinov3(tmp_path / "cache/dinov3")
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: str(cached[name]))
+    wan, dinov3 = cached
+    C2RPipeline.from_pretrained(wan, controlnet=file, dinov3=dinov3).save_pretrained(tmp_path / "saved")
+    assert read_contract(tmp_path / "saved").copied_from == {"base_model": wan, "backbone": wan, "dinov3": dinov3}
+    assert "license: other" in (tmp_path / "saved/README.md").read_text()
+
+
 def test_the_pipeline_loads_saves_and_runs_it(tmp_path, file):
     pipeline_folder = tiny.save_tiny_pipeline(tmp_path / "wan")
     dinov3 = tiny.save_tiny_dinov3(tmp_path / "dinov3")
@@ -174,7 +186,11 @@ def test_the_pipeline_loads_saves_and_runs_it(tmp_path, file):
     video = generated(pipeline)
     assert torch.equal(generated(again), video)
     assert not torch.allclose(generated(pipeline, conditioning_scale=0.0), video, atol=1e-3)
+    assert read_contract(tmp_path / "saved").copied_from == {}
     with pytest.raises(InputError, match="has control already"):
         C2RPipeline.from_pretrained(tmp_path / "saved", controlnet=file)
+    with pytest.raises(InputError, match=r"not a file; .* C2RPipeline\.from_pretrained"):
+        C2RPipeline.from_pretrained(pipeline_folder, controlnet=tmp_path / "saved/controlnet", dinov3=dinov3)
+    next(pipeline_folder.glob("transformer/*.safetensors")).unlink()  # refused before weights are read
     with pytest.raises(InputError, match="needs dinov3"):
         C2RPipeline.from_pretrained(pipeline_folder, controlnet=file)
