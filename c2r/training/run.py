@@ -209,14 +209,14 @@ class Run:
             sys.exit(cli.EXIT_STOPPED)
 
     def close(self):
-        """Print where the results are and what to type next, stop the watchdog, and unlock the output folder."""
-        logger.info("final/ and best/ (%s) are in %s", self.progress.best_text, self.args.output_dir)
-        if not self.args.dry_run:
-            for line in self._whereabouts():
-                logger.info("  %s", line)
+        """Stop the watchdog, unlock the output folder, and print where the results are and what to type next."""
         self.watchdog.close()
         if self.lock is not None:
             self.lock.close()
+        logger.info("final/ and best/ (%s) are in %s", self.progress.best_text, self.args.output_dir)
+        if self.accelerator.is_main_process and not self.args.dry_run:
+            for line in self._whereabouts():
+                logger.info("  %s", line)
 
     def _whereabouts(self):
         """Yield lines that say what lies where, and the commands to type next."""
