@@ -8,7 +8,7 @@ from importlib.resources import files
 
 from c2r import __version__
 from c2r.reporting.curves import Line, chart, fixed, number, points_of, smoothed
-from c2r.reporting.pairs import Difference, common_steps, difference
+from c2r.reporting.pairs import Difference, common_steps, difference, paired_clips
 from c2r.reporting.run_folder import RunFolder, data_address
 from c2r.training.output_files import SAMPLE_COLUMNS
 from c2r.units import size_text
@@ -190,7 +190,7 @@ def _comparison(a, b, runs):
     note = (
         "Both runs are validated on the same clips with the same noise, so the losses of each clip are subtracted "
         "before they are averaged; domains have the same weight. The standard error is that of the mean over the "
-        f"clips: it does not hold what another --seed would change.{only}"
+        f"clips: it does not include what another --seed would change.{only}{_wrong_conditions_note(first, second)}"
     )
     table += f'<p class="small">{note}</p>'
     return f'{heading}{body}<div class="compared"><div>{table}</div><div class="charts">{charts}</div></div>'
@@ -205,6 +205,17 @@ def _verdict(a, b, loss, step):
     unclear = "" if loss.is_clear else " That is within the uncertainty."
     names = f"<b>{escape(b.name)}</b> {direction} <b>{escape(a.name)}</b>"
     return f"Validation loss: {names} by <b>{size}</b> {where}.{unclear}"
+
+
+def _wrong_conditions_note(first, second):
+    """Return a sentence if the runs have other wrong conditions for some of their common clips, otherwise ""."""
+    pairs = len(paired_clips(first, second))
+    if all(len(paired_clips(first, second, name)) == pairs for name in ("other_control", "other_prompt")):
+        return ""
+    return (
+        " The wrong control or prompt of some clips is another in each run, since their sets of validation clips "
+        "differ: rows with such a condition have only the clips for which it is the same, or are left out."
+    )
 
 
 def _compared(entry) -> Iterator[tuple[str, dict]]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 from pydantic import JsonValue
 from typing_extensions import TypedDict
@@ -50,6 +50,8 @@ class _Clip(TypedDict):
     name: str
     domain: Literal["real", "cg"]
     key: str
+    other_control: NotRequired[str]  # keys of the wrong conditions
+    other_prompt: NotRequired[str]
 
 
 class _Validation(TypedDict):

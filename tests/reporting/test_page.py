@@ -1,5 +1,6 @@
 """The page of runs: self-contained, with every sample, and with paired differences that equal a direct computation."""
 
+import copy
 import json
 import re
 import shutil
@@ -144,6 +145,20 @@ def test_other_clips_or_noise_levels_are_not_compared(runs, tmp_path):
         (other / "validations.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
         text = "".join(Elements(report_page([runs[0], RunFolder.read(other, "other")])).text)
         assert "No paired comparison is possible" in text
+
+
+def test_wrong_conditions_are_compared_where_both_runs_have_the_same(runs):
+    first = runs[0].validations[4]
+    assert all({"other_control", "other_prompt"} <= clip.keys() for clip in first["clips"])
+    second = copy.deepcopy(first)
+    second["clips"][0]["other_control"] = "of another clip"
+    second["losses"]["other_control"][0] = [9.0] * 4
+    for arguments in ({"condition": "other_control"}, {"condition": "other_control", "against": "right"}):
+        found = difference(first, second, **arguments)
+        assert (found.mean, found.clips) == (0, 3)
+    assert difference(first, second).clips == difference(first, second, "other_prompt").clips == 4
+    assert "differ: rows with such a condition" in page._wrong_conditions_note(first, second)
+    assert page._wrong_conditions_note(first, first) == ""
 
 
 def test_a_folder_with_little_in_it_says_what_is_missing(runs, tmp_path):

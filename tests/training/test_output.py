@@ -94,8 +94,9 @@ def test_the_command_of_phase_2_keeps_what_both_phases_need():
     args = options(["--real_dataset", "a b:2", "c", "--height=64", "--lr_warmup_steps=7", "--report_to", "none"])
     line = phase2_command(["accelerate", "launch", "train_phase1.py"], args)
     assert line == (
-        f"accelerate launch train_phase2.py --resume_backbone_from {Path.cwd()}/out/best --real_dataset 'a b:2' c --height 64 "
-        f"--report_to none --cg_dataset data/cg --output_dir {Path.cwd()}/phase2 --resume_from_checkpoint latest"
+        f"accelerate launch train_phase2.py --resume_backbone_from {Path.cwd()}/out/best "
+        "--real_dataset 'a b:2' c --height 64 --report_to none "
+        f"--cg_dataset data/cg --output_dir {Path.cwd()}/phase2 --resume_from_checkpoint latest"
     )
     assert phase2_command(["python", "-m", "pytest"], args) == line  # called from another program
     assert len(next_commands(["python", "train_phase2.py"], phase2_options())) == 2
