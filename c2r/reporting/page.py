@@ -200,7 +200,9 @@ def _verdict(a, b, loss, step):
     size = f"{number(_rounded(abs(loss.mean), loss.error))} ± {number(_rounded(loss.error, loss.error))}"
     if not math.isfinite(loss.error):
         size = f"{number(abs(loss.mean))}, without an error, since a domain has one clip"
-    where = f"at step {step:,}, the last at which both validated ({loss.clips} clips)"
+    where = f"at step {step:,}, the last at which both validated ({loss.clips} clip{'s' * (loss.clips != 1)})"
+    if loss.mean == 0:
+        return f"Validation loss: <b>{escape(b.name)}</b> and <b>{escape(a.name)}</b> are equal {where}."
     direction = "below" if loss.mean < 0 else "above"
     unclear = "" if loss.is_clear else " That is within the uncertainty."
     names = f"<b>{escape(b.name)}</b> {direction} <b>{escape(a.name)}</b>"
@@ -482,9 +484,9 @@ def _environment(runs):
     rows.append(["folder", *(f"<code>{escape(str(run.path))}</code>" for run in known)])
     parts = [_table(["", *(_key(runs, run) for run in known)], rows)]
     for run in known:
-        finished = run.status.startswith("finished")
-        label = "how it was started" if finished else "to continue"
-        command = run.start["command" if finished else "resume"]
+        stopped = run.status.startswith("stopped")
+        label = "to continue" if stopped else "how it was started"
+        command = run.start["resume" if stopped else "command"]
         name = "" if len(runs) == 1 else f"{_key(runs, run)}, "
         parts.append(
             f'<div class="command"><p>{name}{label}</p><pre tabindex="0">{escape(command)}</pre>'

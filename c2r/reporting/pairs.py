@@ -101,6 +101,6 @@ def _of_clip(run, row, condition, against, level):
 
 
 def common_steps(a: RunFolder, b: RunFolder) -> list[int]:
-    """Return the steps at which both runs have validated clips that can be paired."""
-    shared = [step for step in a.validations if step in b.validations]
-    return sorted(step for step in shared if paired_clips(a.validations[step], b.validations[step]))
+    """Return the steps at which both runs have validated clips that can be paired, with a loss in both."""
+    shared = sorted(step for step in a.validations if step in b.validations)
+    return [step for step in shared if difference(a.validations[step], b.validations[step]) is not None]
