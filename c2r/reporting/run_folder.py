@@ -4,9 +4,7 @@ The folder may be a stranger's, or of a run that is writing into it: files are c
 is noted.
 """
 
-import base64
 import fcntl
-import json
 import math
 import os
 import re
@@ -271,13 +269,3 @@ def run_names(paths: list[str]) -> list[str]:
         if len(set(names)) == len(set(map(str, parts))):
             return names
     return names
-
-
-def data_address(path: Path, kind: str) -> str:
-    """Return the content of a file as a data: address, such as of `video/mp4`."""
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def as_json(value: Any) -> str:
-    """Return JSON that can stand in an HTML script or attribute: no NaN, and no < that could end a script."""
-    return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
