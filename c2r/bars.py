@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two lines where nobody watches, and after which work without a bar says that it goes on.
+#: Seconds between two lines where the output is no terminal, and after which work without a bar says that it goes on.
 LOG_INTERVAL, FIRST_LINE = 30.0, 5.0
 
 
@@ -39,7 +39,7 @@ def bar_settings(shown: bool) -> dict[str, Any]:
         shown: False on processes that print nothing.
     """
     settings: dict[str, Any] = {"disable": not shown, "dynamic_ncols": True}
-    # tqdm reads the variable itself; where it is set, somebody reads the output.
+    # tqdm reads the variable itself; it is set where the output is no terminal, but read as on one.
     if shown and not sys.stderr.isatty() and "TQDM_MININTERVAL" not in os.environ:
         settings |= {"file": _Lines(sys.stderr), "mininterval": LOG_INTERVAL, "maxinterval": 2 * LOG_INTERVAL}
         settings |= {"position": 0}  # below another bar it would move the cursor

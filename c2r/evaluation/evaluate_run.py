@@ -85,24 +85,32 @@ def validation_entry(
         losses: {condition: (n, S)}, NaN where a clip does not have the condition.
         conditions: those that the losses were computed under.
     """
+    fps = conditions.settings.fps
     clips = [
-        {
-            "name": f"{clip.name}#{clip.window}",
-            "domain": clip.domain,
-            # Equal for the same clip in another folder: with it go the noise and the wrong conditions.
-            "key": digest([clip.name, clip.window, clip.start, *clip.bucket, clip.size, clip.text])[:16],
-        }
+        {"name": f"{clip.name}#{clip.window}", "domain": clip.domain, "key": _clip_key(clip, fps)}
         for clip in conditions.clips
     ]
+    # Wrong conditions depend on the whole set of clips: two runs may have another one for the same clip.
+    for entry, other in zip(clips, conditions.other_prompt_clips):
+        entry["other_prompt"] = digest([other.text])[:16]
+    if isinstance(conditions, ControlConditions):
+        for entry, other in zip(clips, conditions.other_control.clips):
+            entry["other_control"] = _clip_key(other, fps)
     return {
         "step": step,
         "sigmas": [round(sigma, 6) for sigma in noise_levels(conditions.flow_shift).tolist()],
         "clips": clips,
-        "losses": {name: _nested(table) for name, table in losses.items()},
+        "losses": {name: _as_lists(table) for name, table in losses.items()},
     }
 
 
-def _nested(table):
+def _clip_key(clip, fps):
+    """Return a digest that is equal for a clip and its copy in another folder: same pixels, noise, prompt, control."""
+    target = [clip.name, clip.window, clip.start, *clip.bucket, clip.size, float(fps)]
+    return digest([*target, clip.text, clip.control_name, clip.control_size])[:16]
+
+
+def _as_lists(table):
     """(n, S) -> lists of numbers, None for NaN."""
     return [[None if loss != loss else loss for loss in row] for row in table.double().tolist()]
 

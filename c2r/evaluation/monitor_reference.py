@@ -96,17 +96,16 @@ def reference_of(
     tasks = [(domain, i) for domain, clips in reference_clips.items() for i in range(len(clips))]
     measured = []  # (domain, position, file, features)
     mine = tasks[accelerator.process_index :: accelerator.num_processes]
-    bar = progress_bar(len(mine), "CG monitor", "clip", accelerator.process_index == 0)
-    for domain, i in mine:
-        beat("measuring the clips that the CG monitor compares with")
-        file = reference_clips[domain][i].name
-        frames = decode_frames(pipeline.vae, datasets[domain][i]["latents_mean"])
-        measured.append((domain, i, file, measure_frames(frames, pipeline.dinov3, accelerator.device)))
-        if domain == "cg":
-            coarse = rearrange(datasets[domain].control_frames(i), "f c h w -> f h w c")
-            measured.append(("coarse", i, file, measure_frames(coarse, pipeline.dinov3, accelerator.device)))
-        bar.update()
-    bar.close()
+    with progress_bar(len(mine), "CG monitor", "clip", accelerator.process_index == 0) as bar:
+        for domain, i in mine:
+            beat("measuring the clips that the CG monitor compares with")
+            file = reference_clips[domain][i].name
+            frames = decode_frames(pipeline.vae, datasets[domain][i]["latents_mean"])
+            measured.append((domain, i, file, measure_frames(frames, pipeline.dinov3, accelerator.device)))
+            if domain == "cg":
+                coarse = rearrange(datasets[domain].control_frames(i), "f c h w -> f h w c")
+                measured.append(("coarse", i, file, measure_frames(coarse, pipeline.dinov3, accelerator.device)))
+            bar.update()
     if accelerator.num_processes > 1:
         measured = gather_object(measured)
     measured.sort(key=lambda entry: entry[:2])  # one order for any number of processes

@@ -132,27 +132,25 @@ def make_samples(
     kept = all(gather_object([path.exists() for path in paths.values()]))
 
     rows = {}
-    bar = progress_bar(len(numbers), "samples", "video", accelerator.process_index == 0)
-    for position, number in zip(positions, numbers):
-        if not go_on():
-            bar.close()
-            return None
-        control_frames = scenes.control_frames(number)  # (F, 3, H, W) uint8
-        latents = _generate(samples, number, captions, pipeline, sampling, control_frames.float() / 255)
-        if not kept:
-            with failing_together(accelerator, paths[number]):
-                without_control = _generate(samples, number, captions, pipeline, sampling, None)
-                save_tensors(paths[number], {"latents": without_control}, {})
-        if position < len(samples):
-            columns = (
-                rearrange(control_frames, "f c h w -> f h w c").numpy(),
-                decode_frames(pipeline.vae, latents),
-                decode_frames(pipeline.vae, load_tensors(paths[number], ["latents"])[0]["latents"]),
-                rearrange(scenes.target_frames(number), "f c h w -> f h w c").numpy(),
-            )
-            rows[number] = dict(zip(SAMPLE_COLUMNS, columns))
-        bar.update()
-    bar.close()
+    with progress_bar(len(numbers), "samples", "video", accelerator.process_index == 0) as bar:
+        for position, number in zip(positions, numbers):
+            if not go_on():
+                return None
+            control_frames = scenes.control_frames(number)  # (F, 3, H, W) uint8
+            latents = _generate(samples, number, captions, pipeline, sampling, control_frames.float() / 255)
+            if not kept:
+                with failing_together(accelerator, paths[number]):
+                    without_control = _generate(samples, number, captions, pipeline, sampling, None)
+                    save_tensors(paths[number], {"latents": without_control}, {})
+            if position < len(samples):
+                columns = (
+                    rearrange(control_frames, "f c h w -> f h w c").numpy(),
+                    decode_frames(pipeline.vae, latents),
+                    decode_frames(pipeline.vae, load_tensors(paths[number], ["latents"])[0]["latents"]),
+                    rearrange(scenes.target_frames(number), "f c h w -> f h w c").numpy(),
+                )
+                rows[number] = dict(zip(SAMPLE_COLUMNS, columns))
+            bar.update()
     return rows
 
 

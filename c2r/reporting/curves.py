@@ -1,11 +1,11 @@
 """Curves as inline SVG: readable without scripts, and with values under the pointer where scripts run."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-
-from c2r.reporting.run_folder import as_json
+from typing import Any
 
 #: Size of a chart and the place of its axes, in the units of its viewBox.
 WIDTH, HEIGHT, RIGHT, TOP, BOTTOM = 420, 236, 10, 10, 26
@@ -196,12 +196,12 @@ def _path(points):
     return "".join(words)
 
 
-def fixed(value: float) -> str:
+def four_decimals(value: float) -> str:
     """Return a number with four decimals, so that those of a table stand below each other."""
     return f"{value:.4f}".replace("-", "−")
 
 
-def number(value: float) -> str:
+def number_text(value: float) -> str:
     """Return a number with about four digits, such as "0.4502", "−0.03", "1.2e-05" or "15,000"."""
     if value != 0 and abs(value) < 1e-3:
         text = f"{value:.2g}" if abs(value) < 1e-4 else f"{value:.5f}".rstrip("0")
@@ -210,3 +210,8 @@ def number(value: float) -> str:
     else:
         text = f"{value:.4g}"
     return "0" if float(text.replace(",", "")) == 0 else text.replace("-", "−", 1) if value < 0 else text
+
+
+def as_json(value: Any) -> str:
+    """Return JSON that can stand in an HTML script or attribute: no NaN, and no < that could end a script."""
+    return json.dumps(value, allow_nan=False).replace("<", "\\u003c")

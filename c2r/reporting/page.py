@@ -1,15 +1,17 @@
 """The page of one or several runs: HTML with everything in it, so that it can be mailed and opened offline."""
 
+import base64
 import math
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 
 from c2r import __version__
-from c2r.reporting.curves import Line, chart, fixed, number, points_of, smoothed
-from c2r.reporting.pairs import Difference, common_steps, difference
-from c2r.reporting.run_folder import RunFolder, data_address
+from c2r.reporting.curves import Line, chart, four_decimals, number_text, points_of, smoothed
+from c2r.reporting.pairs import Difference, common_steps, difference, paired_clips
+from c2r.reporting.run_folder import RunFolder
 from c2r.training.output_files import SAMPLE_COLUMNS
 from c2r.units import size_text
 
@@ -109,7 +111,7 @@ def _summary(runs):
     for label, name in SUMMARY.items():
         values = [run.last(name) for run in runs]
         if any(value is not None for value in values):
-            rows.append([escape(label), *("–" if value is None else fixed(value) for value in values)])
+            rows.append([escape(label), *("–" if value is None else four_decimals(value) for value in values)])
     if any(run.last("monitor/cg_look") is not None for run in runs):
         rows.append(["CG look and 90 % interval", *(_look_cell(run) for run in runs)])
     clips = [_clips_text(run) for run in runs]
@@ -123,7 +125,7 @@ def _best_cell(run):
     if run.best_step is None:
         return "–"
     value = run.numbers[f"validation/{run.best_by}"][run.best_step]
-    return f"{run.best_by.replace('_', ' ')} {fixed(value)} at step {run.best_step:,}"
+    return f"{run.best_by.replace('_', ' ')} {four_decimals(value)} at step {run.best_step:,}"
 
 
 def _look_cell(run):
@@ -190,21 +192,34 @@ def _comparison(a, b, runs):
     note = (
         "Both runs are validated on the same clips with the same noise, so the losses of each clip are subtracted "
         "before they are averaged; domains have the same weight. The standard error is that of the mean over the "
-        f"clips: it does not hold what another --seed would change.{only}"
+        f"clips: it does not include what another --seed would change.{only}{_wrong_conditions_note(first, second)}"
     )
     table += f'<p class="small">{note}</p>'
     return f'{heading}{body}<div class="compared"><div>{table}</div><div class="charts">{charts}</div></div>'
 
 
 def _verdict(a, b, loss, step):
-    size = f"{number(_rounded(abs(loss.mean), loss.error))} ± {number(_rounded(loss.error, loss.error))}"
+    size = f"{number_text(_rounded(abs(loss.mean), loss.error))} ± {number_text(_rounded(loss.error, loss.error))}"
     if not math.isfinite(loss.error):
-        size = f"{number(abs(loss.mean))}, without an error, since a domain has one clip"
-    where = f"at step {step:,}, the last at which both validated ({loss.clips} clips)"
+        size = f"{number_text(abs(loss.mean))}, without an error, since a domain has one clip"
+    where = f"at step {step:,}, the last at which both validated ({loss.clips} clip{'s' * (loss.clips != 1)})"
+    if loss.mean == 0:
+        return f"Validation loss: <b>{escape(b.name)}</b> and <b>{escape(a.name)}</b> are equal {where}."
     direction = "below" if loss.mean < 0 else "above"
     unclear = "" if loss.is_clear else " That is within the uncertainty."
     names = f"<b>{escape(b.name)}</b> {direction} <b>{escape(a.name)}</b>"
     return f"Validation loss: {names} by <b>{size}</b> {where}.{unclear}"
+
+
+def _wrong_conditions_note(first, second):
+    """Return a sentence if the runs have other wrong conditions for some of their common clips, otherwise ""."""
+    pairs = len(paired_clips(first, second))
+    if all(len(paired_clips(first, second, name)) == pairs for name in ("other_control", "other_prompt")):
+        return ""
+    return (
+        " The wrong control or prompt of some clips is another in each run, since their sets of validation clips "
+        "differ: rows with such a condition have only the clips for which it is the same, or are left out."
+    )
 
 
 def _compared(entry) -> Iterator[tuple[str, dict]]:
@@ -387,6 +402,11 @@ def chosen_videos(runs: Sequence[RunFolder], room: int = MAX_VIDEO_BYTES) -> tup
     return kept, f"All videos would take {size_text(_bytes(chosen))}, so {left_out}."
 
 
+def _data_address(path: Path, kind: str) -> str:
+    """Return the content of a file as a data: address, such as of `video/mp4`."""
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
 def _bytes(chosen):
     return sum(path.stat().st_size for videos in chosen for row in videos.values() for path in row.values())
 
@@ -412,7 +432,7 @@ def _samples(runs):
                 label = f"step {step:,}" if len(runs) == 1 else f"{_key(runs, run)}, step {step:,}"
                 video = (
                     '<video controls loop muted playsinline preload="metadata" '
-                    f'src="{data_address(path, "video/mp4")}"></video>'
+                    f'src="{_data_address(path, "video/mp4")}"></video>'
                 )
                 figures.append(
                     f'<figure class="sample" data-step="{step}"><figcaption>{label}</figcaption><div class="scroll">'
@@ -453,7 +473,7 @@ def _value(value):
         return "–"
     if isinstance(value, list):
         return "<br>".join(escape(str(entry)) for entry in value)
-    return escape(number(value) if type(value) in (int, float) else str(value))
+    return escape(number_text(value) if type(value) in (int, float) else str(value))
 
 
 def _code(name):
@@ -471,9 +491,9 @@ def _environment(runs):
     rows.append(["folder", *(f"<code>{escape(str(run.path))}</code>" for run in known)])
     parts = [_table(["", *(_key(runs, run) for run in known)], rows)]
     for run in known:
-        finished = run.status.startswith("finished")
-        label = "how it was started" if finished else "to continue"
-        command = run.start["command" if finished else "resume"]
+        stopped = run.status.startswith("stopped")
+        label = "to continue" if stopped else "how it was started"
+        command = run.start["resume" if stopped else "command"]
         name = "" if len(runs) == 1 else f"{_key(runs, run)}, "
         parts.append(
             f'<div class="command"><p>{name}{label}</p><pre tabindex="0">{escape(command)}</pre>'

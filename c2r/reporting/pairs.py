@@ -30,12 +30,21 @@ class Difference:
         return math.isfinite(self.error) and abs(self.mean) > 2 * self.error
 
 
-def paired_clips(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Return the rows of the clips that two validations share, [(row of A, row of B)]; none at other noise levels."""
+def paired_clips(a: Mapping[str, Any], b: Mapping[str, Any], *conditions: str) -> list[tuple[int, int]]:
+    """Return the rows of the clips that two validations share, [(row of A, row of B)]; none at other noise levels.
+
+    Args:
+        a, b: lines of validations.jsonl.
+        conditions: such as "other_control": clips whose wrong control or prompt is not the same in both are left out.
+    """
     if a["sigmas"] != b["sigmas"]:
         return []
-    rows = {clip["key"]: row for row, clip in enumerate(a["clips"])}
-    return [(rows[clip["key"]], row) for row, clip in enumerate(b["clips"]) if clip["key"] in rows]
+
+    def identity(clip):
+        return clip["key"], *(clip.get(condition) for condition in conditions)
+
+    rows = {identity(clip): row for row, clip in enumerate(a["clips"])}
+    return [(rows[identity(clip)], row) for row, clip in enumerate(b["clips"]) if identity(clip) in rows]
 
 
 def difference(
@@ -64,7 +73,7 @@ def difference(
         if name not in a["losses"] or name not in b["losses"]:
             return None
     groups: dict[str, list[float]] = {}
-    for row_a, row_b in paired_clips(a, b):
+    for row_a, row_b in paired_clips(a, b, condition, against or condition):
         clip = b["clips"][row_b]["domain"]
         if domain in (None, clip):
             values = [_of_clip(run, row, condition, against, level) for run, row in ((a, row_a), (b, row_b))]
@@ -92,6 +101,6 @@ def _of_clip(run, row, condition, against, level):
 
 
 def common_steps(a: RunFolder, b: RunFolder) -> list[int]:
-    """Return the steps at which both runs have validated clips that can be paired."""
-    shared = [step for step in a.validations if step in b.validations]
-    return sorted(step for step in shared if paired_clips(a.validations[step], b.validations[step]))
+    """Return the steps at which both runs have validated clips that can be paired, with a loss in both."""
+    shared = sorted(step for step in a.validations if step in b.validations)
+    return [step for step in shared if difference(a.validations[step], b.validations[step]) is not None]

@@ -4,8 +4,7 @@ The folder may be a stranger's, or of a run that is writing into it: files are c
 is noted.
 """
 
-import base64
-import json
+import fcntl
 import math
 import os
 import re
@@ -14,22 +13,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 from pydantic import JsonValue
 from typing_extensions import TypedDict
 
 from c2r import InputError
 from c2r.files import parse_json, read_json
-from c2r.training.output_files import METRICS, START, VALIDATIONS
+from c2r.training.output_files import LOCK, METRICS, START, VALIDATIONS
 
 #: Bounds of what is read: a run of a million steps writes about 700 MB of numbers.
 MAX_BYTES, MAX_LINE_BYTES, MAX_NAMES = 2 * 2**30, 2**22, 1000
 
+#: Bound of validations.jsonl, which is kept in memory as lists.
+MAX_VALIDATIONS_BYTES = 200_000_000
+
 #: Largest step, and largest size of a number; others could not be drawn.
 MAX_STEP, MAX_VALUE = 10**12, 1e30
 
-#: A run that has written nothing for longer counts as stopped, in seconds.
+#: A run that has logged nothing for longer, and holds no lock, counts as stopped, in seconds.
 STOPPED_AFTER = 900
 
 _VIDEO = re.compile(r"\d{1,4}\.mp4")
@@ -50,6 +52,8 @@ class _Clip(TypedDict):
     name: str
     domain: Literal["real", "cg"]
     key: str
+    other_control: NotRequired[str]  # keys of the wrong conditions
+    other_prompt: NotRequired[str]
 
 
 class _Validation(TypedDict):
@@ -101,7 +105,11 @@ class RunFolder:
             run._read_numbers()
         else:
             run.missing.append(f"{METRICS}: there are no curves")
-        if _is_file(run.path / VALIDATIONS):
+        path = run.path / VALIDATIONS
+        if _is_file(path) and path.stat().st_size > MAX_VALIDATIONS_BYTES:
+            bound = f"{VALIDATIONS} of at most {MAX_VALIDATIONS_BYTES / 1e6:.0f} MB"
+            run.missing.append(f"{bound}: the run is not compared clip by clip")
+        elif _is_file(path):
             run._read_validations()
         else:
             run.missing.append(f"{VALIDATIONS}: the run cannot be compared clip by clip")
@@ -188,7 +196,7 @@ class RunFolder:
         if not path.is_file():
             return f"step {self.step:,}{of}"
         age = time.time() - path.stat().st_mtime
-        if age < STOPPED_AFTER:
+        if age < STOPPED_AFTER or _is_locked(self.path):
             return f"running, step {self.step:,}{of}"
         return f"stopped at step {self.step:,}{of}"
 
@@ -210,6 +218,24 @@ class RunFolder:
         """Return the last finite value of a number, None if there is none."""
         values = [v for v in self.numbers.get(name, {}).values() if math.isfinite(v)]
         return values[-1] if values else None
+
+
+def _is_locked(folder):
+    """Return True if a run on this machine, or on one that shares its locks, holds the lock of its output folder."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # no lock, a link, or not ours to read
+        return False
+    try:
+        # Shared, so that two reports do not see each other, and given back at once.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _is_file(path):
@@ -243,13 +269,3 @@ def run_names(paths: list[str]) -> list[str]:
         if len(set(names)) == len(set(map(str, parts))):
             return names
     return names
-
-
-def data_address(path: Path, kind: str) -> str:
-    """Return the content of a file as a data: address, such as of `video/mp4`."""
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def as_json(value: Any) -> str:
-    """Return JSON that can stand in an HTML script or attribute: no NaN, and no < that could end a script."""
-    return json.dumps(value, allow_nan=False).replace("<", "\\u003c")

@@ -12,7 +12,7 @@ from c2r.options.shared import clip_option_words
 RESUME = ["--resume_from_checkpoint", "latest"]
 
 #: Options of a phase 1 that are kept for phase 2, besides those of the clips.
-_KEPT = ("flow_shift", "mixed_precision", "optimizer", "report_to")
+_SHARED_OPTIONS = ("flow_shift", "mixed_precision", "optimizer", "report_to")
 
 
 def launch_command(parent: list[str] | None = None) -> list[str]:
@@ -75,15 +75,15 @@ def phase2_command(command: list[str], args: Namespace) -> str:
     if not any(Path(word).name == "train_phase1.py" for word in command):  # called from another program
         command = ["accelerate", "launch", "train_phase1.py"]
     script = next(i for i, word in enumerate(command) if Path(word).name == "train_phase1.py")
-    out = Path(args.output_dir)
+    out = Path(os.path.abspath(args.output_dir))  # "." has no name and no parent
     words = [*command[:script], str(Path(command[script]).with_name("train_phase2.py"))]
     words += ["--resume_backbone_from", str(out / "best")]
     words += ["--real_dataset", *args.real_dataset, *clip_option_words(args)]
-    for name in _KEPT:
+    for name in _SHARED_OPTIONS:
         value = getattr(args, name)
         if value != PHASE2.options[name].default:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    words += ["--cg_dataset", "data/cg", "--output_dir", str(out.with_name("phase2"))]
+    words += ["--cg_dataset", "data/cg", "--output_dir", str(out.parent / "phase2")]
     return shlex.join([*words, *RESUME])
 
 
@@ -94,9 +94,10 @@ def next_commands(command: list[str], args: Namespace) -> list[str]:
         command: the words that started it.
         args: its options.
     """
-    out = shlex.quote(str(args.output_dir))
-    report = f"python -m c2r.report {out} --output {shlex.quote(str(Path(args.output_dir) / 'report.html'))}"
+    out = Path(args.output_dir)
+    report = shlex.join(["python", "-m", "c2r.report", str(out), "--output", str(out / "report.html")])
     if not hasattr(args, "resume_backbone_from"):
         return [phase2_command(command, args), report]
-    generate = f'python -m c2r.generate --model {out}/best --control_video coarse.mp4 --prompt "…" --output out.mp4'
+    best = shlex.quote(str(out / "best"))
+    generate = f'python -m c2r.generate --model {best} --control_video coarse.mp4 --prompt "…" --output out.mp4'
     return [generate, report]

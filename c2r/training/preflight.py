@@ -30,6 +30,7 @@ from c2r.training.checkpoint import checkpoint_bytes
 from c2r.training.engine import failing_together, sharding
 from c2r.training.resume import list_checkpoints
 from c2r.training.run import Run
+from c2r.training.trackers import require_logins
 from c2r.units import GIB, size_text
 
 logger = logging.getLogger(__name__)
@@ -124,8 +125,8 @@ def preflight(run: Run, mixtures: list[Mixture], configs: ModelConfigs, trainabl
         frozen: number of parameters that stay on the device beside them.
 
     Raises:
-        InputError: the checkpoints do not fit on the disk, or the estimate exceeds the device's memory by more than
-            ESTIMATE_MARGIN.
+        InputError: a tracker has no login, the checkpoints do not fit on the disk, or the estimate exceeds the memory
+            of the device by more than ESTIMATE_MARGIN.
     """
     accelerator, args = run.accelerator, run.planned
     lines = [
@@ -139,6 +140,7 @@ def preflight(run: Run, mixtures: list[Mixture], configs: ModelConfigs, trainabl
         )
     with failing_together(accelerator, args.output_dir):
         if accelerator.is_main_process:
+            require_logins(args)
             lines.append(_disk_line(args, trainable))
     for line in lines:
         logger.info("preflight: %s", line)

@@ -88,7 +88,7 @@ class RecordTracker(GeneralTracker):
     @on_main_process
     def log(self, values: Mapping[str, Any], step: int | None = None, **kwargs):
         """Append one line of numbers; what is not finite is written as null, which every JSON reader takes."""
-        self._append(METRICS, {"step": step} | {name: _finite(value) for name, value in values.items()})
+        self._append(METRICS, {"step": step} | {name: _json_number(value) for name, value in values.items()})
 
     @on_main_process
     def log_media(self, name: str, step: int, caption: str | None = None):
@@ -136,7 +136,7 @@ def write_start(accelerator: Accelerator, args: Namespace, command: list[str]) -
     write_atomic(Path(args.output_dir) / START, json.dumps(content, indent=1).encode())
 
 
-def _finite(value):
+def _json_number(value):
     if isinstance(value, bool):
         return int(value)
     return value if math.isfinite(value) else None

@@ -25,6 +25,7 @@ from c2r.models.context_parallel import ContextParallel
 from c2r.options.training import chosen_trackers
 from c2r.training.background import BackgroundWrite
 from c2r.training.backward_step import StepInBackward
+from c2r.training.engine import failing_together
 from c2r.training.interruption import Interruption
 from c2r.training.launched import launch_command, next_commands, resume_command
 from c2r.training.logs import start_logs
@@ -119,9 +120,10 @@ class Run:
         """Open the logs and take over signals, once everything that can be refused has been checked."""
         # A run that was killed may have logged this step's validation without saving it.
         repeat_step = self.progress.global_step == 0 or self.validation_is_due()
-        start_logs(self.accelerator, self.args, self.progress, repeat_step)
-        if self.accelerator.is_main_process:
-            write_start(self.accelerator, self.args, self.command)
+        with failing_together(self.accelerator, self.args.output_dir):
+            start_logs(self.accelerator, self.args, self.progress, repeat_step)
+            if self.accelerator.is_main_process:
+                write_start(self.accelerator, self.args, self.command)
         self.interruption = Interruption(self.args.save_every_minutes, self.args.save_before_timeout)
         self.timings.start()
 
@@ -209,14 +211,14 @@ class Run:
             sys.exit(cli.EXIT_STOPPED)
 
     def close(self):
-        """Print where the results are and what to type next, stop the watchdog, and unlock the output folder."""
-        logger.info("final/ and best/ (%s) are in %s", self.progress.best_text, self.args.output_dir)
-        if not self.args.dry_run:
-            for line in self._whereabouts():
-                logger.info("  %s", line)
+        """Stop the watchdog, unlock the output folder, and print where the results are and what to type next."""
         self.watchdog.close()
         if self.lock is not None:
             self.lock.close()
+        logger.info("final/ and best/ (%s) are in %s", self.progress.best_text, self.args.output_dir)
+        if self.accelerator.is_main_process and not self.args.dry_run:
+            for line in self._whereabouts():
+                logger.info("  %s", line)
 
     def _whereabouts(self):
         """Yield lines that say what lies where, and the commands to type next."""

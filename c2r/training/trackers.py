@@ -58,6 +58,23 @@ def build_trackers(accelerator: Accelerator, args: Namespace, purge_step: int, r
     return trackers
 
 
+def require_logins(args: Namespace) -> None:
+    """Check that the trackers of --report_to can log in, as far as this machine knows. Call it on the main process.
+
+    Raises:
+        InputError: wandb has no key.
+    """
+    if "wandb" not in chosen_trackers(args.report_to):
+        return
+    import wandb
+
+    online = wandb.setup().settings.mode in ("online", "shared")
+    if online and not wandb.login(prompt=False, verify=False):
+        raise InputError(
+            "--report_to wandb: this machine is not logged in; run wandb login, or set WANDB_MODE=offline"
+        )
+
+
 #: Charts of TensorBoard's tab "Custom scalars": the numbers that belong together, in one chart.
 LAYOUT = {
     "Is it learning?": {

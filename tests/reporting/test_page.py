@@ -1,6 +1,9 @@
 """The page of runs: self-contained, with every sample, and with paired differences that equal a direct computation."""
 
+import copy
+import fcntl
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -12,7 +15,7 @@ from c2r import InputError
 from c2r.evaluation.validation import LEAK_BOUND
 from c2r.reporting import page, run_folder
 from c2r.reporting.page import chosen_videos, report_page
-from c2r.reporting.pairs import common_steps, difference
+from c2r.reporting.pairs import Difference, common_steps, difference
 from c2r.reporting.run_folder import RunFolder, run_names
 from tests.helpers.commands import succeed
 from tests.helpers.forks import fork
@@ -144,6 +147,69 @@ def test_other_clips_or_noise_levels_are_not_compared(runs, tmp_path):
         (other / "validations.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
         text = "".join(Elements(report_page([runs[0], RunFolder.read(other, "other")])).text)
         assert "No paired comparison is possible" in text
+
+
+@pytest.mark.parametrize("change", [lambda losses: losses.pop("right"), lambda losses: None])
+def test_a_validation_without_losses_is_no_common_step(runs, tmp_path, change):
+    other = shutil.copytree(runs[0].path, tmp_path / "other")
+    lines = [json.loads(line) for line in (other / "validations.jsonl").read_text().splitlines()]
+    for entry in lines:
+        change(entry["losses"])
+        if "right" in entry["losses"]:
+            entry["losses"]["right"] = [[None] * 4 for _ in entry["clips"]]
+    (other / "validations.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    text = "".join(Elements(report_page([runs[0], RunFolder.read(other, "other")])).text)
+    assert "No paired comparison is possible" in text
+
+
+def test_equal_runs_are_called_equal(runs):
+    a = runs[0]
+    again = RunFolder.read(a.path, "again")
+    assert "again and a are equal at step 4, the last at which both validated (4 clips)." in "".join(
+        Elements(report_page([a, again])).text
+    )
+    verdict = page._verdict(a, again, Difference(0.5, float("nan"), 1), 4)
+    assert "(1 clip)" in verdict
+
+
+def test_a_run_that_holds_its_lock_is_running(runs, tmp_path):
+    out = shutil.copytree(runs[0].path, tmp_path / "run")
+    shutil.rmtree(out / "final")
+    os.utime(out / "metrics.jsonl", (0, 0))
+    resume = "--resume_from_checkpoint latest"
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run = RunFolder.read(out, "run")
+        assert run.status == "running, step 4 of 4"
+        assert "to continue" not in report_page([run])
+    run = RunFolder.read(out, "run")
+    assert run.status == "stopped at step 4 of 4"
+    assert "to continue" in report_page([run])
+    assert resume in report_page([run])
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # reading has left no lock
+
+
+def test_losses_that_would_fill_the_memory_are_not_read(runs, tmp_path):
+    out = shutil.copytree(runs[0].path, tmp_path / "run")
+    os.truncate(out / "validations.jsonl", run_folder.MAX_VALIDATIONS_BYTES + 1)
+    run = RunFolder.read(out, "run")
+    assert run.validations == {}
+    assert "run has no validations.jsonl of at most 200 MB" in "".join(Elements(report_page([run])).text)
+
+
+def test_wrong_conditions_are_compared_where_both_runs_have_the_same(runs):
+    first = runs[0].validations[4]
+    assert all({"other_control", "other_prompt"} <= clip.keys() for clip in first["clips"])
+    second = copy.deepcopy(first)
+    second["clips"][0]["other_control"] = "of another clip"
+    second["losses"]["other_control"][0] = [9.0] * 4
+    for arguments in ({"condition": "other_control"}, {"condition": "other_control", "against": "right"}):
+        found = difference(first, second, **arguments)
+        assert (found.mean, found.clips) == (0, 3)
+    assert difference(first, second).clips == difference(first, second, "other_prompt").clips == 4
+    assert "differ: rows with such a condition" in page._wrong_conditions_note(first, second)
+    assert page._wrong_conditions_note(first, first) == ""
 
 
 def test_a_folder_with_little_in_it_says_what_is_missing(runs, tmp_path):

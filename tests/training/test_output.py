@@ -3,13 +3,17 @@
 import re
 import shlex
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from c2r import cli
 from c2r.options import PHASE2, REPORT
+from c2r.training import run as run_module
 from c2r.training.launched import launch_command, next_commands, phase2_command, resume_command
 from tests.helpers.options import options, phase2_options
+from tests.helpers.runs import run_of
 
 #: Lines that libraries print where a setting is missing, deprecated or guessed.
 COMPLAINTS = re.compile(
@@ -89,8 +93,29 @@ def test_the_command_of_phase_2_keeps_what_both_phases_need():
     args = options(["--real_dataset", "a b:2", "c", "--height=64", "--lr_warmup_steps=7", "--report_to", "none"])
     line = phase2_command(["accelerate", "launch", "train_phase1.py"], args)
     assert line == (
-        "accelerate launch train_phase2.py --resume_backbone_from out/best --real_dataset 'a b:2' c --height 64 "
-        "--report_to none --cg_dataset data/cg --output_dir phase2 --resume_from_checkpoint latest"
+        f"accelerate launch train_phase2.py --resume_backbone_from {Path.cwd()}/out/best "
+        "--real_dataset 'a b:2' c --height 64 --report_to none "
+        f"--cg_dataset data/cg --output_dir {Path.cwd()}/phase2 --resume_from_checkpoint latest"
     )
     assert phase2_command(["python", "-m", "pytest"], args) == line  # called from another program
     assert len(next_commands(["python", "train_phase2.py"], phase2_options())) == 2
+
+
+@pytest.mark.parametrize("command", [["python", ""], ["python", "-c"], ["renamed.py", "/"], ["train_phase1.py"]])
+@pytest.mark.parametrize(("out", "best", "phase2"), [(".", "best", "../phase2"), ("/", "/best", "/phase2")])
+def test_no_folder_or_command_ends_the_run_instead_of_a_line(command, out, best, phase2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(phase2_command(command, options(["--output_dir", out])))
+    given = {name: (tmp_path / words[words.index(f"--{name}") + 1]) for name in ("resume_backbone_from", "output_dir")}
+    assert given["resume_backbone_from"] == tmp_path / best
+    assert given["output_dir"] == (tmp_path / phase2).resolve()
+
+
+def test_a_run_is_closed_before_its_last_lines_are_printed(tmp_path, monkeypatch):
+    closed = []
+    run = run_of(options(["--output_dir", str(tmp_path)]))
+    run.watchdog = SimpleNamespace(close=lambda: closed.append("watchdog"))
+    run.lock = SimpleNamespace(close=lambda: closed.append("lock"))
+    monkeypatch.setattr(run_module, "next_commands", lambda *values: closed.append("printed") or [])
+    run.close()
+    assert closed == ["watchdog", "lock", "printed"]

@@ -10,7 +10,7 @@ import pytest
 
 from c2r import InputError
 from c2r.options import training
-from tests.helpers.commands import images, phase2, scalars, succeed
+from tests.helpers.commands import images, phase1, phase2, scalars, succeed
 from tests.helpers.forks import fork
 from tests.helpers.options import options
 
@@ -144,9 +144,20 @@ def test_trackio_has_the_same_numbers(tracked):
 def test_a_missing_package_is_refused_before_anything_loads(monkeypatch):
     find_spec = training.find_spec
     monkeypatch.setattr(training, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
-    with pytest.raises(InputError, match=r'--report_to tensorboard wandb: needs wandb; pip install "c2r\[wandb\]"'):
+    with pytest.raises(InputError, match=r"--report_to tensorboard wandb: needs wandb; pip install wandb=="):
         options(["--report_to", "tensorboard", "wandb"])
     assert training.chosen_trackers(["all"]) == ["tensorboard", "trackio"]
+
+
+def test_a_missing_login_is_refused_before_anything_is_encoded(tiny_models, small_datasets, tmp_path):
+    environment = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none"), "HOME": str(tmp_path)}
+    command = phase1(tiny_models, small_datasets, tmp_path / "out", "--report_to=wandb", "--height=48")
+    done = fork(*command, **environment)
+    assert done.returncode == 1
+    assert (
+        "--report_to wandb: this machine is not logged in; run wandb login, or set WANDB_MODE=offline" in done.stderr
+    )
+    assert "encoding" not in done.stdout
 
 
 def test_none_excludes_the_other_trackers():
