@@ -21,12 +21,12 @@ from c2r.data.video_writer import write_video
 from c2r.models.assembly import load_transformer
 from c2r.models.lora import LoraWeights, save_lora
 from c2r.options import APP, GENERATE
+from tests.helpers.browser import needs_chromium, started_browser
 from tests.helpers.trained import FPS, FRAMES, HEIGHT, WIDTH, save_trained_models
 from tests.helpers.videos import encode_video
 
 pytest.importorskip("gradio")
 
-CHROMIUM = shutil.which("chromium")
 #: What a page sends before a user has touched its fields.
 FIELDS = {
     "prompt": "the street",
@@ -348,7 +348,6 @@ def test_the_command_refuses_early_in_one_line(models, free_port, monkeypatch, t
 
 #: Width and readiness of the video in an element; 2 and above has a frame to show.
 VIDEO = "id => {const v = document.querySelector(`#${id} video`); return v && [v.readyState, v.videoWidth, v.src]}"
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 
 
 @pytest.fixture(scope="module")
@@ -359,11 +358,8 @@ def address(panel):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with started_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
