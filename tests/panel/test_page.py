@@ -1,6 +1,5 @@
 """The page, in a browser."""
 
-import shutil
 import time
 from contextlib import contextmanager
 
@@ -10,15 +9,14 @@ from c2r.options import GENERATE
 from c2r.panel.messages import LABELS
 from c2r.panel.page import build_page
 from c2r.panel.server import served
+from tests.helpers.browser import needs_chromium, started_browser
 from tests.helpers.panel import FIELDS
 from tests.helpers.trained import WIDTH
 
 pytest.importorskip("gradio")
 
-CHROMIUM = shutil.which("chromium")
 #: Width and readiness of the video in an element; 2 and above has a frame to show.
 VIDEO = "id => {const v = document.querySelector(`#${id} video`); return v && [v.readyState, v.videoWidth, v.src]}"
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 
 
 def test_every_field_of_the_page_has_a_label_and_an_option(panel):
@@ -38,11 +36,8 @@ def address(panel):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with started_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

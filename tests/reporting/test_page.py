@@ -17,6 +17,7 @@ from c2r.reporting import page, run_folder
 from c2r.reporting.page import chosen_videos, report_page
 from c2r.reporting.pairs import Difference, common_steps, difference
 from c2r.reporting.run_folder import RunFolder, run_names
+from tests.helpers.browser import needs_chromium, started_browser
 from tests.helpers.commands import succeed
 from tests.helpers.forks import fork
 
@@ -306,6 +307,32 @@ def test_videos_that_do_not_fit_are_left_out_by_step_and_then_by_sample(tmp_path
 def test_names_of_runs_tell_them_apart():
     assert run_names(["out/a", "out/b"]) == ["a", "b"]
     assert run_names(["x/phase2", "y/phase2"]) == ["x/phase2", "y/phase2"]
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_works_in_a_browser_without_a_network(runs, tmp_path, width):
+    run = RunFolder.read(runs[0].path, "a")
+    run.videos = {2: run.videos[4], 4: run.videos[4]}
+    path = tmp_path / "page.html"
+    path.write_text(report_page([run, runs[1]]))
+    problems = []
+    with started_browser() as browser:
+        tab = browser.new_page(viewport={"width": width, "height": 900})
+        tab.on("console", lambda message: problems.append(message.text))
+        tab.on("pageerror", lambda error: problems.append(str(error)))
+        tab.on("request", lambda sent: problems.append(sent.url) if not sent.url.startswith(("file:", "data:")) else 0)
+        tab.goto(path.as_uri())
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        for step in (2, 4):
+            tab.locator(f".steps button[data-step='{step}']").click()
+            steps = tab.locator(".sample:visible").evaluate_all("shown => shown.map(one => one.dataset.step)")
+            assert set(steps) == {str(step)}
+            assert tab.locator("button[aria-pressed=true]").get_attribute("data-step") == str(step)
+        tab.wait_for_function(
+            "[...document.querySelectorAll('.sample:not([hidden]) video')].some(v => v.readyState >= 2)"
+        )
+    assert problems == []
 
 
 def test_the_bound_of_the_leak_is_that_of_the_warning():
