@@ -38,6 +38,8 @@ PIPELINE = "tests/test_pipeline.py"
 PIPELINE_LORA = "tests/test_pipeline_lora.py"
 EXPORT = "tests/test_export.py"
 GENERATE = "tests/test_generate.py"
+WINDOWS = "tests/test_windows.py"
+AS_DIFFUSERS = "tests/test_pipeline_as_diffusers.py"
 OPTIONS = "tests/test_options.py"
 FILES = "tests/test_files.py"
 ADAPTER = "tests/models/test_control_adapter.py"
@@ -1338,11 +1340,92 @@ THE_TOY = [
     ),
 ]
 
+LONG_VIDEOS_AND_FOLDERS = [
+    Mutation(
+        "a-window-fades-in-from-one",
+        "c2r/windows.py",
+        "torch.arange(self.overlap, dtype=torch.float32) / max(self.overlap, 1)",
+        "(torch.arange(self.overlap, dtype=torch.float32) + 1) / max(self.overlap, 1)",
+        f"{WINDOWS}::test_frames_before_the_first_fade_do_not_depend_on_what_follows",
+    ),
+    Mutation(
+        "a-windows-control-starts-with-its-pixels",
+        "c2r/windows.py",
+        "slice(temporal_stride * self.start, ",
+        "slice(max(temporal_stride * self.start - 3, 0), ",
+        WINDOWS,
+    ),
+    Mutation(
+        "the-last-window-fades-in-over-the-planned-overlap",
+        "c2r/windows.py",
+        "overlap=windows[-1].stop - (stop - length)))",
+        "overlap=overlap))",
+        WINDOWS,
+    ),
+    Mutation(
+        "the-noise-of-a-video-depends-on-its-length",
+        "c2r/pipeline.py",
+        "frames = windows[0].frames(",
+        "frames = windows[-1].frames(",
+        WINDOWS,
+    ),
+    Mutation(
+        "single-pictures-are-windows",
+        "c2r/windows.py",
+        "return num_frames if num_frames > 1 else None",
+        "return num_frames",
+        f"{GENERATE}::test_a_model_of_single_pictures_generates_a_video_in_one_window",
+    ),
+    Mutation(
+        "latent-frames-are-decoded-without-those-before",
+        "c2r/models/streaming.py",
+        "feat_cache=vae._feat_map,",
+        "feat_cache=[None] * len(vae._feat_map),",
+        f"{WINDOWS}::test_streaming_decodes_bit_for_bit",
+    ),
+    Mutation(
+        "a-stream-that-stops-early-keeps-the-vae",
+        "c2r/pipeline.py",
+        "        finally:  # also if the caller stops early\n            self",
+        "        except ValueError:\n            self",
+        f"{PIPELINE}::test_a_call_or_a_stream_that_ends_early_frees_the_hooks",
+    ),
+    Mutation(
+        "a-relative-path-is-a-hub-name",
+        "c2r/pipeline_folder.py",
+        "return os.path.abspath(part) if is_local else part",
+        "return part",
+        f"{AS_DIFFUSERS}::test_a_relative_path_is_not_taken_for_a_hub_name",
+    ),
+    Mutation(
+        "another-dinov3-keeps-the-losses",
+        "c2r/pipeline_folder.py",
+        '{"validation_loss": None, "metrics": {}}',
+        "{}",
+        f"{AS_DIFFUSERS}::test_nothing_of_replaced_parts_is_in_contract_and_card",
+    ),
+    Mutation(
+        "the-shift-of-training-is-not-set",
+        "c2r/pipeline_folder.py",
+        '        components["scheduler"] = with_flow_shift(components["scheduler"], contract.flow_shift)\n',
+        "        pass\n",
+        f"{AS_DIFFUSERS}::test_a_phase_2_folder_loads_whole_and_as_trained",
+    ),
+    Mutation(
+        "a-saved-pipeline-has-the-old-fingerprint",
+        "c2r/pipeline_folder.py",
+        '"backbone_sha256": sha256}',
+        "}",
+        f"{AS_DIFFUSERS}::test_a_moved_pipeline_folder_and_another_dtype_keep_their_fingerprint",
+    ),
+]
+
 MUTATIONS = [
     *SCRIPTS,
     *FLOW_MATCHING,
     *THE_SAMPLER,
     *THE_PIPELINE,
+    *LONG_VIDEOS_AND_FOLDERS,
     *TRAINING,
     *MODELS,
     *DATA,

@@ -48,12 +48,8 @@ def generate(panel: Panel, job: Job, report: Report, **changed: float) -> "np.nd
 
     report(0, steps, "denoising")
     inputs = {"prompt": args.prompt[0], "negative_prompt": args.negative_prompt, "callback_on_step_end": on_step_end}
-    try:
-        with added_lora(panel.pipeline, job.lora):
-            return generate_video(panel.pipeline, args, job.length, job.control, "the video", **inputs)
-    except Cancelled:
-        panel.pipeline.maybe_free_model_hooks()  # --cpu_offload: otherwise the next job finds a model on the GPU
-        raise
+    with added_lora(panel.pipeline, job.lora):
+        return generate_video(panel.pipeline, args, job.length, job.control, "the video", **inputs)
 
 
 def parse_scales(text: str) -> list[float]:
