@@ -29,11 +29,15 @@ def main(argv: list[str] | None = None) -> None:
     require_free_port(args.host, args.port)
     if args.host not in LOCAL_HOSTS:
         logger.warning(f"--host {args.host}: others can reach the page, and there is no password")
-    contract = check_model(args)
+
+    from diffusers.utils.torch_utils import get_device
+
+    device = get_device()
+    contract, dtype = check_model(args, device)
     with tempfile.TemporaryDirectory(prefix="c2r-app-") as folder:
         # Apart from the videos of `c2r.panel.videos`: gradio serves files in its own folder itself, and copies others.
         os.environ["GRADIO_TEMP_DIR"] = f"{folder}/page"
-        panel = load_panel(args, given, contract, Path(folder))
+        panel = load_panel(args, given, contract, Path(folder), device, dtype)
         with served(panel) as address:
             print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
             threading.Event().wait()

@@ -262,6 +262,42 @@ def read_padded(control: str, length: Length, height: int, width: int) -> "torch
     return frames if missing == 0 else frames[[*range(length.num_frames), *[-1] * missing]]
 
 
+def find_model(args: Namespace, device: str, with_control: bool) -> "tuple[PhaseContract, torch.dtype]":
+    """Find the model, complete the options from its contract, and try --attention_backend. Changes `args` in place.
+
+    Args:
+        args: options.
+        device: where the models are to run.
+        with_control: True if a coarse video is given, which needs DINOv3.
+
+    Returns:
+        the model's contract, with the models that the options name; the dtype of the weights.
+
+    Raises:
+        InputError: there is no such model, or an option does not fit the model or this machine.
+    """
+    import torch
+
+    from c2r.models.assembly import read_transformer_config
+    from c2r.models.attention import try_attention_backend
+    from c2r.models.contract import fetch_model, read_contract, with_moved_models
+
+    if args.cpu_offload and device == "cpu":
+        raise InputError("--cpu_offload: there is no GPU to offload from; leave it out")
+    model = fetch_model(args.model)
+    moved = {"base_model": args.pretrained_model_name_or_path, "backbone": args.backbone}
+    moved |= {"dinov3": args.dinov3} if with_control else {}
+    contract = with_moved_models(read_contract(model), args.model, **moved)
+    args.model = str(model)
+    complete_options(args, contract)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype or ("fp32" if device == "cpu" else "bf16")]
+    if args.attention_backend is not None:
+        backbone = args.backbone if contract.has_backbone else args.model
+        head_dim = read_transformer_config(backbone, contract.base_model)["attention_head_dim"]
+        try_attention_backend(args.attention_backend, head_dim, torch.device(device), dtype, backward=False)
+    return contract, dtype
+
+
 def load_models(
     args: Namespace, device: str, dtype: "torch.dtype", loras: "Sequence[LoraFile]", **parts: Any
 ) -> "C2RPipeline":
@@ -368,35 +404,18 @@ def main(argv: list[str] | None = None):
     controls = args.control_video or []
     outputs = output_paths(args.output, max(len(args.prompt), len(controls)), controls)
 
-    import torch
     from diffusers.utils.torch_utils import get_device
 
     from c2r.data.video_writer import write_video
-    from c2r.models.assembly import read_transformer_config
-    from c2r.models.attention import try_attention_backend
-    from c2r.models.contract import fetch_model, read_contract, with_moved_models
     from c2r.models.lora import LoraFile
     from c2r.pipeline import encode_prompts
 
     # 1. Refuse early.
     device = get_device()
-    if args.cpu_offload and device == "cpu":
-        raise InputError("--cpu_offload: there is no GPU to offload from; leave it out")
-    model = fetch_model(args.model)
-    moved = {"base_model": args.pretrained_model_name_or_path, "backbone": args.backbone}
-    moved |= {"dinov3": args.dinov3} if controls else {}
-    contract = with_moved_models(read_contract(model), args.model, **moved)
-    args.model = str(model)
-    complete_options(args, contract)
+    contract, dtype = find_model(args, device, with_control=bool(controls))
     name_controls(args)
     if args.follow_control:
         follow_control(args)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype or ("fp32" if device == "cpu" else "bf16")]
-    if args.attention_backend is not None:
-        backbone = args.backbone if contract.has_backbone else args.model
-        config = read_transformer_config(backbone, contract.base_model)
-        head_dim = config["attention_head_dim"]
-        try_attention_backend(args.attention_backend, head_dim, torch.device(device), dtype, backward=False)
     loras = [LoraFile(path, scale) for path, scale in args.lora or []]
     check_files(args, contract, loras)
 

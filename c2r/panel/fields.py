@@ -38,7 +38,7 @@ def lay_out_fields(panel: Panel) -> Fields:
         fields[name] = kind(*values, label=LABELS[name], **keywords)
 
     half = {"min_width": 140}  # two in a row, on a phone too
-    label = f"{LABELS['control_video']} or picture sequence"
+    label = f"{LABELS['control_video']} or image sequence"
     upload = gr.File(label=label, file_count="multiple", height=140, visible=control, elem_id="upload")
     add(gr.Textbox, "prompt", lines=3, max_length=2000, placeholder="a rainy street at dusk, brick houses")
     add(gr.Textbox, "negative_prompt", max_length=2000, placeholder="Optional: what to keep away from.")

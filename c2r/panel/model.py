@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from c2r import InputError
-from c2r.generate import check_files, complete_options, load_models
+from c2r.generate import check_files, find_model, load_models
 from c2r.panel.loras import find_loras
 
 if TYPE_CHECKING:
+    import torch
+
     from c2r.models.contract import PhaseContract
     from c2r.pipeline import C2RPipeline
 
@@ -60,26 +62,24 @@ class Panel:
         )
 
 
-def check_model(args: Namespace) -> "PhaseContract":
+def check_model(args: Namespace, device: str) -> "tuple[PhaseContract, torch.dtype]":
     """Check model and options as `c2r.generate` does, reading headers only. Completes `args` from the contract.
+
+    Args:
+        args: options of the command.
+        device: where the models are to run.
+
+    Returns:
+        see `find_model`.
 
     Raises:
         InputError: a model is missing or does not fit, or an option does not fit this machine.
     """
-    from diffusers.utils.torch_utils import get_device
-
-    from c2r.models.contract import fetch_model, read_contract, with_moved_models
     from c2r.models.dinov3 import check_dinov3
     from c2r.models.lora import LoraFile, require_peft
 
-    if args.cpu_offload and get_device() == "cpu":
-        raise InputError("--cpu_offload: there is no GPU to offload from; leave it out")
-    folder = fetch_model(args.model)
-    moved = {"base_model": args.pretrained_model_name_or_path, "backbone": args.backbone, "dinov3": args.dinov3}
-    contract = with_moved_models(read_contract(folder), args.model, **moved)
-    args.model = str(folder)
     args.conditioning_scale = args.control_video = None
-    complete_options(args, contract)
+    contract, dtype = find_model(args, device, with_control=True)
     check_files(args, contract, [LoraFile(path, scale) for path, scale in args.lora or []])
     if args.lora_dir is not None:
         require_peft()
@@ -87,24 +87,22 @@ def check_model(args: Namespace) -> "PhaseContract":
             raise InputError(f"--lora_dir {args.lora_dir}: holds no .safetensors files; give the folder of LoRAs")
     if contract.phase == 2:
         check_dinov3(args.dinov3, [(args.height, args.width)])
-    return contract
+    return contract, dtype
 
 
-def load_panel(args: Namespace, given: dict[str, Any], contract: "PhaseContract", folder: Path) -> Panel:
+def load_panel(
+    args: Namespace, given: dict[str, Any], contract: "PhaseContract", folder: Path, device: str, dtype: "torch.dtype"
+) -> Panel:
     """Load everything that a video needs; unlike in `c2r.generate`, the text encoder stays loaded.
 
     Raises:
-        InputError: see `C2RPipeline.from_pretrained`; or --attention_backend does not work on this machine.
+        InputError: see `C2RPipeline.from_pretrained`.
     """
     import torch
-    from diffusers.utils.torch_utils import get_device
 
-    from c2r.models.attention import try_attention_backend
     from c2r.models.lora import LoraFile
     from c2r.models.parts import load_text_encoder
 
-    device = get_device()
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype or ("fp32" if device == "cpu" else "bf16")]
     parts: dict[str, Any] = {"dinov3": args.dinov3} if contract.phase == 2 else {}
     if not args.cpu_offload:
         parts["text_encoder"] = None
@@ -114,8 +112,5 @@ def load_panel(args: Namespace, given: dict[str, Any], contract: "PhaseContract"
         # Last: where it does not fit beside the others, its blocks stay on the CPU.
         text_encoder = load_text_encoder(args.pretrained_model_name_or_path, dtype, torch.device(device))
         pipeline.register_modules(text_encoder=text_encoder)
-    if args.attention_backend is not None:
-        head_dim = pipeline.transformer.config.attention_head_dim
-        try_attention_backend(args.attention_backend, head_dim, torch.device(device), dtype, backward=False)
     pipeline.set_progress_bar_config(disable=True)  # the page shows it
     return Panel(args, given, contract, pipeline, folder)

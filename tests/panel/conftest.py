@@ -36,7 +36,8 @@ def loaded(models):
     def load(phase, folder, *options):
         args = cli.parse(APP, [f"--model={models}/phase{phase}/best", *options])
         given = {name: value for name, value in vars(args).items() if name in GENERATE.options}
-        return load_panel(args, given, check_model(args), folder)
+        contract, dtype = check_model(args, "cpu")
+        return load_panel(args, given, contract, folder, "cpu", dtype)
 
     return load
 

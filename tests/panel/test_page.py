@@ -24,7 +24,7 @@ def test_every_field_of_the_page_has_a_label_and_an_option(panel):
     assert LABELS.keys() <= GENERATE.options.keys()
     components = build_page(panel).blocks.values()
     assert set(LABELS.values()) <= {
-        (getattr(component, "label", None) or "").removesuffix(" or picture sequence") for component in components
+        (getattr(component, "label", None) or "").removesuffix(" or image sequence") for component in components
     }
 
 
