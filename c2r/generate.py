@@ -419,6 +419,9 @@ def main(argv: list[str] | None = None):
     loras = [LoraFile(path, scale) for path, scale in args.lora or []]
     check_files(args, contract, loras)
 
+    if contract.phase == 2 and not controls:
+        logger.info("no --control_video: the backbone generates alone, without the control that was trained")
+
     # 2. Encode the prompts, then load the other models.
     prompts = [args.negative_prompt or "", *args.prompt]
     negative_embeds, *embeds = encode_prompts(args.pretrained_model_name_or_path, prompts, device, dtype)

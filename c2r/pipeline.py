@@ -121,7 +121,7 @@ class C2RPipeline(WanPipeline):
         *,
         backbone: str | Path | None = None,
         base: str | Path | None = None,
-        loras: Iterable[LoraFile] = (),
+        loras: Iterable[LoraFile | str | Path] = (),
         controlnet: str | Path | None = None,
         use_safetensors: bool = True,
         **components: Any,
@@ -138,8 +138,8 @@ class C2RPipeline(WanPipeline):
             torch_dtype: dtype of the weights; None is fp32.
             backbone: the backbone of phase 2, if it was moved since training.
             base: Wan pipeline with VAE, text encoder, tokenizer and scheduler, a folder or hub name, if it was moved.
-            loras: added to the backbone's weights before these are cast. `load_lora_weights` and its kin, which need
-                peft, add LoRAs later, and can change or remove them.
+            loras: files, or `LoraFile`s with a scale, added to the backbone's weights before these are cast.
+                `load_lora_weights` and its kin, which need peft, add LoRAs later, and can change or remove them.
             controlnet: file of the released C2R's control weights, for a Wan 2.1 pipeline with their backbone, which
                 `backbone` may name; `dinov3` must be given too. Size, rate and shift are those of the release.
             use_safetensors: True; code for Diffusers may give it.
@@ -159,8 +159,9 @@ class C2RPipeline(WanPipeline):
                 f"from_pretrained() does not take {', '.join(unknown)}; it takes torch_dtype, backbone, base, loras, "
                 f"controlnet, use_safetensors, {', '.join(known)}"
             )
+        files = [lora if isinstance(lora, LoraFile) else LoraFile(lora) for lora in loras]
         parts = load_parts(
-            *(pretrained_model_name_or_path, torch_dtype, backbone, base, loras, controlnet), given=components
+            *(pretrained_model_name_or_path, torch_dtype, backbone, base, files, controlnet), given=components
         )
         pipeline = cls(**parts.components)
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))

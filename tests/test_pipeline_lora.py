@@ -97,6 +97,17 @@ def test_a_trained_lora_is_a_model_of_its_own(folder, tmp_path):
     assert again.contract.lora_rank is None
 
 
+def test_a_lora_of_another_backbone_gets_a_warning(folder, caplog):
+    """LoRAs may be given as paths; only one of a phase 1 tells its backbone."""
+    warnings = "was trained on another backbone"
+    C2RPipeline.from_pretrained(folder / "phase1/best", loras=[folder / "comfyui.safetensors"], text_encoder=None)
+    assert warnings not in caplog.text
+    C2RPipeline.from_pretrained(folder / "lora", loras=[str(folder / "lora")], text_encoder=None)
+    assert warnings not in caplog.text
+    C2RPipeline.from_pretrained(folder / "phase1/best", loras=[folder / "lora"], text_encoder=None)
+    assert f"--lora {folder / 'lora'}: {warnings}" in caplog.text
+
+
 def random_lora(config, rank=2, seed=8):
     lora = LoraWeights.from_config(LoraWeights.config_of(config, rank))
     torch.manual_seed(seed)

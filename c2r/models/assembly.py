@@ -30,6 +30,7 @@ from c2r.models.hub import (
     Width,
     fingerprint_files,
     read_config,
+    refuse_pickle,
     resolve_model_folder,
 )
 from c2r.models.injections import Injection
@@ -77,7 +78,8 @@ def load_for_generation(
         InputError: a part is missing, or the backbone is not the one that the ControlNet or LoRA was trained on, or
             one is given for a whole model of phase 1.
     """
-    contract = read_contract(folder)
+    contract, loras = read_contract(folder), list(loras)
+    _warn_of_other_backbones(loras, contract.backbone_sha256 if contract.has_backbone else contract.weights_sha256)
     if not contract.has_backbone:
         with_moved_models(contract, folder, backbone=backbone)
         return freeze(load_transformer(folder, torch_dtype=torch_dtype, loras=loras)), contract
@@ -90,6 +92,14 @@ def load_for_generation(
     if moved.phase == 1:
         return freeze(transformer), moved
     return freeze(C2RTransformer(transformer, load_controlnet(folder, torch_dtype))), moved
+
+
+def _warn_of_other_backbones(loras, backbone_sha256):
+    """Log a warning for each LoRA of a phase 1 that was trained on another backbone; other files do not say."""
+    for lora in loras:
+        folder = lora.path.parent
+        if (folder / CONTRACT).is_file() and read_contract(folder).backbone_sha256 != backbone_sha256:
+            logger.warning("--lora %s: was trained on another backbone than the one that it is added to", folder)
 
 
 def _require_backbone(folder, contract, may_differ):
@@ -418,7 +428,10 @@ def check_transformer(name_or_path: str | Path, base: str | Path | None = None) 
     path = Path(name_or_path)
     if path.suffix in SINGLE_FILES or path.is_file():
         if path.suffix not in SINGLE_FILES or not path.is_file():
-            raise InputError(f"{name_or_path}: no such .safetensors or .gguf file; give one, or a model folder")
+            if path.is_file():
+                refuse_pickle(path)
+            no_such = "not a" if path.is_file() else "no such"
+            raise InputError(f"{name_or_path}: {no_such} .safetensors or .gguf file; give one, or a model folder")
         if base is None:
             raise InputError(f"{name_or_path}: a single file has no config; give the Wan pipeline that it belongs to")
         config = read_transformer_config(base)

@@ -59,6 +59,7 @@ def resolve_model_folder(name_or_path: str | Path, subfolders: list[str] | None 
     """
     name, folder = str(name_or_path), Path(name_or_path)
     if os.path.isfile(folder):  # unlike Path.is_file, no error for a name that no file can have
+        refuse_pickle(folder)
         raise InputError(f"{name}: this is a file, but a model folder is needed; give the folder that holds it")
     if not os.path.isdir(folder):
         # `outputs/phase1` looks like a hub name too: where its first half is a local folder, it is a mistyped path.
@@ -72,6 +73,12 @@ def resolve_model_folder(name_or_path: str | Path, subfolders: list[str] | None 
     for inner in (folder, *(folder / subfolder for subfolder in subfolders or [])):
         _refuse_special_files(inner)
     return folder
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise InputError for an existing file that has the name of a pickle."""
+    if any(path.match(pattern) for pattern in PICKLES):
+        raise InputError(f"{path}: files of this kind can hold code and are not read; give the .safetensors weights")
 
 
 def _refuse_special_files(folder):

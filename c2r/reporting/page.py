@@ -155,6 +155,8 @@ def _comparison(a, b, runs):
             return (
                 f"{heading}<p>{escape(run.name)} has no losses of single clips: no paired comparison is possible.</p>"
             )
+    if a.phase != b.phase:
+        return f"{heading}<p>No paired comparison: the runs are of different phases, with other losses.</p>"
     steps = common_steps(a, b)
     if not steps:
         return (

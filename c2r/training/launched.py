@@ -26,14 +26,22 @@ def launch_command(parent: list[str] | None = None) -> list[str]:
     # The launcher's words end in the script and its options: `accelerate launch --config_file … train_phase1.py …`.
     for position, word in enumerate(parent):
         if position > 1 and Path(word).name == Path(script).name and parent[position + 1 :] == words:
-            launcher = parent[:position]
+            launcher = _without_wrappers(parent[:position])
+            if len(launcher) < 2:  # python alone
+                break
             if Path(launcher[0]).name.startswith("python") and Path(launcher[1]).name in ("accelerate", "torchrun"):
                 launcher = [Path(launcher[1]).name, *launcher[2:]]  # the script that pip has installed
             elif Path(launcher[0]).name.startswith("python"):
                 launcher = ["python", *launcher[1:]]
-            if len(launcher) > 1 and not Path(launcher[0]).name.endswith("sh"):
+            if not Path(launcher[0]).name.endswith("sh"):
                 return [*launcher, word, *words]
     return ["python", script, *words]
+
+
+def _without_wrappers(words):
+    """Drop what stands before the interpreter or the launcher, such as `timeout 500` or `nice`."""
+    names = ("python", "accelerate", "torchrun", "deepspeed")
+    return words[next((i for i, word in enumerate(words) if Path(word).name.startswith(names)), 0) :]
 
 
 def _command_of(process):

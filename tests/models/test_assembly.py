@@ -298,7 +298,9 @@ def test_an_unfit_transformer_is_refused_before_its_weights_are_read(pipeline, p
     assert "weights are missing" in refusal(load_transformer, vae, base=pipeline)
     assert "no such .safetensors or .gguf file" in refusal(load_transformer, "dit.safetensors", base=pipeline)
     (tmp_path / "dit.pth").touch()
-    assert "no such .safetensors or .gguf file" in refusal(load_transformer, tmp_path / "dit.pth", base=pipeline)
+    assert "files of this kind can hold code" in refusal(load_transformer, tmp_path / "dit.pth", base=pipeline)
+    (tmp_path / "dit.txt").touch()
+    assert "not a .safetensors or .gguf file" in refusal(load_transformer, tmp_path / "dit.txt", base=pipeline)
     assert check_transformer(pipeline)[0] == pipeline / "transformer"
 
 

@@ -73,6 +73,8 @@ def test_the_launcher_is_part_of_the_command(monkeypatch):
         (["python3", "-m", "accelerate.commands.launch"], ["python", "-m", "accelerate.commands.launch"]),
         (["/venv/bin/python", "/venv/bin/torchrun", "--nproc_per_node=2"], ["torchrun", "--nproc_per_node=2"]),
         (["bash", "-x"], ["python"]),
+        (["timeout", "500", "python"], ["python"]),
+        (["nice", "accelerate", "launch", *config], ["accelerate", "launch", *config]),
     ):
         assert launch_command([*parent, *tail]) == [*launcher, *tail]
     assert launch_command(["bash", "run.sh"]) == launch_command([]) == ["python", *tail]
