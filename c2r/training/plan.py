@@ -60,6 +60,8 @@ def check_phase1(run: Run) -> Plan:
         InputError: access, models, datasets, batches, memory, disk or checkpoint do not allow the run.
     """
     args, base_model = run.args, run.args.pretrained_model_name_or_path
+    if args.lora_rank is not None:
+        require_peft()
     require_access(base_model)
     backbone = args.dit_path or base_model
     config = read_transformer_config(backbone, base_model)
@@ -67,7 +69,6 @@ def check_phase1(run: Run) -> Plan:
     plan = Plan(backbone, config, *_read_mixtures(run))
     plan.num_trainable, num_frozen = count_parameters(WanTransformer3DModel, config), 0
     if args.lora_rank is not None:
-        require_peft()
         plan.config, num_frozen = LoraWeights.config_of(config, args.lora_rank), plan.num_trainable
         plan.num_trainable = count_parameters(LoraWeights, plan.config)
     preflight(run, plan.mixtures, ModelConfigs(config), plan.num_trainable, num_frozen)
