@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from c2r.models.contract import PhaseContract
-    from c2r.models.lora import LoraFile
+    from c2r.models.lora_file import LoraFile
     from c2r.pipeline import C2RPipeline
     from c2r.windows import Window
 
@@ -407,7 +407,7 @@ def main(argv: list[str] | None = None):
     from diffusers.utils.torch_utils import get_device
 
     from c2r.data.video_writer import write_video
-    from c2r.models.lora import LoraFile
+    from c2r.models.lora_file import LoraFile
     from c2r.pipeline import encode_prompts
 
     # 1. Refuse early.

@@ -23,7 +23,7 @@ from c2r.guidance import APG_MOMENTUM, DEFAULT_GUIDANCE_SCALE, guided_velocity, 
 from c2r.models.adversary import WithAdversary, takes_control
 from c2r.models.contract import CONTRACT, DEFAULT_FORMAT, PhaseContract, read_contract
 from c2r.models.dinov3 import DINOv3FeatureExtractor
-from c2r.models.lora import LoraFile
+from c2r.models.lora_file import LoraFile
 from c2r.models.parts import load_pipeline_part, load_text_encoder, log_long_prompts
 from c2r.models.parts import max_sequence_length as longest_prompt
 from c2r.models.streaming import stream_frames

@@ -32,7 +32,7 @@ from c2r.models.contract import (
 )
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.hub import fingerprint_files
-from c2r.models.lora import LoraFile
+from c2r.models.lora_file import LoraFile
 from c2r.models.parts import freeze, load_pipeline_part
 from c2r.models.transformer import C2RTransformer
 

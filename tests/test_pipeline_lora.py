@@ -18,7 +18,8 @@ from c2r.models.assembly import (
     read_transformer_config,
 )
 from c2r.models.contract import PhaseContract, save_phase
-from c2r.models.lora import LoraFile, LoraWeights, save_lora
+from c2r.models.lora import LoraWeights, save_lora
+from c2r.models.lora_file import LoraFile
 from c2r.pipeline import C2RPipeline
 from tests.helpers.commands import same
 from tests.helpers.tiny import tiny_inputs, tiny_transformer

@@ -34,8 +34,8 @@ from c2r.models.hub import (
     resolve_model_folder,
 )
 from c2r.models.injections import Injection
-from c2r.models.lora import WEIGHTS as LORA_WEIGHTS
-from c2r.models.lora import LoraFile, WeightIndexWithLoras
+from c2r.models.lora_file import WEIGHTS as LORA_WEIGHTS
+from c2r.models.lora_file import LoraFile, WeightIndexWithLoras
 from c2r.models.parts import freeze
 from c2r.models.released import load_released, read_released, released_config
 from c2r.models.transformer import C2RTransformer

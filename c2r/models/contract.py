@@ -21,7 +21,8 @@ from c2r import InputError, __version__
 from c2r.files import atomic_folder, complete_folder, read_json
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.hub import fingerprint_files, resolve_model_folder
-from c2r.models.lora import LoraFile, LoraWeights
+from c2r.models.lora import LoraWeights
+from c2r.models.lora_file import LoraFile
 
 CONTRACT = "c2r.json"
 #: Diffusers' list of a pipeline's parts.

@@ -54,7 +54,7 @@ def prepare_job(
     Raises:
         InputError: a value is out of range, or the upload is missing, beyond the limits or cannot be decoded.
     """
-    from c2r.models.lora import LoraFile
+    from c2r.models.lora_file import LoraFile
 
     options = panel.given | fields
     if options["guidance_scale"] == GUIDANCE_SCALES.get(options["guidance"]):

@@ -76,7 +76,8 @@ def check_model(args: Namespace, device: str) -> "tuple[PhaseContract, torch.dty
         InputError: a model is missing or does not fit, or an option does not fit this machine.
     """
     from c2r.models.dinov3 import check_dinov3
-    from c2r.models.lora import LoraFile, require_peft
+    from c2r.models.lora import require_peft
+    from c2r.models.lora_file import LoraFile
 
     args.conditioning_scale = args.control_video = None
     contract, dtype = find_model(args, device, with_control=True)
@@ -100,7 +101,7 @@ def load_panel(
     """
     import torch
 
-    from c2r.models.lora import LoraFile
+    from c2r.models.lora_file import LoraFile
     from c2r.models.parts import load_text_encoder
 
     parts: dict[str, Any] = {"dinov3": args.dinov3} if contract.phase == 2 else {}

@@ -9,7 +9,8 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors.torch import load_file, save_file
 
 from c2r import InputError
-from c2r.models.lora import TARGETS, WEIGHTS, LoraFile, LoraWeights, save_lora
+from c2r.models.lora import TARGETS, LoraWeights, save_lora
+from c2r.models.lora_file import WEIGHTS, LoraFile
 from tests.helpers.tiny import tiny_inputs, tiny_transformer, tiny_vae
 
 RANK, ALPHA, SCALE = 3, 2.0, 0.7

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from c2r import InputError, cli
 from c2r.models.assembly import fingerprint_transformer, load_for_generation, load_transformer
 from c2r.models.contract import read_contract
-from c2r.models.lora import WEIGHTS
+from c2r.models.lora_file import WEIGHTS
 from c2r.options import ESTIMATE, PHASE1
 from tests.helpers.commands import phase1, phase2, same, succeed
 from tests.helpers.forks import fork
