@@ -44,13 +44,14 @@ from c2r.training.checkpoint import load_domain_classifier, save_checkpoint
 from c2r.training.devices import to_device
 from c2r.training.dry_run import launch, limit_to_dry_run
 from c2r.training.ema import step_ema
-from c2r.training.engine import local_fingerprint, reads_weights
+from c2r.training.engine import reads_weights
 from c2r.training.guard import StepGuard
 from c2r.training.logs import StepLog
 from c2r.training.plan import Plan, check_phase2, encode_until_usable
 from c2r.training.results import save_model
 from c2r.training.run import Run, TrainState
 from c2r.training.setup import build_train_state, resume
+from c2r.training.split_weights import local_fingerprint
 from c2r.training.step import (
     NoiseSettings,
     augment_real_control,

@@ -19,7 +19,7 @@ from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.pipeline import Sampling
 from c2r.sampler import MixedCGRealSampler
 from c2r.training.ema import averaged_weights
-from c2r.training.engine import failing_together
+from c2r.training.failing_together import failing_together
 from c2r.training.plan import Plan
 from c2r.training.run import Run, TrainState
 from c2r.training.trackers import record_of

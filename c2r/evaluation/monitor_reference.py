@@ -23,7 +23,7 @@ from c2r.files import digest
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.vae import decode_frames
 from c2r.pipeline import C2RPipeline
-from c2r.training.engine import failing_together
+from c2r.training.failing_together import failing_together
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.parts import load_pipeline_part
 from c2r.models.vae import decode_frames
 from c2r.pipeline import C2RPipeline, Sampling, with_flow_shift
-from c2r.training.engine import failing_together
+from c2r.training.failing_together import failing_together
 from c2r.training.output_files import SAMPLE_COLUMNS
 from c2r.training.trackers import log_picture, log_video
 

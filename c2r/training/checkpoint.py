@@ -31,11 +31,13 @@ from c2r.models.assembly import load_own_model
 from c2r.models.contract import with_weights
 from c2r.sampler import MixedCGRealSampler
 from c2r.training.background import BackgroundWrite
-from c2r.training.engine import failing_together, gathered_state_dict, sharding
+from c2r.training.engine import sharding
+from c2r.training.failing_together import failing_together
 from c2r.training.optimizer import set_schedule
 from c2r.training.resume import find_damage, list_checkpoints, saved_options
 from c2r.training.run import Run, TrainState
 from c2r.training.shards import ema_shard, has_states, load_ema, load_optimizer, optimizer_shard, shard_files
+from c2r.training.split_weights import gathered_state_dict
 from c2r.training.state_file import STATE, read_state
 from c2r.training.trackers import tensorboard_writer
 

@@ -22,7 +22,7 @@ from c2r.models.dinov3 import check_dinov3, read_dinov3_config
 from c2r.models.hub import resolve_model_folder
 from c2r.models.lora import LoraWeights, require_peft
 from c2r.models.parts import ENCODERS, check_pipeline_parts
-from c2r.training.engine import failing_together
+from c2r.training.failing_together import failing_together
 from c2r.training.preflight import (
     count_parameters,
     fingerprint_backbone,

@@ -27,7 +27,8 @@ from c2r.models.assembly import fingerprint_transformer
 from c2r.models.contract import CONTRACT, read_contract
 from c2r.models.hub import resolve_model_folder
 from c2r.training.checkpoint import checkpoint_bytes
-from c2r.training.engine import failing_together, sharding
+from c2r.training.engine import sharding
+from c2r.training.failing_together import failing_together
 from c2r.training.resume import list_checkpoints
 from c2r.training.run import Run
 from c2r.training.trackers import require_logins

@@ -7,8 +7,9 @@ from typing import Any
 from c2r.bars import slow_work
 from c2r.data.mixture import Mixture
 from c2r.models.contract import PhaseContract, save_phase
-from c2r.training.engine import failing_together, gathered_state_dict
+from c2r.training.failing_together import failing_together
 from c2r.training.run import Run, TrainState
+from c2r.training.split_weights import gathered_state_dict
 
 
 def save_model(run: Run, state: TrainState, name: str, phase: int, mixtures: list[Mixture], **more: Any):

@@ -17,7 +17,8 @@ from c2r import InputError
 from c2r.files import read_json
 from c2r.options import PHASE1, PHASE2
 from c2r.options.option import MUST_NOT_CHANGE
-from c2r.training.engine import ENGINE_NAMES, failing_together, sharding
+from c2r.training.engine import ENGINE_NAMES, sharding
+from c2r.training.failing_together import failing_together
 from c2r.training.output_files import LOCK
 from c2r.training.state_file import STATE, read_file_sizes, read_state
 

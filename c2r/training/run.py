@@ -25,7 +25,7 @@ from c2r.models.context_parallel import ContextParallel
 from c2r.options.training import chosen_trackers
 from c2r.training.background import BackgroundWrite
 from c2r.training.backward_step import StepInBackward
-from c2r.training.engine import failing_together
+from c2r.training.failing_together import failing_together
 from c2r.training.interruption import Interruption
 from c2r.training.launched import launch_command, next_commands, resume_command
 from c2r.training.logs import start_logs

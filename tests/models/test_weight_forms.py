@@ -45,7 +45,8 @@ from c2r.models.offloading import store_blocks
 from c2r.models.parts import load_pipeline_part
 from c2r.models.transformer import C2RTransformer
 from c2r.options import PHASE1, PHASE2
-from c2r.training.engine import check_options, local_fingerprint
+from c2r.training.engine import check_options
+from c2r.training.split_weights import local_fingerprint
 from tests.helpers.commands import phase2 as phase2_command
 from tests.helpers.commands import succeed
 from tests.helpers.forks import fork

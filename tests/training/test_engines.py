@@ -27,7 +27,8 @@ from c2r.encoding.encoding_pass import encode_missing
 from c2r.files import load_tensors, save_tensors
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.lora_file import WEIGHTS as LORA_WEIGHTS
-from c2r.training.engine import local_fingerprint, require_supported
+from c2r.training.engine import require_supported
+from c2r.training.split_weights import local_fingerprint
 from c2r.training.watchdog import Watchdog
 from tests.helpers.commands import CONFIGS, ENGINES, SIZE, TORCHRUN, phase1, phase2, scalars, start, succeed, weights
 from tests.helpers.datasets import noise_video, write_dataset
