@@ -11,7 +11,7 @@ latents, not read from the videos.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite, nan
+from math import inf, isfinite, nan
 from pathlib import Path
 
 import torch
@@ -38,8 +38,9 @@ MIN_ACCURACY = 0.75
 #: Files of each domain in a reference: with fewer, differences of single scenes look like differences of domains.
 MIN_FILES = 8
 
-#: Samples from which the CG share is changed and advice is given: with fewer, the interval hardly bounds the score.
-MIN_SAMPLES = 4
+#: Scenes among the samples from which the CG share is changed and advice is given. The interval of fewer is so wide
+#: that chance decides.
+MIN_SCENES = 4
 
 #: The score of a clip is clamped to this range, so that one outlier does not decide.
 SCORE_RANGE = (-1.0, 2.0)
@@ -128,13 +129,13 @@ class Reference:
 
 @dataclass
 class Score:
-    """A score of some clips: 0 = like the real clips, 1 = like the CG clips; NaN if it cannot be computed.
+    """A score of some scenes: 0 = like the real clips, 1 = like the CG clips; NaN if it cannot be computed.
 
     Attributes:
-        mean: the mean over the clips.
-        error: standard error of the mean, NaN for a single clip.
+        mean: the mean over the scenes.
+        error: standard error of the mean, NaN for a single scene.
         freedom: degrees of freedom of the error.
-        count: number of clips.
+        count: number of scenes.
         accuracy: held-out accuracy of separating real from CG clips by this measure; NaN for the mean of several.
     """
 
@@ -145,7 +146,7 @@ class Score:
     accuracy: float = nan
 
     def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
-        """Return the bounds of the t interval of the mean, NaN for a single clip."""
+        """Return the bounds of the t interval of the mean, NaN for a single scene."""
         half = stats.t.ppf((1 + confidence) / 2, self.freedom).item() * self.error
         return self.mean - half, self.mean + half
 
@@ -159,7 +160,7 @@ class Score:
 
     def __str__(self):
         if isfinite(self.mean) and not isfinite(self.error):
-            return f"{self.mean:.2f} (one sample, so no interval)"
+            return f"{self.mean:.2f} (one scene, so no interval)"
         return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
@@ -206,7 +207,8 @@ class CGMonitor:
 
     Attributes:
         accuracy: {measure: held-out accuracy}, the mean of both domains' accuracies, cross-validated by file.
-        informative, uninformative: names of the measures above and not above MIN_ACCURACY.
+        informative: the measures whose accuracy is above MIN_ACCURACY and exceeds chance.
+        uninformative: the others.
 
     Raises:
         InputError: too few files.
@@ -270,22 +272,24 @@ class CGMonitor:
         Args:
             samples: `clip_features` of each generated clip.
             files: for each sample, the name of the CG clip whose coarse rendering controlled it; None if unknown.
+                Samples of one file are alike, so that they count as one scene, by their mean.
         """
         features = {measure: torch.stack([sample[measure] for sample in samples]) for measure in MEASURES}
         tables = self._tables(features, files or [None] * len(samples))
-        scores = {m: self._scorers[m](tables[m]).clamp(*SCORE_RANGE) for m in MEASURES}
+        scenes = [file or str(number) for number, file in enumerate(files or [None] * len(samples))]
+        scores = {m: file_means(self._scorers[m](tables[m]).clamp(*SCORE_RANGE), scenes) for m in MEASURES}
         measures = {m: self._score({m: scores[m]}, self.accuracy[m]) for m in MEASURES}
         look = self._score({m: scores[m] for m in self.informative})
         return CGLook(look, measures, self.uninformative)
 
     # With the scores s = (raw - zero) / (one - zero) and their mean L, an error of zero or one moves L by
     #     dL = -((1 - L) * dzero + L * done) / (one - zero),
-    # so that its variance is the sum of that of the samples' mean and those of both domains' means over files.
+    # so that its variance is the sum of that of the scenes' mean and those of both domains' means over files.
     def _score(self, scores, accuracy=nan):
-        """Return the mean over measures of {measure: (n,)} as a score, with the reference's share of its error."""
+        """Return the mean over measures of {measure: (scenes,)} as a score, with the reference's share of its error."""
         if not scores:
             return Score(nan, nan, nan, 0)
-        looks = torch.stack([*scores.values()])  # (measures, n)
+        looks = torch.stack([*scores.values()])  # (measures, scenes)
         means = looks.mean(1, keepdim=True)
         parts = [
             looks.mean(0),
@@ -297,5 +301,5 @@ class CGMonitor:
             return Score(looks.mean().item(), nan, nan, 1, accuracy)
         variances = [(part.double().var().item() / len(part), len(part) - 1) for part in parts]
         variance = sum(v for v, _ in variances)
-        freedom = variance**2 / sum(v**2 / f for v, f in variances) if variance > 0 else nan
+        freedom = variance**2 / sum(v**2 / f for v, f in variances) if variance > 0 else inf
         return Score(looks.mean().item(), variance**0.5, freedom, looks.shape[1], accuracy)

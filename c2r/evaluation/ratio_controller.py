@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from c2r.evaluation.monitor import MIN_SAMPLES, Score
+from c2r.evaluation.monitor import MIN_SCENES, Score
 
 #: Confidence of the intervals that the controller acts on. Every sampling has the same scenes and seeds, so that one
 #: unlucky draw stays above the bound for many samplings: at 0.9 a run of 20 samplings would halve the share by chance
@@ -15,7 +15,7 @@ class RatioController:
     """Halves the CG share when the CG look stays above a bound, and never raises it.
 
     It counts the samplings in a row whose CG look has its whole interval, of confidence CONFIDENCE, above the bound. A
-    CG look of fewer than MIN_SAMPLES samples changes nothing.
+    CG look of fewer than MIN_SCENES scenes changes nothing.
 
     Attributes:
         bound: largest acceptable CG look; 0 is that of the real clips, 1 that of the CG clips.
@@ -44,7 +44,7 @@ class RatioController:
             look: NaN changes nothing.
             cg_ratio: the current share.
         """
-        if look.count >= MIN_SAMPLES:
+        if look.count >= MIN_SCENES:
             self.count = self.count + 1 if self._is_above(look) else 0
         if self.cg_ratio_min is None or self.count < self.patience or cg_ratio <= self.cg_ratio_min:
             return cg_ratio
@@ -53,7 +53,7 @@ class RatioController:
 
     def advice(self, look: Score, cg_ratio: float) -> str | None:
         """Return a line of advice if the CG look has stayed above the bound, else None. Call it after `step`."""
-        if self.count < self.patience or look.count < MIN_SAMPLES:
+        if self.count < self.patience or look.count < MIN_SCENES:
             return None
         if cg_ratio > (self.cg_ratio_min or 0):
             remedy = f"--cg_ratio {cg_ratio / 2:.2g}"

@@ -77,7 +77,7 @@ def test_the_interval_is_students_with_confidence_90_percent():
     score = Score(0.5, 0.1, 7, 8)
     assert score.high - 0.5 == pytest.approx(0.1 * 1.894579, abs=1e-6)  # quantile 0.95, 7 degrees, from a table
     assert score.low == pytest.approx(1 - score.high)
-    assert str(Score(0.5, nan, nan, 1)) == "0.50 (one sample, so no interval)"
+    assert str(Score(0.5, nan, nan, 1)) == "0.50 (one scene, so no interval)"
 
 
 def test_the_error_has_the_samples_and_both_domains_in_it():

@@ -62,7 +62,7 @@ def test_the_interval_has_a_confidence_of_98_percent():
         assert RatioController(0.5, 1, 0.0).step(Score(mean, 0.01, 8, 4), 0.2) == ratio
 
 
-def test_fewer_than_four_samples_change_nothing_and_give_no_advice():
+def test_fewer_than_four_scenes_change_nothing_and_give_no_advice():
     controller = RatioController(0.5, 1, None)
     controller.step(FEW, 0.2)
     assert controller.count == 0

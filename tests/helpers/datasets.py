@@ -5,6 +5,7 @@ import csv
 import numpy as np
 
 from c2r.data.video_writer import write_video
+from c2r.evaluation.monitor import MIN_FILES, MIN_SCENES
 from tests.helpers.commands import SIZE
 
 
@@ -33,4 +34,21 @@ def write_dataset(folder, names, texts, controls=None, video=noise_video):
         csv.writer(file).writerows([columns, *rows])
     for i, name in enumerate([*names, *(controls or [])]):
         write_video(folder / name, video(i), SIZE["fps"])
+    return folder
+
+
+def write_monitored_datasets(folder):
+    """Write real/ and cg/ with as many files as the CG monitor needs, one clip each; return the folder.
+
+    CG videos look unlike the real ones, so that the CG monitor can tell them apart.
+    """
+    words = ["a street", "the city at night", "red brick", "rain", "two people on a street"]
+    for part, num_real, num_cg, seed in (("train", MIN_FILES, MIN_FILES, 0), ("validation", 2, MIN_SCENES, 100)):
+        real, fine, coarse = (
+            [f"{kind}{i}.mp4" for i in range(count)] for kind, count in (("r", num_real), ("f", num_cg), ("c", num_cg))
+        )
+        frames = SIZE["num_frames"]
+        texts = [words[i % len(words)] for i in range(MIN_FILES)]
+        write_dataset(folder / "real" / part, real, texts, video=lambda i, s=seed: noise_video(s + i, frames))
+        write_dataset(folder / "cg" / part, fine, texts, coarse, video=lambda i, s=seed: flat_video(s + i, frames))
     return folder
