@@ -92,6 +92,8 @@ def test_an_accuracy_exceeds_chance_if_files_without_domain_do_not_reach_it():
     assert not exceeds_chance(0.75, fit_discriminant, table[:16], table[16:], files, files)
     assert not exceeds_chance(0.75, fit_discriminant, apart[:16], apart[16:], files, files)
     assert exceeds_chance(1.0, fit_discriminant, apart[:16], apart[16:], files, files)
+    # Three files a domain have 20 splits only: a permutation is the true one, and reaches its accuracy.
+    assert not exceeds_chance(1.0, fit_discriminant, apart[:6], apart[16:22], files[:6], files[:6])
 
 
 def test_the_mean_of_a_file_is_that_of_its_clips():

@@ -1,6 +1,6 @@
 """The CG monitor: scores from real to CG, uninformative measures, and a reference that can be saved."""
 
-from math import isnan, nan
+from math import inf, isnan, nan
 
 import pytest
 import torch
@@ -133,6 +133,32 @@ def test_an_uninformative_measure_is_left_out_and_named():
     assert look.look.mean == pytest.approx(1, abs=0.2)
     assert "texture" in str(look)
     assert str(look).count("uninformative") == 1
+
+
+def test_a_high_accuracy_that_chance_reaches_does_not_count():
+    """Domains that do not differ, of few files whose clips are equal: dinov3's 0.81 is luck."""
+
+    def twins(prefix, seed):
+        return [clip for clip in clips_of(16, 0, seed, prefix)[::2] for _ in range(2)]
+
+    monitor = CGMonitor(Reference.from_clips(real=twins("r", 12), cg=twins("c", 1012)))
+    assert monitor.accuracy["dinov3"] > MIN_ACCURACY
+    assert monitor.uninformative == MEASURES
+
+
+def test_samples_of_one_video_count_as_one_scene():
+    monitor, samples = CGMonitor(reference_of(1.5)), [values for _, values in clips_of(5, 0.75, 77, "s")]
+    files = ["a.mp4", "b.mp4", "a.mp4", "c.mp4", None]
+    scores = torch.tensor([monitor.judge([sample]).look.mean for sample in samples])
+    by_scene = torch.tensor([(scores[0] + scores[2]) / 2, scores[1], scores[3], scores[4]])
+    look = monitor.judge(samples, files).look
+    assert look.count == 4
+    assert look.mean == pytest.approx(by_scene.mean().item(), abs=1e-5)
+    assert look.error > by_scene.std().item() / 2
+
+
+def test_scores_that_do_not_vary_have_an_interval_without_width():
+    assert Score(0.5, 0.0, inf, 4).interval() == (0.5, 0.5)
 
 
 def test_the_score_of_an_outlier_is_clamped():
