@@ -1245,15 +1245,15 @@ EVALUATION = [
     Mutation(
         "the-interval-has-confidence-80-percent",
         "c2r/evaluation/monitor.py",
-        "stats.t.ppf((1 + confidence) / 2, self.freedom)",
-        "stats.t.ppf(confidence, self.freedom)",
+        "stdtrit(self.freedom, (1 + confidence) / 2)",
+        "stdtrit(self.freedom, confidence)",
         MONITOR,
     ),
     Mutation(
         "the-interval-is-normal",
         "c2r/evaluation/monitor.py",
-        "stats.t.ppf((1 + confidence) / 2, self.freedom)",
-        "stats.norm.ppf((1 + confidence) / 2)",
+        "stdtrit(self.freedom, (1 + confidence) / 2)",
+        "stdtrit(inf, (1 + confidence) / 2)",
         MONITOR,
     ),
     Mutation(
@@ -1287,8 +1287,8 @@ EVALUATION = [
     Mutation(
         "an-accuracy-that-a-permutation-reaches-exceeds-chance",
         "c2r/evaluation/discriminants.py",
-        "if permuted.accuracy >= accuracy:",
-        "if permuted.accuracy > accuracy:",
+        "*names_of).accuracy >= accuracy:",
+        "*names_of).accuracy > accuracy:",
         DISCRIMINANTS,
     ),
     Mutation(

@@ -153,8 +153,8 @@ def exceeds_chance(
     for _ in range(PERMUTATIONS):
         chosen = {names[i] for i in torch.randperm(len(names), generator=generator)[:num_real].tolist()}
         rows = [[i for i, file in enumerate(files) if (file in chosen) == is_real] for is_real in (True, False)]
-        permuted = cross_validate(fit, *(clips[r] for r in rows), *([files[i] for i in r] for r in rows))
-        if permuted.accuracy >= accuracy:
+        (first, second), names_of = (clips[r] for r in rows), [[files[i] for i in r] for r in rows]
+        if cross_validate(fit, first, second, *names_of).accuracy >= accuracy:
             return False
     return True
 

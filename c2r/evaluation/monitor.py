@@ -15,7 +15,7 @@ from math import inf, isfinite, nan
 from pathlib import Path
 
 import torch
-from scipy import stats
+from scipy.special import stdtrit
 from torch.nn import functional as F
 from typing_extensions import TypedDict
 
@@ -147,7 +147,7 @@ class Score:
 
     def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
         """Return the bounds of the t interval of the mean, NaN for a single scene."""
-        half = stats.t.ppf((1 + confidence) / 2, self.freedom).item() * self.error
+        half = float(stdtrit(self.freedom, (1 + confidence) / 2)) * self.error
         return self.mean - half, self.mean + half
 
     @property
@@ -231,7 +231,9 @@ class CGMonitor:
         tables = {d: self._tables(reference.features[d], reference.files[d]) for d in ("real", "cg")}
         self._scorers, self.accuracy = {}, {}
         # {measure: (files,)}: by how much the held-out scores of a file's clips differ from the mean of its domain
-        self._real_deviations, self._cg_deviations, informative = {}, {}, []
+        self._real_deviations: dict[str, torch.Tensor] = {}
+        self._cg_deviations: dict[str, torch.Tensor] = {}
+        informative = []
         for measure in MEASURES:
             fit = fit_probe if measure == "dinov3" else fit_discriminant
             real, cg = tables["real"][measure], tables["cg"][measure]
@@ -286,7 +288,7 @@ class CGMonitor:
     #     dL = -((1 - L) * dzero + L * done) / (one - zero),
     # so that its variance is the sum of that of the scenes' mean and those of both domains' means over files.
     def _score(self, scores, accuracy=nan):
-        """Return the mean over measures of {measure: (scenes,)} as a score, with the reference's share of its error."""
+        """Return the mean over measures of {measure: (scenes,)} as a score, the reference's error included."""
         if not scores:
             return Score(nan, nan, nan, 0)
         looks = torch.stack([*scores.values()])  # (measures, scenes)

@@ -35,7 +35,7 @@ def plan_samples(
     count: int,
     quiet: bool = False,
 ) -> SamplePlan:
-    """Choose the samples of a run and the reference of its CG monitor. Warn if there are too few files for the monitor.
+    """Choose the samples of a run and the reference of its CG monitor, and log if there are too few files for it.
 
     Args:
         real, cg: the run's mixtures. Held-out CG clips give the controls, and held-out real clips give the prompts,
@@ -44,7 +44,7 @@ def plan_samples(
         train_real, train_cg: the clips to train on, from which the reference is chosen; in a dry run only a part of
             those of the mixtures.
         count: number of samples; 0 for none.
-        quiet: do not warn.
+        quiet: do not log.
     """
     if scenes is not None:
         samples = choose_samples(scenes.clips, None, count)
@@ -55,7 +55,8 @@ def plan_samples(
     bucket = samples[0].scene.bucket if samples else None
     reference_clips = choose_reference_clips(train_real, train_cg, bucket)
     if samples and cg is not None and not quiet:
-        if (line := _too_few_files(samples, count, choose_reference_clips(real.train, cg.train, bucket))) is not None:
+        whole_reference = choose_reference_clips(real.train, cg.train, bucket)
+        if (line := _too_few_files(samples, count, whole_reference)) is not None:
             logger.info(line)
     return SamplePlan(samples, reference_clips, monitored=bool(samples) and can_monitor(reference_clips))
 
@@ -66,15 +67,17 @@ def _too_few_files(samples, count, reference_clips):
     if not can_monitor(reference_clips):
         return (
             "CG monitor: off, so this run measures no CG look and never lowers --cg_ratio; it compares with training "
-            f"videos of the samples' size {samples[0].scene.bucket} and needs {MIN_FILES} real and {MIN_FILES} CG ones, "
-            f"but there are {num_real} and {num_cg}; add videos"
+            f"videos of the samples' size {samples[0].scene.bucket} and needs {MIN_FILES} real and {MIN_FILES} CG "
+            f"ones, but there are {num_real} and {num_cg}; add videos"
         )
     num_scenes = count_files([sample.scene for sample in samples])
     if num_scenes < MIN_SCENES:
-        more_samples = f"give --num_samples {MIN_SCENES} or more"
-        more_files = "hold out more CG videos (in a folder validation/) or give --sample_dataset"
+        if count < MIN_SCENES:
+            remedy = f"give --num_samples {MIN_SCENES} or more"
+        else:
+            remedy = "hold out more CG videos (in a folder validation/) or give --sample_dataset"
         return (
             "CG monitor: only reports, so this run gives no advice and never lowers --cg_ratio; its samples are of "
-            f"{num_scenes} of the {MIN_SCENES} videos that it needs; {more_samples if count < MIN_SCENES else more_files}"
+            f"{num_scenes} of the {MIN_SCENES} videos that it needs; {remedy}"
         )
     return None

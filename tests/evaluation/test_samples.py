@@ -71,8 +71,8 @@ def test_a_plan_without_enough_files_turns_the_monitor_off(caplog):
     assert not caplog.messages
     assert not plan(real, cg).monitored
     assert caplog.messages == [
-        "CG monitor: off, so this run measures no CG look and never lowers --cg_ratio; it compares with training videos "
-        "of the samples' size 5x48x32 and needs 8 real and 8 CG ones, but there are 8 and 2; add videos"
+        "CG monitor: off, so this run measures no CG look and never lowers --cg_ratio; it compares with training "
+        "videos of the samples' size 5x48x32 and needs 8 real and 8 CG ones, but there are 8 and 2; add videos"
     ]
 
 

@@ -1,6 +1,7 @@
 """Write small video datasets."""
 
 import csv
+from functools import partial
 
 import numpy as np
 
@@ -47,8 +48,11 @@ def write_monitored_datasets(folder):
         real, fine, coarse = (
             [f"{kind}{i}.mp4" for i in range(count)] for kind, count in (("r", num_real), ("f", num_cg), ("c", num_cg))
         )
-        frames = SIZE["num_frames"]
         texts = [words[i % len(words)] for i in range(MIN_FILES)]
-        write_dataset(folder / "real" / part, real, texts, video=lambda i, s=seed: noise_video(s + i, frames))
-        write_dataset(folder / "cg" / part, fine, texts, coarse, video=lambda i, s=seed: flat_video(s + i, frames))
+        write_dataset(folder / "real" / part, real, texts, video=partial(_short, noise_video, seed))
+        write_dataset(folder / "cg" / part, fine, texts, coarse, video=partial(_short, flat_video, seed))
     return folder
+
+
+def _short(video, first_seed, number):
+    return video(first_seed + number, SIZE["num_frames"])
