@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from c2r.evaluation.monitor import MIN_SCENES, Score
 
 #: Confidence of the intervals that the controller acts on. Every sampling has the same scenes and seeds, so that one
-#: unlucky draw stays above the bound for many samplings: at 0.9 a run of 20 samplings would halve the share by chance
-#: in one case of ten (`python -m benchmarks.monitor_statistics`).
-CONFIDENCE = 0.98
+#: unlucky draw stays above the bound for many samplings (`python -m benchmarks.monitor_statistics`).
+CONFIDENCE = 0.99
 
 
 @dataclass

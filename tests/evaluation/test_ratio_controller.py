@@ -56,8 +56,8 @@ def test_a_restored_controller_continues_exactly(before, after, ratio):
         assert ratio == restored_ratio
 
 
-def test_the_interval_has_a_confidence_of_98_percent():
-    half = 2.896459 * 0.01  # quantile 0.99 of Student's t with 8 degrees of freedom, from a table
+def test_the_interval_has_a_confidence_of_99_percent():
+    half = 3.355387 * 0.01  # quantile 0.995 of Student's t with 8 degrees of freedom, from a table
     for mean, ratio in ((0.5 + half + 1e-4, 0.1), (0.5 + half - 1e-4, 0.2)):
         assert RatioController(0.5, 1, 0.0).step(Score(mean, 0.01, 8, 4), 0.2) == ratio
 
