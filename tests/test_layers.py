@@ -14,10 +14,10 @@ LAYERS = (
     ("c2r.panel",),  # makes command lines of c2r.generate and runs them: it knows parsed options
     (
         *("train_phase1", "train_phase2"),
-        *("c2r.__main__", "c2r.encode", "c2r.estimate", "c2r.export", "c2r.generate"),
+        *("c2r.__main__", "c2r.encode", "c2r.estimate", "c2r.evaluate", "c2r.export", "c2r.generate"),
         *("c2r.prepare", "c2r.quickstart", "c2r.report", "c2r.study"),
     ),
-    ("c2r.toy", "c2r.reporting"),
+    ("c2r.toy", "c2r.reporting", "c2r.scoring"),
     ("c2r.evaluation",),
     ("c2r.training", "c2r.estimation"),
     ("c2r.cli",),
