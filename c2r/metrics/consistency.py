@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-import cv2
 import numpy as np
 import torch
 
@@ -43,6 +42,8 @@ def warp_error(video: torch.Tensor) -> float | None:
     Source: Lai et al. 2018 (ECCV, arXiv 1808.00449), eq. 7; visibility of Sundaram et al. 2010 (ECCV), eq. 5; flow
     by dense inverse search, Kroeger et al. 2016 (ECCV).
     """
+    import cv2
+
     flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     height, width = video.shape[-2:]
     columns, rows = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import cv2
 import numpy as np
 import torch
 from transformers import (
@@ -215,6 +214,8 @@ def _overlaps(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def _parts(labels: np.ndarray) -> np.ndarray:
     """Number the connected parts of each label of (H, W) from 0; −1 where the label is negative."""
+    import cv2
+
     parts, count = np.full(labels.shape, -1, np.int32), 0
     for label in np.unique(labels[labels >= 0]):
         found, numbers = cv2.connectedComponents((labels == label).astype(np.uint8))

@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import cv2
 import torch
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from c2r.data.images import blur, luminance
 from c2r.metrics.clip import EvaluatedClip
@@ -74,6 +72,8 @@ def edge_f1(video: torch.Tensor, reference: torch.Tensor) -> float | None:
     Source: Canny 1986; boundary precision and recall of Martin et al. 2004 (PAMI 26/5), with a dilation instead of
     their one-to-one matching; Edge F1 of Cosmos-Transfer1 (arXiv 2503.14492).
     """
+    import cv2
+
     neighbourhood = cv2.getStructuringElement(cv2.MORPH_RECT, (2 * TOLERANCE + 1, 2 * TOLERANCE + 1))
     found = ours = recalled = theirs = 0
     for frame, other in zip(grey_frames(video), grey_frames(reference)):
@@ -102,6 +102,8 @@ def blur_ssim(video: torch.Tensor, reference: torch.Tensor) -> float:
     Source: SSIM of Wang et al. 2004 (IEEE TIP 13/4) with its window of sigma 1.5; of blurred frames as in
     Cosmos-Transfer1 (arXiv 2503.14492).
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     values = []
     for chunk, other in zip(video.split(CHUNK), reference.split(CHUNK)):
         first, second = (blur(luminance(frames), BLUR_SHARE * frames.shape[-2]) for frames in (chunk, other))
