@@ -13,41 +13,52 @@ ROLES = {
     "quality": "the name of a measure of pyiqa, such as musiq",
 }
 
+#: Packages that measures need beyond those of c2r itself, each with what to do where it is missing.
+PACKAGES = {
+    "cv2": 'pip install "c2r[metrics]"',
+    "scipy": 'pip install "c2r[metrics]"',
+    "torchmetrics": 'pip install "c2r[metrics]"',
+    "pyiqa": "pip install pyiqa, which needs the torchvision of the installed torch",
+}
+
 
 @dataclass(frozen=True)
 class Measure:
     """One measure, as `make_metrics` makes it.
 
     Args:
-        name: of the measure. Names of `of_set` measures get the kind of network appended, as in `fd_dinov2`.
+        name: of the measure. Results of `fd`, `kd`, `kd_video` and `quality` are named by their network, too, as
+            `fd_dinov2`, `kd_vjepa2` or `quality_musiq`.
         role: the network that it needs, of `ROLES`; None if it needs none.
+        packages: those of `PACKAGES` that it needs.
         of_set: a distance between sets of videos, not a measure of one clip.
     """
 
     name: str
     role: str | None = None
+    packages: tuple[str, ...] = ()
     of_set: bool = False
 
 
 #: All measures. A bare name is measured against the true video, `_control` against the coarse one, `_passes` against
 #: the renderer's ids or depth.
 MEASURES = (
-    Measure("edge_f1"),
-    Measure("edge_f1_control"),
-    Measure("blur_ssim"),
-    Measure("blur_ssim_control"),
-    Measure("lpips", "lpips"),
+    Measure("edge_f1", None, ("cv2",)),
+    Measure("edge_f1_control", None, ("cv2",)),
+    Measure("blur_ssim", None, ("torchmetrics",)),
+    Measure("blur_ssim_control", None, ("torchmetrics",)),
+    Measure("lpips", "lpips", ("torchmetrics",)),
     Measure("depth_rmse", "depth"),
     Measure("depth_rmse_control", "depth"),
     Measure("depth_rmse_passes", "depth"),
-    Measure("mask_miou", "segmentation"),
-    Measure("mask_miou_control", "segmentation"),
-    Measure("mask_miou_passes", "segmentation"),
-    Measure("trajectory_error_passes", "segmentation"),
-    Measure("warp_error"),
+    Measure("mask_miou", "segmentation", ("cv2", "scipy")),
+    Measure("mask_miou_control", "segmentation", ("cv2", "scipy")),
+    Measure("mask_miou_passes", "segmentation", ("cv2", "scipy")),
+    Measure("trajectory_error_passes", "segmentation", ("cv2", "scipy")),
+    Measure("warp_error", None, ("cv2",)),
     Measure("frame_similarity", "image_features"),
     Measure("clip_similarity", "clip"),
-    Measure("quality", "quality"),
+    Measure("quality", "quality", ("pyiqa",)),
     Measure("fd", "image_features", of_set=True),
     Measure("kd", "image_features", of_set=True),
     Measure("kd_video", "video_features", of_set=True),
