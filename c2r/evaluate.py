@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{output_dir / 'report.html'}: open it in a browser", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------- models and videos
+# --------------------------------------------------------------------------------------------------- models and videos
 
 
 def source_names(paths: Sequence[str]) -> dict[str, str]:
@@ -387,7 +387,7 @@ def make_videos(
 
     length = Length(form.num_frames, form.fps)
     pipeline.set_progress_bar_config(disable=True)
-    with progress_bar(len(tasks), name, "video") as bar:
+    with progress_bar(len(tasks), name, "video", shown=True) as bar:
         for task in tasks:
             control = None if task.control is None else task.control.read(task.control.control, form)
             own = Namespace(**vars(args) | {"seed": task.seed})

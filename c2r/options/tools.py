@@ -213,8 +213,8 @@ EVALUATE = Command(
         "what is measured": _all_common(
             Option(
                 "dataset",
-                "folder with a metadata.csv: prompts (text), coarse videos (control_name), true videos (file_name) and "
-                "perhaps passes of the renderer (id_name, depth_name)",
+                "folder with a metadata.csv: prompts (text), coarse videos (control_name), true videos (file_name) "
+                "and perhaps passes of the renderer (id_name, depth_name)",
                 FOLDER,
                 required=True,
             ),
@@ -227,7 +227,7 @@ EVALUATE = Command(
             ),
             Option(
                 "videos",
-                "one or several folders of videos that were made elsewhere, named as the scenes' true or coarse videos",
+                "one or several folders of videos made elsewhere, named as the scenes' true or coarse videos",
                 Text("folders"),
                 several=True,
             ),

@@ -151,7 +151,7 @@ def measure_videos(
     positions: dict[str, list[int]] = {source.name: [] for source in sources}  # of its clips in set_metrics
     updates = 0
     total = sum(len(videos) for source in sources for videos in source.videos.values())
-    with progress_bar(total, "measures", "video") as bar:
+    with progress_bar(total, "measures", "video", shown=True) as bar:
         for scene in scenes:
             known = _read_scene(scene, form)
             for source in sources:

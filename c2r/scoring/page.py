@@ -161,10 +161,12 @@ def _clips(videos, columns, prompts):
         if room < 0:
             left_out += 1
             continue
-        video = f'<video controls loop muted playsinline preload="metadata" src="{data_address(path, "video/mp4")}"></video>'
+        address = data_address(path, "video/mp4")
+        video = f'<video controls loop muted playsinline preload="metadata" src="{address}"></video>'
+        width = f"min-width: {160 * len(columns)}px"
         parts.append(
             f'<h3>{escape(scene)}</h3><p>{escape(prompts[scene])}</p><figure class="sample"><div class="scroll">'
-            f'<div class="row" style="min-width: {160 * len(columns)}px"><div class="columns" {grid}>{heads}</div>{video}'
+            f'<div class="row" style="{width}"><div class="columns" {grid}>{heads}</div>{video}'
             "</div></div></figure>"
         )
     more = f"<p>{left_out} more would make the page larger than {size_text(MAX_VIDEO_BYTES)}.</p>" if left_out else ""

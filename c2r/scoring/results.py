@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,5 +174,5 @@ def interval_text(interval: Interval, sign: bool = False) -> str:
     return text.replace("-", "−")
 
 
-def _as_numbers(interval: Interval) -> Mapping[str, float | None]:
+def _as_numbers(interval: Interval) -> dict[str, Any]:
     return {name: value if math.isfinite(value) else None for name, value in asdict(interval).items()}

@@ -97,10 +97,14 @@ class RunDatasets:
         mixtures = self.mixtures if phase == 2 else [self.of_domain("real")]
         clips = [clip for mixture in mixtures for clip in choose_validation_clips(mixture, self.num_clips)]
         spare = [mixture.clips for mixture in mixtures]
-        fixed = {"flow_shift": flow_shift, "batch_size": 1}
         if phase == 1:
-            return PromptConditions(clips, spare, self.settings, **fixed)
-        return ControlConditions(clips, spare, self.settings, **fixed, conditioning_scale=conditioning_scale)
+            return PromptConditions(clips, spare, self.settings, flow_shift=flow_shift, batch_size=1)
+        return ControlConditions(
+            *(clips, spare, self.settings),
+            flow_shift=flow_shift,
+            batch_size=1,
+            conditioning_scale=conditioning_scale,
+        )
 
     @property
     def reference_clips(self) -> dict[str, list[Clip]]:
