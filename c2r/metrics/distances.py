@@ -98,7 +98,9 @@ class KernelDistance(_Features):
         """Return the mean kernel between any two videos: generated, true, and generated (rows) and true."""
         counts = len(self.generated), len(self.references)
         if self._means is None or self._means[0] != counts:
-            true = self.references or [x if x is not None else torch.zeros_like(self.generated[0]) for x in self.truths]
+            true = self.references or [
+                x if x is not None else torch.zeros_like(self.generated[0]) for x in self.truths
+            ]
             pairs = ((self.generated, self.generated), (true, true), (self.generated, true))
             self._means = counts, [kernel_means(first, second) for first, second in pairs]
         return self._means[1]

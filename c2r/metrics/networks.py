@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 
 from c2r import InputError
 from c2r.files import library_errors_as_input, read_json
+from c2r.metrics.structure import to_bytes
 from c2r.models.hub import refuse_entries, require_complete, resolve_model_folder
 from c2r.models.parts import check_transformers_weights, freeze, load_transformers_model
 
@@ -121,7 +122,7 @@ def process(processor: Any, folder: Path, frames: torch.Tensor) -> dict[str, tor
         folder: the model's, for messages.
         frames: (n, 3, H, W) floats in [0, 1].
     """
-    pictures = (frames.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pictures = to_bytes(frames.permute(0, 2, 3, 1))
     with library_errors_as_input(folder / "preprocessor_config.json"):
         inputs = processor(images=list(pictures), return_tensors="pt")
     return {name: inputs[name] for name in ("pixel_values", "pixel_mask") if name in inputs}

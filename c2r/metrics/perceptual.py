@@ -43,7 +43,9 @@ class LPIPSNetwork(nn.Module):
         """
         folder = resolve_model_folder(name_or_path)
         index, network = WeightIndex(folder), freeze(cls())
-        places = {f"features.{place}.{kind}": (place, kind) for place in sum(STAGES, ()) for kind in ("weight", "bias")}
+        places = {
+            f"features.{place}.{kind}": (place, kind) for place in sum(STAGES, ()) for kind in ("weight", "bias")
+        }
         needed = {name: getattr(network.convolutions[str(place)], kind) for name, (place, kind) in places.items()}
         found = index.shapes()
         unfit = [name for name, tensor in needed.items() if found.get(name, tensor.shape) != tuple(tensor.shape)]
