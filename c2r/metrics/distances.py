@@ -98,9 +98,8 @@ class KernelDistance(_Features):
         """Return the mean kernel between any two videos: generated, true, and generated (rows) and true."""
         counts = len(self.generated), len(self.references)
         if self._means is None or self._means[0] != counts:
-            true = self.references or [
-                x if x is not None else torch.zeros_like(self.generated[0]) for x in self.truths
-            ]
+            unused = torch.zeros_like(self.generated[0])  # stands for a truth that is missing, in pairs of weight 0
+            true = self.references or [unused if truth is None else truth for truth in self.truths]
             pairs = ((self.generated, self.generated), (true, true), (self.generated, true))
             self._means = counts, [kernel_means(first, second) for first, second in pairs]
         return self._means[1]
@@ -117,7 +116,8 @@ def frechet_distance(generated: torch.Tensor, true: torch.Tensor) -> float:
     Returns:
         d² in float64, at least 0, as FID is.
 
-    Source: Heusel et al. 2017 (arXiv 1706.08500), eq. 6; on features of DINOv2 as Stein et al. 2023 (arXiv 2306.04675).
+    Source: Heusel et al. 2017 (arXiv 1706.08500), eq. 6; on features of DINOv2 as Stein et al. 2023 (arXiv
+    2306.04675).
     """
     means = generated.mean(0), true.mean(0)
     # A'A = S and B'B = T. The eigenvalues of S·T are the squared singular values of A·B', which need no square root of

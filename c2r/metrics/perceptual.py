@@ -43,10 +43,7 @@ class LPIPSNetwork(nn.Module):
         """
         folder = resolve_model_folder(name_or_path)
         index, network = WeightIndex(folder), freeze(cls())
-        places = {
-            f"features.{place}.{kind}": (place, kind) for place in sum(STAGES, ()) for kind in ("weight", "bias")
-        }
-        needed = {name: getattr(network.convolutions[str(place)], kind) for name, (place, kind) in places.items()}
+        needed = {f"features.{name}": parameter for name, parameter in network.convolutions.named_parameters()}
         found = index.shapes()
         unfit = [name for name, tensor in needed.items() if found.get(name, tensor.shape) != tuple(tensor.shape)]
         require_complete(folder, needed.keys() - found.keys(), unfit)

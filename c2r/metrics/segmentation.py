@@ -156,8 +156,8 @@ def best_overlap(segments: Segments, ids: np.ndarray) -> float | None:
     Returns:
         mean over frames and ids of at least MIN_AREA of the frame, in [0, 1]; None if there are none.
 
-    Source: best overlap of Pont-Tuset et al. 2017 (PAMI 39/1), also Arbeláez et al. 2011 (PAMI 33/5), eq. 1, with equal
-    weights instead of areas.
+    Source: best overlap of Pont-Tuset et al. 2017 (PAMI 39/1), also Arbeláez et al. 2011 (PAMI 33/5), eq. 1, with
+    equal weights instead of areas.
     """
     values = [overlap for overlap, _ in _matches(segments, ids)]
     return float(np.mean(values)) if values else None

@@ -113,8 +113,9 @@ def blur_ssim(video: torch.Tensor, reference: torch.Tensor) -> float:
     values = []
     for chunk, other in zip(video.split(CHUNK), reference.split(CHUNK)):
         first, second = (blur(even_out(frames), BLUR_SHARE * frames.shape[-2]) for frames in (chunk, other))
-        values.append(structural_similarity_index_measure(first, second, data_range=1.0, reduction="none"))
-    return torch.cat([value.reshape(-1) for value in values]).mean().item()
+        value = structural_similarity_index_measure(first, second, data_range=1.0, reduction="none")
+        values.append(torch.as_tensor(value).reshape(-1))
+    return torch.cat(values).mean().item()
 
 
 def even_out(frames: torch.Tensor) -> torch.Tensor:
