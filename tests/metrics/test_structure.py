@@ -66,7 +66,7 @@ def test_blur_ssim_is_that_of_its_formula(scenes):
     for images in zip(even_out(first), even_out(second)):
         x, y = (ndimage.gaussian_filter(one, sigma, mode="nearest", radius=math.ceil(3 * sigma)) for one in images)
         mx, my, xx, yy, xy = (
-            ndimage.gaussian_filter(one, 1.5, radius=5)[5:-5, 5:-5] for one in (x, y, x * x, y * y, x * y)
+            ndimage.gaussian_filter(one, 1.5, radius=5, mode="mirror") for one in (x, y, x * x, y * y, x * y)
         )
         c1, c2 = 0.01**2, 0.03**2
         top = (2 * mx * my + c1) * (2 * (xy - mx * my) + c2)
@@ -76,7 +76,7 @@ def test_blur_ssim_is_that_of_its_formula(scenes):
 
 def test_blur_ssim_of_equal_videos_is_one_at_any_contrast(scenes):
     for one in scenes:
-        assert blur_ssim(one["real"], one["real"]) == pytest.approx(1, abs=1e-6)
+        assert blur_ssim(one["real"], one["real"]) == pytest.approx(1, abs=1e-4)
         assert blur_ssim(0.4 * one["real"] + 0.3, one["real"]) > 0.99
 
 
