@@ -26,7 +26,7 @@ CHUNK = 8
 MAX_LAYERS, MAX_NUMBER = 100, 1_000_000
 #: Bound of the sides of the pictures that a network reads, in pixels.
 MAX_SIDE = 4096
-#: Videos whose results are remembered: generated, true and coarse.
+#: Videos whose results are remembered, the last ones used: generated, true and coarse.
 REMEMBERED = 3
 
 _Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
@@ -158,9 +158,9 @@ def side_of(size: _Size | None, default: int) -> int:
     return size or default
 
 
-def chunks(video: torch.Tensor, device: torch.device | str) -> Iterator[torch.Tensor]:
-    """Yield CHUNK frames at a time of (F, 3, H, W), on a device, as floats."""
-    for chunk in video.split(CHUNK):
+def chunks(video: torch.Tensor, device: torch.device | str, size: int = CHUNK) -> Iterator[torch.Tensor]:
+    """Yield some frames at a time of (F, 3, H, W), on a device, as floats."""
+    for chunk in video.split(size):
         yield chunk.to(device).float()
 
 
@@ -178,9 +178,8 @@ class Remembering(Generic[Result]):
         self._results: list[tuple[torch.Tensor, Result]] = []
 
     def __call__(self, video: torch.Tensor) -> Result:
-        for known, result in self._results:
-            if known is video:
-                return result
-        result = self.compute(video)
-        self._results = [*self._results[1 - REMEMBERED :], (video, result)]
+        found = next((result for known, result in self._results if known is video), None)
+        result = self.compute(video) if found is None else found
+        others = [entry for entry in self._results if entry[0] is not video]
+        self._results = [*others[1 - REMEMBERED :], (video, result)]  # the last one used comes last
         return result

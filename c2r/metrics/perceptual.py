@@ -100,5 +100,6 @@ class LPIPS:
     def __call__(self, clip: EvaluatedClip) -> float | None:
         if clip.truth is None:
             return None
-        pairs = zip(chunks(clip.video, self.device), chunks(clip.truth, self.device))
+        # One pair of frames at a time: the first layers of 480p take 0.1 GB each.
+        pairs = zip(chunks(clip.video, self.device, 1), chunks(clip.truth, self.device, 1))
         return torch.cat([self.network(frames, others) for frames, others in pairs]).mean().item()

@@ -20,11 +20,11 @@ def to_features(video):
     return video[:, :, 0].flatten(1)
 
 
-def clip_of(features, truth=None):
+def clip_of(features, truth=None, name="a"):
     def video(rows):
         return rows.float().reshape(len(rows), 3, 1, -1)
 
-    return EvaluatedClip("a", "", video(features), truth=None if truth is None else video(truth))
+    return EvaluatedClip(name, "", video(features), truth=None if truth is None else video(truth))
 
 
 def kernel(x, y):
@@ -32,8 +32,8 @@ def kernel(x, y):
 
 
 def fill(measure, generated, true):
-    for features, truth in zip(generated, true):
-        measure.update(clip_of(features, truth))
+    for number, (features, truth) in enumerate(zip(generated, true)):
+        measure.update(clip_of(features, truth, f"{number}.mp4"))
     return measure
 
 
@@ -74,8 +74,7 @@ def test_frechet_distance_of_equal_and_of_shifted_sets():
 def test_kernel_distance_to_separate_videos_is_that_of_torchmetrics():
     x, y = draw(9, 12).float(), 0.5 + draw(7, 12, seed=1).float()
     measure = KernelDistance(to_features, "kd")
-    for row in x:
-        measure.update(clip_of(row[None], row[None]))
+    fill(measure, x[:, None], x[:, None])
     for row in y:
         measure.update_reference(clip_of(row[None]).video)
     kernels = [(a.double() @ b.double().T / 12 + 1) ** 3 for a, b in ((x, x), (x, y), (y, y))]
@@ -148,7 +147,29 @@ def test_clips_without_a_truth_count_only_against_separate_videos(make):
 
 
 @pytest.mark.parametrize("make", [KernelDistance, FrechetDistance])
-def test_fewer_than_two_videos_have_no_distance(make):
+def test_models_in_one_set_are_measured_apart(make):
+    generated, true = draw(3, 4, 2, 12), draw(4, 2, 12, seed=1)
+    both, alone = make(to_features, "d"), fill(make(to_features, "d"), generated[1], true)
+    for model in generated[:2]:
+        fill(both, model, true)
+    assert both.compute(range(4, 8)) == pytest.approx(alone.compute())
+    assert both.compute([5, 6, 7]) == pytest.approx(alone.compute([1, 2, 3]))
+    assert both.compute([0, 0, 1]) == pytest.approx(fill(alone, generated[0], true).compute([4, 4, 5]))
+
+
+def test_seeds_of_one_scene_are_no_independent_videos():
+    values = []
+    for seed in range(300):
+        true, generated = draw(3, 1, 6, seed=seed), draw(2, 3, 1, 6, seed=seed + 1000)
+        measure = KernelDistance(to_features, "kd")
+        for model in generated:
+            fill(measure, model, true)
+        values.append(measure.compute())
+    assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(len(values))
+
+
+@pytest.mark.parametrize("make", [KernelDistance, FrechetDistance])
+def test_fewer_than_two_scenes_have_no_distance(make):
     measure = make(to_features, "d")
     assert measure.compute() is None
     fill(measure, draw(2, 3, 12), draw(2, 3, 12, seed=1))
@@ -163,9 +184,9 @@ def test_distances_tell_looks_of_the_toy_apart(scenes, networks):
 
     features = ImageFeatures(networks["image_features"], "cpu")
     same, looks = KernelDistance(features, "kd"), KernelDistance(features, "kd")
-    for one in scenes[:2]:
-        same.update(EvaluatedClip("a", "", one["real"]))
-        looks.update(EvaluatedClip("a", "", one["coarse"]))
+    for name, one in zip("ab", scenes):
+        same.update(EvaluatedClip(name, "", one["real"]))
+        looks.update(EvaluatedClip(name, "", one["coarse"]))
     for one in scenes[2:]:
         same.update_reference(one["real"])
         looks.update_reference(one["real"])

@@ -101,10 +101,10 @@ def test_results_of_three_videos_are_remembered(clips):
         return len(seen)
 
     remembering, videos = Remembering(count), [clip.video for clip in clips]
-    assert [remembering(videos[i]) for i in (0, 1, 2, 0, 1, 2)] == [1, 2, 3, 1, 2, 3]
-    assert remembering(videos[3]) == 4
-    assert remembering(videos[1]) == 2
-    assert remembering(videos[0]) == 5
+    assert [remembering(videos[i]) for i in (0, 1, 2, 1, 2, 0)] == [1, 2, 3, 2, 3, 1]
+    assert remembering(videos[3]) == 4  # instead of the one that was used least lately
+    assert remembering(videos[0]) == 1
+    assert remembering(videos[1]) == 5
 
 
 def test_quality_needs_a_measure_without_reference(tmp_path):
