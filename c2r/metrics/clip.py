@@ -10,7 +10,7 @@ class EvaluatedClip:
     """A generated video and what it is measured against.
 
     Args:
-        name: file name of its row, for messages.
+        name: file name of its row. Clips of one name are of one scene and have one truth.
         prompt: the prompt that it was generated from.
         video: (F, 3, H, W) float32 RGB in [0, 1], generated.
         control: the coarse video, like `video`; None if there is none.

@@ -6,9 +6,10 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from c2r.data.images import luminance
 from c2r.metrics.clip import EvaluatedClip
 from c2r.metrics.metric import Against
-from c2r.metrics.structure import grey_frames
+from c2r.metrics.structure import to_bytes
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,10 @@ def warp_error(video: torch.Tensor) -> float | None:
     flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     height, width = video.shape[-2:]
     columns, rows = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
-    frames = (frame.clamp(0, 1).permute(1, 2, 0).float().cpu().numpy() for frame in video)  # (H, W, 3)
+    greys = (to_bytes(luminance(frame[None]))[0, 0] for frame in video)  # (H, W)
+    frames = (frame.permute(1, 2, 0).float().cpu().numpy() for frame in video)  # (H, W, 3)
     errors = []
-    for (grey, frame), (next_grey, next_frame) in pairwise(zip(grey_frames(video), frames)):
+    for (grey, frame), (next_grey, next_frame) in pairwise(zip(greys, frames)):
         forward, back = flow.calc(grey, next_grey, None), flow.calc(next_grey, grey, None)  # (H, W, 2) each: x, y
         x, y = columns + forward[..., 0], rows + forward[..., 1]
         back = cv2.remap(back, x, y, cv2.INTER_LINEAR)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import DepthAnythingForDepthEstimation, DPTForDepthEstimation
 
 from c2r.metrics.clip import EvaluatedClip
-from c2r.metrics.networks import CHUNK, Remembering, load_image_processor, load_network, process
+from c2r.metrics.networks import CHUNK, load_image_processor, load_network, process
 
 #: Depth models of transformers whose output is known to be inverse depth, or depth where their config says "metric".
 KINDS = {"depth_anything": DepthAnythingForDepthEstimation, "dpt": DPTForDepthEstimation}

@@ -7,12 +7,12 @@ import torch
 from c2r.metrics.clip import EvaluatedClip
 from c2r.metrics.metric import Against
 
-#: Clips, or true videos, that a distance needs at least.
+#: Scenes, or true videos of none, that a distance needs at least.
 MIN_VIDEOS = 2
 
 
 class _Features:
-    """The features of both sets, by clip.
+    """The features of both sets, by clip and by scene.
 
     Args:
         features: (F, 3, H, W) -> (n, D), n the number of frames, or 1 for a feature of the whole video.
@@ -26,38 +26,42 @@ class _Features:
     def __init__(self, features: Callable[[torch.Tensor], torch.Tensor], name: str):
         self.features, self.name = features, name
         self.generated: list[torch.Tensor] = []
-        self.truths: list[torch.Tensor | None] = []
+        self.scenes: list[str] = []  # of `generated`
+        self.truths: dict[str, torch.Tensor] = {}  # {scene: of its truth}
         self.references: list[torch.Tensor] = []
 
     def update(self, clip: EvaluatedClip) -> None:
-        """Add a clip: its video to the generated set, its truth to the true set."""
+        """Add a clip: its video to the generated set, its truth to the true set, once for each name."""
         self.generated.append(self.features(clip.video).double())
-        self.truths.append(None if clip.truth is None else self.features(clip.truth).double())
+        self.scenes.append(clip.name)
+        if clip.truth is not None and clip.name not in self.truths:
+            self.truths[clip.name] = self.features(clip.truth).double()
 
     def update_reference(self, video: torch.Tensor) -> None:
         """Add a true video that belongs to no clip; from then on the truths of clips are not used."""
         self.references.append(self.features(video).double())
 
     def _usable(self, indices):
-        """Return the clips of a draw that have what is needed: a truth, if there are no references."""
+        """Return the clips of a draw that have what is needed, a truth or references; none if they are too few."""
         indices = range(len(self.generated)) if indices is None else indices
-        return [i for i in indices if self.references or self.truths[i] is not None]
+        clips = [i for i in indices if self.references or self.scenes[i] in self.truths]
+        too_few = len({self.scenes[i] for i in clips}) < MIN_VIDEOS or 0 < len(self.references) < MIN_VIDEOS
+        return [] if too_few else clips
 
 
 class FrechetDistance(_Features):
     """Fréchet distance of the features of frames; `fd_dinov2` and the like. See `frechet_distance`.
 
-    It is biased upwards, the more so the fewer frames there are: compare only sets with equal numbers of clips and
-    frames, and against one true set. In a bootstrap draw repeated clips make it larger still, so its interval lies
-    above the value; the kernel distance has no such bias.
+    It is biased upwards, the more so the fewer frames there are and the more alike those of a clip: compare only sets
+    with equal numbers of clips and frames, and against one true set. The kernel distance has no such bias.
     """
 
     def compute(self, indices: Sequence[int] | None = None) -> float | None:
-        """Return the distance, of all clips or of a draw; None with fewer than MIN_VIDEOS clips or true videos."""
+        """Return the distance of all clips or of some, see `SetMetric`."""
         clips = self._usable(indices)
-        true = self.references or [self.truths[i] for i in clips]
-        if min(len(set(clips)), len(true)) < MIN_VIDEOS:
+        if not clips:
             return None
+        true = self.references or [self.truths[self.scenes[i]] for i in clips]
         return frechet_distance(torch.cat([self.generated[i] for i in clips]), torch.cat(true))
 
 
@@ -65,9 +69,9 @@ class KernelDistance(_Features):
     """Squared maximum mean discrepancy of features with a polynomial kernel; `kd_dinov2`, `kd_vjepa2` and the like.
 
     With k(x, y) = (x·y / D + 1)³, the mean of k between generated videos, plus that between true videos, minus twice
-    that between generated and true ones. Frames of one video, copies of it in a bootstrap draw, and a video and its
-    own truth are not independent: such pairs are left out, so the value is unbiased, also for few clips, and it can be
-    slightly negative. Where clips have truths, it is the U-statistic of pairs, and exactly 0 for equal videos.
+    that between generated and true ones. Frames of one video, several videos of one scene, and a video and its own
+    truth are not independent: such pairs are left out, so the value is unbiased, also for few clips, and it can be
+    slightly negative. Where clips have truths, it is the U-statistic of pairs, and 0 for equal videos.
 
     Source: KID of Bińkowski et al. 2018 (arXiv 1801.01401), section 4; Gretton et al. 2012 (JMLR 13), eq. 3 for
     separate true videos, eq. 4 for pairs; on video features as JEDi, Luo et al. 2024 (arXiv 2410.05203).
@@ -75,17 +79,19 @@ class KernelDistance(_Features):
 
     def __init__(self, features: Callable[[torch.Tensor], torch.Tensor], name: str):
         super().__init__(features, name)
-        self._means: tuple[tuple[int, int], list[torch.Tensor]] | None = None
+        self._block: dict[int, int] = {}  # {clip: its row in the matrices below}
+        self._means: tuple[int, list[torch.Tensor]] = (0, [])  # number of references, and see `_kernel_means`
 
     def compute(self, indices: Sequence[int] | None = None) -> float | None:
-        """Return the distance, of all clips or of a draw; None with fewer than MIN_VIDEOS clips or true videos."""
+        """Return the distance of all clips or of some, see `SetMetric`."""
         clips = self._usable(indices)
-        if len(set(clips)) < MIN_VIDEOS or 0 < len(self.references) < MIN_VIDEOS:
+        if not clips:
             return None
-        ours, theirs, between = self._kernel_means()
-        draws = torch.bincount(torch.tensor(clips), minlength=len(self.generated)).double()  # (N,)
-        pairs = draws[:, None] * draws
-        pairs.fill_diagonal_(0)
+        ours, theirs, between = self._kernel_means(clips)
+        draws = torch.bincount(torch.tensor([self._block[i] for i in clips]), minlength=len(ours)).double()
+        scenes = [self.scenes[i] for i in self._block]
+        apart = torch.tensor([[one != other for other in scenes] for one in scenes])
+        pairs = draws[:, None] * draws * apart
         if not self.references:
             values = ours + theirs - between - between.T
             return ((pairs * values).sum() / pairs.sum()).item()
@@ -94,13 +100,17 @@ class KernelDistance(_Features):
         cross = (draws @ between).sum() / (draws.sum() * count)
         return ((pairs * ours).sum() / pairs.sum() + true - 2 * cross).item()
 
-    def _kernel_means(self):
-        """Return the mean kernel between any two videos: generated, true, and generated (rows) and true."""
-        counts = len(self.generated), len(self.references)
-        if self._means is None or self._means[0] != counts:
-            true = self.references or [x if x is not None else torch.zeros_like(self.generated[0]) for x in self.truths]
-            pairs = ((self.generated, self.generated), (true, true), (self.generated, true))
-            self._means = counts, [kernel_means(first, second) for first, second in pairs]
+    def _kernel_means(self, clips):
+        """Return the mean kernel between any two videos: generated, true, and generated (rows) and true.
+
+        The matrices are kept: those of all clips of a model hold what every part of them needs.
+        """
+        if self._means[0] != len(self.references) or not self._block.keys() >= set(clips):
+            self._block = {clip: row for row, clip in enumerate(sorted(set(clips)))}
+            generated = [self.generated[i] for i in self._block]
+            true = self.references or [self.truths[self.scenes[i]] for i in self._block]
+            pairs = ((generated, generated), (true, true), (generated, true))
+            self._means = len(self.references), [kernel_means(first, second) for first, second in pairs]
         return self._means[1]
 
 
@@ -115,7 +125,8 @@ def frechet_distance(generated: torch.Tensor, true: torch.Tensor) -> float:
     Returns:
         d² in float64, at least 0, as FID is.
 
-    Source: Heusel et al. 2017 (arXiv 1706.08500), eq. 6; on features of DINOv2 as Stein et al. 2023 (arXiv 2306.04675).
+    Source: Heusel et al. 2017 (arXiv 1706.08500), eq. 6; on features of DINOv2 as Stein et al. 2023 (arXiv
+    2306.04675).
     """
     means = generated.mean(0), true.mean(0)
     # A'A = S and B'B = T. The eigenvalues of S·T are the squared singular values of A·B', which need no square root of

@@ -78,7 +78,7 @@ def _makers(models: Mapping[str, str], device: torch.device | str) -> dict[str, 
 
     def of_video():
         network = VideoFeatures(models["video_features"], device)
-        return KernelDistance(network, f"kd_{network.kind}")
+        return KernelDistance(Remembering(network), f"kd_{network.kind}")
 
     return {
         "edge_f1": lambda: EdgeF1("truth"),

@@ -34,7 +34,8 @@ class Metric(Protocol):
 class SetMetric(Protocol):
     """A distance between a set of generated videos and a set of true ones.
 
-    It keeps features, not videos: of clip k what the k-th call of `update` computed.
+    It keeps features, not videos: of clip k what the k-th call of `update` computed. Clips of one name are of one
+    scene, as from several models or seeds.
 
     Attributes:
         name, higher_is_better, against, unit: see `Metric`; `against` is "set".
@@ -58,10 +59,11 @@ class SetMetric(Protocol):
         """Return the distance.
 
         Args:
-            indices: clips of a bootstrap draw, with repetitions, counted from 0 in the order of `update`. None: all.
+            indices: some clips, also with repetitions, counted from 0 in the order of `update`: those of one model,
+                of a jackknife or of a bootstrap draw. None: all.
 
         Returns:
-            None if there are too few videos in either set.
+            None if there are too few scenes in either set.
         """
 
 

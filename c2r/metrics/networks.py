@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 
 from c2r import InputError
 from c2r.files import library_errors_as_input, read_json
+from c2r.metrics.structure import to_bytes
 from c2r.models.hub import refuse_entries, require_complete, resolve_model_folder
 from c2r.models.parts import check_transformers_weights, freeze, load_transformers_model
 
@@ -25,7 +26,7 @@ CHUNK = 8
 MAX_LAYERS, MAX_NUMBER = 100, 1_000_000
 #: Bound of the sides of the pictures that a network reads, in pixels.
 MAX_SIDE = 4096
-#: Videos whose results are remembered: generated, true and coarse.
+#: Videos whose results are remembered, the last ones used: generated, true and coarse.
 REMEMBERED = 3
 
 _Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
@@ -121,7 +122,7 @@ def process(processor: Any, folder: Path, frames: torch.Tensor) -> dict[str, tor
         folder: the model's, for messages.
         frames: (n, 3, H, W) floats in [0, 1].
     """
-    pictures = (frames.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pictures = to_bytes(frames.permute(0, 2, 3, 1))
     with library_errors_as_input(folder / "preprocessor_config.json"):
         inputs = processor(images=list(pictures), return_tensors="pt")
     return {name: inputs[name] for name in ("pixel_values", "pixel_mask") if name in inputs}
@@ -157,9 +158,9 @@ def side_of(size: _Size | None, default: int) -> int:
     return size or default
 
 
-def chunks(video: torch.Tensor, device: torch.device | str) -> Iterator[torch.Tensor]:
-    """Yield CHUNK frames at a time of (F, 3, H, W), on a device, as floats."""
-    for chunk in video.split(CHUNK):
+def chunks(video: torch.Tensor, device: torch.device | str, size: int = CHUNK) -> Iterator[torch.Tensor]:
+    """Yield some frames at a time of (F, 3, H, W), on a device, as floats."""
+    for chunk in video.split(size):
         yield chunk.to(device).float()
 
 
@@ -177,9 +178,8 @@ class Remembering(Generic[Result]):
         self._results: list[tuple[torch.Tensor, Result]] = []
 
     def __call__(self, video: torch.Tensor) -> Result:
-        for known, result in self._results:
-            if known is video:
-                return result
-        result = self.compute(video)
-        self._results = [*self._results[1 - REMEMBERED :], (video, result)]
+        found = next((result for known, result in self._results if known is video), None)
+        result = self.compute(video) if found is None else found
+        others = [entry for entry in self._results if entry[0] is not video]
+        self._results = [*others[1 - REMEMBERED :], (video, result)]  # the last one used comes last
         return result

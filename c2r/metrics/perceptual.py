@@ -43,8 +43,7 @@ class LPIPSNetwork(nn.Module):
         """
         folder = resolve_model_folder(name_or_path)
         index, network = WeightIndex(folder), freeze(cls())
-        places = {f"features.{place}.{kind}": (place, kind) for place in sum(STAGES, ()) for kind in ("weight", "bias")}
-        needed = {name: getattr(network.convolutions[str(place)], kind) for name, (place, kind) in places.items()}
+        needed = {f"features.{name}": parameter for name, parameter in network.convolutions.named_parameters()}
         found = index.shapes()
         unfit = [name for name, tensor in needed.items() if found.get(name, tensor.shape) != tuple(tensor.shape)]
         require_complete(folder, needed.keys() - found.keys(), unfit)
@@ -101,5 +100,6 @@ class LPIPS:
     def __call__(self, clip: EvaluatedClip) -> float | None:
         if clip.truth is None:
             return None
-        pairs = zip(chunks(clip.video, self.device), chunks(clip.truth, self.device))
+        # One pair of frames at a time: the first layers of 480p take 0.1 GB each.
+        pairs = zip(chunks(clip.video, self.device, 1), chunks(clip.truth, self.device, 1))
         return torch.cat([self.network(frames, others) for frames, others in pairs]).mean().item()

@@ -18,18 +18,26 @@ class Quality:
         device: where it runs.
 
     Raises:
-        InputError: pyiqa has no such measure, or it needs a reference.
-        ImportError: pyiqa is not installed.
+        InputError: pyiqa cannot be imported, has no such measure or not its weights, or it needs a reference.
     """
 
     against: Against = "itself"
 
     def __init__(self, measure: str, device: torch.device | str):
-        import pyiqa  # needs torchvision, which c2r does not
-
+        try:
+            import pyiqa
+        except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
+            raise InputError(
+                f"{measure}: pyiqa cannot be imported ({error}); install it with the torchvision of this torch"
+            ) from error
         if measure not in pyiqa.list_models(metric_mode="NR"):
             raise InputError(f"{measure}: pyiqa has no such measure without a reference; see pyiqa.list_models()")
-        self.model, self.device = pyiqa.create_metric(measure, device=torch.device(device)), device
+        try:
+            self.model, self.device = pyiqa.create_metric(measure, device=torch.device(device)), device
+        except OSError as error:
+            raise InputError(
+                f"{measure}: pyiqa cannot get its weights ({error}); run it once where there is a connection"
+            ) from error
         self.name, self.unit = f"quality_{measure}", measure
         self.higher_is_better: bool | None = not self.model.lower_better
 

@@ -30,8 +30,8 @@ class Segments:
     """Segmentation of a video.
 
     Args:
-        classes: (F, H, W) int32, the semantic class of each pixel; negative where there is none.
-        instances: (F, H, W) int32, the object of each pixel, numbered within a frame; negative where there is none.
+        classes: (F, H, W) int16, the semantic class of each pixel; negative where there is none.
+        instances: (F, H, W) int16, the object of each pixel, numbered within a frame; negative where there is none.
             A model that does not tell objects of one class apart has classes here.
     """
 
@@ -63,14 +63,14 @@ class SegmentationModel:
             outputs = self.model(**{name: value.to(self.model.device) for name, value in inputs.items()})
             sizes = [tuple(video.shape[-2:])] * len(frames)
             found = self.processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
-            classes += [labels.cpu().numpy().astype(np.int32) for labels in found]
+            classes += [labels.cpu().numpy().astype(np.int16) for labels in found]
             if self.model.config.model_type == "segformer":
                 instances = classes
                 continue
             found = self.processor.post_process_panoptic_segmentation(
                 outputs, target_sizes=sizes, label_ids_to_fuse=set()
             )
-            instances += [one["segmentation"].cpu().numpy().astype(np.int32) for one in found]
+            instances += [one["segmentation"].cpu().numpy().astype(np.int16) for one in found]
         return Segments(np.stack(classes), np.stack(instances))
 
 
@@ -131,14 +131,11 @@ def class_miou(classes: np.ndarray, reference: np.ndarray) -> float | None:
 
     Source: mean IU of Long et al. 2015 (CVPR, arXiv 1411.4038), with the classes that occur in either.
     """
-    table, rows, columns = _overlaps(classes, reference)
-    union = {label: table[i].sum() for i, label in enumerate(rows) if label >= 0}
-    for j, label in enumerate(columns):
-        if label >= 0:
-            union[label] = union.get(label, 0) + table[:, j].sum()
-    both = {label: table[i, j] for i, label in enumerate(rows) for j, other in enumerate(columns) if label == other}
-    values = [both.get(label, 0) / (total - both.get(label, 0)) for label, total in union.items()]
-    return float(np.mean(values)) if values else None
+    count = max(int(classes.max()), int(reference.max())) + 1
+    table = sum(_overlaps(one, other, count, count) for one, other in zip(classes, reference))
+    both = table.diagonal()[:count]
+    union = table.sum(1)[:count] + table.sum(0)[:count] - both
+    return float((both[union > 0] / union[union > 0]).mean()) if union.any() else None
 
 
 def best_overlap(segments: Segments, ids: np.ndarray) -> float | None:
@@ -156,8 +153,8 @@ def best_overlap(segments: Segments, ids: np.ndarray) -> float | None:
     Returns:
         mean over frames and ids of at least MIN_AREA of the frame, in [0, 1]; None if there are none.
 
-    Source: best overlap of Pont-Tuset et al. 2017 (PAMI 39/1), also Arbeláez et al. 2011 (PAMI 33/5), eq. 1, with equal
-    weights instead of areas.
+    Source: best overlap of Pont-Tuset et al. 2017 (PAMI 39/1), also Arbeláez et al. 2011 (PAMI 33/5), eq. 1, with
+    equal weights instead of areas.
     """
     values = [overlap for overlap, _ in _matches(segments, ids)]
     return float(np.mean(values)) if values else None
@@ -180,36 +177,35 @@ def trajectory_error(segments: Segments, ids: np.ndarray) -> float | None:
 
 def _matches(segments: Segments, ids: np.ndarray) -> Iterator[tuple[float, float]]:
     """Yield, for each frame and id, the IoU with the best segment and the distance to it over the diagonal."""
-    diagonal = float(np.hypot(*ids.shape[1:]))
-    for classes, instances, regions in zip(segments.classes, segments.instances, ids):
-        maps = [classes, _parts(classes), instances, _parts(instances)]
-        if np.array_equal(classes, instances):
-            maps = maps[:2]
-        centres = _centroids(regions)
-        best = {label: (0.0, 1.0) for label in centres if label > 0}
+    names, regions = np.unique(ids, return_inverse=True)  # a renderer's ids may be any numbers
+    regions = regions.reshape(ids.shape)
+    wanted, diagonal = names != 0, np.hypot(*ids.shape[1:])
+    for classes, instances, region in zip(segments.classes, segments.instances, regions):
+        maps = [classes, _parts(classes)]
+        if not np.array_equal(classes, instances):
+            maps += [instances, _parts(instances)]
+        areas, centres = _areas_and_centres(region, len(names))
+        overlap, distance = np.zeros(len(names)), np.ones(len(names))
         for labels in maps:
-            table, rows, columns = _overlaps(regions, labels)
-            areas, their_areas, their_centres = table.sum(1), table.sum(0), _centroids(labels)
-            for i, region in enumerate(rows):
-                if region <= 0:
-                    continue
-                if areas[i] < MIN_AREA * regions.size:
-                    best.pop(region, None)
-                    continue
-                iou = np.where(columns >= 0, table[i] / (areas[i] + their_areas - table[i]), 0)
-                j = int(iou.argmax())
-                if iou[j] > best[region][0]:
-                    distance = np.hypot(*np.subtract(centres[region], their_centres[columns[j]])) / diagonal
-                    best[region] = (float(iou[j]), float(distance))
-        yield from best.values()
+            count = int(labels.max()) + 1
+            if count == 0:
+                continue
+            common = _overlaps(region, labels, len(names), count)[:-1, :-1]
+            their_areas, their_centres = _areas_and_centres(labels, count)
+            iou = common / np.maximum(areas[:, None] + their_areas - common, 1)
+            best = iou.argmax(1)
+            found, off = iou.max(1), np.hypot(*(centres - their_centres[best]).T) / diagonal
+            better = found > overlap
+            overlap[better], distance[better] = found[better], off[better]
+        counted = wanted & (areas >= MIN_AREA * region.size)
+        yield from zip(overlap[counted].tolist(), distance[counted].tolist())
 
 
-def _overlaps(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return how many pixels have each pair of labels, and the labels of the rows and of the columns."""
-    rows, i = np.unique(first, return_inverse=True)
-    columns, j = np.unique(second, return_inverse=True)
-    pairs = np.bincount(i.ravel() * len(columns) + j.ravel(), minlength=len(rows) * len(columns))
-    return pairs.reshape(len(rows), len(columns)), rows, columns
+def _overlaps(first: np.ndarray, second: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Return the number of pixels with each pair of labels, (rows + 1, columns + 1); negative labels come last."""
+    first, second = (np.where(x < 0, n, x).astype(np.int64) for x, n in ((first, rows), (second, columns)))
+    pairs = np.bincount((first * (columns + 1) + second).ravel(), minlength=(rows + 1) * (columns + 1))
+    return pairs.reshape(rows + 1, columns + 1)
 
 
 def _parts(labels: np.ndarray) -> np.ndarray:
@@ -224,10 +220,10 @@ def _parts(labels: np.ndarray) -> np.ndarray:
     return parts
 
 
-def _centroids(labels: np.ndarray) -> dict[int, tuple[float, float]]:
-    """Return {label: (row, column)} of the labels of (H, W)."""
-    values, numbers = np.unique(labels, return_inverse=True)
-    numbers, (rows, columns) = numbers.ravel(), np.indices(labels.shape)
-    areas = np.bincount(numbers)
-    y, x = (np.bincount(numbers, weights=places.ravel()) / areas for places in (rows, columns))
-    return {int(value): (float(a), float(b)) for value, a, b in zip(values, y, x)}
+def _areas_and_centres(labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pixels of each label of (H, W), (count,), and its mean row and column, (count, 2)."""
+    places, inside = np.indices(labels.shape).reshape(2, -1), (labels >= 0).ravel()
+    numbers = labels.ravel()[inside]
+    areas = np.bincount(numbers, minlength=count)
+    sums = [np.bincount(numbers, weights=axis[inside], minlength=count) for axis in places]
+    return areas, np.stack(sums, -1) / np.maximum(areas, 1)[:, None]
