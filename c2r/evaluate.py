@@ -131,8 +131,8 @@ def main(argv: list[str] | None = None) -> None:
     given = find_given_videos(args, names, scenes)
     form = common_format(args, models, given)
     check_scenes(scenes, form)
-    check_models(args, models, scenes, form)
     check_given_videos(given, form)
+    check_models(args, models, scenes, form)
     make_measures(args, "cpu")  # networks that cannot be loaded are named before videos are made
 
     # 2. The datasets of the training: their clips are encoded unless they are in the cache.
@@ -161,7 +161,8 @@ def main(argv: list[str] | None = None) -> None:
             skipped[", ".join(against_control)] = (
                 "left out, as measures against a coarse control also rise with the CG look, which is not known"
             )
-    scores = measure_videos(sources, scenes, form, metrics, set_metrics, looks)
+    real_videos = [] if datasets is None else datasets.real_videos()
+    scores = measure_videos(sources, scenes, form, metrics, set_metrics, looks, real_videos)
     scores.skipped = skipped | scores.skipped
 
     # 5. Write.
@@ -181,7 +182,12 @@ def source_names(paths: Sequence[str]) -> dict[str, str]:
     """Return a short name for each model and folder of videos."""
     from c2r.reporting.run_folder import run_names
 
-    return dict(zip(paths, run_names([path.rstrip("/") for path in paths])))
+    names = run_names(paths)
+    # "best" alone tells a reader nothing.
+    names = [
+        "/".join(Path(path).parts[-2:]) if name in ("best", "final") else name for path, name in zip(paths, names)
+    ]
+    return dict(zip(paths, names))
 
 
 def find(args: Namespace, path: str, name: str, device: str) -> Model:

@@ -1,7 +1,7 @@
 """Measure the videos of several sources on the same scenes."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,6 +130,7 @@ def measure_videos(
     metrics: Sequence[Metric],
     set_metrics: Sequence[SetMetric],
     cg_look: Callable[[str, Scene, torch.Tensor], float] | None,
+    real_videos: Iterable[torch.Tensor] = (),
 ) -> Scores:
     """Compute all measures of all videos.
 
@@ -139,6 +140,7 @@ def measure_videos(
         form: to which all videos are read.
         metrics, set_metrics: from `make_metrics`.
         cg_look: (source, scene, frames (F, 3, H, W) uint8) -> CG look of a video; None if there is none.
+        real_videos: (F, 3, H, W) uint8, the true set of distances of sets; without any, the scenes' true videos are.
 
     Raises:
         InputError: a file cannot be read.
@@ -148,14 +150,20 @@ def measure_videos(
     if cg_look is not None:
         measures.append(Measure(CG_LOOK, None, "itself", "0 real, 1 CG"))
     scores.values = {s.name: {m.name: {} for m in measures} for s in sources}
-    positions: dict[str, list[int]] = {source.name: [] for source in sources}  # of its clips in set_metrics
+    # {source: of each scene, the positions of its videos in the sets of set_metrics}
+    positions: dict[str, list[list[int]]] = {source.name: [] for source in sources}
     updates = 0
+    if set_metrics:
+        for video in real_videos:
+            for set_metric in set_metrics:
+                set_metric.update_reference(video.float() / 255)
     total = sum(len(videos) for source in sources for videos in source.videos.values())
     with progress_bar(total, "measures", "video", shown=True) as bar:
         for scene in scenes:
             known = _read_scene(scene, form)
             for source in sources:
                 values: dict[str, list[float | None]] = {measure.name: [] for measure in measures}
+                positions[source.name].append([])
                 for path in source.videos[scene.name]:
                     frames = read_window(path, 0.0, form.num_frames, form.fps, form.height, form.width)
                     clip = EvaluatedClip(scene.name, scene.prompt, frames.float() / 255, **known)
@@ -166,7 +174,7 @@ def measure_videos(
                         values[CG_LOOK].append(look if math.isfinite(look) else None)
                     for set_metric in set_metrics:
                         set_metric.update(clip)
-                    positions[source.name].append(updates)
+                    positions[source.name][-1].append(updates)
                     updates += 1
                     bar.update()
                 for name, of_seeds in values.items():
@@ -196,12 +204,21 @@ def _read_scene(scene, form):
 
 
 def _distance(metric, positions):
-    """Return the distance of the clips at these positions with its interval, None if there are too few."""
-    whole = metric.compute(positions)
+    """Return the distance of videos with its interval, None if there are too few.
+
+    Args:
+        metric: a `SetMetric` that has seen the videos.
+        positions: of each scene, those of its videos: a group of the jackknife holds whole scenes.
+    """
+
+    def distance(scenes):
+        return metric.compute([position for scene in scenes for position in scene])
+
+    whole = distance(positions)
     if whole is None:
         return None
     groups = min(JACKKNIFE_GROUPS, len(positions))
     if groups < MIN_CLIPS:
         return Interval(whole)
-    left_out = [metric.compute([p for i, p in enumerate(positions) if i % groups != g]) for g in range(groups)]
+    left_out = [distance([s for i, s in enumerate(positions) if i % groups != group]) for group in range(groups)]
     return Interval(whole) if None in left_out else jackknife_interval(whole, left_out)

@@ -20,7 +20,7 @@ from c2r.data.video_info import require_shape, to_fraction
 Kind = Literal["ids", "depth"]
 
 #: Seconds after its time for which the last frame of a pass counts, in frames of the clip.
-REACH = Fraction(3, 2)
+REACH = Fraction(1, 2)
 
 
 def read_pass(

@@ -5,7 +5,7 @@ numbers.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from einops import rearrange
 
 from c2r.data.clips import Clip
+from c2r.data.folders import read_frames
 from c2r.data.mixture import Mixture, read_mixture, read_on_all
 from c2r.data.settings import ClipSettings
 from c2r.encoding.cache import current_encoders, encoder_fingerprint
@@ -32,8 +33,10 @@ from c2r.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-#: Domains in words.
-DOMAINS = {"real": "real", "cg": "CG"}
+DOMAINS = ("real", "cg")
+
+#: Largest number of real clips in the true set of distances of sets.
+REAL_CLIPS = 256
 
 
 @dataclass
@@ -114,6 +117,13 @@ class RunDatasets:
             return {}
         clips = choose_reference_clips(real.train, cg.train, self.settings.buckets[0])
         return clips if can_monitor(clips) else {}
+
+    def real_videos(self) -> Iterator[torch.Tensor]:
+        """Yield real clips, (F, 3, H, W) uint8, from as many files as possible."""
+        real = self.of_domain("real")
+        if real is not None:
+            for clip in real.clips.of_bucket(self.settings.buckets[0]).first_windows(REAL_CLIPS):
+                yield read_frames(clip.target_file, clip, self.settings)
 
     @property
     def without_reference(self) -> str:
