@@ -57,6 +57,12 @@ class Model:
     dtype: "torch.dtype"
     controls: tuple[str, ...]
 
+    @property
+    def description(self) -> dict[str, Any]:
+        """Folder, step and fingerprints."""
+        entries = ("phase", "step", "weights_sha256", "backbone_sha256")
+        return {"folder": self.args.model} | {name: getattr(self.contract, name) for name in entries}
+
     def source_name(self, control: str) -> str:
         """Return the name of its videos with one kind of control."""
         alone = self.controls == ("own",)
@@ -156,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     if looks is None:
         against_control = [metric.name for metric in metrics if metric.against == "control"]
         metrics = [metric for metric in metrics if metric.against != "control"]
-        skipped["cg look"] = reason
+        skipped["CG look"] = reason
         if against_control:
             skipped[", ".join(against_control)] = (
                 "left out, as measures against a coarse control also rise with the CG look, which is not known"
@@ -168,7 +174,8 @@ def main(argv: list[str] | None = None) -> None:
     # 5. Write.
     settings = {name: value for name, value in vars(args).items() if value is not None and value is not False}
     cg_looks = {} if looks is None else {source.name: str(looks.of_source(source.name)) for source in sources}
-    evaluation = Evaluation(form, args.num_seeds, scores, losses, cg_looks, settings)
+    described = {model.name: model.description for model in models}
+    evaluation = Evaluation(form, args.num_seeds, scores, losses, cg_looks, settings, described)
     write_results(evaluation, sources, scenes, output_dir)
     for line in evaluation.lines():
         print(line, flush=True)
@@ -182,7 +189,7 @@ def source_names(paths: Sequence[str]) -> dict[str, str]:
     """Return a short name for each model and folder of videos."""
     from c2r.reporting.run_folder import run_names
 
-    names = run_names(paths)
+    names = run_names([*paths])
     # "best" alone tells a reader nothing.
     names = [
         "/".join(Path(path).parts[-2:]) if name in ("best", "final") else name for path, name in zip(paths, names)

@@ -105,7 +105,7 @@ def test_measures_against_the_control_are_left_out_without_the_cg_look(evaluated
     out, done = evaluated
     assert "edge_f1_control" not in results(out)["measures"]
     assert "edge_f1_control: left out, as measures against a coarse control also rise with the CG look" in done.stdout
-    assert "cg look: it needs clips of at least" in done.stdout
+    assert "CG look: it needs clips of at least" in done.stdout
 
 
 @pytest.mark.parametrize("phase", ["first", "second"])

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from c2r import __version__
 from c2r.files import write_atomic
 from c2r.scoring.measuring import CG_LOOK, Difference, Scores
 from c2r.scoring.run_datasets import ModelLosses
@@ -31,6 +32,7 @@ class Evaluation:
         cg_looks: {source: judgement of the CG monitor in words}.
         remarks: sentences on what these numbers cannot tell.
         settings: options of the command.
+        models: {model: its folder, step and fingerprints}.
     """
 
     form: ClipFormat
@@ -39,6 +41,7 @@ class Evaluation:
     losses: dict[str, ModelLosses] = field(default_factory=dict)
     cg_looks: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self):
         self.differences = self.scores.differences()
@@ -66,7 +69,9 @@ class Evaluation:
     def _as_json(self) -> dict[str, Any]:
         scores = self.scores
         return {
+            "version": __version__,
             "settings": self.settings,
+            "models": self.models,
             "format": asdict(self.form),
             "num_seeds": self.num_seeds,
             "clips": scores.scenes,
