@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from c2r import InputError
+from c2r import InputError, cli
 from c2r.data.video_writer import write_video
-from c2r.evaluate import main
+from c2r.evaluate import common_format, find, main, tasks_of
 from c2r.models.contract import read_contract, save_phase
 from c2r.models.controlnet import C2RControlNet
+from c2r.options import EVALUATE
+from c2r.scoring.scenes import read_scenes
 from tests.helpers.commands import SIZE, succeed
 from tests.helpers.datasets import flat_video, noise_video, write_dataset
 from tests.helpers.forks import fork
@@ -96,7 +98,7 @@ def test_the_command_writes_numbers_clips_picture_page_and_videos(evaluated):
     page = (out / "report.html").read_text()
     assert page.count("<video") == 3
     assert 'src="http' not in page
-    assert len(files(out)) == 4 * 3 * 2
+    assert len([*(out / "videos").rglob("*.mp4")]) == 4 * 3 * 2
     assert "3 clips are too few for intervals" in done.stdout
     assert "no difference can be beyond chance: with 12 of them it takes 9 clips, and there are 3" in done.stdout
 
@@ -143,8 +145,42 @@ def test_videos_are_made_again_only_if_what_they_depend_on_has_changed(models, s
     (note,) = (out / "videos").rglob(".f0.json")
     note.write_text("{")
     assert changed() == {"f0.mp4"}
-    assert changed(seed=1) == {"f0.mp4", "f1.mp4"}
-    assert changed(num_inference_steps=2, seed=1) == {"f0.mp4", "f1.mp4"}
+
+
+def keys(models, scenes, out, **options):
+    """Return the keys of the videos that a command would make."""
+    args = cli.parse(EVALUATE, command(out, scenes, model=models / "phase2/best", **options))
+    model = find(args, args.model[0], "best", "cpu")
+    read = read_scenes(args.dataset, out, None, None)
+    tasks = tasks_of(model, read, common_format(args, [model], []), args, out)
+    return [task.key for of_control in tasks.values() for task in of_control]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", 1),
+        ("control", "shuffled"),
+        ("negative_prompt", "rain"),
+        ("dtype", "bf16"),
+        ("height", 48),
+        ("num_frames", 9),
+        ("fps", 4),
+        ("window_frames", 9),
+        ("num_inference_steps", 2),
+        ("guidance", "cfg"),
+        ("guidance_scale", 2.0),
+        ("control_guidance_scale", 2.0),
+        ("control_guidance_start", 0.5),
+        ("control_guidance_end", 0.5),
+        ("conditioning_scale", 0.5),
+        ("flow_shift", 5.0),
+    ],
+)
+def test_each_option_that_decides_a_video_is_in_its_key(models, scenes, tmp_path, name, value):
+    before, after = keys(models, scenes, tmp_path), keys(models, scenes, tmp_path, **{name: value})
+    assert before == keys(models, scenes, tmp_path)
+    assert len({*before, *after}) == 4
 
 
 def test_another_model_in_the_same_folder_is_noticed(models, scenes, tmp_path):
@@ -205,7 +241,7 @@ def test_the_cg_look_stands_beside_measures_against_the_control(models, scenes, 
     assert "like_cg: CG look" in capsys.readouterr().out
 
 
-def test_a_passs_values_reach_the_measures(models, scenes, tmp_path):
+def test_passes_are_read_and_their_faults_are_one_line(models, scenes, tmp_path):
     """Ids named by the metadata are read; a measure that needs a network that is not named is skipped by name."""
     (scenes / "ids").mkdir()
     for number in range(10):

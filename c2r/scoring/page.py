@@ -101,7 +101,7 @@ def _differences(evaluation):
             )
         pair = f"{_key(evaluation, d.second)} − {_key(evaluation, d.first)}"
         difference = escape(interval_text(d.interval, sign=True))
-        rows.append([escape(label(d.measure)), pair, difference, f"{d.p_value:.2g}", str(d.clips), reading])
+        rows.append([escape(label(d.measure)), difference, f"{d.p_value:.2g}", str(d.clips), pair, reading])
     found = sum(map(is_beyond_chance, evaluation.differences))
     verdict = f"{found} of {len(rows)} differences {'is' if found == 1 else 'are'} beyond chance."
     note = (
@@ -109,7 +109,7 @@ def _differences(evaluation):
         "averaged. p: permutation of the signs of these differences, corrected by Holm for all rows of the table; at "
         "most 0.05 is beyond chance. Another training with another seed is not in it."
     )
-    body = table(["", "pair", "difference", "p", "clips", ""], rows)
+    body = table(["", "difference", "p", "clips", "pair", ""], rows, "numbers")
     return f'<p class="verdict">{verdict}</p>{body}<p class="small">{note}</p>'
 
 
@@ -162,7 +162,7 @@ def _clips(videos, columns, prompts):
             left_out += 1
             continue
         address = data_address(path, "video/mp4")
-        video = f'<video controls loop muted playsinline preload="metadata" src="{address}"></video>'
+        video = f'<video controls loop muted playsinline preload="auto" src="{address}"></video>'
         width = f"min-width: {160 * len(columns)}px"
         parts.append(
             f'<h3>{escape(scene)}</h3><p>{escape(prompts[scene])}</p><figure class="sample"><div class="scroll">'
