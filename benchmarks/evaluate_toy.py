@@ -16,7 +16,7 @@ import yaml
 
 from c2r import evaluate
 from c2r.data.video_writer import write_video
-from c2r.scoring.results import RESULTS, interval_text, label
+from c2r.scoring.results import RESULTS, interval_text
 from c2r.scoring.statistics import Interval
 from c2r.toy import city
 from c2r.toy.folder import FPS, HEIGHT, NUM_FRAMES, WIDTH
@@ -67,7 +67,7 @@ def markdown(results):
         ]
         pairs = [d for d in results["differences"] if d["measure"] == name and d["beyond_chance"]]
         found = "; ".join(f"{short(d['first'])} − {short(d['second'])}" for d in pairs) or "none"
-        yield f"| {label(name)} | {' | '.join(cells)} | {found} |"
+        yield f"| {name} | {' | '.join(cells)} | {found} |"
 
 
 def short(source):

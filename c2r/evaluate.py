@@ -10,7 +10,6 @@ its model, prompt, control or settings have changed. --videos takes videos that 
 Modules that take seconds to import are imported inside functions: --help and bad options are then answered at once.
 """
 
-import logging
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +20,6 @@ from typing import TYPE_CHECKING, Any
 from c2r import InputError, cli
 from c2r.metrics.catalogue import MEASURES
 from c2r.options import EVALUATE
-
-logger = logging.getLogger("c2r.evaluate")  # under python -m, __name__ is "__main__"
 
 if TYPE_CHECKING:
     import numpy as np

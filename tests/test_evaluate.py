@@ -10,6 +10,7 @@ from PIL import Image
 
 from c2r import InputError, cli
 from c2r.data.video_writer import write_video
+from c2r.encoding.cache import encoder_fingerprint
 from c2r.evaluate import common_format, find, main, tasks_of
 from c2r.models.contract import read_contract, save_phase
 from c2r.models.controlnet import C2RControlNet
@@ -191,6 +192,7 @@ def test_another_model_in_the_same_folder_is_noticed(models, scenes, tmp_path):
     other = C2RControlNet.from_pretrained(copy / "phase2/best")
     next(other.parameters()).data.mul_(2)
     save_phase(copy / "phase2/best", other, contract)
+    encoder_fingerprint.cache_clear()  # a command of its own has not read it before
     main(command(tmp_path / "out", scenes, model=copy / "phase2/best"))
     after = files(tmp_path / "out")
     assert before.keys() == after.keys()

@@ -8,7 +8,7 @@ from pathlib import Path
 from c2r.reporting.curves import Line, chart, four_decimals
 from c2r.reporting.html import data_address, html_page, table
 from c2r.reporting.page import MAX_VIDEO_BYTES, RUN_COLORS, STYLES
-from c2r.scoring.results import Evaluation, interval_text, is_beyond_chance, label
+from c2r.scoring.results import Evaluation, interval_text, is_beyond_chance
 from c2r.units import size_text
 
 BETTER = {True: "higher is better", False: "lower is better", None: ""}
@@ -64,7 +64,7 @@ def _measures(evaluation, picture):
     for name, measure in scores.measures.items():
         against = "" if measure.against == "itself" else f"against {measure.against}"
         notes = ", ".join(filter(None, (against, BETTER[measure.higher_is_better])))
-        heading = f'{escape(label(name))}<br><span class="small">{escape(notes or measure.unit)}</span>'
+        heading = f'{escape(name)}<br><span class="small">{escape(notes or measure.unit)}</span>'
         rows.append([heading, *(escape(interval_text(scores.interval(source, name))) for source in scores.values)])
     body = table(["", *(_key(evaluation, source) for source in scores.values)], rows, "summary")
     seeds = f", {evaluation.num_seeds} seeds each, which are averaged" if evaluation.num_seeds > 1 else ""
@@ -101,7 +101,7 @@ def _differences(evaluation):
             )
         pair = f"{_key(evaluation, d.second)} − {_key(evaluation, d.first)}"
         difference = escape(interval_text(d.interval, sign=True))
-        rows.append([escape(label(d.measure)), difference, f"{d.p_value:.2g}", str(d.clips), pair, reading])
+        rows.append([escape(d.measure), difference, f"{d.p_value:.2g}", str(d.clips), pair, reading])
     found = sum(map(is_beyond_chance, evaluation.differences))
     verdict = f"{found} of {len(rows)} differences {'is' if found == 1 else 'are'} beyond chance."
     note = (

@@ -5,7 +5,6 @@ import math
 
 from c2r.reporting.page import RUN_COLORS
 from c2r.scoring.measuring import Scores
-from c2r.scoring.results import label
 
 #: Measures in a row of the picture.
 COLUMNS = 3
@@ -37,7 +36,7 @@ def draw_scores(scores: Scores) -> bytes:
             if math.isfinite(interval.mean):
                 axes.plot([interval.mean], [row], "o", color=color, markersize=6)
         better = {True: "right is better", False: "left is better", None: measure.unit}[measure.higher_is_better]
-        axes.set_title(f"{label(name)} ({better})", fontsize=10)
+        axes.set_title(f"{name} ({better})", fontsize=10)
         axes.grid(axis="x", alpha=0.3)
         axes.tick_params(labelsize=8)
     for axes in [*places.flat][len(names) :]:

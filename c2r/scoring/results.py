@@ -11,7 +11,7 @@ from typing import Any
 
 from c2r import __version__
 from c2r.files import write_atomic
-from c2r.scoring.measuring import CG_LOOK, Difference, Scores
+from c2r.scoring.measuring import Difference, Scores
 from c2r.scoring.run_datasets import ModelLosses
 from c2r.scoring.scenes import ClipFormat
 from c2r.scoring.statistics import CONFIDENCE, MIN_CLIPS, SIGNIFICANCE, Interval, clips_needed
@@ -127,17 +127,14 @@ class Evaluation:
         """Yield what the command prints."""
         for name, measure in self.scores.measures.items():
             better = {True: ", higher is better", False: ", lower is better", None: ""}[measure.higher_is_better]
-            yield (
-                f"{label(name)} against {measure.against}{better}"
-                if measure.against != "itself"
-                else (f"{label(name)}{better}")
-            )
+            against = "" if measure.against == "itself" else f" against {measure.against}"
+            yield f"{name}{against}{better}"
             for source in self.scores.values:
                 yield f"  {source}: {interval_text(self.scores.interval(source, name))}"
         for difference in self.differences:
             if is_beyond_chance(difference):
                 yield (
-                    f"beyond chance: {label(difference.measure)} of {difference.second} − {difference.first}: "
+                    f"beyond chance: {difference.measure} of {difference.second} − {difference.first}: "
                     f"{interval_text(difference.interval, sign=True)}, p {difference.p_value:.2g}"
                 )
         for source, look in self.cg_looks.items():
@@ -158,11 +155,6 @@ def is_beyond_chance(difference: Difference) -> bool:
 def clips_of(scores: Scores, source: str, measure: str) -> int:
     """Return the number of clips that a number is of."""
     return len(scores.scenes) if measure in scores.distances else len(scores.of_clips(source, measure))
-
-
-def label(name: str) -> str:
-    """Return the name of a measure in words."""
-    return "CG look" if name == CG_LOOK else name.replace("_", " ")
 
 
 def interval_text(interval: Interval, sign: bool = False) -> str:

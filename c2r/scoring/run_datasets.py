@@ -4,7 +4,6 @@ Clips are chosen, encoded and measured by the same functions as in training, so 
 numbers.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -30,8 +29,6 @@ from c2r.pipeline import C2RPipeline
 from c2r.scoring.scenes import Scene
 from c2r.scoring.statistics import Interval, bootstrap_interval
 from c2r.training.watchdog import Watchdog
-
-logger = logging.getLogger(__name__)
 
 DOMAINS = ("real", "cg")
 

@@ -1,5 +1,6 @@
 """The scenes of a dataset that videos are measured on: prompt, coarse control, true video and passes of a renderer."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -7,6 +8,7 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from c2r import InputError
+from c2r.data.buckets import MUCH_CROPPED, cropped_share
 from c2r.data.clips import DatasetFile
 from c2r.data.drop_reasons import DropRow
 from c2r.data.folders import LocalFolder
@@ -15,6 +17,8 @@ from c2r.data.remote import is_remote
 from c2r.data.rows import locate, part_of
 from c2r.data.video import probe, read_window
 from c2r.scoring.passes import check_pass
+
+logger = logging.getLogger(__name__)
 
 #: Endings of videos that were made elsewhere.
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
@@ -120,14 +124,18 @@ def _stem(file: DatasetFile) -> str:
 def check_scenes(scenes: Sequence[Scene], form: ClipFormat) -> None:
     """Check that every file of the scenes is a video that is long enough, reading headers and first frames only.
 
+    A warning names the scene whose picture is cropped most, if that is much.
+
     Raises:
         InputError: one is not, or a pass shows another shape than the scene's video.
     """
+    cropped = {}
     for scene in scenes:
         aspect = None
         for file in filter(None, (scene.control, scene.truth)):
             info = probe(file.path)
             aspect = aspect or info.aspect
+            cropped[scene.name] = cropped_share(aspect, form.width / form.height)
             _require_length(file.path, info, scene.start, form)
         for kind, file in (("id_name", scene.ids), ("depth_name", scene.depth)):
             if file is None:
@@ -140,6 +148,13 @@ def check_scenes(scenes: Sequence[Scene], form: ClipFormat) -> None:
                     f"the {kind} pass with the video's camera"
                 )
             check_pass(file.path, "ids" if kind == "id_name" else "depth")
+
+    worst = max(cropped, key=cropped.__getitem__)
+    if cropped[worst] > MUCH_CROPPED:
+        logger.warning(
+            "%s: %.0f %% of its picture is cropped away at %dx%d, the most of all scenes",
+            *(worst, 100 * cropped[worst], form.height, form.width),
+        )
 
 
 def _require_length(path, info, start, form):
