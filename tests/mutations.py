@@ -64,6 +64,7 @@ CONDITIONS = "tests/evaluation/test_conditions.py"
 MONITOR = "tests/evaluation/test_monitor.py"
 DISCRIMINANTS = "tests/evaluation/test_discriminants.py"
 CONTROLLER = "tests/evaluation/test_ratio_controller.py"
+SAMPLES = "tests/evaluation/test_samples.py"
 CG_MEASURES = "tests/evaluation/test_cg_measures.py"
 TOY = "tests/toy/test_toy.py"
 
@@ -1216,23 +1217,86 @@ EVALUATION = [
     Mutation(
         "an-interval-around-the-bound-counts",
         "c2r/evaluation/ratio_controller.py",
-        "elif look.low > self.bound:",
-        "elif look.high > self.bound:",
+        "look.interval(CONFIDENCE)[0] > self.bound",
+        "look.interval(CONFIDENCE)[1] > self.bound",
+        CONTROLLER,
+    ),
+    Mutation(
+        "the-controller-acts-on-the-interval-that-is-printed",
+        "c2r/evaluation/ratio_controller.py",
+        "look.interval(CONFIDENCE)[0] > self.bound",
+        "look.low > self.bound",
+        CONTROLLER,
+    ),
+    Mutation(
+        "the-controller-acts-on-few-scenes",
+        "c2r/evaluation/ratio_controller.py",
+        "if look.count >= MIN_SCENES:",
+        "if look.count > 0:",
+        CONTROLLER,
+    ),
+    Mutation(
+        "advice-is-given-on-few-scenes",
+        "c2r/evaluation/ratio_controller.py",
+        "or look.count < MIN_SCENES:",
+        "or look.count < 1:",
         CONTROLLER,
     ),
     Mutation(
         "the-interval-has-confidence-80-percent",
         "c2r/evaluation/monitor.py",
-        "tail = (1 - CONFIDENCE) / 2",
-        "tail = 1 - CONFIDENCE",
+        "stdtrit(self.freedom, (1 + confidence) / 2)",
+        "stdtrit(self.freedom, confidence)",
         MONITOR,
     ),
     Mutation(
-        "the-probe-is-placed-by-the-clips-of-its-fit",
+        "the-interval-is-normal",
         "c2r/evaluation/monitor.py",
-        "rescale(fit(real, cg), *held_out) if fit is fit_probe else fit(real, cg)",
+        "stdtrit(self.freedom, (1 + confidence) / 2)",
+        "stdtrit(inf, (1 + confidence) / 2)",
+        MONITOR,
+    ),
+    Mutation(
+        "the-reference-has-no-error",
+        "c2r/evaluation/monitor.py",
+        "len(part) - 1) for part in parts]",
+        "len(part) - 1) for part in parts[:1]]",
+        MONITOR,
+    ),
+    Mutation(
+        "scores-are-placed-by-the-clips-of-their-fit",
+        "c2r/evaluation/monitor.py",
+        "held_out.rescale(fit(real, cg))",
         "fit(real, cg)",
         MONITOR,
+    ),
+    Mutation(
+        "a-measure-counts-by-chance",
+        "c2r/evaluation/monitor.py",
+        " and exceeds_chance(held_out.accuracy, fit, real, cg, *files):",
+        ":",
+        MONITOR,
+    ),
+    Mutation(
+        "windows-of-one-video-count-as-scenes",
+        "c2r/evaluation/monitor.py",
+        "scenes = [file or str(number) for",
+        "scenes = [str(number) for",
+        MONITOR,
+    ),
+    Mutation(
+        "an-accuracy-that-a-permutation-reaches-exceeds-chance",
+        "c2r/evaluation/discriminants.py",
+        "*names_of).accuracy >= accuracy:",
+        "*names_of).accuracy > accuracy:",
+        DISCRIMINANTS,
+    ),
+    Mutation(
+        "a-run-with-too-few-files-says-nothing",
+        "c2r/evaluation/sample_plan.py",
+        "            logger.info(line)",
+        "            logger.debug(line)",
+        f"{SAMPLES}::test_a_plan_without_enough_files_turns_the_monitor_off",
     ),
     Mutation(
         "a-samples-own-coarse-version-counts",

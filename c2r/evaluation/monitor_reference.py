@@ -50,7 +50,12 @@ def choose_reference_clips(real_clips: Clips, cg_clips: Clips, bucket: Bucket | 
 
 def can_monitor(reference_clips: dict[str, list[Clip]]) -> bool:
     """Return True if both domains have enough files to find out how the domains differ."""
-    return all(len({clip.name for clip in clips}) >= MIN_FILES for clips in reference_clips.values())
+    return all(count_files(clips) >= MIN_FILES for clips in reference_clips.values())
+
+
+def count_files(clips: list[Clip]) -> int:
+    """Return the number of files that clips are of."""
+    return len({clip.name for clip in clips})
 
 
 @torch.no_grad()
@@ -91,9 +96,9 @@ def reference_of(
     if all(gather_object([path.exists()])):
         return Reference.load(path)
 
-    logger.info("CG monitor: measuring the clips that samples are compared with, once for these datasets")
-    datasets = {domain: ClipDataset(clips, settings) for domain, clips in reference_clips.items()}
     tasks = [(domain, i) for domain, clips in reference_clips.items() for i in range(len(clips))]
+    logger.info("CG monitor: measuring %d clips to compare the samples with, once for these datasets", len(tasks))
+    datasets = {domain: ClipDataset(clips, settings) for domain, clips in reference_clips.items()}
     measured = []  # (domain, position, file, features)
     mine = tasks[accelerator.process_index :: accelerator.num_processes]
     with progress_bar(len(mine), "CG monitor", "clip", accelerator.process_index == 0) as bar:

@@ -583,7 +583,7 @@ PHASE2 = Command(
         "sample videos and CG monitor": [
             Option(
                 "num_samples",
-                "videos made at each sampling; 0: no samples and no CG monitor",
+                "videos made at each sampling; below 4 the CG monitor only reports; 0: no samples and no CG monitor",
                 COUNT_OR_ZERO,
                 4,
                 common=True,
@@ -601,7 +601,7 @@ PHASE2 = Command(
             ),
             Option(
                 "monitor_patience",
-                "samplings above --monitor_bound after which the run advises, or lowers --cg_ratio",
+                "samplings in a row above --monitor_bound after which the run advises, or lowers --cg_ratio",
                 COUNT,
                 3,
             ),

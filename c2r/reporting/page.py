@@ -340,7 +340,7 @@ def _cg_measures(runs, run):
         label = measure if accuracy is None else f"{measure} (separates {100 * accuracy:.0f} %)"
         lines.append(Line(label, points_of(series), ONE_RUN_COLORS[i], STYLES[i]))
     title = "CG look by measure" + ("" if len(runs) == 1 else f", {run.name}")
-    return chart(title, lines, "A measure at 75 % or less does not count.", include=(0, 1))
+    return chart(title, lines, "A measure at 75 % or less, or that chance explains, does not count.", include=(0, 1))
 
 
 # ------------------------------------------------------------------------------------------------------------- samples

@@ -17,11 +17,11 @@ from c2r.models.controlnet import C2RControlNet
 from c2r.models.transformer import C2RTransformer
 from c2r.options import PHASE1, PHASE2
 from tests.helpers.commands import phase1, phase2, same, weights
-from tests.helpers.datasets import flat_video, write_dataset
+from tests.helpers.datasets import write_monitored_datasets
 from tests.helpers.scripts import run_script
 
 STEPS = 4
-SAMPLING_PASSES = 4  # of each of two samples: with control, and with control and prompt
+SAMPLING_PASSES = 8  # of each of four samples: with control, and with control and prompt
 OPTIONS = [
     f"--max_train_steps={STEPS}",
     "--learning_rate=1e-2",
@@ -29,7 +29,7 @@ OPTIONS = [
     "--dataloader_num_workers=0",
     "--checkpointing_steps=1",
     "--sample_steps=1",
-    "--num_samples=2",
+    "--num_samples=4",
     "--num_inference_steps=1",
     "--guidance_scale=3",
     "--conditioning_scale=0.8",
@@ -44,12 +44,9 @@ OPTIONS = [
 
 
 @pytest.fixture(scope="module")
-def train(tiny_models, small_datasets, tmp_path_factory):
+def train(tiny_models, tmp_path_factory):
     """Return train(out, *options), which runs the script in this process."""
-    data = tmp_path_factory.mktemp("data")
-    shutil.copytree(small_datasets / "real", data / "real")
-    fine, coarse = ([f"{kind}{i}.mp4" for i in range(5)] for kind in "fc")
-    write_dataset(data / "cg", fine, ["a street"] * 5, coarse, video=flat_video)
+    data = write_monitored_datasets(tmp_path_factory.mktemp("data"))
 
     def run(out, *options):
         _, *argv = phase2(tiny_models, data, tiny_models / "pipeline", out, *OPTIONS, *options, launcher=())
