@@ -15,9 +15,9 @@ ROLES = {
 
 #: Packages that measures need beyond those of c2r itself, each with what to do where it is missing.
 PACKAGES = {
-    "cv2": 'pip install "c2r[metrics]"',
-    "scipy": 'pip install "c2r[metrics]"',
-    "torchmetrics": 'pip install "c2r[metrics]"',
+    "cv2": "pip install opencv-python-headless==5.0.0.93",
+    "scipy": "pip install scipy==1.17.1",
+    "torchmetrics": "pip install torchmetrics==1.9.0",
     "pyiqa": "pip install pyiqa, which needs the torchvision of the installed torch",
 }
 

@@ -30,8 +30,8 @@ MAX_SIDE = 4096
 REMEMBERED = 3
 
 _Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
-_Size = _Side | dict[str, _Side]
-_Channels = Annotated[list[FiniteFloat], Field(min_length=3, max_length=3)]
+_Size = _Side | dict[str, _Side | None] | None
+_Three = Field(min_length=3, max_length=3)
 Result = TypeVar("Result")
 
 
@@ -40,8 +40,8 @@ class Preprocessor(TypedDict):
 
     size: NotRequired[_Size]
     crop_size: NotRequired[_Size]
-    image_mean: NotRequired[_Channels]
-    image_std: NotRequired[Annotated[list[Annotated[FiniteFloat, Field(gt=0)]], Field(min_length=3, max_length=3)]]
+    image_mean: NotRequired[Annotated[list[FiniteFloat], _Three] | None]
+    image_std: NotRequired[Annotated[list[Annotated[FiniteFloat, Field(gt=0)]], _Three] | None]
 
 
 def load_network(
@@ -69,7 +69,9 @@ def load_network(
     _check_entries(path, config)
     check_transformers_weights(kinds[kind], folder, config)
     model, info = load_transformers_model(kinds[kind], folder)
-    require_complete(folder, info["missing_keys"], info["mismatched_keys"])
+    # Not buffers: files of older versions lack some that the model computes.
+    missing = dict(model.named_parameters()).keys() & set(info["missing_keys"])
+    require_complete(folder, missing, info["mismatched_keys"])
     return freeze(model).to(device), folder
 
 
@@ -81,7 +83,8 @@ def _check_entries(path, config, name=""):
             if config.get(entry):
                 raise InputError(f"{path}: has {entry}, which is not supported; give a model with all its weights")
         for key, value in config.items():
-            _check_entries(path, value, key)
+            if key not in ("label2id", "id2label"):  # their keys and values are no sizes
+                _check_entries(path, value, key)
     elif isinstance(config, list):
         for value in config:
             _check_entries(path, value, name)
@@ -146,12 +149,12 @@ def cover_and_crop(frames: torch.Tensor, side: int) -> torch.Tensor:
 
 def normalise(frames: torch.Tensor, preprocessor: Preprocessor, mean: list[float], std: list[float]) -> torch.Tensor:
     """Subtract the mean from (..., 3, H, W) and divide by the deviation: the preprocessor's, or these defaults."""
-    mean, std = preprocessor.get("image_mean", mean), preprocessor.get("image_std", std)
+    mean, std = preprocessor.get("image_mean") or mean, preprocessor.get("image_std") or std
     shift, scale = (frames.new_tensor(values).view(3, 1, 1) for values in (mean, std))
     return (frames - shift) / scale
 
 
-def side_of(size: _Size | None, default: int) -> int:
+def side_of(size: _Size, default: int) -> int:
     """Return one side, in pixels, of an entry `size` or `crop_size`: a number, or by height or shortest edge."""
     if isinstance(size, dict):
         return size.get("height") or size.get("shortest_edge") or default

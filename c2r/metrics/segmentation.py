@@ -132,7 +132,7 @@ def class_miou(classes: np.ndarray, reference: np.ndarray) -> float | None:
     Source: mean IU of Long et al. 2015 (CVPR, arXiv 1411.4038), with the classes that occur in either.
     """
     count = max(int(classes.max()), int(reference.max())) + 1
-    table = sum(_overlaps(one, other, count, count) for one, other in zip(classes, reference))
+    table = np.sum([_overlaps(one, other, count, count) for one, other in zip(classes, reference)], axis=0)
     both = table.diagonal()[:count]
     union = table.sum(1)[:count] + table.sum(0)[:count] - both
     return float((both[union > 0] / union[union > 0]).mean()) if union.any() else None

@@ -37,6 +37,14 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 
+def save_processor(processor, folder):
+    """Write a preprocessor_config.json that names the class as published ones do, without the suffix Pil."""
+    processor.save_pretrained(folder)
+    path = Path(folder) / "preprocessor_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"image_processor_type": type(processor).__name__.removesuffix("Pil")}))
+
+
 def save_dinov2(folder, side=56):
     torch.manual_seed(0)
     Dinov2Model(Dinov2Config(**SMALL, image_size=side, patch_size=14)).save_pretrained(folder)
@@ -70,9 +78,8 @@ def save_clip(folder, side=28):
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<start>", eos_token="<end>"
     ).save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
-        folder
-    )
+    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    save_processor(CLIPImageProcessorPil(**sizes), folder)
     torch.manual_seed(0)
     width = SMALL | {"intermediate_size": 32}
     tokens = {"vocab_size": len(vocab), "bos_token_id": vocab["<start>"], "eos_token_id": vocab["<end>"]}
@@ -101,9 +108,8 @@ def save_depth_anything(folder, side=28, kind="relative"):
         max_depth=20,
     )
     DepthAnythingForDepthEstimation(config).save_pretrained(folder)
-    DPTImageProcessorPil(
-        size={"height": side, "width": side}, keep_aspect_ratio=True, ensure_multiple_of=14, **IMAGENET
-    ).save_pretrained(folder)
+    sizes = {"size": {"height": side, "width": side}, "keep_aspect_ratio": True, "ensure_multiple_of": 14}
+    save_processor(DPTImageProcessorPil(**sizes, **IMAGENET), folder)
     return str(folder)
 
 
@@ -118,7 +124,7 @@ def save_segformer(folder, side=64, num_labels=5):
         num_labels=num_labels,
     )
     SegformerForSemanticSegmentation(config).save_pretrained(folder)
-    SegformerImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)
+    save_processor(SegformerImageProcessorPil(size={"height": side, "width": side}), folder)
     return str(folder)
 
 
@@ -145,9 +151,8 @@ def save_mask2former(folder, side=64, num_labels=5):
         num_labels=num_labels,
     )
     Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
-    Mask2FormerImageProcessorPil(
-        size={"shortest_edge": side, "longest_edge": 2 * side}, size_divisor=32, num_labels=num_labels
-    ).save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": side, "longest_edge": 2 * side}, "size_divisor": 32}
+    save_processor(Mask2FormerImageProcessorPil(**sizes, num_labels=num_labels), folder)
     return str(folder)
 
 

@@ -1,5 +1,7 @@
 """Rendered scenes, and the tiny networks of measures."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -33,6 +35,13 @@ def clips(scenes):
         EvaluatedClip(f"{i}.mp4", "a street rain", one["cg"], one["coarse"], one["real"], one["kinds"])
         for i, one in enumerate(scenes)
     ]
+
+
+@pytest.fixture(scope="session")
+def small_clips(clips):
+    """The same at half the size, for networks that take long."""
+    videos = ("video", "control", "truth", "ids")
+    return [replace(clip, **{name: getattr(clip, name)[..., ::2, ::2] for name in videos}) for clip in clips]
 
 
 @pytest.fixture(scope="session")

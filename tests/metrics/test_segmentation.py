@@ -110,9 +110,9 @@ def test_own_scene_is_above_another_and_another_above_none(scenes):
 
 
 @pytest.mark.parametrize("save", [save_segformer, save_mask2former])
-def test_segmentation_model_agrees_with_itself(save, clips, tmp_path):
+def test_segmentation_model_agrees_with_itself(save, small_clips, tmp_path):
     model = SegmentationModel(save(tmp_path / "model"), "cpu")
-    video = clips[0].video[..., ::2, ::2].repeat(3, 1, 1, 1)  # more than one chunk
+    video = small_clips[0].video.repeat(3, 1, 1, 1)  # more than one chunk
     found = model(video)
     assert found.classes.shape == found.instances.shape == (9, 48, 80)
     assert set(np.unique(found.classes)) <= set(range(5))
