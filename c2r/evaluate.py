@@ -414,7 +414,8 @@ def sources_of(model: Model, tasks: Mapping[str, Sequence[Task]], scenes: "Seque
         paths: dict[str, list[Path]] = {scene.name: [] for scene in scenes}
         for task in of_control:
             paths[task.scene.name].append(task.path)
-        yield Source(model.source_name(control), paths)
+        seeds = tuple(task.seed for task in of_control if task.scene is of_control[0].scene)
+        yield Source(model.source_name(control), paths, seeds)
 
 
 # ------------------------------------------------------------------------------------------------------------- measure

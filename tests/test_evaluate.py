@@ -92,6 +92,7 @@ def test_the_command_writes_numbers_clips_picture_page_and_videos(evaluated):
     assert len(found["differences"]) == 2 * 6
     rows = [*csv.DictReader((out / "clips.csv").read_text().splitlines())]
     assert len(rows) == 4 * 3 * 2
+    assert {row["seed"] for row in rows} == {"0", "1"}
     mean = np.mean([float(row["warp_error"]) for row in rows if row["source"] == own])
     assert found["measures"]["warp_error"]["sources"][own]["mean"] == pytest.approx(mean, rel=1e-4)
     with Image.open(out / "plot.png") as picture:
@@ -211,6 +212,11 @@ def test_videos_from_elsewhere_are_found_by_name_and_measured(scenes, tmp_path):
     values = results(tmp_path / "out")["measures"]["edge_f1"]["sources"]
     assert values["copies"]["mean"] == 1
     assert values["swapped"]["mean"] < 0.9
+    rows = [*csv.DictReader((tmp_path / "out/clips.csv").read_text().splitlines())]
+    assert [(row["source"], row["clip"], row["seed"]) for row in rows[:2]] == [
+        ("copies", "f0", ""),
+        ("copies", "f1", ""),
+    ]
     assert results(tmp_path / "out")["format"] == {**SIZE, "num_frames": 10}
 
 

@@ -1,1 +1,1 @@
-"""What `c2r.evaluate` is made of: scenes, their measures, losses of a model, statistics, picture and page."""
+"""Parts of `c2r.evaluate`: scenes, their measures, losses of a model, statistics, picture and page."""

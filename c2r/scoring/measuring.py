@@ -29,15 +29,17 @@ class Source:
     Attributes:
         name: for tables.
         videos: {scene: one file for each seed}.
+        seeds: those of a scene's videos; None where a video was made elsewhere.
     """
 
     name: str
     videos: dict[str, list[Path]]
+    seeds: tuple[int | None, ...] = (None,)
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What a number is: see `c2r.metrics.metric.Metric`."""
+    """Description of a number, see `c2r.metrics.metric.Metric`."""
 
     name: str
     higher_is_better: bool | None
@@ -78,6 +80,7 @@ class Scores:
         values: {source: {measure: {scene: one value for each seed, None where there is none}}}.
         distances: {measure: {source: interval}}, of sets of videos.
         skipped: {measure: why it is missing}.
+        seeds: {source: see `Source`}.
     """
 
     scenes: list[str]
@@ -85,6 +88,7 @@ class Scores:
     values: dict[str, dict[str, dict[str, list[float | None]]]] = field(default_factory=dict)
     distances: dict[str, dict[str, Interval]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    seeds: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
 
     def of_clips(self, source: str, measure: str) -> dict[str, float]:
         """Return {scene: mean over the seeds}, without the scenes that have no value."""
@@ -145,7 +149,7 @@ def measure_videos(
     Raises:
         InputError: a file cannot be read.
     """
-    scores = Scores([scene.name for scene in scenes])
+    scores = Scores([scene.name for scene in scenes], seeds={source.name: source.seeds for source in sources})
     measures = [Measure.of(metric) for metric in metrics]
     if cg_look is not None:
         measures.append(Measure(CG_LOOK, None, "itself", "0 real, 1 CG"))

@@ -119,8 +119,15 @@ class Evaluation:
         for source, measures in scores.values.items():
             for scene in scores.scenes:
                 of_seeds = zip(*(measures[name][scene] for name in names))
-                for seed, values in enumerate(of_seeds, start=self.settings.get("seed", 0)):
-                    writer.writerow([source, scene, seed, *("" if v is None else f"{v:.6g}" for v in values)])
+                for seed, values in zip(scores.seeds[source], of_seeds):
+                    writer.writerow(
+                        [
+                            source,
+                            scene,
+                            "" if seed is None else seed,
+                            *("" if v is None else f"{v:.6g}" for v in values),
+                        ]
+                    )
         return text.getvalue()
 
     def lines(self) -> Iterator[str]:

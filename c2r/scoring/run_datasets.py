@@ -124,7 +124,7 @@ class RunDatasets:
 
     @property
     def without_reference(self) -> str:
-        """Why there is no CG look."""
+        """Reason why there is no CG look."""
         for domain in ("real", "cg"):
             if self.of_domain(domain) is None:
                 return f"there is no --{domain}_dataset to compare with"

@@ -99,7 +99,9 @@ def read_scenes(address: str, cache_dir: str | Path, sequence_fps: float | None,
             detail = f" ({drop.detail})" if drop.detail else ""
             raise InputError(f"{where}: {drop.reason}{detail}; correct or remove the row") from None
         if scene.name in scenes:
-            raise InputError(f"{where}: {scene.name} is the name of an earlier row too; videos are told apart by it")
+            raise InputError(
+                f"{where}: {scene.name} is the name of an earlier row too; give each scene a file of its own"
+            )
         scenes[scene.name] = scene
     return [*scenes.values()]
 
