@@ -16,6 +16,7 @@ from c2r.models.contract import read_contract, save_phase
 from c2r.models.controlnet import C2RControlNet
 from c2r.options import EVALUATE
 from c2r.scoring.scenes import read_scenes
+from tests.helpers.browser import needs_chromium, started_browser
 from tests.helpers.commands import SIZE, succeed
 from tests.helpers.datasets import flat_video, noise_video, write_dataset
 from tests.helpers.forks import fork
@@ -103,6 +104,20 @@ def test_the_command_writes_numbers_clips_picture_page_and_videos(evaluated):
     assert len([*(out / "videos").rglob("*.mp4")]) == 4 * 3 * 2
     assert "3 clips are too few for intervals" in done.stdout
     assert "no difference can be beyond chance: with 12 of them it takes 9 clips, and there are 3" in done.stdout
+
+
+@needs_chromium
+def test_the_page_fits_wide_and_narrow_screens(evaluated):
+    out, _ = evaluated
+    with started_browser() as browser:
+        for width in (1280, 390):
+            page, faults = browser.new_page(viewport={"width": width, "height": 900}), []
+            page.on("pageerror", lambda error, faults=faults: faults.append(str(error)))
+            page.on("request", lambda request, faults=faults: faults.append(request.url))
+            page.goto(f"file://{out / 'report.html'}")
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert [fault for fault in faults if not fault.startswith(("file:", "data:"))] == []
+            assert page.locator("video").count() == 3
 
 
 def test_measures_against_the_control_are_left_out_without_the_cg_look(evaluated):

@@ -192,9 +192,9 @@ def test_evaluate_in_bf16_with_validation_and_cg_look(second, monitored_datasets
     options = ["--model", second[0] / "final", "--dataset", cg, "--control", "own", "none", "--max_clips=2"]
     options += ["--real_dataset", real, "--cg_dataset", cg, "--num_validation_clips=1", cache]
     options += ["--metrics", "edge_f1", "--num_inference_steps=1", f"--output_dir={tmp_path}"]
-    done = succeed(ON_DEVICE, "c2r/evaluate.py", *options, by=fork)
+    succeed(ON_DEVICE, "c2r/evaluate.py", *options, by=fork)
     found = json.loads((tmp_path / "results.json").read_text())
-    assert {"edge_f1", "cg_look"} <= {*found["measures"]} or "CG look: no measure tells" in done.stdout
+    assert [*found["measures"]] == ["edge_f1", "cg_look"]
     assert found["validation"]["phase2/final"]["numbers"]["loss"] > 0
 
 
