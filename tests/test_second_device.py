@@ -187,6 +187,17 @@ def test_generate_in_bf16_without_control(first, tmp_path):
     assert video(output).shape == (SIZE["num_frames"], 3, SIZE["height"], SIZE["width"])
 
 
+def test_evaluate_in_bf16_with_validation_and_cg_look(second, monitored_datasets, cache, tmp_path):
+    real, cg = monitored_datasets / "real", monitored_datasets / "cg"
+    options = ["--model", second[0] / "final", "--dataset", cg, "--control", "own", "none", "--max_clips=2"]
+    options += ["--real_dataset", real, "--cg_dataset", cg, "--num_validation_clips=1", cache]
+    options += ["--metrics", "edge_f1", "--num_inference_steps=1", f"--output_dir={tmp_path}"]
+    succeed(ON_DEVICE, "c2r/evaluate.py", *options, by=fork)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [*found["measures"]] == ["edge_f1", "cg_look"]
+    assert found["validation"]["phase2/final"]["numbers"]["loss"] > 0
+
+
 # ------------------------------------------------------------------------------------------------------------ mistakes
 
 

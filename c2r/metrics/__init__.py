@@ -1,0 +1,1 @@
+"""Measures of generated videos: structure, quality, agreement with the prompt, distances between sets of videos."""

@@ -1,0 +1,1 @@
+"""Parts of `c2r.evaluate`: scenes, their measures, losses of a model, statistics, picture and page."""

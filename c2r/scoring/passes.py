@@ -1,0 +1,116 @@
+"""Passes of a renderer, ids of objects and depth, from videos and picture sequences. Their values are kept.
+
+A frame is resized as a video's frame is, to cover the clip, then cropped, but each value is that of the nearest pixel:
+between two ids, or two depths, there is nothing.
+"""
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+import torch
+
+from c2r import InputError
+from c2r.data.frame_times import nearest_frames
+from c2r.data.video import open_frames
+from c2r.data.video_info import require_shape, to_fraction
+
+Kind = Literal["ids", "depth"]
+
+#: Seconds after its time for which the last frame of a pass counts, in frames of the clip.
+REACH = Fraction(1, 2)
+
+
+def read_pass(
+    path: str | Path, kind: Kind, start: float, num_frames: int, fps: float, height: int, width: int
+) -> torch.Tensor:
+    """Read a window of a pass.
+
+    Args:
+        path: a video or an image sequence, named as in `c2r.data.sequences`.
+        kind: ids: numbers of grey pictures, or colours, each being the number red · 2¹⁶ + green · 2⁸ + blue.
+            depth: values of grey or of EXR pictures as they are stored, or the luma of a video.
+        start: seconds from its first frame.
+        num_frames, fps, height, width: of the clip.
+
+    Returns:
+        (F, H, W), int32 for ids, float32 for depth.
+
+    Raises:
+        InputError: it cannot be decoded, is too short, or has values that cannot be these.
+    """
+    wanted = [to_fraction(start) + n / to_fraction(fps) for n in range(num_frames)]
+    planes: list[np.ndarray] = []
+    lost: list[Fraction] = []
+    with open_frames(path, lost) as timed:
+        for count, frame in nearest_frames(timed, wanted, REACH / to_fraction(fps)):
+            planes += [_resized(_values(path, frame, kind), height, width)] * count
+    if lost:
+        raise InputError(f"{path}: is damaged at {float(min(lost)):.2f} s; render the pass again")
+    if len(planes) < num_frames:
+        raise InputError(f"{path}: gives {len(planes)} of {num_frames} frames; render the pass as long as its video")
+    return torch.from_numpy(np.stack(planes))
+
+
+def check_pass(path: str | Path, kind: Kind) -> None:
+    """Read the first frame of a pass.
+
+    Raises:
+        InputError: see `read_pass`.
+    """
+    with open_frames(path, []) as timed:
+        first = next(timed, None)
+        if first is None:
+            raise InputError(f"{path}: has no frame; render the pass again")
+        _values(path, first[1], kind)
+
+
+def _values(path, frame: av.VideoFrame, kind: Kind) -> np.ndarray:
+    """Return the values of a frame, (h, w)."""
+    require_shape(path, frame.width, frame.height)
+    form = frame.format
+    is_float, bits = "f32" in form.name or "f16" in form.name, form.components[0].bits
+    if is_float:
+        grey = form.name.startswith("gray")
+        values = frame.to_ndarray(format="grayf32le" if grey else "gbrpf32le")
+        values = values if grey else values[..., 0]
+        return values.astype(np.float32) if kind == "depth" else _as_ids(path, values)
+    if form.name.startswith("gray"):
+        values = frame.to_ndarray(format="gray" if bits <= 8 else "gray16le")
+        return values.astype(np.float32 if kind == "depth" else np.int32)
+    if form.is_rgb or form.name == "pal8":
+        if bits > 8:
+            raise InputError(f"{path}: colours of {bits} bits; give grey pictures of 16 bits, or colours of 8")
+        red, green, blue = (frame.to_ndarray(format="rgb24").astype(np.int32)).transpose(2, 0, 1)
+        if kind == "ids":
+            return red << 16 | green << 8 | blue
+        if (red != green).any() or (red != blue).any():
+            raise InputError(f"{path}: colours instead of depth; give grey pictures of 16 bits, or EXR")
+        return red.astype(np.float32)
+    if kind == "ids":
+        raise InputError(
+            f"{path}: a video of {form.name}, whose colours are not kept exactly; give ids as PNG pictures, or as a "
+            "lossless video of RGB or grey"
+        )
+    return frame.to_ndarray(format="gray").astype(np.float32)
+
+
+def _as_ids(path, values):
+    if not (np.isfinite(values).all() and (np.abs(values) < 2**24).all() and (values == np.round(values)).all()):
+        raise InputError(f"{path}: values that are not whole numbers are no ids; give the pass of object indices")
+    return values.astype(np.int32)
+
+
+def _resized(values, height, width):
+    """(h, w) -> (height, width), as `c2r.data.video.to_rgb` resizes and crops, by the nearest pixel."""
+    rows, columns = values.shape
+    scale = max(Fraction(height, rows), Fraction(width, columns))
+    covering = max(height, round(rows * scale)), max(width, round(columns * scale))
+    picked = []
+    for size, covered, wanted in zip((rows, columns), covering, (height, width)):
+        first = (covered - wanted) // 2
+        centres = np.arange(first, first + wanted) + 0.5
+        picked.append(np.minimum((centres * size / covered).astype(np.int64), size - 1))
+    return np.ascontiguousarray(values[np.ix_(*picked)])

@@ -1,0 +1,104 @@
+"""Passes of a renderer: values of PNG, EXR and lossless videos are kept, and others are refused in one line."""
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from c2r import InputError
+from c2r.data.control_video import name_control
+from c2r.scoring.passes import check_pass, read_pass
+from tests.helpers.videos import encode_video
+
+FPS = 8
+
+
+def sequence(folder, pictures, suffix="png"):
+    """Write numbered pictures; return the name of the sequence."""
+    folder.mkdir()
+    for number, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"p_{number:04d}.{suffix}")
+    return name_control(folder, FPS)
+
+
+def write_exr(folder, planes):
+    """Write (F, H, W) float32 values as EXR pictures; return the name of the sequence."""
+    folder.mkdir()
+    for number, plane in enumerate(planes):
+        with av.open(str(folder / f"p_{number:04d}.exr"), "w", format="image2", options={"update": "1"}) as container:
+            stream = container.add_stream("exr", rate=FPS)
+            stream.height, stream.width = plane.shape
+            stream.pix_fmt = "gbrpf32le"
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.stack([plane] * 3, -1), "gbrpf32le")))
+            container.mux(stream.encode())
+    return name_control(folder, FPS)
+
+
+def window(name, kind, count=3, height=32, width=48, fps=FPS, start=0.0):
+    return read_pass(name, kind, start, count, fps, height, width).numpy()
+
+
+@pytest.fixture
+def ids():
+    """(F, H, W) of ids from 0 to 4095."""
+    return np.random.default_rng(0).integers(0, 4096, (3, 32, 48))
+
+
+def test_ids_of_16_bit_pictures_are_kept(tmp_path, ids):
+    read = window(sequence(tmp_path / "ids", ids.astype(np.uint16)), "ids")
+    assert read.dtype == np.int32
+    np.testing.assert_array_equal(read, ids)
+
+
+@pytest.mark.parametrize("lossless_video", [False, True])
+def test_colours_are_ids(tmp_path, ids, lossless_video):
+    colours = np.stack([ids >> 8, ids & 255, ids % 7], -1).astype(np.uint8)
+    if lossless_video:
+        path = encode_video(tmp_path / "ids.mkv", colours, FPS, codec="ffv1", pix_fmt="bgr0")
+    else:
+        path = sequence(tmp_path / "ids", colours)
+    np.testing.assert_array_equal(window(path, "ids"), (ids >> 8) << 16 | (ids & 255) << 8 | ids % 7)
+
+
+def test_depth_of_16_bit_pictures_and_of_exr_is_kept(tmp_path, ids):
+    grey = window(sequence(tmp_path / "grey", ids.astype(np.uint16)), "depth")
+    assert grey.dtype == np.float32
+    np.testing.assert_array_equal(grey, ids)
+    depth = (ids / 10 + 0.5).astype(np.float32)
+    depth[:, 0] = np.inf  # no surface
+    np.testing.assert_array_equal(window(write_exr(tmp_path / "exr", depth), "depth"), depth)
+    np.testing.assert_array_equal(window(write_exr(tmp_path / "whole", ids.astype(np.float32)), "ids"), ids)
+
+
+def test_larger_passes_are_resized_as_videos_are(tmp_path, ids):
+    large = ids.repeat(3, 1).repeat(3, 2)
+    np.testing.assert_array_equal(window(sequence(tmp_path / "large", large.astype(np.uint16)), "ids"), ids)
+    wide = np.pad(ids, ((0, 0), (0, 0), (10, 10)))  # the middle is kept
+    np.testing.assert_array_equal(window(sequence(tmp_path / "wide", wide.astype(np.uint16)), "ids"), ids)
+
+
+def test_frames_are_those_nearest_in_time(tmp_path, ids):
+    name = sequence(tmp_path / "ids", ids.astype(np.uint16))
+    np.testing.assert_array_equal(window(name, "ids", 2, fps=FPS / 2), ids[[0, 2]])
+    np.testing.assert_array_equal(window(name, "ids", 2, start=1 / FPS), ids[1:])
+    with pytest.raises(InputError, match="gives 3 of 9 frames; render the pass as long as its video"):
+        window(name, "ids", 9)
+
+
+def test_values_that_cannot_be_ids_or_depth_are_refused(tmp_path, ids):
+    lossy = encode_video(tmp_path / "ids.mp4", np.zeros((3, 32, 48, 3), np.uint8), FPS)
+    with pytest.raises(InputError, match="colours are not kept exactly; give ids as PNG"):
+        check_pass(lossy, "ids")
+    check_pass(lossy, "depth")
+    colours = np.stack([ids & 255, ids % 7, ids % 5], -1).astype(np.uint8)
+    with pytest.raises(InputError, match="colours instead of depth"):
+        check_pass(sequence(tmp_path / "colours", colours), "depth")
+    with pytest.raises(InputError, match="not whole numbers are no ids"):
+        check_pass(write_exr(tmp_path / "exr", np.full((2, 8, 8), 0.5, np.float32)), "ids")
+
+
+def test_a_damaged_pass_is_one_line(tmp_path, ids):
+    name = sequence(tmp_path / "ids", ids.astype(np.uint16))
+    (tmp_path / "ids/p_0001.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"is damaged at 0\.12 s; render the pass again"):
+        window(name, "ids")

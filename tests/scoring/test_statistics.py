@@ -1,0 +1,93 @@
+"""Statistics of an evaluation: identities, agreement with SciPy, and coverage in a small simulation."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from c2r.scoring.statistics import (
+    MIN_CLIPS,
+    SIGNIFICANCE,
+    bootstrap_interval,
+    clips_needed,
+    holm,
+    jackknife_interval,
+    sign_test,
+)
+
+
+def test_an_interval_moves_and_scales_with_its_values():
+    values = np.random.default_rng(0).normal(size=9)
+    interval = bootstrap_interval(values)
+    assert interval.low < interval.mean < interval.high
+    assert interval.mean == pytest.approx(values.mean())
+    moved, mirrored = bootstrap_interval(3 * values + 5), bootstrap_interval(-values)
+    assert (moved.low, moved.high) == pytest.approx((3 * interval.low + 5, 3 * interval.high + 5))
+    assert (mirrored.low, mirrored.high) == pytest.approx((-interval.high, -interval.low))
+    assert bootstrap_interval(values) == interval  # the same clips give the same interval
+
+
+def test_few_clips_have_a_mean_without_an_interval():
+    assert bootstrap_interval([]).mean != bootstrap_interval([]).mean
+    few = bootstrap_interval([1.0] * (MIN_CLIPS - 2) + [2.0])
+    assert few.mean == pytest.approx(1.2)
+    assert np.isnan([few.low, few.high]).all()
+    same = bootstrap_interval([0.25] * MIN_CLIPS)
+    assert (same.low, same.mean, same.high) == (0.25, 0.25, 0.25)
+
+
+def test_intervals_cover_a_skewed_mean_as_promised():
+    # 400 intervals of 8 clips: 92 to 97 % of them should hold the mean 1; Student's hold 89 % here, percentiles 84 %.
+    rng = np.random.default_rng(3)
+    intervals = [bootstrap_interval(rng.exponential(size=8), seed=i) for i in range(400)]
+    covered = np.mean([interval.low <= 1 <= interval.high for interval in intervals])
+    assert 0.92 <= covered <= 0.98
+
+
+def test_the_jackknife_of_a_mean_is_students_interval():
+    values = np.random.default_rng(1).normal(size=10)
+    left_out = [np.delete(values, i).mean() for i in range(10)]
+    interval = jackknife_interval(values.mean(), left_out)
+    expected = stats.t.interval(0.95, 9, values.mean(), stats.sem(values))
+    assert (interval.low, interval.high) == pytest.approx(expected)
+    assert np.isnan(jackknife_interval(1.0, left_out[: MIN_CLIPS - 1]).low)
+
+
+@pytest.mark.parametrize("count", [5, 9])
+def test_the_sign_test_agrees_with_scipy(count):
+    differences = np.random.default_rng(count).normal(0.4, size=count)
+    found = stats.permutation_test(
+        (differences,), np.mean, permutation_type="samples", n_resamples=np.inf, alternative="two-sided"
+    )
+    assert sign_test(differences) == pytest.approx(found.pvalue)
+    assert sign_test(-differences) == pytest.approx(found.pvalue)
+    assert sign_test(7 * differences) == pytest.approx(found.pvalue)
+
+
+def test_random_signs_agree_with_all_of_them():
+    differences = np.random.default_rng(4).normal(0.5, size=16)
+    signs = np.array([*itertools.product((-1.0, 1.0), repeat=16)])
+    exact = (np.abs(signs @ differences) >= abs(differences.sum()) - 1e-9).mean()
+    assert sign_test(differences) == pytest.approx(exact, abs=0.01)
+
+
+def test_equal_sources_are_rarely_beyond_chance():
+    assert sign_test([0.0] * 8) == 1.0
+    rng = np.random.default_rng(5)
+    found = [sign_test(rng.standard_t(2, size=8)) <= SIGNIFICANCE for _ in range(400)]
+    assert np.mean(found) <= SIGNIFICANCE + 0.03
+
+
+def test_holm_corrects_step_by_step():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize("tests", [1, 9, 30])
+def test_the_clips_needed_are_the_fewest_that_can_reach_significance(tests):
+    needed = clips_needed(tests)
+    p_values = [1.0] * (tests - 1)
+    assert holm([sign_test(np.arange(1, needed + 1)), *p_values])[0] <= SIGNIFICANCE
+    assert holm([sign_test(np.arange(1, needed)), *p_values])[0] > SIGNIFICANCE
