@@ -1484,6 +1484,94 @@ LONG_VIDEOS_AND_FOLDERS = [
     ),
 ]
 
+METRICS = "tests/metrics"
+MEASURES = [
+    Mutation(
+        "edges-need-no-tolerance",
+        "c2r/metrics/structure.py",
+        "TOLERANCE = 1",
+        "TOLERANCE = 0",
+        f"{METRICS}/test_structure.py",
+    ),
+    Mutation(
+        "contrast-counts-in-ssim",
+        "c2r/metrics/structure.py",
+        "/ deviation * CONTRAST + 0.5",
+        "+ 0.5",
+        f"{METRICS}/test_structure.py",
+    ),
+    Mutation(
+        "hidden-pixels-count-as-flicker",
+        "c2r/metrics/consistency.py",
+        "        visible &= ((forward + back) ** 2).sum(-1) <= 0.01 * lengths + 0.5\n",
+        "",
+        f"{METRICS}/test_consistency.py",
+    ),
+    Mutation(
+        "a-reversed-depth-is-fitted",
+        "c2r/metrics/depth.py",
+        "(estimate @ true / product).clamp(0, 1)",
+        "(estimate @ true / product).clamp(-1, 1)",
+        f"{METRICS}/test_depth.py",
+    ),
+    Mutation(
+        "metric-depth-is-taken-for-inverse-depth",
+        "c2r/metrics/depth.py",
+        "(1 / depth.clamp(min=1e-3) if self.is_metric else depth)",
+        "depth",
+        f"{METRICS}/test_depth.py",
+    ),
+    Mutation(
+        "objects-of-one-class-are-one",
+        "c2r/metrics/segmentation.py",
+        "        maps = [classes, _parts(classes)]\n",
+        "        maps = [classes]\n",
+        f"{METRICS}/test_segmentation.py",
+    ),
+    Mutation(
+        "a-class-of-one-video-is-not-missed",
+        "c2r/metrics/segmentation.py",
+        "table.sum(1)[:count] + table.sum(0)[:count] - both",
+        "table.sum(1)[:count]",
+        f"{METRICS}/test_segmentation.py",
+    ),
+    Mutation(
+        "videos-of-one-scene-are-compared",
+        "c2r/metrics/distances.py",
+        "[[one != other for other in scenes] for one in scenes]",
+        "[[i != j for j in range(len(scenes))] for i in range(len(scenes))]",
+        f"{METRICS}/test_distances.py",
+    ),
+    Mutation(
+        "the-covariances-are-left-out",
+        "c2r/metrics/distances.py",
+        "a.square().sum() + b.square().sum() - 2 * root",
+        "0 * root",
+        f"{METRICS}/test_distances.py",
+    ),
+    Mutation(
+        "the-last-windows-weigh-as-much",
+        "c2r/metrics/features.py",
+        "mean * (length / total)",
+        "mean * (1 / len(patches))",
+        f"{METRICS}/test_features.py",
+    ),
+    Mutation(
+        "lpips-weighs-all-channels-alike",
+        "c2r/metrics/perceptual.py",
+        "(weight * (a - b).square())",
+        "(a - b).square()",
+        f"{METRICS}/test_perceptual.py",
+    ),
+    Mutation(
+        "a-folder-may-name-code",
+        "c2r/metrics/networks.py",
+        "        refuse_entries(path, config)\n        for entry",
+        "        for entry",
+        f"{METRICS}/test_making.py",
+    ),
+]
+
 MUTATIONS = [
     *SCRIPTS,
     *FLOW_MATCHING,
@@ -1495,6 +1583,7 @@ MUTATIONS = [
     *DATA,
     *ENCODING,
     *EVALUATION,
+    *MEASURES,
     *COMMANDS,
     *THE_TOY,
 ]

@@ -39,8 +39,9 @@ def test_flicker_is_its_own_size():
     assert warp_error(video) == pytest.approx(0.1, rel=0.1)
 
 
-def test_error_is_that_of_its_formula(scenes):
-    video = scenes[1]["real"]
+@pytest.mark.parametrize("mixed", [False, True])
+def test_error_is_that_of_its_formula(mixed, scenes):
+    video = torch.stack([one["real"][0] for one in scenes]) if mixed else scenes[1]["real"]
     flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     greys = [np.rint(np.tensordot([0.2126, 0.7152, 0.0722], f.numpy(), 1) * 255).astype(np.uint8) for f in video]
     frames, (rows, columns) = video.double().numpy(), np.indices(video.shape[-2:]).astype(float)
