@@ -625,8 +625,8 @@ MODELS = [
     Mutation(
         "frames-are-summed-not-averaged",
         "c2r/models/control_adapter.py",
-        "nn.init.constant_(self.conv.weight, 1 / self.conv.kernel_size[0])",
-        "nn.init.constant_(self.conv.weight, 1)",
+        "last + 1], 1 / stride)",
+        "last + 1], 1)",
         ADAPTER,
     ),
     Mutation(

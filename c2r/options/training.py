@@ -541,6 +541,13 @@ PHASE2 = Command(
                 1,
                 on_resume=MUST_NOT_CHANGE,
             ),
+            Option(
+                "causal_control",
+                "each latent frame sees the control of its own and earlier frames, never of later ones",
+                Flag(),
+                False,
+                on_resume=MUST_NOT_CHANGE,
+            ),
             Option("conditioning_scale", "factor of the control residuals", NOT_NEGATIVE, 1.0),
             Option("control_dropout", "share of samples trained with a blank control", SHARE, 0.1),
             Option(
