@@ -468,8 +468,8 @@ TRAINING = [
     Mutation(
         "the-weighting-scheme-is-ignored",
         "c2r/training/step.py",
-        "compute_loss_weighting_for_sd3(settings.density.weighting_scheme, sigmas)",
-        'compute_loss_weighting_for_sd3("none", sigmas)',
+        "loss_weights(sigmas, settings.density.weighting_scheme)",
+        'loss_weights(sigmas, "none")',
         STEP,
     ),
     Mutation(
