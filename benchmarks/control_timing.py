@@ -1,4 +1,4 @@
-"""What the control adapter's window in time changes on the toy city: does the video keep time with its control?
+"""Effect of the control adapter's window in time on the toy city: does a video keep time with its control?
 
     OMP_NUM_THREADS=1 python -m benchmarks.control_timing --work_dir FOLDER
 
@@ -199,7 +199,7 @@ def run(out: Path, variant: Variant, seed: int) -> Path:
 
 
 def save_mean_of_nine(folder: Path, backbone: Path, dinov3: Path, control_layers: int, seed: int):
-    """Save the weights that phase 2 would start from with this seed, but the convolution is the mean of nine frames."""
+    """Save the start weights of phase 2 with this seed, but with the mean of nine frames as convolution."""
     torch.manual_seed(seed)
     width = read_dinov3_config(dinov3)["hidden_size"]
     controlnet = C2RControlNet.from_transformer(load_transformer(backbone), control_layers, feature_dim=width)

@@ -143,7 +143,7 @@ def velocity_loss(velocity_pred: torch.Tensor, velocity_target: torch.Tensor) ->
     return squared_error.flatten(1).mean(1)
 
 
-# w = σ⁻², w = 2 / (π·(1 − 2σ + 2σ²)). Source: Diffusers' `compute_loss_weighting_for_sd3`; SD3, section 3.1, for cosmap
+# w = σ⁻², w = 2 / (π·(1 − 2σ + 2σ²)). Source: Diffusers' `compute_loss_weighting_for_sd3`; cosmap: SD3, section 3.1
 def loss_weights(sigmas: torch.Tensor, weighting_scheme: str) -> torch.Tensor:
     """Return the weights of samples' losses: Diffusers' weights, but `sigma_sqrt`'s are at most MAX_WEIGHT.
 

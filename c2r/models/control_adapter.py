@@ -15,7 +15,7 @@ INITIAL_GATE = 0.01
 
 
 class SafeConv3d(nn.Conv3d):
-    """Convolution in at least fp32 on the CPU: oneDNN's bf16 gradient of a depthwise kernel has uninitialised values."""
+    """Convolution in at least fp32 on the CPU: oneDNN's bf16 gradient of a depthwise kernel has undefined values."""
 
     def forward(self, frames):
         if frames.device.type not in ("cpu", "meta"):
@@ -29,9 +29,9 @@ class TemporalDownsample(nn.Module):
     """Depthwise convolution over time from F = stride·k + 1 frames to T = k + 1 latent frames.
 
     The kernel has 2·stride + 1 frames. It is centred on every stride-th frame or, if causal, ends there, so
-    neighbouring latent frames overlap; frames beyond the ends of the clip are zero. Wan's VAE encodes frame 0 alone and
-    then groups of `stride` frames: [0], [1–4], [5–8], … In the beginning a latent frame is the mean of its own group,
-    and that of frame 0 is a quarter of it, a scale that the adapter's LayerNorm removes.
+    neighbouring latent frames overlap; frames beyond the ends of the clip are zero. Wan's VAE encodes frame 0 alone,
+    then groups of `stride` frames: [0], [1–4], [5–8], … At the start a latent frame is the mean of its own group; that
+    of frame 0 is 1 / stride of the frame, a scale that the adapter's LayerNorm removes.
     """
 
     def __init__(self, feature_dim: int, stride: int, causal: bool = False):
@@ -69,10 +69,10 @@ class TemporalDownsample(nn.Module):
 class ControlAdapter(nn.Module):
     """Maps control features from pixel frames to latent frames and from DINOv3's width to the backbone's.
 
-    Temporal convolution, resampling in space where the two grids differ, LayerNorm, Linear. The shapes are those of the
-    released C2R adapter, with the gate too, and so are the initial values but those of the convolution. The released
-    one starts at 1/9 for each of the nine frames, whose centre is 1.5 frames late of the group [4t − 3, 4t] that the
-    VAE encodes in latent frame t; latent frame 0 would start as the mean of frames 0 to 4.
+    Temporal convolution, resampling in space where the two grids differ, LayerNorm, Linear. The shapes are those of
+    the released C2R adapter, with the gate too, and so are the initial values, except those of the convolution. The
+    released one starts at 1/9 for each of nine frames, whose centre is 1.5 frames late of the group [4t − 3, 4t] that
+    the VAE encodes in latent frame t; its latent frame 0 starts as a sum over frames 0 to 4.
 
     Args:
         feature_dim: Dd, DINOv3's width.

@@ -178,7 +178,8 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         shared = {name: transformer.config[name] for name in SHARED_CONFIG}
         # By keyword: Diffusers treats positional arguments as defaults, and drops them in `from_config`.
         own_config: dict[str, Any] = {"injection_layers": layers, "injection": injection}
-        own_config |= {"feature_dim": feature_dim, "temporal_stride": temporal_stride, "causal_control": causal_control}
+        own_config |= {"feature_dim": feature_dim, "temporal_stride": temporal_stride}
+        own_config["causal_control"] = causal_control
         with torch.device("meta"):  # skips the random weights of the clones, 5 billion at 14B
             controlnet = cls(**own_config, **shared)
         controlnet.to_empty(device=transformer.device)

@@ -232,7 +232,7 @@ def _training_groups(phase, before_data, after_data, **defaults):
             ),
             Option(
                 "weighting_scheme",
-                "density of the noise levels and weight of the loss, as in diffusers.training_utils, but the weight of "
+                "density of the noise levels and weight of the loss, as in diffusers.training_utils; the weight of "
                 "sigma_sqrt is at most 5",
                 Choice(WEIGHTING_SCHEMES),
                 "none",

@@ -287,7 +287,7 @@ def test_the_training_loss_has_the_expectation_that_validation_estimates(scheme,
     assert abs(estimate - expectation) < 4 * validation_error + QUADRATURE_ERROR * expectation
 
 
-def test_by_default_it_is_the_mean_over_the_levels_of_the_samples_that_training_draws():
+def test_the_loss_as_trained_has_the_shares_of_training():
     losses = losses_of(right=[1.0, 3.0, 5.0], no_control=[4.0, 4.0, 6.0])
     domains = ["real", "real", "cg"]
     assert loss_as_trained(losses, domains, SigmaDensity()) == pytest.approx(2)
