@@ -145,6 +145,7 @@ def train(run: Run) -> Plan:
             feature_dim=plan.feature_dim,
             empty=empty,
             injection=args.injection,
+            causal_control=args.causal_control,
         )
     # One module, because an engine such as DeepSpeed wraps one.
     joined = C2RTransformer(backbone, controlnet)

@@ -469,8 +469,8 @@ TRAINING = [
     Mutation(
         "the-weighting-scheme-is-ignored",
         "c2r/training/step.py",
-        "compute_loss_weighting_for_sd3(settings.density.weighting_scheme, sigmas)",
-        'compute_loss_weighting_for_sd3("none", sigmas)',
+        "loss_weights(sigmas, settings.density.weighting_scheme)",
+        'loss_weights(sigmas, "none")',
         STEP,
     ),
     Mutation(
@@ -626,8 +626,8 @@ MODELS = [
     Mutation(
         "frames-are-summed-not-averaged",
         "c2r/models/control_adapter.py",
-        "nn.init.constant_(self.conv.weight, 1 / self.conv.kernel_size[0])",
-        "nn.init.constant_(self.conv.weight, 1)",
+        "last + 1], 1 / stride)",
+        "last + 1], 1)",
         ADAPTER,
     ),
     Mutation(

@@ -232,7 +232,8 @@ def _training_groups(phase, before_data, after_data, **defaults):
             ),
             Option(
                 "weighting_scheme",
-                "density of the noise levels and weight of the loss, as in diffusers.training_utils",
+                "density of the noise levels and weight of the loss, as in diffusers.training_utils; the weight of "
+                "sigma_sqrt is at most 5",
                 Choice(WEIGHTING_SCHEMES),
                 "none",
             ),
@@ -539,6 +540,13 @@ PHASE2 = Command(
                 "used with --injection latent",
                 COUNT,
                 1,
+                on_resume=MUST_NOT_CHANGE,
+            ),
+            Option(
+                "causal_control",
+                "each latent frame sees the control of its own and earlier frames, never of later ones",
+                Flag(),
+                False,
                 on_resume=MUST_NOT_CHANGE,
             ),
             Option("conditioning_scale", "factor of the control residuals", NOT_NEGATIVE, 1.0),

@@ -97,6 +97,7 @@ def check_phase2(run: Run) -> Plan:
     feature_dim, num_dinov3 = check_dinov3(args.dinov3, [bucket[1:] for bucket in run.settings.buckets])
     config = {name: backbone_config[name] for name in SHARED_CONFIG}
     config |= {"injection_layers": layers, "injection": args.injection, "feature_dim": feature_dim}
+    config["causal_control"] = args.causal_control
     if args.resume_controlnet_from is not None and run.checkpoint is None:
         _require_control_start(args.resume_controlnet_from, config, backbone_config)
     real, cg, scenes = _read_mixtures(run)
@@ -124,6 +125,9 @@ def _require_control_start(name_or_path, config, backbone_config):
     injection, layers = given.get("injection", "blocks"), given["injection_layers"]
     if injection != config["injection"]:
         raise InputError(f"{option}: has injection {injection}; give --injection {injection}")
+    if given.get("causal_control", False) != config["causal_control"]:
+        remedy = "leave --causal_control out" if config["causal_control"] else "give --causal_control"
+        raise InputError(f"{option}: its adapter is {'not ' * config['causal_control']}causal; {remedy}")
     if layers != config["injection_layers"]:
         stride = layers[1] - layers[0] if len(layers) > 1 else 1
         raise InputError(
