@@ -227,8 +227,9 @@ def train(run: Run) -> Plan:
                     prediction = state.model(*inputs, args.conditioning_scale, **tail)
                 else:
                     # Only the gradient of CG samples is reversed: real samples look as they should.
-                    strengths = args.adversarial_weight * domains
-                    prediction = state.model(*inputs, args.conditioning_scale, strengths, **tail)
+                    prediction = state.model(
+                        *(*inputs, args.conditioning_scale, args.adversarial_weight * domains), **tail
+                    )
                 losses = noisy.weights * flow_matching.velocity_loss(prediction.sample, noisy.velocity_target)  # (B,)
                 weighted_losses = domain_weights(domains, args.real_weight, progress.cg_ratio) * losses
                 loss = weighted_losses.mean()

@@ -31,7 +31,7 @@ Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
 
 
 class Certificate(TypedDict):
-    """What a probe of held-out features can tell; 0.5 is chance, 1 is always.
+    """Accuracies of probes on the features of held-out files; 0.5 is chance, 1 is always right.
 
     `cg_or_real`: coarse controls from real clips. `look`: two looks of one frame. `place`: a place in another look
     from another place of the same frame.
@@ -311,7 +311,7 @@ def probe_accuracy(train: Sequence[torch.Tensor], held_out: Sequence[torch.Tenso
         train, held_out: two classes each, (n, k) per class.
 
     Returns:
-        the mean over both classes of the share that is told right; 0.5 is chance.
+        share of right answers, the mean over both classes; 0.5 is chance.
     """
     rows = [_with_squares(features) for features in train]
     centre = sum(x.mean(0) for x in rows) / 2

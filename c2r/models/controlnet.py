@@ -140,7 +140,7 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         if injection_layers != sorted(set(injection_layers)) or not set(injection_layers) <= set(range(num_layers)):
             raise ValueError(f"injection_layers are {injection_layers}: not ascending indices below {num_layers}")
         dim = num_attention_heads * attention_head_dim
-        shape = {"dim": dim, "temporal_stride": temporal_stride, "gated": injection == "latent"}
+        shape: dict[str, Any] = {"dim": dim, "temporal_stride": temporal_stride, "gated": injection == "latent"}
         self.control_adapter = (
             ControlAdapter(feature_dim, **shape)
             if control_directions is None

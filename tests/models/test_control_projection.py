@@ -156,7 +156,8 @@ def test_it_computes_in_fp32_under_autocast_and_needs_no_gradient():
     features = draw(1, 1, 3, 2, FEATURE_DIM).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         coordinates = module(features)
-    assert torch.equal(coordinates, module(features)) and coordinates.dtype == torch.float32
+    assert torch.equal(coordinates, module(features))
+    assert coordinates.dtype == torch.float32
     assert not any(parameter.requires_grad for parameter in module.parameters())
 
 
@@ -215,7 +216,8 @@ def test_only_what_is_projected_reaches_the_output():
     torch.testing.assert_close(model(*others, features + outside.float()).sample, own, rtol=1e-4, atol=1e-5)
     assert (model(*others, features + inside.float()).sample - own).abs().max() > 1e-4
     kept = model(*others, features, kept_directions=torch.tensor([1, 4])).sample
-    assert not torch.equal(kept[0], own[0]) and torch.allclose(kept[1], own[1], atol=1e-6)
+    assert not torch.equal(kept[0], own[0])
+    assert torch.allclose(kept[1], own[1], atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------- file
@@ -225,10 +227,12 @@ def test_its_file_holds_it_with_its_figures(tmp_path):
     path = tmp_path / "p.safetensors"
     save_projection(path, example())
     loaded = load_projection(path, FEATURE_DIM)
-    assert torch.equal(loaded.directions, example().directions) and torch.equal(loaded.mean, example().mean)
+    assert torch.equal(loaded.directions, example().directions)
+    assert torch.equal(loaded.mean, example().mean)
     assert (loaded.num_directions, loaded.projected["place"]) == (4, 0.9)
     figures = read_certificate(path)
-    assert figures["cg_or_real_projected"] == 0.5 and figures["cg_or_real_unprojected"] == 1.0
+    assert figures["cg_or_real_projected"] == 0.5
+    assert figures["cg_or_real_unprojected"] == 1.0
 
 
 def hostile(**change):
@@ -259,7 +263,8 @@ def test_another_file_is_refused_in_one_line(tmp_path, parts, message):
     save_file(parts, path, metadata=metadata)
     with pytest.raises(InputError, match=message) as refused:
         load_projection(path, FEATURE_DIM)
-    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+    assert str(path) in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_file_that_is_none_is_refused(tmp_path):

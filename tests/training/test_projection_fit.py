@@ -6,8 +6,10 @@ import shutil
 import pytest
 import torch
 
+from c2r import InputError, cli
 from c2r.generate import main
 from c2r.models.control_projection import load_projection
+from c2r.options import PHASE2
 from c2r.training.batches import Draw
 from c2r.training.step import kept_directions
 from tests.helpers.commands import ENGINES, phase2, same, scalars, start, succeed, weights
@@ -64,7 +66,8 @@ def test_it_resumes_bit_for_bit_without_fitting_again(run, whole):
     shutil.copytree(out / "checkpoint-2", halves / "checkpoint-2")
     options = ("--control_tail_drop=0.5", "--ema_decay=0.9", "--resume_from_checkpoint=latest")
     _, output = run("halves", *options)
-    assert "checkpoint-2 at step 2" in output and "place in the frame" not in output
+    assert "checkpoint-2 at step 2" in output
+    assert "place in the frame" not in output
     assert same(weights(halves / "final"), weights(out / "final"))
 
 
@@ -72,7 +75,8 @@ def test_fitted_again_it_has_the_same_bits_and_its_file_serves_another_run(run, 
     out, _ = whole
     again, _ = run("again", "--max_train_steps=2", "--control_directions=3")
     ours, theirs = (load_projection(folder / FILE, FEATURE_DIM) for folder in (out, again))
-    assert torch.equal(ours.directions, theirs.directions) and torch.equal(ours.mean, theirs.mean)
+    assert torch.equal(ours.directions, theirs.directions)
+    assert torch.equal(ours.mean, theirs.mean)
     from_file, output = run(
         "from-file", "--max_train_steps=2", f"--control_projection={out / FILE}", "--control_directions=3"
     )
@@ -108,7 +112,6 @@ def test_it_generates(whole, small_datasets, tmp_path):
     [
         (["--control_directions=1000"], "--control_directions 1000: the projection has"),
         (["--control_projection=none.safetensors"], "none.safetensors: no such file"),
-        (["--cg_dataset=", "--cg_ratio=0"], "--cg_dataset"),
         (["--resume_controlnet_from=x"], "leave one of them out"),
     ],
 )
@@ -117,10 +120,26 @@ def test_bad_options_are_refused_in_one_line(run, options, message):
     assert message in error.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--control_projection=fit"], "--control_projection fit: needs CG pairs"),
+        (["--control_tail_drop=0.5"], "--control_tail_drop 0.5: needs --control_projection"),
+        (["--control_directions=4"], "--control_directions 4: needs --control_projection"),
+    ],
+)
+def test_options_that_need_another_are_refused(options, message):
+    required = ["--resume_backbone_from=b", "--real_dataset=r", "--output_dir=o", "--cg_ratio=0"]
+    with pytest.raises(InputError, match=message):
+        cli.parse(PHASE2, [*required, *options])
+
+
 def test_the_tail_is_dropped_by_the_samples_numbers():
     draw = Draw(list(range(200)), 0, 200)
     kept = kept_directions(16, 0.5, 7, draw)
     assert kept_directions(16, 0.0, 7, draw) is None
     assert torch.equal(kept, kept_directions(16, 0.5, 7, draw))
     assert torch.equal(kept[100:], kept_directions(16, 0.5, 7, Draw(list(range(100, 200)), 0, 200)))
-    assert kept.min() >= 1 and kept.max() == 16 and 70 < (kept < 16).sum() < 120
+    assert kept.min() >= 1
+    assert kept.max() == 16
+    assert 70 < (kept < 16).sum() < 120
