@@ -48,6 +48,7 @@ from c2r.training.engine import reads_weights
 from c2r.training.guard import StepGuard
 from c2r.training.logs import StepLog
 from c2r.training.plan import Plan, check_phase2, encode_until_usable
+from c2r.training.projection_fit import certificate_of, fit_projection, obtain_projection
 from c2r.training.results import save_model
 from c2r.training.run import Run, TrainState
 from c2r.training.setup import build_train_state, resume
@@ -58,6 +59,7 @@ from c2r.training.step import (
     clip_gradients,
     domain_weights,
     finish_step,
+    kept_directions,
     make_noisy_batch,
 )
 
@@ -132,6 +134,18 @@ def train(run: Run) -> Plan:
 
     # ------------------------------------------------------------------------------------------------------ 3. models
     dinov3 = DINOv3FeatureExtractor.from_pretrained(args.dinov3, torch_dtype=weight_dtype).to(device)
+    projection = None
+    if args.control_projection is not None and run.checkpoint is None:  # a checkpoint holds it
+
+        def fit():
+            def features(frames):
+                return dinov3(to_device(frames, device)[None])[0].flatten(1, 2)  # (F, h·w, Dd)
+
+            return fit_projection(plan.real, plan.cg, run.settings, features, args.seed)
+
+        projection = obtain_projection(
+            *(args.control_projection, args.output_dir, args.control_directions, plan.feature_dim, fit, accelerator)
+        )
     empty = not reads_weights(accelerator)
     backbone = load_transformer(plan.backbone, args.pretrained_model_name_or_path, weight_dtype, empty=empty)
     set_seed(args.seed)  # again: encoding has drawn random numbers, depending on what was cached
@@ -146,7 +160,9 @@ def train(run: Run) -> Plan:
             empty=empty,
             injection=args.injection,
             causal_control=args.causal_control,
+            projection=projection,
         )
+    num_directions = controlnet.config.control_directions
     # One module, because an engine such as DeepSpeed wraps one.
     joined = C2RTransformer(backbone, controlnet)
     if args.offload_backbone or args.fp8_backbone:
@@ -204,13 +220,18 @@ def train(run: Run) -> Plan:
                 del control_frames  # otherwise they would stay on the device during the step
             # A dropped control is zero features, not a branch left out: guidance must know what no control looks like.
             control_features[noisy.dropped_control] = 0
+            tail = {}
+            if (kept := kept_directions(num_directions, args.control_tail_drop, args.seed, draw)) is not None:
+                tail["kept_directions"] = to_device(kept, device)
             inputs = (noisy.noisy_latents, noisy.timesteps, noisy.prompt_embeds, control_features)
             with accelerator.accumulate(state.model):
                 if classifier is None:
-                    prediction = state.model(*inputs, args.conditioning_scale)
+                    prediction = state.model(*inputs, args.conditioning_scale, **tail)
                 else:
                     # Only the gradient of CG samples is reversed: real samples look as they should.
-                    prediction = state.model(*inputs, args.conditioning_scale, args.adversarial_weight * domains)
+                    prediction = state.model(
+                        *(*inputs, args.conditioning_scale, args.adversarial_weight * domains), **tail
+                    )
                 losses = noisy.weights * flow_matching.velocity_loss(prediction.sample, noisy.velocity_target)  # (B,)
                 weighted_losses = domain_weights(domains, args.real_weight, progress.cg_ratio) * losses
                 loss = weighted_losses.mean()
@@ -307,6 +328,7 @@ def save(run: Run, state: TrainState, plan: Plan, name: str):
         backbone_base=lora.backbone if (lora := find_lora(plan.backbone)) else None,
         dinov3=run.args.dinov3,
         conditioning_scale=run.args.conditioning_scale,
+        control_certificate=certificate_of(run.args.output_dir) if run.args.control_projection else None,
     )
 
 

@@ -121,8 +121,8 @@ SCRIPTS = [
     Mutation(
         "training-ignores-the-conditioning-scale",
         "train_phase2.py",
-        "state.model(*inputs, args.conditioning_scale, args.adversarial_weight * domains)",
-        "state.model(*inputs, 1.0, args.adversarial_weight * domains)",
+        "*(*inputs, args.conditioning_scale, args.adversarial_weight * domains)",
+        "*(*inputs, 1.0, args.adversarial_weight * domains)",
         PHASE2_STEP,
     ),
     Mutation(

@@ -199,15 +199,18 @@ class WithAdversary(nn.Module):
         control_features: torch.Tensor | None = None,
         conditioning_scale: float | torch.Tensor = 1.0,
         reversal_strength: torch.Tensor | None = None,
+        kept_directions: torch.Tensor | None = None,
     ) -> AdversaryOutput:
         """Predict the velocity, and classify the clean latents that the velocity leads to.
 
         Args:
-            noisy_latents, timesteps, prompt_embeds, control_features, conditioning_scale: see `C2RTransformer`.
+            noisy_latents, timesteps, prompt_embeds, control_features, conditioning_scale, kept_directions: see
+                `C2RTransformer`.
             reversal_strength: see `DomainClassifier`; None leaves the classifier out.
         """
         velocity_pred = self.model(
-            noisy_latents, timesteps, prompt_embeds, control_features, conditioning_scale
+            *(noisy_latents, timesteps, prompt_embeds, control_features, conditioning_scale),
+            kept_directions=kept_directions,
         ).sample
         if reversal_strength is None:
             return AdversaryOutput(sample=velocity_pred)

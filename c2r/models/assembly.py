@@ -56,6 +56,7 @@ class _ControlNetConfig(BlockConfig):
     temporal_stride: NotRequired[Count]
     injection: NotRequired[Injection]
     causal_control: NotRequired[bool]
+    control_directions: NotRequired[Width | None]
 
 
 def load_for_generation(

@@ -11,6 +11,7 @@ from torch import nn
 
 from c2r import InputError
 from c2r.models.control_adapter import ControlAdapter
+from c2r.models.control_projection import FittedProjection, ProjectedControlAdapter
 from c2r.models.gguf_weights import whole_state_dict
 from c2r.models.injections import INJECTIONS
 
@@ -102,14 +103,16 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         injection: "blocks", or "latent" as in the released C2R: no control blocks, the adapter's tokens times its gate
             are added once to the patch-embedded latents.
         causal_control: see `ControlAdapter`.
+        control_directions: K, the adapter sees the features projected on K directions, see `ControlProjection`; None:
+            it sees them as they are.
 
     Raises:
         ValueError: if `injection_layers` are not ascending indices of backbone blocks, or do not fit the injection.
     """
 
     # `from_pretrained(torch_dtype=torch.bfloat16)` leaves these in fp32, as in the backbone.
-    _keep_in_fp32_modules = ["scale_shift_table", "norm", "norm1", "norm2", "norm3"]  # noqa: RUF012
-    _no_split_modules = ["C2RControlBlock", "ControlAdapter"]  # noqa: RUF012
+    _keep_in_fp32_modules = ["scale_shift_table", "norm", "norm1", "norm2", "norm3", "projection"]  # noqa: RUF012
+    _no_split_modules = ["C2RControlBlock", "ControlAdapter", "ProjectedControlAdapter"]  # noqa: RUF012
     _repeated_blocks = ["C2RControlBlock"]  # noqa: RUF012
     # The adapter convolves over time, so it runs on whole clips; its tokens are split before the first block.
     _cp_plan = {  # noqa: RUF012
@@ -131,6 +134,7 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         temporal_stride: int = 4,
         injection: str = "blocks",
         causal_control: bool = False,
+        control_directions: int | None = None,
     ):
         super().__init__()
         if injection not in INJECTIONS or (injection == "latent") != (not injection_layers):
@@ -138,8 +142,13 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         if injection_layers != sorted(set(injection_layers)) or not set(injection_layers) <= set(range(num_layers)):
             raise ValueError(f"injection_layers are {injection_layers}: not ascending indices below {num_layers}")
         dim = num_attention_heads * attention_head_dim
-        gated = injection == "latent"
-        self.control_adapter = ControlAdapter(feature_dim, dim, temporal_stride, gated, causal_control)
+        shape: dict[str, Any] = {"dim": dim, "temporal_stride": temporal_stride, "causal": causal_control}
+        shape["gated"] = injection == "latent"
+        self.control_adapter = (
+            ControlAdapter(feature_dim, **shape)
+            if control_directions is None
+            else ProjectedControlAdapter(feature_dim, control_directions, **shape)
+        )
         self.control_blocks = nn.ModuleList(
             C2RControlBlock(dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps) for _ in injection_layers
         )
@@ -155,6 +164,7 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         empty: bool = False,
         injection: str = "blocks",
         causal_control: bool = False,
+        projection: FittedProjection | None = None,
     ) -> "C2RControlNet":
         """Create a control branch with zero residuals from clones of the backbone's first blocks.
 
@@ -166,6 +176,7 @@ class C2RControlNet(ModelMixin, ConfigMixin):
             empty: leave all values undefined; see `load_transformer`.
             injection: see the class; "latent" has no blocks, and its adapter's gate starts at 0.01.
             causal_control: see the class.
+            projection: stands before the adapter, with as many directions as it names; None: no projection.
 
         Returns:
             trainable branch in fp32 on the backbone's device. The adapter and the projectors' first layers are drawn
@@ -180,12 +191,15 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         own_config: dict[str, Any] = {"injection_layers": layers, "injection": injection}
         own_config |= {"feature_dim": feature_dim, "temporal_stride": temporal_stride}
         own_config["causal_control"] = causal_control
+        own_config["control_directions"] = None if projection is None else projection.num_directions
         with torch.device("meta"):  # skips the random weights of the clones, 5 billion at 14B
             controlnet = cls(**own_config, **shared)
         controlnet.to_empty(device=transformer.device)
         if empty:
             return controlnet
         controlnet.control_adapter.reset_parameters()
+        if projection is not None:
+            controlnet.control_adapter.projection.fill(projection)
         for control_block, block in zip(controlnet.control_blocks, transformer.blocks):
             control_block.block.load_state_dict(whole_state_dict(block))
             control_block.reset_projector()

@@ -165,6 +165,7 @@ class C2RTransformer(ModelMixin, CacheMixin, AttentionMixin, PeftAdapterMixin):
         conditioning_scale: float | torch.Tensor = 1.0,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
+        kept_directions: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict the velocity of the noisy latents, steered by the control features.
 
@@ -177,6 +178,8 @@ class C2RTransformer(ModelMixin, CacheMixin, AttentionMixin, PeftAdapterMixin):
                 unchanged.
             attention_kwargs: the backbone's: {"scale": s} scales its LoRA.
             return_dict: False returns a tuple.
+            kept_directions: (B,), how many directions of the control's projection each sample keeps; None keeps all.
+                Only for a branch with a projection.
 
         Returns:
             the output with `sample`, the predicted velocity, like noisy_latents.
@@ -194,7 +197,8 @@ class C2RTransformer(ModelMixin, CacheMixin, AttentionMixin, PeftAdapterMixin):
 
         control_blocks, control_hidden_states = {}, None
         if control_features is not None:
-            control_hidden_states = self.controlnet.control_adapter(control_features, token_grid)  # (B, N, D)
+            kept = () if kept_directions is None else (kept_directions,)
+            control_hidden_states = self.controlnet.control_adapter(control_features, token_grid, *kept)  # (B, N, D)
             control_blocks = dict(zip(self.controlnet.config.injection_layers, self.controlnet.control_blocks))
         in_latents = self.controlnet.config.injection == "latent"
         steering = _Steering(

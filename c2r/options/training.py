@@ -403,6 +403,17 @@ def _check_phase2(args):
             f"--cg_ratio_min {args.cg_ratio_min:g}: above --cg_ratio {args.cg_ratio:g}; give a share from 0 to "
             f"{args.cg_ratio:g}"
         )
+    if args.control_projection == "fit" and args.cg_dataset is None:
+        raise InputError("--control_projection fit: needs CG pairs; give --cg_dataset, or the file of another run")
+    if args.control_projection is None:
+        for option in ("control_directions", "control_tail_drop"):
+            if value := getattr(args, option):
+                raise InputError(f"--{option} {value:g}: needs --control_projection; give it too, or leave this out")
+    if args.control_projection is not None and args.resume_controlnet_from is not None:
+        raise InputError(
+            f"--control_projection {args.control_projection}: --resume_controlnet_from brings its own features or "
+            "projection; leave one of them out"
+        )
     if args.cache_control_features and args.control_augmentation > 0:
         raise InputError(
             f"--control_augmentation {args.control_augmentation:g}: alters the control in each step, which "
@@ -578,6 +589,26 @@ PHASE2 = Command(
             Option(
                 "control_augmentation",
                 "share of real clips whose control is altered in its look, never in its geometry",
+                SHARE,
+                0.0,
+            ),
+            Option(
+                "control_projection",
+                "project DINOv3's features on directions that agree between looks of one place: fit, or a "
+                "control_projection.safetensors of another run; default: no projection",
+                Text("fit or a file"),
+                metavar="fit|FILE",
+                on_resume=MUST_NOT_CHANGE,
+            ),
+            Option(
+                "control_directions",
+                "directions of --control_projection; default: as many as its held-out figures choose",
+                COUNT,
+                on_resume=MUST_NOT_CHANGE,
+            ),
+            Option(
+                "control_tail_drop",
+                "share of samples trained without the last directions of --control_projection, from a random one on",
                 SHARE,
                 0.0,
             ),

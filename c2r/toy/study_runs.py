@@ -22,6 +22,8 @@ from c2r.toy.study_results import MEASURES, Result
 from c2r.training.output_files import SAMPLE_COLUMNS
 
 RATIOS = (0.0, 0.1, 0.2, 0.5, 1.0)
+#: Numbers of directions of the control's projection, for the trade-off between leak and control.
+DIRECTIONS = (2, 4, 8, 16, 32, 64)
 #: Options of every run, over those of the toy's phase2.yaml.
 OPTIONS = {
     "max_train_steps": 100,
@@ -56,18 +58,34 @@ def planned_runs() -> list[StudyRun]:
         "sample_steps": 20,
     }
     augmented_leak = {"cg_ratio": 0.0, "control_augmentation": 0.5}
+    # As many directions as the held-out figures choose; many of them, with a random tail dropped; both.
+    projections = {
+        "projection": {"control_projection": "fit"},
+        "64 directions, tail drop 0.5": _directions(64) | {"control_tail_drop": 0.5},
+        "projection, tail drop 0.5": {"control_projection": "fit", "control_tail_drop": 0.5},
+    }
+    leak_directions = {f"{number} directions": _directions(number) for number in DIRECTIONS}
     return [
         *(StudyRun(f"cg {ratio:g}", {"cg_ratio": ratio}) for ratio in RATIOS),
         StudyRun("cg 0.5, controller", controller),
         StudyRun("cg 0.5, real weight 4", {"cg_ratio": 0.5, "real_weight": 4.0}),
         StudyRun("cg 0.5, adversarial 0.1", {"cg_ratio": 0.5, "adversarial_weight": 0.1}),
         StudyRun("cg 0.2, augmentation 0.5", {"cg_ratio": 0.2, "control_augmentation": 0.5}),
+        *(StudyRun(f"cg 0.2, {name}", {"cg_ratio": 0.2} | options) for name, options in projections.items()),
         StudyRun("leak: pixel features", {"cg_ratio": 0.0}, leaking=True),
         StudyRun("leak: pixel features, augmentation 0.5", augmented_leak, leaking=True),
+        *(
+            StudyRun(f"leak: pixel features, {name}", {"cg_ratio": 0.0} | options, leaking=True)
+            for name, options in (projections | leak_directions).items()
+        ),
         *(StudyRun(f"cg {ratio:g}, no phase 1", {"cg_ratio": ratio}, adapted=False) for ratio in RATIOS),
         StudyRun("cg 0.2, 1 control block", {"cg_ratio": 0.2, "control_layers": 1}),
         StudyRun("cg 0.2, every second block", {"cg_ratio": 0.2, "control_stride": 2}),
     ]
+
+
+def _directions(number):
+    return {"control_projection": "fit", "control_directions": number}
 
 
 # -------------------------------------------------------------------------------------------------------- preparation

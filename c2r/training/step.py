@@ -141,6 +141,32 @@ def augment_real_control(
     return torch.stack(clips)
 
 
+def kept_directions(num_directions: int, share: float, seed: int, draw: Draw) -> torch.Tensor | None:
+    """Draw how many directions of the control's projection each sample keeps (`--control_tail_drop`).
+
+    As in `make_noisy_batch`, the randomness comes from the seed and the sample's number.
+
+    Args:
+        num_directions: K.
+        share: share of samples that keep a random number from 1 to K; the others keep all.
+        seed: the run's.
+        draw: the samples in the batch.
+
+    Returns:
+        (B,) int64 on the CPU; None with a share of 0.
+
+    Source of the tail drop: arXiv 2602.06159.
+    """
+    if share == 0:
+        return None
+    kept = []
+    for number in draw.numbers:
+        generator = seeded_generator(seed, "tail drop", number)
+        chosen = torch.rand((), generator=generator) < share
+        kept.append(int(torch.randint(1, num_directions + 1, (), generator=generator)) if chosen else num_directions)
+    return torch.tensor(kept)
+
+
 def clip_gradients(accelerator: Accelerator, state: TrainState, max_grad_norm: float) -> float:
     """Clip the gradients of a step to a norm, and return the norm that they had before.
 

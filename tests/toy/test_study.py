@@ -37,7 +37,10 @@ def test_every_planned_run_is_a_valid_command(run, tmp_path):
 
 
 def test_published_results_are_of_the_planned_runs():
-    assert {result.run for result in read_results(PUBLISHED)} == {run.name for run in planned_runs()}
+    published, planned = {result.run for result in read_results(PUBLISHED)}, {run.name for run in planned_runs()}
+    assert published <= planned
+    # Settings that the next study measures.
+    assert all("projection" in name or "directions" in name for name in planned - published)
 
 
 def test_results_are_read_as_they_were_written(tmp_path):

@@ -1,0 +1,279 @@
+"""The frozen projection in front of the control adapter: its fit, its file and its place in the branch."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from c2r import InputError
+from c2r.models.assembly import load_controlnet
+from c2r.models.control_projection import (
+    ControlProjection,
+    FittedProjection,
+    LookScatter,
+    load_projection,
+    place_accuracy,
+    probe_accuracy,
+    project,
+    read_certificate,
+    save_projection,
+)
+from c2r.models.controlnet import C2RControlNet
+from c2r.models.transformer import C2RTransformer
+from tests.helpers.tiny import FEATURE_DIM, tiny_inputs, tiny_transformer
+
+WIDTH = 10
+FIGURES = {"cg_or_real": 0.5, "look": 0.55, "place": 0.9}
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def two_looks(offset, seed, strength=3.0):
+    """Places whose second look differs by an offset, by noise, and in the first coordinate at random."""
+    places = draw(3000, WIDTH, seed=seed) * torch.linspace(2, 1, WIDTH)
+    other = places + offset + 0.1 * draw(3000, WIDTH, seed=seed + 1)
+    other[:, 0] += strength * draw(3000, seed=seed + 2)
+    return places, other
+
+
+def fitted(*pairs):
+    scatter = LookScatter(WIDTH)
+    for kind, (one, other) in enumerate(pairs):
+        for part in (slice(None, 1000), slice(1000, None)):
+            scatter.add(str(kind), one[part], other[part])
+    return scatter.solve()
+
+
+def example(rows=6, chosen=4, width=FEATURE_DIM):
+    """A projection with random directions."""
+    directions = draw(rows, width).float()
+    return FittedProjection(draw(width, seed=1).float(), directions, chosen, FIGURES, FIGURES | {"cg_or_real": 1.0})
+
+
+# ----------------------------------------------------------------------------------------------------------------- fit
+
+
+def test_the_means_of_all_looks_coincide():
+    pairs = [two_looks(draw(WIDTH, seed=5), 10), two_looks(draw(WIDTH, seed=6), 20)]
+    mean, directions = fitted(*pairs)
+    assert directions.shape == (WIDTH - 3, WIDTH)  # four looks: three differences
+    for look in (look for pair in pairs for look in pair):
+        assert (directions @ (look.mean(0) - mean)).abs().max() < 1e-12
+
+
+def test_a_direction_of_the_look_comes_last():
+    one, other = (look - look.mean(0) for look in two_looks(0, 10))  # a difference of the means would be erased
+    _, directions = fitted((one, other))
+    agreement = [torch.corrcoef(torch.stack([one @ v, other @ v]))[0, 1] for v in directions]
+    assert agreement[-1] < 0.8 < 0.97 < min(agreement[:-1])
+    assert (directions[:-1, 0].abs() < 0.02).all()  # the planted look is in the first feature
+
+
+def test_coordinates_have_variance_one():
+    pair = two_looks(draw(WIDTH), 10)
+    mean, directions = fitted(pair)
+    coordinates = torch.cat([(look - mean) @ directions.T for look in pair])
+    torch.testing.assert_close(coordinates.var(0, unbiased=False), torch.ones(len(directions)).double())
+
+
+def test_directions_solve_the_generalised_eigenproblem():
+    one, other = (look - look.mean(0) for look in two_looks(0, 10))
+    _, directions = fitted((one, other))
+    looks = torch.cov(((one - other) / 2).T, correction=0)
+    places = torch.cov(((one + other) / 2).T, correction=0)
+    looks += 0.05 * (looks + places).trace() / WIDTH * torch.eye(WIDTH)
+    products = directions @ places @ directions.T, directions @ looks @ directions.T
+    for product in products:
+        off_diagonal = product - product.diag().diag()
+        assert off_diagonal.abs().max() < 1e-8
+    ratios = products[0].diag() / products[1].diag()
+    expected = torch.linalg.eigvals(torch.linalg.solve(looks, places)).real.sort(descending=True).values
+    torch.testing.assert_close(ratios, expected)
+
+
+def test_the_same_pairs_give_the_same_bits():
+    pair = two_looks(draw(WIDTH), 10)
+    assert all(map(torch.equal, fitted(pair), fitted(pair)))
+
+
+def test_nothing_to_fit_on_is_refused():
+    with pytest.raises(ValueError, match="no pair"):
+        LookScatter(3).solve()
+    scatter = LookScatter(3)
+    scatter.add("a", torch.ones(5, 3), torch.ones(5, 3))
+    with pytest.raises(ValueError, match="do not vary"):
+        scatter.solve()
+
+
+# -------------------------------------------------------------------------------------------------------------- probes
+
+
+def test_a_probe_tells_means_and_spreads_apart_and_is_at_chance_on_equal_classes():
+    train, held_out = draw(2, 1000, 3), draw(2, 1000, 3, seed=1)
+    shift, spread = torch.tensor([[[0.0]], [[4.0]]]), torch.tensor([[[1.0]], [[5.0]]])
+    assert probe_accuracy(train + shift, held_out + shift) > 0.95
+    assert probe_accuracy(train * spread, held_out * spread) > 0.75
+    assert abs(probe_accuracy(train, held_out) - 0.5) < 0.05
+
+
+def test_a_probe_of_more_features_than_places_is_the_same():
+    train, held_out = draw(2, 40, 25), draw(2, 500, 25, seed=1)
+    train[1] += 1
+    held_out[1] += 1
+    wide = torch.cat([train, torch.zeros(2, 40, 40)], -1), torch.cat([held_out, torch.zeros(2, 500, 40)], -1)
+    assert probe_accuracy(*wide) == pytest.approx(probe_accuracy(train, held_out), abs=0.02)
+
+
+def test_places_are_told_by_features_that_agree():
+    places = draw(4, 50, 3)
+    assert place_accuracy(places, places) == 1
+    assert place_accuracy(torch.zeros(4, 50, 3), torch.zeros(4, 50, 3)) == 0.5
+    assert abs(place_accuracy(places, draw(4, 50, 3, seed=1)) - 0.5) < 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------- projection
+
+
+def test_it_projects_and_a_blank_control_stays_blank():
+    projection = example()
+    module = ControlProjection(FEATURE_DIM, 4)
+    module.fill(projection)
+    features = draw(2, 5, 3, 2, FEATURE_DIM).float()
+    features[1] = 0
+    coordinates = module(features)
+    assert coordinates.shape == (2, 5, 3, 2, 4)
+    expected = torch.einsum("kd,fhwd->fhwk", projection.directions[:4], features[0] - projection.mean)
+    torch.testing.assert_close(coordinates[0], expected)
+    assert not coordinates[1].any()
+
+
+def test_it_computes_in_fp32_under_autocast_and_needs_no_gradient():
+    module = ControlProjection(FEATURE_DIM, 4)
+    module.fill(example())
+    features = draw(1, 1, 3, 2, FEATURE_DIM).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        coordinates = module(features)
+    assert torch.equal(coordinates, module(features))
+    assert coordinates.dtype == torch.float32
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_a_dropped_tail_is_zero():
+    module = ControlProjection(FEATURE_DIM, 4)
+    module.fill(example())
+    features = draw(3, 1, 3, 2, FEATURE_DIM).float()
+    whole, dropped = module(features), module(features, torch.tensor([4, 1, 3]))
+    for sample, kept in enumerate((4, 1, 3)):
+        assert torch.equal(dropped[sample, ..., :kept], whole[sample, ..., :kept])
+        assert not dropped[sample, ..., kept:].any()
+
+
+# --------------------------------------------------------------------------------------------------- in the ControlNet
+
+
+@pytest.mark.parametrize("injection", ["blocks", "latent"])
+def test_a_controlnet_is_saved_and_loaded_with_it(tmp_path, injection):
+    transformer = tiny_transformer()
+    controlnet = C2RControlNet.from_transformer(
+        transformer, 2, feature_dim=FEATURE_DIM, injection=injection, projection=example()
+    )
+    trained = {name for name, parameter in controlnet.named_parameters() if parameter.requires_grad}
+    frozen = {name for name, _ in controlnet.named_parameters()} - trained
+    assert frozen == {"control_adapter.projection.mean", "control_adapter.projection.directions"}
+    assert controlnet.control_adapter.proj.in_features == 4
+    controlnet.save_pretrained(tmp_path)
+    loaded = load_controlnet(tmp_path)
+    assert {name for name, parameter in loaded.named_parameters() if parameter.requires_grad} == trained
+    inputs = tiny_inputs()
+    before, after = (C2RTransformer(transformer, net)(*inputs).sample for net in (controlnet.eval(), loaded))
+    assert torch.equal(before, after)
+
+
+def test_weights_in_bf16_keep_it_in_fp32(tmp_path):
+    projection = example()
+    C2RControlNet.from_transformer(
+        tiny_transformer(), 1, feature_dim=FEATURE_DIM, projection=projection
+    ).save_pretrained(tmp_path)
+    adapter = load_controlnet(tmp_path, torch.bfloat16).control_adapter
+    assert torch.equal(adapter.projection.directions, projection.directions[:4])
+    assert adapter.proj.weight.dtype == torch.bfloat16
+
+
+def test_only_what_is_projected_reaches_the_output():
+    torch.manual_seed(0)
+    controlnet = C2RControlNet.from_transformer(
+        tiny_transformer(), 1, feature_dim=FEATURE_DIM, projection=example(), injection="latent"
+    )
+    model = C2RTransformer(tiny_transformer(), controlnet)
+    *others, features = tiny_inputs()
+    directions = example().directions[:4].double()
+    inside = torch.linalg.lstsq(directions, directions @ draw(FEATURE_DIM, seed=3)).solution
+    outside = draw(FEATURE_DIM, seed=3) - inside  # orthogonal to every direction
+    own = model(*others, features).sample
+    torch.testing.assert_close(model(*others, features + outside.float()).sample, own, rtol=1e-4, atol=1e-5)
+    assert (model(*others, features + inside.float()).sample - own).abs().max() > 1e-4
+    kept = model(*others, features, kept_directions=torch.tensor([1, 4])).sample
+    assert not torch.equal(kept[0], own[0])
+    assert torch.allclose(kept[1], own[1], atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------- file
+
+
+def test_its_file_holds_it_with_its_figures(tmp_path):
+    path = tmp_path / "p.safetensors"
+    save_projection(path, example())
+    loaded = load_projection(path, FEATURE_DIM)
+    assert torch.equal(loaded.directions, example().directions)
+    assert torch.equal(loaded.mean, example().mean)
+    assert (loaded.num_directions, loaded.projected["place"]) == (4, 0.9)
+    figures = read_certificate(path)
+    assert figures["cg_or_real_projected"] == 0.5
+    assert figures["cg_or_real_unprojected"] == 1.0
+
+
+def hostile(**change):
+    """The parts of a file, one of them changed."""
+    metadata = {"directions": 4, "projected": FIGURES, "unprojected": FIGURES}
+    parts = {"mean": torch.zeros(FEATURE_DIM), "directions": torch.ones(6, FEATURE_DIM), "metadata": metadata}
+    return parts | change
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (hostile(mean=torch.zeros(7)), "is no control projection"),
+        (hostile(directions=torch.ones(6, 2, FEATURE_DIM)), "is no control projection"),
+        (hostile(directions=torch.ones(0, FEATURE_DIM)), "is no control projection"),
+        (hostile(mean=torch.zeros(FEATURE_DIM).double()), "is no control projection"),
+        (hostile(mean=torch.zeros(8), directions=torch.ones(6, 8)), "features of width 8, --dinov3 gives"),
+        (hostile(mean=torch.full((FEATURE_DIM,), torch.nan)), "not finite"),
+        (hostile(metadata={"directions": 7, "projected": FIGURES, "unprojected": FIGURES}), "names 7"),
+        (hostile(metadata={"directions": 0, "projected": FIGURES, "unprojected": FIGURES}), "directions"),
+        (hostile(metadata={"directions": 4, "projected": FIGURES}), "unprojected"),
+        (hostile(metadata=[1]), "should be an object"),
+    ],
+)
+def test_another_file_is_refused_in_one_line(tmp_path, parts, message):
+    path = tmp_path / "p.safetensors"
+    metadata = {"c2r": json.dumps(parts.pop("metadata"))}
+    save_file(parts, path, metadata=metadata)
+    with pytest.raises(InputError, match=message) as refused:
+        load_projection(path, FEATURE_DIM)
+    assert str(path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_that_is_none_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        load_projection(tmp_path / "none", FEATURE_DIM)
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_projection(tmp_path / "text", FEATURE_DIM)
+
+
+def test_zero_directions_of_a_blank_control_do_not_depend_on_the_mean():
+    assert not project(torch.zeros(2, 3), torch.ones(3), torch.ones(4, 3)).any()
