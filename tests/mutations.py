@@ -654,8 +654,8 @@ MODELS = [
     Mutation(
         "the-adapters-norm-runs-in-the-weights-dtype",
         "c2r/models/control_adapter.py",
-        "self.norm = FP32LayerNorm(feature_dim)",
-        "self.norm = nn.LayerNorm(feature_dim)",
+        "else FP32LayerNorm(feature_dim)",
+        "else nn.LayerNorm(feature_dim)",
         ADAPTER,
     ),
     Mutation(

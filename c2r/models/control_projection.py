@@ -119,6 +119,9 @@ class ControlProjection(nn.Module):
 class ProjectedControlAdapter(ControlAdapter):
     """An adapter that sees the projected features alone.
 
+    It has no LayerNorm: over K coordinates that would remove what two of them or fewer say, and rescale the others
+    when the tail is dropped. The coordinates have variance 1.
+
     Args:
         feature_dim: Dd, DINOv3's width.
         directions: K, the adapter's own width.
@@ -134,7 +137,7 @@ class ProjectedControlAdapter(ControlAdapter):
         gated: bool = False,
         causal: bool = False,
     ):
-        super().__init__(directions, dim, temporal_stride, gated, causal)
+        super().__init__(directions, dim, temporal_stride, gated, causal, scaled=True)
         self.projection = ControlProjection(feature_dim, directions)
 
     def forward(

@@ -12,6 +12,7 @@ from c2r.models.control_projection import (
     ControlProjection,
     FittedProjection,
     LookScatter,
+    ProjectedControlAdapter,
     load_projection,
     place_accuracy,
     probe_accuracy,
@@ -169,6 +170,31 @@ def test_a_dropped_tail_is_zero():
     for sample, kept in enumerate((4, 1, 3)):
         assert torch.equal(dropped[sample, ..., :kept], whole[sample, ..., :kept])
         assert not dropped[sample, ..., kept:].any()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_latent_frames_start_as_the_means_of_their_groups_at_one_scale(causal):
+    adapter = ProjectedControlAdapter(FEATURE_DIM, 3, 8, causal=causal)
+    coordinates = draw(1, 9, 2, 2, 3).float()
+    expected = [coordinates[:, :1], coordinates[:, 1:5], coordinates[:, 5:]]
+    found = adapter.temporal_downsample(coordinates)
+    torch.testing.assert_close(found, torch.stack([group.mean(1) for group in expected], 1))
+
+
+@pytest.mark.parametrize("directions", [1, 2, 4])
+def test_tokens_are_linear_in_the_coordinates(directions):
+    """A LayerNorm over so few would leave a sign of two of them, nothing of one, and rescale what a tail drop keeps."""
+    adapter = ProjectedControlAdapter(FEATURE_DIM, directions, 8)
+    adapter.projection.fill(example())
+    features, blank = draw(1, 5, 2, 2, FEATURE_DIM).float(), torch.zeros(1, 5, 2, 2, FEATURE_DIM)
+
+    def tokens(frames, kept):
+        return adapter(frames, (2, 2, 2), torch.tensor([kept])) - adapter(blank, (2, 2, 2))
+
+    weight = adapter.proj.weight.T
+    for kept in range(1, directions + 1):
+        coordinates = adapter.temporal_downsample(adapter.projection(features)).flatten(1, 3)
+        torch.testing.assert_close(tokens(features, kept), coordinates[..., :kept] @ weight[:kept])
 
 
 # --------------------------------------------------------------------------------------------------- in the ControlNet
