@@ -27,6 +27,7 @@ from c2r.encoding.cache import ControlSettings
 from c2r.encoding.dataset import ClipDataset
 from c2r.evaluation.conditions import ControlConditions, choose_validation_clips
 from c2r.evaluation.evaluate_run import evaluating, record_cg_look, record_validation, sample_and_judge
+from c2r.evaluation.projection_fit import fit_projection, obtain_projection
 from c2r.evaluation.ratio_controller import RatioController
 from c2r.evaluation.sample_plan import SamplePlan, plan_samples
 from c2r.evaluation.samples import write_samples
@@ -48,7 +49,6 @@ from c2r.training.engine import reads_weights
 from c2r.training.guard import StepGuard
 from c2r.training.logs import StepLog
 from c2r.training.plan import Plan, check_phase2, encode_until_usable
-from c2r.training.projection_fit import certificate_of, fit_projection, obtain_projection
 from c2r.training.results import save_model
 from c2r.training.run import Run, TrainState
 from c2r.training.setup import build_train_state, resume
@@ -137,22 +137,30 @@ def train(run: Run) -> Plan:
     projection = None
     if args.control_projection is not None and run.checkpoint is None:  # a checkpoint holds it
 
-        def fit():
-            def features(frames):
-                return dinov3(to_device(frames, device)[None])[0].flatten(1, 2)  # (F, h·w, Dd)
+        def features(frames):
+            return dinov3(to_device(frames, device)[None])[0].flatten(1, 2)  # (F, h·w, Dd)
 
-            return fit_projection(plan.real, plan.cg, run.settings, features, args.seed)
+        def fit():
+            with run.timings.measure("projection"):
+                return fit_projection(
+                    *(plan.real, plan.cg, run.settings, features, args.seed),
+                    dinov3=plan.inputs["DINOv3"],
+                    num_directions=args.control_directions,
+                    watchdog=run.watchdog,
+                )
 
         projection = obtain_projection(
-            *(args.control_projection, args.output_dir, args.control_directions, plan.feature_dim, fit, accelerator)
+            *(args.control_projection, args.output_dir, plan.feature_dim, args.control_directions),
+            *(fit, accelerator, run.watchdog),
         )
+    # Processes that read no weights need the same modules.
     empty = not reads_weights(accelerator)
     backbone = load_transformer(plan.backbone, args.pretrained_model_name_or_path, weight_dtype, empty=empty)
     set_seed(args.seed)  # again: encoding has drawn random numbers, depending on what was cached
-    if run.checkpoint is not None and not empty:
-        controlnet = load_controlnet(run.checkpoint / "model")
-    elif args.resume_controlnet_from is not None and not empty:
-        controlnet = load_control_start(args.resume_controlnet_from, backbone.config)
+    if run.checkpoint is not None:
+        controlnet = load_controlnet(run.checkpoint / "model", empty=empty)
+    elif args.resume_controlnet_from is not None:
+        controlnet = load_control_start(args.resume_controlnet_from, backbone.config, empty=empty)
     else:
         controlnet = C2RControlNet.from_transformer(
             *(backbone, args.control_layers, args.control_stride),
@@ -328,7 +336,7 @@ def save(run: Run, state: TrainState, plan: Plan, name: str):
         backbone_base=lora.backbone if (lora := find_lora(plan.backbone)) else None,
         dinov3=run.args.dinov3,
         conditioning_scale=run.args.conditioning_scale,
-        control_certificate=certificate_of(run.args.output_dir) if run.args.control_projection else None,
+        control_certificate=state.trainable.config.control_certificate,
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import nan
 
 import torch
@@ -48,7 +49,6 @@ def fit_discriminant(real: torch.Tensor, cg: torch.Tensor) -> Scorer:
     return lambda clips: (clips @ weights - zero) / (one - zero)  # 0 / 0 if all weights are 0
 
 
-# w = Xᵀ (X Xᵀ + λ)⁻¹ y, solved among the clips, since there are fewer clips than features
 def fit_probe(real: torch.Tensor, cg: torch.Tensor) -> Scorer:
     """Fit a ridge regression of standardised features on 0 for `real` and 1 for `cg`; both sets weigh the same.
 
@@ -58,16 +58,38 @@ def fit_probe(real: torch.Tensor, cg: torch.Tensor) -> Scorer:
     Returns:
         scorer. Its values are shrunken towards 0.5, and too good for the clips that it was fitted on.
     """
+    return fit_probes(real, cg, (RIDGE,))[0]
+
+
+# w = Xᵀ (X Xᵀ + λ)⁻¹ y = (Xᵀ X + λ)⁻¹ Xᵀ y, solved among the clips or the features, whichever are fewer
+def fit_probes(real: torch.Tensor, cg: torch.Tensor, ridges: Sequence[float]) -> list[Scorer]:
+    """Fit `fit_probe` with several ridge penalties, relative to the mean squared length of a feature vector.
+
+    Args:
+        real, cg: see `fit_probe`.
+        ridges: the penalties.
+    """
     clips = torch.cat([real, cg]).double()
     labels = torch.cat([-torch.ones(len(real)), torch.ones(len(cg))]).double()
     centre = (real.mean(0) + cg.mean(0)).double() / 2
     scale = (clips - centre).square().mean(0).sqrt() + 1e-6
     root = torch.cat([torch.full((len(x),), len(x) ** -0.5) for x in (real, cg)]).double()
-    rows = (clips - centre) / scale * root[:, None]
-    products = rows @ rows.T
-    penalty = RIDGE * products.trace() * torch.eye(len(rows), dtype=torch.float64)
-    weights = rows.T @ torch.linalg.solve(products + penalty / len(rows), labels * root)
-    return lambda x: (((x.double() - centre) / scale) @ weights / 2 + 0.5).float()
+    rows, labels = (clips - centre) / scale * root[:, None], labels * root
+    among_clips = rows.shape[0] <= rows.shape[1]
+    products = rows @ rows.T if among_clips else rows.T @ rows
+    scorers = []
+    for ridge in ridges:
+        penalised = products + ridge * products.trace() / len(rows) * torch.eye(len(products), dtype=torch.float64)
+        if among_clips:
+            weights = rows.T @ torch.linalg.solve(penalised, labels)
+        else:
+            weights = torch.linalg.solve(penalised, rows.T @ labels)
+        scorers.append(partial(_score, centre=centre, scale=scale, weights=weights))
+    return scorers
+
+
+def _score(clips, centre, scale, weights):
+    return (((clips.double() - centre) / scale) @ weights / 2 + 0.5).float()
 
 
 @dataclass(frozen=True)

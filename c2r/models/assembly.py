@@ -16,7 +16,7 @@ from typing import Annotated, Any, NotRequired, TypeVar
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin, WanTransformer3DModel
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 
 from c2r import InputError
 from c2r.files import complete_folder, library_errors_as_input, read_json
@@ -57,6 +57,7 @@ class _ControlNetConfig(BlockConfig):
     injection: NotRequired[Injection]
     causal_control: NotRequired[bool]
     control_directions: NotRequired[Width | None]
+    control_certificate: NotRequired[dict[str, FiniteFloat] | None]
 
 
 def load_for_generation(
@@ -241,13 +242,35 @@ def stored_dtype(model: torch.nn.Module, name: str, torch_dtype: torch.dtype) ->
     return torch.float32 if keep.intersection(name.split(".")) else torch_dtype
 
 
-def load_controlnet(folder: str | Path, torch_dtype: torch.dtype | None = None) -> C2RControlNet:
+def load_controlnet(folder: str | Path, torch_dtype: torch.dtype | None = None, empty: bool = False) -> C2RControlNet:
     """Load the control branch of a phase 2 or pipeline folder, in eval mode, trainable; dtype None is fp32.
+
+    Args:
+        folder: of phase 2, or of a pipeline.
+        torch_dtype: dtype of the weights.
+        empty: see `load_transformer`; the branch is in fp32.
 
     Raises:
         InputError: the folder has no control branch, or its weights do not fit its config.
     """
+    if empty:
+        return _empty_controlnet(read_controlnet_config(folder))
     return load_own_model(_controlnet_folder(folder), C2RControlNet, _ControlNetConfig, torch_dtype)
+
+
+def read_controlnet_config(folder: str | Path) -> dict[str, Any]:
+    """Return the config of the control branch in a phase 2 or pipeline folder.
+
+    Raises:
+        InputError: the folder has none, or it is damaged.
+    """
+    return read_config(_controlnet_folder(folder), "_class_name", C2RControlNet.__name__, _ControlNetConfig)
+
+
+def _empty_controlnet(config):
+    with torch.device("meta"):
+        controlnet = C2RControlNet.from_config(config)
+    return controlnet.to_empty(device="cpu").eval()
 
 
 def control_start_config(name_or_path: str | Path, backbone_config: dict) -> dict[str, Any]:
@@ -269,7 +292,7 @@ def control_start_config(name_or_path: str | Path, backbone_config: dict) -> dic
             f"{name_or_path}: no such folder or file; give best/ or final/ of phase 2, or a released file"
         )
     check_own_model(folder, C2RControlNet, _ControlNetConfig)
-    config = read_config(folder, "_class_name", C2RControlNet.__name__, _ControlNetConfig)
+    config = read_controlnet_config(folder)
     for name in SHARED_CONFIG:
         if config.get(name) != backbone_config[name]:
             raise InputError(
@@ -280,10 +303,12 @@ def control_start_config(name_or_path: str | Path, backbone_config: dict) -> dic
 
 
 def load_control_start(
-    name_or_path: str | Path, backbone_config: dict, torch_dtype: torch.dtype | None = None
+    name_or_path: str | Path, backbone_config: dict, torch_dtype: torch.dtype | None = None, empty: bool = False
 ) -> C2RControlNet:
-    """Load weights that a control branch can start from, see `control_start_config`; dtype None is fp32."""
+    """Load weights that a control branch can start from, see `control_start_config` and `load_controlnet`."""
     path = Path(name_or_path)
+    if empty:
+        return _empty_controlnet(control_start_config(path, backbone_config))
     if not path.is_file():
         return load_controlnet(path, torch_dtype)
     controlnet = load_released(path, backbone_config)

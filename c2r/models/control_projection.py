@@ -1,15 +1,14 @@
 """A frozen linear projection of DINOv3's features on the directions that agree between looks of one place.
 
 DINOv3's features carry layout and look. What the control branch cannot see, it cannot copy: before the adapter the
-features are projected on directions v that solve B v = λ W v, where B is the scatter of places (the mean over two
-looks of one place) and W the scatter of looks (their difference). Within the directions in which the means of all
-looks are equal, so that no linear function of a coordinate's mean tells CG from real.
+features are projected on directions v that solve B v = λ W v, where B is the scatter of places within a frame (of the
+mean over two looks of one place) and W the scatter of looks (of their difference). All v are orthogonal to the
+differences between the looks' means, so that no coordinate tells CG from real by its mean.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NotRequired
+from typing import Annotated, NamedTuple
 
 import torch
 from pydantic import Field, FiniteFloat, PositiveInt
@@ -21,6 +20,14 @@ from c2r.files import parse_json, save_tensors
 from c2r.models.control_adapter import ControlAdapter
 from c2r.models.hub import SafetensorsFile
 
+#: Value of --control_projection that fits one.
+FIT = "fit"
+#: Most directions that are tried and stored.
+MAX_DIRECTIONS = 512
+#: Most directions that the erased means take from the features' width: those between six means, two of each kind of
+#: pairs of looks.
+MAX_ERASED = 5
+
 #: Added to the scatter of looks, as a share of the mean scatter of a coordinate: directions in which the sample hardly
 #: varies must not come first.
 RIDGE = 0.05
@@ -30,28 +37,36 @@ RANK_TOLERANCE = 1e-6
 Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
 
 
-class Certificate(TypedDict):
-    """Accuracies of probes on the features of held-out files; 0.5 is chance, 1 is always right.
+class Figure(NamedTuple):
+    """An accuracy and its 90 % interval over files; 0.5 is chance, 1 is always right."""
 
-    `cg_or_real`: coarse controls from real clips. `look`: two looks of one frame. `place`: a place in another look
-    from another place of the same frame.
+    mean: Share
+    low: Share = 0.0
+    high: Share = 1.0
+
+
+class Certificate(TypedDict):
+    """Accuracies of probes on the features of files that neither the fit nor the choice has seen.
+
+    `cg_or_real`: a place of a coarse control from one of a real clip. `cg_or_real_clip`: the same of a whole clip, by
+    the means over its places. `look`: two looks of one place, of the kind of looks that is told best. `place`: a place
+    in another look from another place of the same frame.
     """
 
-    cg_or_real: Share
-    look: Share
-    place: Share
-
-
-FIGURES: tuple[Literal["cg_or_real", "look", "place"], ...] = ("cg_or_real", "look", "place")
+    cg_or_real: Figure
+    cg_or_real_clip: Figure
+    look: Figure
+    place: Figure
 
 
 class ProjectionMetadata(TypedDict):
     """The checked metadata of a projection's file."""
 
-    available: NotRequired[PositiveInt]  #: directions in the file, filled in from its tensor
     directions: PositiveInt  #: directions to use
-    projected: Certificate
+    projected: dict[str, Certificate]  #: {number of directions: its figures}
     unprojected: Certificate
+    dinov3: str  #: fingerprint of the DINOv3 whose features it projects
+    datasets: list[str]  #: folders of the datasets that it was fitted on
 
 
 @dataclass
@@ -61,8 +76,24 @@ class FittedProjection:
     mean: torch.Tensor  #: (Dd,) fp32
     directions: torch.Tensor  #: (n, Dd) fp32, n ≥ `num_directions`; over places and looks a coordinate has variance 1
     num_directions: int  #: directions to use
-    projected: Certificate
+    projected: dict[int, Certificate]  #: {number of directions: its figures}, `num_directions` among them
     unprojected: Certificate
+    dinov3: str  #: fingerprint of the DINOv3 whose features it projects
+    datasets: list[str]  #: names of the datasets that it was fitted on
+
+    @property
+    def certificate(self) -> dict[str, float]:
+        """The figures of the number of directions that is used, and of the features as they are, for a contract.
+
+        {figure + "_projected" or "_unprojected", and with "_low" or "_high" the bounds of its interval: accuracy}
+        """
+        both = {"projected": self.projected[self.num_directions], "unprojected": self.unprojected}
+        return {
+            f"{name}_{kind}{suffix}": float(value)
+            for kind, figures in both.items()
+            for name, figure in figures.items()
+            for suffix, value in zip(("", "_low", "_high"), figure)
+        }
 
 
 def project(features: torch.Tensor, mean: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
@@ -77,7 +108,7 @@ def project(features: torch.Tensor, mean: torch.Tensor, directions: torch.Tensor
         (..., K).
     """
     with torch.autocast(features.device.type, enabled=False):
-        coordinates = (features.float() - mean) @ directions.T
+        coordinates = (features.float() - mean.float()) @ directions.float().T
     return coordinates * features.any(-1, keepdim=True)
 
 
@@ -109,11 +140,13 @@ class ControlProjection(nn.Module):
             control_features: any float dtype.
             kept: (B,), how many directions each sample keeps; the others are zero. None keeps all.
         """
-        coordinates = project(control_features, self.mean, self.directions)
+        # Frame by frame: in fp32 the features of a whole clip would take gigabytes.
+        frames = [project(frame, self.mean, self.directions) for frame in control_features.unbind(1)]
+        coordinates = torch.stack(frames, 1)
         if kept is None:
             return coordinates
-        places = torch.arange(coordinates.shape[-1], device=coordinates.device)
-        return coordinates * (places < kept[:, None])[:, None, None, None]
+        numbers = torch.arange(coordinates.shape[-1], device=coordinates.device)
+        return coordinates * (numbers < kept[:, None])[:, None, None, None]
 
 
 class ProjectedControlAdapter(ControlAdapter):
@@ -154,35 +187,54 @@ class ProjectedControlAdapter(ControlAdapter):
 
 
 @dataclass
+class _KindSums:
+    """Sums over the pairs of one kind."""
+
+    one: torch.Tensor  #: (Dd,), of one look
+    other: torch.Tensor  #: (Dd,)
+    looks: torch.Tensor  #: (Dd, Dd), products of half the difference
+    places: torch.Tensor  #: (Dd, Dd), products of the middle less its mean over the frame
+    pairs: int = 0
+
+
+@dataclass
 class LookScatter:
-    """Scatter matrices of pairs of looks, summed up batch by batch in fp64.
+    """Scatter matrices of pairs of looks, summed up batch by batch in fp64. All kinds of pairs weigh the same.
 
     Args:
         feature_dim: Dd.
     """
 
     feature_dim: int
-    _sums: dict[str, list] = field(default_factory=dict)  # {kind: [pairs, sum of one look, sum of the other]}
+    _kinds: dict[str, _KindSums] = field(default_factory=dict)
 
     def __post_init__(self):
-        self._looks, self._places = (
-            torch.zeros(self.feature_dim, self.feature_dim, dtype=torch.float64) for _ in range(2)
-        )
+        self._products = self._zeros(2)  # of both looks of all pairs
+
+    def _zeros(self, dims):
+        return torch.zeros((self.feature_dim,) * dims, dtype=torch.float64)
 
     def add(self, kind: str, one: torch.Tensor, other: torch.Tensor):
-        """Add the features (n, Dd) of n places in two looks.
+        """Add the features (frames, places, Dd) of places in two looks.
 
         Args:
             kind: names the two looks; each kind has means of its own.
             one, other: in the same order of places.
         """
         one, other = one.double().cpu(), other.double().cpu()
-        sums = self._sums.setdefault(kind, [0, 0.0, 0.0])
-        sums[0] += len(one)
-        sums[1], sums[2] = sums[1] + one.sum(0), sums[2] + other.sum(0)
-        half, middle = (one - other) / 2, (one + other) / 2
-        self._looks.addmm_(half.T, half)
-        self._places.addmm_(middle.T, middle)
+        zeros = [self._zeros(dims) for dims in (1, 1, 2, 2)] if kind not in self._kinds else []
+        sums = self._kinds[kind] if kind in self._kinds else self._kinds.setdefault(kind, _KindSums(*zeros))
+        middle = (one + other) / 2
+        # A look of a whole frame that both looks share, such as fog, is no place.
+        middle = (middle - middle.mean(1, keepdim=True)).flatten(0, 1)
+        one, other = one.flatten(0, 1), other.flatten(0, 1)
+        half = (one - other) / 2
+        sums.pairs += len(one)
+        sums.one += one.sum(0)
+        sums.other += other.sum(0)
+        sums.looks.addmm_(half.T, half)
+        sums.places.addmm_(middle.T, middle)
+        self._products.addmm_(one.T, one).addmm_(other.T, other)
 
     def solve(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the mean (Dd,) and all directions (n, Dd), fp64, by falling λ.
@@ -192,31 +244,32 @@ class LookScatter:
         Raises:
             ValueError: nothing was added, or the features do not vary.
         """
-        count = sum(sums[0] for sums in self._sums.values())
-        if count == 0:
+        if not self._kinds:
             raise ValueError("no pair of looks was added")
-        looks, places, means = self._looks.clone(), self._places.clone(), []
-        for pairs, one, other in self._sums.values():
-            half, middle = (one - other) / 2 / pairs, (one + other) / 2 / pairs
-            looks -= pairs * torch.outer(half, half)
-            places -= pairs * torch.outer(middle, middle)
-            means += [one / pairs, other / pairs]
-        looks, places = looks / count, places / count
-        mean = torch.stack(means).mean(0)
-        spread = ((looks + places).trace() / len(mean)).clamp(min=0).sqrt()
-        erased = _span(torch.stack(means) - mean, RANK_TOLERANCE * spread)  # (Dd, r)
+        kinds = self._kinds.values()
+        means = torch.stack([look / sums.pairs for sums in kinds for look in (sums.one, sums.other)])
+        mean = means.mean(0)
+        looks, places = self._zeros(2), self._zeros(2)
+        for sums in kinds:
+            half = (sums.one - sums.other) / 2 / sums.pairs
+            looks += (sums.looks / sums.pairs - torch.outer(half, half)) / len(kinds)
+            places += sums.places / sums.pairs / len(kinds)
+        # Directions that are kept have one mean over all looks, `mean`.
+        total = self._products / (2 * sum(sums.pairs for sums in kinds)) - torch.outer(mean, mean)
+        spread = (total.trace() / len(mean)).clamp(min=0).sqrt()
+        erased = _span(means - mean, RANK_TOLERANCE * spread)  # (Dd, r)
         allowed = torch.linalg.qr(torch.cat([erased, torch.eye(len(mean), dtype=torch.float64)], 1)).Q
         allowed = allowed[:, erased.shape[1] : len(mean)]  # (Dd, Dd − r), orthonormal
-        within, between = allowed.T @ looks @ allowed, allowed.T @ places @ allowed
-        total = (within + between).trace() / len(within)
-        if not total > 0:
+        within, between, total = (allowed.T @ matrix @ allowed for matrix in (looks, places, total))
+        size = (within + between).trace() / max(len(within), 1)
+        if not size > RANK_TOLERANCE**2 * mean.square().mean():
             raise ValueError("the features do not vary")
-        lower = torch.linalg.cholesky(within + RIDGE * total * torch.eye(len(within), dtype=torch.float64))
+        lower = torch.linalg.cholesky(within + RIDGE * size * torch.eye(len(within), dtype=torch.float64))
         whitened = torch.linalg.solve_triangular(lower, between, upper=False)
         whitened = torch.linalg.solve_triangular(lower, whitened.T.contiguous(), upper=False)
         _, vectors = torch.linalg.eigh((whitened + whitened.T) / 2)
         vectors = torch.linalg.solve_triangular(lower.T.contiguous(), vectors.flip(1), upper=True)  # (Dd − r, n)
-        variance = torch.einsum("ij,ik,kj->j", vectors, within + between, vectors)
+        variance = torch.einsum("ij,ik,kj->j", vectors, total, vectors)
         # A direction without variance would be noise at variance 1.
         kept = variance > RANK_TOLERANCE * variance.max()
         directions = (allowed @ (vectors / variance.clamp(min=1e-300).sqrt())).T[kept]
@@ -242,19 +295,23 @@ def save_projection(path: Path, projection: FittedProjection) -> None:
         "directions": projection.num_directions,
         "projected": projection.projected,
         "unprojected": projection.unprojected,
+        "dinov3": projection.dinov3,
+        "datasets": projection.datasets,
     }
     save_tensors(path, {MEAN: projection.mean, DIRECTIONS: projection.directions}, metadata)
 
 
-def check_projection(path: str | Path, feature_dim: int) -> ProjectionMetadata:
+def check_projection(path: str | Path, feature_dim: int, num_directions: int | None = None) -> ProjectionMetadata:
     """Check a projection's file by its header, before a tensor is read.
 
     Args:
         path: a file that `save_projection` wrote.
         feature_dim: Dd of the DINOv3 that it must fit.
+        num_directions: directions to use instead of those that the file names.
 
     Raises:
-        InputError: it cannot be read, is no projection, or is one for another DINOv3.
+        InputError: it cannot be read, is no projection, is one of features of another width, or has no figures for
+            this number of directions.
     """
     path = Path(path)
     if not path.is_file():
@@ -273,88 +330,43 @@ def check_projection(path: str | Path, feature_dim: int) -> ProjectionMetadata:
             "that it was fitted with, or fit another"
         )
     metadata = parse_json(file.metadata.get("c2r", "{}"), ProjectionMetadata, path, extra="allow")
-    if metadata["directions"] > shapes[DIRECTIONS][0]:
+    named, available = {str(metadata["directions"]), *metadata["projected"]}, shapes[DIRECTIONS][0]
+    if not all(name.isdecimal() and 0 < int(name) <= available for name in named):
+        raise InputError(f"{path}: has {available} directions, but names {', '.join(sorted(named))}; copy it again")
+    if str(metadata["directions"]) not in metadata["projected"]:
+        raise InputError(f"{path}: has no figures of its {metadata['directions']} directions; copy it again")
+    if num_directions is not None and str(num_directions) not in metadata["projected"]:
         raise InputError(
-            f"{path}: has {shapes[DIRECTIONS][0]} directions, but names {metadata['directions']}; copy it again"
+            f"--control_directions {num_directions}: {path} has figures for {', '.join(metadata['projected'])} "
+            f"directions; give one of these, or --control_projection {FIT}"
         )
-    metadata["available"] = shapes[DIRECTIONS][0]
     return metadata
 
 
-def read_certificate(path: str | Path) -> dict[str, float]:
-    """Return the figures of a projection's file for a contract.
-
-    Returns:
-        {figure + "_projected" or "_unprojected": accuracy}.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    text = SafetensorsFile(Path(path)).metadata.get("c2r", "{}")
-    metadata = parse_json(text, ProjectionMetadata, path, extra="allow")
-    both = {"projected": metadata["projected"], "unprojected": metadata["unprojected"]}
-    return {f"{name}_{kind}": float(figures[name]) for kind, figures in both.items() for name in FIGURES}
+def require_same_dinov3(path: str | Path, metadata: ProjectionMetadata, dinov3: str) -> None:
+    """Raise InputError if a projection is for features of another DINOv3 than the one of this fingerprint."""
+    if metadata["dinov3"] != dinov3:
+        raise InputError(
+            f"{path}: was fitted on the features of another DINOv3 (on {', '.join(metadata['datasets'])}); give that "
+            f"one as --dinov3, or --control_projection {FIT}"
+        )
 
 
-def load_projection(path: str | Path, feature_dim: int) -> FittedProjection:
-    """Read a projection's file, see `check_projection`.
+def load_projection(path: str | Path, feature_dim: int, num_directions: int | None = None) -> FittedProjection:
+    """Read a projection's file. For the arguments see `check_projection`.
 
     Raises:
         InputError: see `check_projection`, or a number in it is not finite.
     """
-    metadata = check_projection(path, feature_dim)
+    metadata = check_projection(path, feature_dim, num_directions)
     file = SafetensorsFile(Path(path))
     mean, directions = file.tensor(MEAN), file.tensor(DIRECTIONS)
     if not (mean.isfinite().all() and directions.isfinite().all()):
         raise InputError(f"{path}: holds a number that is not finite; copy it again, or fit another")
-    return FittedProjection(mean, directions, metadata["directions"], metadata["projected"], metadata["unprojected"])
-
-
-# -------------------------------------------------------------------------------------------------------------- probes
-
-
-def probe_accuracy(train: Sequence[torch.Tensor], held_out: Sequence[torch.Tensor]) -> float:
-    """Return how often a ridge regression on features and their squares tells two classes, on held-out features.
-
-    The squares see what equal means hide, such as texture.
-
-    Args:
-        train, held_out: two classes each, (n, k) per class.
-
-    Returns:
-        share of right answers, the mean over both classes; 0.5 is chance.
-    """
-    rows = [_with_squares(features) for features in train]
-    centre = sum(x.mean(0) for x in rows) / 2
-    scale = torch.cat([x - centre for x in rows]).square().mean(0).sqrt() + 1e-9
-    rows = [(x - centre) / scale / len(x) ** 0.5 for x in rows]
-    labels = torch.cat([torch.full((len(x),), sign / len(x) ** 0.5).double() for x, sign in zip(rows, (-1, 1))])
-    matrix = torch.cat(rows)
-    products = matrix @ matrix.T if len(matrix) < matrix.shape[1] else matrix.T @ matrix
-    penalty = 1e-3 * products.trace() / min(matrix.shape) * torch.eye(len(products), dtype=torch.float64)
-    if len(matrix) < matrix.shape[1]:
-        weights = matrix.T @ torch.linalg.solve(products + penalty, labels)
-    else:
-        weights = torch.linalg.solve(products + penalty, matrix.T @ labels)
-    scores = [(_with_squares(features) - centre) / scale @ weights for features in held_out]
-    right = [(score * sign > 0).double() + 0.5 * (score == 0) for score, sign in zip(scores, (-1, 1))]
-    return float(sum(x.mean() for x in right) / 2)
-
-
-def _with_squares(features):
-    features = features.double()
-    return torch.cat([features, features.square()], 1)
-
-
-def place_accuracy(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return how often a place in one look is nearer to itself in the other look than another place of its frame is.
-
-    Args:
-        one, other: (frames, places, k), two looks in the same order. The other place is the next one in the order.
-
-    Returns:
-        share of places; a tie counts half, 0.5 is chance.
-    """
-    own = (one - other).double().square().sum(-1)
-    wrong = (one - other.roll(1, 1)).double().square().sum(-1)
-    return float(((own < wrong).double() + 0.5 * (own == wrong)).mean())
+    return FittedProjection(
+        *(mean, directions, num_directions or metadata["directions"]),
+        projected={int(number): figures for number, figures in metadata["projected"].items()},
+        unprojected=metadata["unprojected"],
+        dinov3=metadata["dinov3"],
+        datasets=metadata["datasets"],
+    )

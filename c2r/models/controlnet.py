@@ -105,6 +105,7 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         causal_control: see `ControlAdapter`.
         control_directions: K, the adapter sees the features projected on K directions, see `ControlProjection`; None:
             it sees them as they are.
+        control_certificate: the projection's figures, see `FittedProjection.certificate`; None without a projection.
 
     Raises:
         ValueError: if `injection_layers` are not ascending indices of backbone blocks, or do not fit the injection.
@@ -135,6 +136,7 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         injection: str = "blocks",
         causal_control: bool = False,
         control_directions: int | None = None,
+        control_certificate: dict[str, float] | None = None,
     ):
         super().__init__()
         if injection not in INJECTIONS or (injection == "latent") != (not injection_layers):
@@ -192,6 +194,7 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         own_config |= {"feature_dim": feature_dim, "temporal_stride": temporal_stride}
         own_config["causal_control"] = causal_control
         own_config["control_directions"] = None if projection is None else projection.num_directions
+        own_config["control_certificate"] = None if projection is None else projection.certificate
         with torch.device("meta"):  # skips the random weights of the clones, 5 billion at 14B
             controlnet = cls(**own_config, **shared)
         controlnet.to_empty(device=transformer.device)

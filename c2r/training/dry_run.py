@@ -142,6 +142,8 @@ def projection(args: Namespace, first: Timings, last: Timings, samples: int, num
     if "sampling" in last.last:
         samplings = math.ceil(args.max_train_steps / args.sample_steps)
         parts[f"{samplings} samplings"] = samplings * last.last["sampling"]
+    if "projection" in first.last:
+        parts["fit of the control's projection"] = first.last["projection"]
     for kind, seconds in first.seconds_per_clip.items():
         parts[f"encoding the {kind} of {first.to_encode[kind]:,} clips"] = first.to_encode[kind] * seconds
     yield (

@@ -15,9 +15,21 @@ from c2r.encoding.cache import current_encoders, encoder_fingerprint
 from c2r.encoding.encoding_pass import encode_control, encode_missing
 from c2r.encoding.missing import find_missing, find_missing_control
 from c2r.estimation.configs import ModelConfigs
-from c2r.models.assembly import check_transformer, control_start_config, quantised_types, read_transformer_config
+from c2r.models.assembly import (
+    check_transformer,
+    control_start_config,
+    quantised_types,
+    read_controlnet_config,
+    read_transformer_config,
+)
 from c2r.models.attention import try_attention_backend
-from c2r.models.control_projection import check_projection
+from c2r.models.control_projection import (
+    FIT,
+    MAX_DIRECTIONS,
+    MAX_ERASED,
+    check_projection,
+    require_same_dinov3,
+)
 from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet, layers_of
 from c2r.models.dinov3 import check_dinov3, read_dinov3_config
 from c2r.models.hub import resolve_model_folder
@@ -31,7 +43,6 @@ from c2r.training.preflight import (
     require_access,
     require_splittable,
 )
-from c2r.training.projection_fit import FIT, MAX_DIRECTIONS, require_directions
 from c2r.training.resume import require_resumable
 from c2r.training.run import Run
 
@@ -100,22 +111,26 @@ def check_phase2(run: Run) -> Plan:
     config = {name: backbone_config[name] for name in SHARED_CONFIG}
     config |= {"injection_layers": layers, "injection": args.injection, "feature_dim": feature_dim}
     config["causal_control"] = args.causal_control
-    if args.control_projection is not None:
-        config["control_directions"] = _control_directions(args, feature_dim)
-    if args.resume_controlnet_from is not None and run.checkpoint is None:
-        _require_control_start(args.resume_controlnet_from, config, backbone_config)
+    if run.checkpoint is not None:
+        directions = read_controlnet_config(run.checkpoint / "model").get("control_directions")
+    elif args.resume_controlnet_from is not None:
+        directions = _require_control_start(args.resume_controlnet_from, config, backbone_config)
+    else:
+        directions = _control_directions(args, feature_dim)
+    config["control_directions"] = directions
     real, cg, scenes = _read_mixtures(run)
     plan = Plan(args.resume_backbone_from, config, real, cg, scenes, feature_dim=feature_dim)
-    num_projection = (1 + (config.get("control_directions") or -1)) * feature_dim  # frozen: mean and directions
+    num_projection = 0 if directions is None else (1 + directions) * feature_dim  # frozen: mean and directions
     plan.num_trainable = count_parameters(C2RControlNet, config) - num_projection
     num_frozen = count_parameters(WanTransformer3DModel, backbone_config) + num_dinov3
     dinov3_config = dict(read_dinov3_config(resolve_model_folder(args.dinov3)))
     quantised = quantised_types(args.resume_backbone_from, base_model)
     configs = ModelConfigs(backbone_config, dinov3=dinov3_config, quantised=quantised)
     preflight(run, plan.mixtures, configs, plan.num_trainable, num_frozen + num_projection)
-    if args.control_projection == FIT and args.control_directions is None:
-        del plan.config["control_directions"]  # known when it is fitted
     plan.inputs["DINOv3"] = encoder_fingerprint(resolve_model_folder(args.dinov3))
+    if run.checkpoint is None and args.control_projection not in (None, FIT):
+        chosen = check_projection(args.control_projection, feature_dim)
+        require_same_dinov3(args.control_projection, chosen, plan.inputs["DINOv3"])
     _check_inputs(run, plan)
     check_pipeline_parts(base_model, [*ENCODERS, "scheduler"])
     check_transformer(plan.backbone, base_model)
@@ -128,14 +143,22 @@ def check_phase2(run: Run) -> Plan:
 def _control_directions(args, feature_dim):
     """Return the number of directions of the control's projection, of one that is yet to be fitted the most."""
     given = args.control_directions
-    if args.control_projection == FIT:
-        return require_directions(given or min(feature_dim, MAX_DIRECTIONS), feature_dim)
-    chosen = check_projection(args.control_projection, feature_dim)
-    return chosen["directions"] if given is None else require_directions(given, chosen["available"])
+    if args.control_projection is None:
+        return None
+    if args.control_projection != FIT:
+        chosen = check_projection(args.control_projection, feature_dim, given)
+        return given or chosen["directions"]
+    most = min(feature_dim - MAX_ERASED, MAX_DIRECTIONS)
+    if (given or 1) > most:
+        raise InputError(
+            f"--control_directions {given or 1}: features of width {feature_dim} have at most {most} directions; give "
+            "fewer"
+        )
+    return given or most
 
 
 def _require_control_start(name_or_path, config, backbone_config):
-    """Check that the weights to start from have the shape that the options describe."""
+    """Check that the weights to start from have the shape that the options describe; return their directions."""
     given = control_start_config(name_or_path, backbone_config)
     option = f"--resume_controlnet_from {name_or_path}"
     injection, layers = given.get("injection", "blocks"), given["injection_layers"]
@@ -155,6 +178,7 @@ def _require_control_start(name_or_path, config, backbone_config):
             f"{option}: takes features of width {given['feature_dim']}, --dinov3 gives {config['feature_dim']}; give "
             "the DINOv3 that it was trained with"
         )
+    return given.get("control_directions")
 
 
 def _check_attention(run, backbone_config):

@@ -7,17 +7,18 @@ import torch
 from safetensors.torch import save_file
 
 from c2r import InputError
-from c2r.models.assembly import load_controlnet
+from c2r.models.assembly import load_control_start, load_controlnet
 from c2r.models.control_projection import (
+    Certificate,
     ControlProjection,
+    Figure,
     FittedProjection,
     LookScatter,
     ProjectedControlAdapter,
+    check_projection,
     load_projection,
-    place_accuracy,
-    probe_accuracy,
     project,
-    read_certificate,
+    require_same_dinov3,
     save_projection,
 )
 from c2r.models.controlnet import C2RControlNet
@@ -25,7 +26,7 @@ from c2r.models.transformer import C2RTransformer
 from tests.helpers.tiny import FEATURE_DIM, tiny_inputs, tiny_transformer
 
 WIDTH = 10
-FIGURES = {"cg_or_real": 0.5, "look": 0.55, "place": 0.9}
+FIGURES = {name: [0.6, 0.5, 0.7] for name in Certificate.__annotations__}
 
 
 def draw(*shape, seed=0):
@@ -44,14 +45,24 @@ def fitted(*pairs):
     scatter = LookScatter(WIDTH)
     for kind, (one, other) in enumerate(pairs):
         for part in (slice(None, 1000), slice(1000, None)):
-            scatter.add(str(kind), one[part], other[part])
+            scatter.add(str(kind), one[part][None], other[part][None])
     return scatter.solve()
 
 
 def example(rows=6, chosen=4, width=FEATURE_DIM):
     """A projection with random directions."""
     directions = draw(rows, width).float()
-    return FittedProjection(draw(width, seed=1).float(), directions, chosen, FIGURES, FIGURES | {"cg_or_real": 1.0})
+    figures = {name: Figure(*values) for name, values in FIGURES.items()}
+    other = figures | {"cg_or_real": Figure(1.0)}
+    return FittedProjection(
+        draw(width, seed=1).float(),
+        directions,
+        chosen,
+        {2: other, chosen: figures},
+        other,
+        "sha",
+        ["data/a", "data/b"],
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- fit
@@ -84,7 +95,9 @@ def test_directions_solve_the_generalised_eigenproblem():
     one, other = (look - look.mean(0) for look in two_looks(0, 10))
     _, directions = fitted((one, other))
     looks = torch.cov(((one - other) / 2).T, correction=0)
-    places = torch.cov(((one + other) / 2).T, correction=0)
+    middle = (one + other) / 2
+    frames = [frame - frame.mean(0) for frame in (middle[:1000], middle[1000:])]
+    places = torch.cov(torch.cat(frames).T, correction=0)
     looks += 0.05 * (looks + places).trace() / WIDTH * torch.eye(WIDTH)
     products = directions @ places @ directions.T, directions @ looks @ directions.T
     for product in products:
@@ -104,35 +117,33 @@ def test_nothing_to_fit_on_is_refused():
     with pytest.raises(ValueError, match="no pair"):
         LookScatter(3).solve()
     scatter = LookScatter(3)
-    scatter.add("a", torch.ones(5, 3), torch.ones(5, 3))
+    scatter.add("a", torch.ones(2, 5, 3), torch.ones(2, 5, 3))
     with pytest.raises(ValueError, match="do not vary"):
         scatter.solve()
 
 
-# -------------------------------------------------------------------------------------------------------------- probes
+def test_a_look_that_both_looks_of_a_frame_share_is_no_place():
+    """Such as the weather: it differs between clips, and survives an alteration."""
+    scatter = LookScatter(WIDTH)
+    for frame in range(200):
+        places = draw(1, 20, WIDTH, seed=2 * frame)
+        places[..., 0] = 3 * draw(1, 1, seed=2 * frame + 1) + 0.1 * places[..., 0]
+        scatter.add("a", places, places + 0.3 * draw(1, 20, WIDTH, seed=1000 + frame))
+    _, directions = scatter.solve()
+    shares = directions[:, 0].abs() / directions.norm(dim=1)
+    assert shares.argmax() == len(directions) - 1
 
 
-def test_a_probe_tells_means_and_spreads_apart_and_is_at_chance_on_equal_classes():
-    train, held_out = draw(2, 1000, 3), draw(2, 1000, 3, seed=1)
-    shift, spread = torch.tensor([[[0.0]], [[4.0]]]), torch.tensor([[[1.0]], [[5.0]]])
-    assert probe_accuracy(train + shift, held_out + shift) > 0.95
-    assert probe_accuracy(train * spread, held_out * spread) > 0.75
-    assert abs(probe_accuracy(train, held_out) - 0.5) < 0.05
-
-
-def test_a_probe_of_more_features_than_places_is_the_same():
-    train, held_out = draw(2, 40, 25), draw(2, 500, 25, seed=1)
-    train[1] += 1
-    held_out[1] += 1
-    wide = torch.cat([train, torch.zeros(2, 40, 40)], -1), torch.cat([held_out, torch.zeros(2, 500, 40)], -1)
-    assert probe_accuracy(*wide) == pytest.approx(probe_accuracy(train, held_out), abs=0.02)
-
-
-def test_places_are_told_by_features_that_agree():
-    places = draw(4, 50, 3)
-    assert place_accuracy(places, places) == 1
-    assert place_accuracy(torch.zeros(4, 50, 3), torch.zeros(4, 50, 3)) == 0.5
-    assert abs(place_accuracy(places, draw(4, 50, 3, seed=1)) - 0.5) < 0.1
+def test_all_kinds_of_pairs_weigh_the_same():
+    one, other = (look[None] for look in two_looks(0, 10))
+    few, many = draw(1, 100, WIDTH, seed=30), draw(1, 100, WIDTH, seed=31)
+    once, often = LookScatter(WIDTH), LookScatter(WIDTH)
+    for scatter, times in ((once, 1), (often, 5)):
+        scatter.add("b", few, many)
+        for _ in range(times):
+            scatter.add("a", one, other)
+    unit = [directions / directions.norm(dim=1, keepdim=True) for _, directions in (once.solve(), often.solve())]
+    torch.testing.assert_close(*unit)
 
 
 # ---------------------------------------------------------------------------------------------------------- projection
@@ -183,7 +194,7 @@ def test_latent_frames_start_as_the_means_of_their_groups_at_one_scale(causal):
 
 @pytest.mark.parametrize("directions", [1, 2, 4])
 def test_tokens_are_linear_in_the_coordinates(directions):
-    """A LayerNorm over so few would leave a sign of two of them, nothing of one, and rescale what a tail drop keeps."""
+    """A LayerNorm over two would leave a sign, over one nothing, and rescale what a tail drop keeps."""
     adapter = ProjectedControlAdapter(FEATURE_DIM, directions, 8)
     adapter.projection.fill(example())
     features, blank = draw(1, 5, 2, 2, FEATURE_DIM).float(), torch.zeros(1, 5, 2, 2, FEATURE_DIM)
@@ -228,6 +239,36 @@ def test_weights_in_bf16_keep_it_in_fp32(tmp_path):
     assert adapter.proj.weight.dtype == torch.bfloat16
 
 
+def test_a_branch_cast_to_bf16_still_projects():
+    controlnet = C2RControlNet.from_transformer(
+        tiny_transformer(), 1, feature_dim=FEATURE_DIM, projection=example()
+    ).bfloat16()
+    assert controlnet.control_adapter(tiny_inputs()[-1], (2, 3, 2)).dtype == torch.bfloat16
+
+
+def test_its_certificate_is_saved_with_the_controlnet(tmp_path):
+    controlnet = C2RControlNet.from_transformer(tiny_transformer(), 1, feature_dim=FEATURE_DIM, projection=example())
+    controlnet.save_pretrained(tmp_path)
+    assert load_controlnet(tmp_path).config.control_certificate == example().certificate
+
+
+@pytest.mark.parametrize("injection", ["blocks", "latent"])
+def test_an_empty_one_has_the_same_modules(tmp_path, injection):
+    """Processes that read no weights get them from the main process, parameter by parameter."""
+    C2RControlNet.from_transformer(
+        tiny_transformer(), 2, feature_dim=FEATURE_DIM, injection=injection, projection=example()
+    ).save_pretrained(tmp_path)
+    shapes = [
+        {name: (tuple(p.shape), p.dtype, p.requires_grad, p.device.type) for name, p in net.named_parameters()}
+        for net in (
+            load_controlnet(tmp_path),
+            load_controlnet(tmp_path, empty=True),
+            load_control_start(tmp_path, tiny_transformer().config, empty=True),
+        )
+    ]
+    assert shapes[0] == shapes[1] == shapes[2]
+
+
 def test_only_what_is_projected_reaches_the_output():
     torch.manual_seed(0)
     controlnet = C2RControlNet.from_transformer(
@@ -255,17 +296,42 @@ def test_its_file_holds_it_with_its_figures(tmp_path):
     loaded = load_projection(path, FEATURE_DIM)
     assert torch.equal(loaded.directions, example().directions)
     assert torch.equal(loaded.mean, example().mean)
-    assert (loaded.num_directions, loaded.projected["place"]) == (4, 0.9)
-    figures = read_certificate(path)
-    assert figures["cg_or_real_projected"] == 0.5
-    assert figures["cg_or_real_unprojected"] == 1.0
+    assert loaded.projected == example().projected
+    assert (loaded.num_directions, loaded.dinov3, loaded.datasets) == (4, "sha", ["data/a", "data/b"])
+    assert loaded.certificate == example().certificate
+    assert loaded.certificate["cg_or_real_projected"] == 0.6
+    assert loaded.certificate["cg_or_real_unprojected"] == 1
+    assert loaded.certificate["look_projected_high"] == 0.7
+
+
+def test_another_number_of_directions_has_figures_of_its_own(tmp_path):
+    path = tmp_path / "p.safetensors"
+    save_projection(path, example())
+    loaded = load_projection(path, FEATURE_DIM, 2)
+    assert loaded.num_directions == 2
+    assert loaded.certificate["cg_or_real_projected"] == 1
+    with pytest.raises(InputError, match=r"--control_directions 3: .* has figures for 2, 4 directions"):
+        load_projection(path, FEATURE_DIM, 3)
+
+
+def test_one_for_another_dinov3_of_the_same_width_is_refused(tmp_path):
+    path = tmp_path / "p.safetensors"
+    save_projection(path, example())
+    metadata = check_projection(path, FEATURE_DIM)
+    require_same_dinov3(path, metadata, "sha")
+    with pytest.raises(InputError, match=r"another DINOv3 \(on data/a, data/b\)"):
+        require_same_dinov3(path, metadata, "other")
 
 
 def hostile(**change):
     """The parts of a file, one of them changed."""
-    metadata = {"directions": 4, "projected": FIGURES, "unprojected": FIGURES}
-    parts = {"mean": torch.zeros(FEATURE_DIM), "directions": torch.ones(6, FEATURE_DIM), "metadata": metadata}
+    parts = {"mean": torch.zeros(FEATURE_DIM), "directions": torch.ones(6, FEATURE_DIM), "metadata": metadata()}
     return parts | change
+
+
+def metadata(**change):
+    figures = {"projected": {"2": FIGURES, "4": FIGURES}, "unprojected": FIGURES}
+    return {"directions": 4, **figures, "dinov3": "sha", "datasets": ["a"]} | change
 
 
 @pytest.mark.parametrize(
@@ -277,16 +343,19 @@ def hostile(**change):
         (hostile(mean=torch.zeros(FEATURE_DIM).double()), "is no control projection"),
         (hostile(mean=torch.zeros(8), directions=torch.ones(6, 8)), "features of width 8, --dinov3 gives"),
         (hostile(mean=torch.full((FEATURE_DIM,), torch.nan)), "not finite"),
-        (hostile(metadata={"directions": 7, "projected": FIGURES, "unprojected": FIGURES}), "names 7"),
-        (hostile(metadata={"directions": 0, "projected": FIGURES, "unprojected": FIGURES}), "directions"),
-        (hostile(metadata={"directions": 4, "projected": FIGURES}), "unprojected"),
+        (hostile(metadata=metadata(directions=7)), "names 2, 4, 7"),
+        (hostile(metadata=metadata(directions=0)), "directions"),
+        (hostile(metadata=metadata(directions=3)), "no figures of its 3 directions"),
+        (hostile(metadata=metadata(projected={"x": FIGURES})), "names 4, x"),
+        (hostile(metadata=metadata(projected={"4": FIGURES | {"look": [2, 0, 1]}})), "less than or equal to 1"),
+        (hostile(metadata=metadata(unprojected=None)), "unprojected"),
         (hostile(metadata=[1]), "should be an object"),
     ],
 )
 def test_another_file_is_refused_in_one_line(tmp_path, parts, message):
     path = tmp_path / "p.safetensors"
-    metadata = {"c2r": json.dumps(parts.pop("metadata"))}
-    save_file(parts, path, metadata=metadata)
+    text = json.dumps(parts.pop("metadata"))
+    save_file(parts, path, metadata={"c2r": text})
     with pytest.raises(InputError, match=message) as refused:
         load_projection(path, FEATURE_DIM)
     assert str(path) in str(refused.value)

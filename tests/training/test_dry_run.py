@@ -59,13 +59,13 @@ def test_a_dry_run_trains_on_no_more_clips_than_its_steps_draw():
 
 def test_the_projection_adds_up_all_parts_of_a_run():
     args = options(["--max_train_steps=1000", "--checkpointing_steps=300", "--validation_steps=250"])
-    first = Timings(to_encode={"latents": 600}, seconds_per_clip={"latents": 12.0})
+    first = Timings(to_encode={"latents": 600}, seconds_per_clip={"latents": 12.0}, last={"projection": 30.0})
     last = Timings(last={"validation": 10.0, "checkpoint": 5.0, "writing": 2.0}, samples_per_second=2.0)
     lines = "\n".join(projection(args, first, last, samples=8, num_trainable=10**9))
     assert "4.00 s a step, 10.00 s a validation, 5.00 s a checkpoint" in lines
     assert (
-        "1,000 steps 66.7 min, 5 validations 50.0 s, 4 checkpoints 20.0 s, encoding the latents of 600 clips 2.0 h"
-        in lines
+        "1,000 steps 66.7 min, 5 validations 50.0 s, 4 checkpoints 20.0 s, "
+        "fit of the control's projection 30.0 s, encoding the latents of 600 clips 2.0 h" in lines
     )
     assert "3.1 h in all" in lines
     assert "up to 60.00 GB in out" in lines

@@ -1,0 +1,327 @@
+"""Phase 2 with a fitted projection of the control: fitted, saved, resumed, generated from, refused."""
+
+import json
+import shutil
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from c2r import InputError, cli
+from c2r.data.buckets import Bucket
+from c2r.data.mixture import read_mixture
+from c2r.evaluation.projection_fit import (
+    ALTERED,
+    COARSE,
+    MAX_ACCURACY,
+    PAIR,
+    Pair,
+    certify,
+    choose_number,
+    fit_projection,
+    numbers_to_try,
+    place_accuracy,
+)
+from c2r.generate import main
+from c2r.models.control_projection import load_projection
+from c2r.options import PHASE2
+from c2r.training.batches import Draw
+from c2r.training.step import kept_directions
+from tests.helpers.commands import ENGINES, SIZE, phase2, same, scalars, start, succeed, weights
+from tests.helpers.datasets import write_monitored_datasets
+from tests.helpers.forks import fork
+from tests.helpers.settings import clip_settings
+from tests.helpers.tiny import FEATURE_DIM
+
+FILE = "control_projection.safetensors"
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    return write_monitored_datasets(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_models, datasets, tmp_path_factory):
+    """Run phase 2 with a projection; given a folder's name and options, return the folder and the output."""
+    folder = tmp_path_factory.mktemp("projection")
+
+    def run(name, *options, fails=False, by=fork, **launch):
+        options = ["--max_train_steps=4", "--control_projection=fit", "--num_samples=0", *options]
+        command = phase2(tiny_models, datasets, tiny_models / "pipeline", folder / name, *options, **launch)
+        command.append(f"--cache_dir={folder / 'cache'}")
+        if fails:
+            return fork(*command).stderr
+        done = succeed(*command, by=by)
+        return folder / name, done.stdout + done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(run):
+    return run("whole", "--control_tail_drop=0.5", "--ema_decay=0.9")
+
+
+def test_it_is_fitted_printed_and_saved_with_the_controlnet(whole):
+    out, output = whole
+    projection = load_projection(out / FILE, FEATURE_DIM)
+    for line in ("place in the frame", "unprojected", "<- used", "fewer than 8: the figures are uncertain"):
+        assert line in output
+    config = json.loads((out / "final/config.json").read_text())
+    assert config["control_directions"] == projection.num_directions
+    saved = weights(out / "final")
+    chosen = projection.directions[: projection.num_directions]
+    assert torch.equal(saved["control_adapter.projection.directions"], chosen)  # not trained, not averaged
+    assert torch.equal(saved["control_adapter.projection.mean"], projection.mean)
+    assert projection.num_directions in projection.projected
+    assert config["control_certificate"] == projection.certificate
+    assert json.loads((out / "final/c2r.json").read_text())["control_certificate"] == projection.certificate
+    assert all(torch.isfinite(torch.tensor(values)).all() for values in scalars(out).values())
+
+
+def test_it_resumes_bit_for_bit_without_fitting_again(run, whole):
+    out, _ = whole
+    halves = out.with_name("halves")
+    shutil.copytree(out / "checkpoint-2", halves / "checkpoint-2")
+    (halves / FILE).write_text("of another run")  # is not read
+    options = ("--control_tail_drop=0.5", "--ema_decay=0.9", "--resume_from_checkpoint=latest")
+    _, output = run("halves", *options)
+    assert "checkpoint-2 at step 2" in output
+    assert "place in the frame" not in output
+    assert same(weights(halves / "final"), weights(out / "final"))
+    contracts = [json.loads((folder / "final/c2r.json").read_text()) for folder in (halves, out)]
+    assert contracts[0]["control_certificate"] == contracts[1]["control_certificate"]
+
+
+def test_fitted_again_it_has_the_same_bits_and_its_file_serves_another_run(run, whole):
+    out, _ = whole
+    again, _ = run("again", "--max_train_steps=2", "--control_directions=3")
+    ours, theirs = (load_projection(folder / FILE, FEATURE_DIM) for folder in (out, again))
+    assert torch.equal(ours.directions, theirs.directions)
+    assert torch.equal(ours.mean, theirs.mean)
+    from_file, output = run(
+        "from-file", "--max_train_steps=2", f"--control_projection={again / FILE}", "--control_directions=3"
+    )
+    assert "place in the frame" not in output
+    assert same(weights(again / "final"), weights(from_file / "final"))
+    for folder in (again, from_file):
+        config = json.loads((folder / "final/config.json").read_text())
+        assert config["control_directions"] == 3
+        assert config["control_certificate"]["look_projected"] == theirs.projected[3]["look"].mean
+    # In another folder, the file gone: the checkpoint has it.
+    shutil.move(again / FILE, again / "moved")
+    options = [f"--control_projection={again / FILE}", "--control_directions=3", "--resume_from_checkpoint=latest"]
+    _, output = run("from-file", "--max_train_steps=3", *options)
+    assert "at step 2" in output
+
+
+@pytest.mark.slow
+def test_fsdp2_shards_it(run, whole):
+    options = ("--train_batch_size=1", "--control_tail_drop=0.5", "--ema_decay=0.9")
+    run("fsdp2", *options, "--max_train_steps=2", by=start, launcher=ENGINES["fsdp2"])
+    out, output = run(*("fsdp2", *options, "--resume_from_checkpoint=latest"), by=start, launcher=ENGINES["fsdp2"])
+    assert "at step 2" in output
+    assert scalars(out)["train/loss"] == pytest.approx(scalars(whole[0])["train/loss"], rel=1e-4)
+    ours, alone = weights(out / "final"), weights(whole[0] / "final")
+    assert ours.keys() == alone.keys()
+    for name in ("control_adapter.projection.directions", "control_adapter.projection.mean"):
+        assert torch.equal(ours[name], alone[name])
+    for name, tensor in ours.items():
+        # AdamW makes full steps of gradients that are nothing but rounding.
+        assert (tensor - alone[name]).abs().mean() < 1e-4, name
+
+
+def test_it_generates(whole, datasets, tmp_path):
+    control = datasets / "cg/train/c0.mp4"
+    arguments = ["--prompt=a street", f"--control_video={control}", "--num_inference_steps=2"]
+    main([f"--model={whole[0] / 'final'}", *arguments, f"--output={tmp_path / 'o.mp4'}"])
+    assert (tmp_path / "o.mp4").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--control_directions=1000"], "--control_directions 1000: features of width 32 have at most 27 directions"),
+        (["--control_projection=none.safetensors"], "none.safetensors: no such file"),
+        (["--resume_controlnet_from=x"], "leave one of them out"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(run, options, message):
+    error = run("refused", *options, fails=True)
+    assert message in error.strip().splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------- figures and choice
+
+
+def planted(strength, num_clips=12, width=12, seed=0):
+    """Pairs of both kinds: places in all features, and a look of each clip's domain and look in the last one."""
+    pairs = {ALTERED: [], PAIR: []}
+    for kind, look, other_look in ((ALTERED, -1, 1), (PAIR, 1, -1)):
+        for clip in range(num_clips):
+            generator = torch.Generator().manual_seed(1000 * seed + 2 * clip + (kind == PAIR))
+            places = torch.randn(4, 20, width, generator=generator)
+            one, other = (places + 0.1 * torch.randn(4, 20, width, generator=generator) for _ in range(2))
+            # Equal means, which no projection can erase: more or less of it, as in texture.
+            spreads = [1 + strength * (sign > 0) for sign in (look, other_look)]
+            for x, spread in zip((one, other), spreads):
+                x[..., -1] = spread * torch.randn(4, 20, generator=generator)
+            pairs[kind].append(Pair(f"{kind} {clip} of {seed}", one, other))
+    return pairs
+
+
+def test_figures_find_a_planted_look_and_are_at_chance_without_one():
+    certificate, worst = certify(planted(5.0), planted(5.0, seed=1))
+    for name in ("cg_or_real", "cg_or_real_clip", "look"):
+        assert certificate[name].low > 0.6, name
+    assert worst > 0.75
+    assert certificate["place"].mean > 0.7
+    certificate, worst = certify(planted(0.0), planted(0.0, seed=1))
+    for name in ("cg_or_real", "look"):
+        assert certificate[name].low - 0.05 < 0.5 < certificate[name].high + 0.05, name
+    assert worst <= MAX_ACCURACY
+
+
+def test_a_kind_of_looks_that_is_told_is_not_hidden_by_one_that_is_not():
+    train, held_out = planted(0.0), planted(0.0, seed=1)
+    train[COARSE], held_out[COARSE] = planted(5.0)[ALTERED], planted(5.0, seed=1)[ALTERED]
+    certificate, worst = certify(train, held_out)
+    assert certificate["look"].mean > 0.7
+    assert worst > 0.7
+
+
+@pytest.mark.parametrize("width", [4, 64, 256])
+def test_a_probe_finds_a_look_among_any_number_of_features(width):
+    certificate, _ = certify(planted(5.0, width=width), planted(5.0, width=width, seed=1))
+    assert certificate["cg_or_real"].mean > 0.7
+
+
+def test_the_number_is_the_last_before_the_first_that_fails():
+    assert choose_number({2: 0.5, 4: 0.6, 8: 0.61, 16: 0.55}) == 4
+    assert choose_number({2: 0.5, 4: 0.55}) == 4
+    assert choose_number({2: 0.7, 4: 0.5}) == 2
+
+
+def test_numbers_that_are_tried():
+    assert numbers_to_try(20, None) == [2, 4, 8, 16, 20]
+    assert numbers_to_try(16, 3) == [2, 3, 4, 8, 16]
+    with pytest.raises(InputError, match="--control_directions 17: the projection has 16; give at most 16"):
+        numbers_to_try(16, 17)
+
+
+def test_places_are_told_by_features_that_agree():
+    places, others = torch.randn(2, 4, 50, 3, generator=torch.Generator().manual_seed(0))
+    assert place_accuracy(places, places) == 1
+    assert place_accuracy(torch.zeros(4, 50, 3), torch.zeros(4, 50, 3)) == 0.5
+    assert abs(place_accuracy(places, others) - 0.5) < 0.1
+
+
+class Quiet:
+    """A watchdog of one process."""
+
+    def __init__(self):
+        self.beats = []
+
+    def beat(self, what):
+        self.beats.append(what)
+
+    def unjudged(self):
+        return nullcontext()
+
+    def wait_for_everyone(self):
+        pass
+
+
+@pytest.fixture
+def settings(tiny_models, tmp_path):
+    bucket = Bucket(*(SIZE[name] for name in ("num_frames", "height", "width")))
+    base_model = str(tiny_models / "pipeline")
+    return clip_settings(
+        buckets=(bucket,), fps=float(SIZE["fps"]), base_model=base_model, cache_dir=tmp_path / "cache"
+    )
+
+
+def read(folder, settings):
+    return [read_mixture([str(folder / name)], name, settings) for name in ("real", "cg")]
+
+
+def fit(mixtures, settings, features, watchdog=None, num_directions=None):
+    return fit_projection(*mixtures, settings, features, 0, "sha", num_directions, watchdog or Quiet())
+
+
+def patches(frames):
+    """(F, 3, H, W) -> (F, places, 48): the pixels of patches of 4."""
+    return F.unfold(frames, 4, stride=4).transpose(1, 2)
+
+
+def test_the_fit_removes_a_planted_look(datasets, settings, caplog):
+    """Every look has a mark of its own, whose mean is equal for all: in its spread alone."""
+    generator = torch.Generator().manual_seed(0)
+
+    def marked(frames):
+        features = patches(frames)
+        # Flat videos are bright.
+        spread = 1 + 20 * (frames.mean() > 0.75)
+        mark = spread * torch.randn(features[..., :1].shape, generator=generator)
+        return torch.cat([features, mark], -1)
+
+    watchdog = Quiet()
+    projection = fit(read(datasets, settings), settings, marked, watchdog)
+    assert len(watchdog.beats) > 20
+    mark = projection.directions[:, -1].abs() / projection.directions.norm(dim=1)
+    assert mark[: projection.num_directions].max() < 0.05
+    assert projection.datasets == [str(datasets / name) for name in ("real", "cg")]
+    assert "place in the frame" in caplog.text
+
+
+def test_features_that_do_not_vary_are_refused_in_one_line(datasets, settings):
+    mixtures = read(datasets, settings)
+    with pytest.raises(InputError, match=r"cannot be fitted on the features .* do not vary"):
+        fit(mixtures, settings, lambda frames: torch.ones(len(frames), 6, 8))
+
+
+def test_too_few_files_are_refused(datasets, settings):
+    few, cg = read(datasets, settings)
+    few.__dict__["train"] = few.train[:3]  # a cached property
+    with pytest.raises(InputError, match="has 3 real files to train on"):
+        fit((few, cg), settings, patches)
+
+
+def test_a_clip_that_cannot_be_read_is_skipped_and_named(datasets, settings, tmp_path, caplog):
+    shutil.copytree(datasets, tmp_path / "data")
+    mixtures = read(tmp_path / "data", settings)
+    assert len(mixtures[0].train) == 8
+    (tmp_path / "data/real/train/r3.mp4").unlink()
+    fit(mixtures, settings, patches)
+    assert "fitted without a clip" in caplog.text
+    assert "r3.mp4" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--control_projection=fit"], "--control_projection fit: needs CG pairs"),
+        (["--control_tail_drop=0.5"], "--control_tail_drop 0.5: needs --control_projection"),
+        (["--control_directions=4"], "--control_directions 4: needs --control_projection"),
+    ],
+)
+def test_options_that_need_another_are_refused(options, message):
+    required = ["--resume_backbone_from=b", "--real_dataset=r", "--output_dir=o", "--cg_ratio=0"]
+    with pytest.raises(InputError, match=message):
+        cli.parse(PHASE2, [*required, *options])
+
+
+def test_the_tail_is_dropped_by_the_samples_numbers():
+    draw = Draw(list(range(200)), 0, 200)
+    kept = kept_directions(16, 0.5, 7, draw)
+    assert kept_directions(16, 0.0, 7, draw) is None
+    assert torch.equal(kept, kept_directions(16, 0.5, 7, draw))
+    assert torch.equal(kept[100:], kept_directions(16, 0.5, 7, Draw(list(range(100, 200)), 0, 200)))
+    assert kept.min() >= 1
+    assert kept.max() == 16
+    assert 70 < (kept < 16).sum() < 120
