@@ -77,7 +77,7 @@ def fit_probes(real: torch.Tensor, cg: torch.Tensor, ridges: Sequence[float]) ->
     rows, labels = (clips - centre) / scale * root[:, None], labels * root
     among_clips = rows.shape[0] <= rows.shape[1]
     products = rows @ rows.T if among_clips else rows.T @ rows
-    scorers = []
+    scorers: list[Scorer] = []
     for ridge in ridges:
         penalised = products + ridge * products.trace() / len(rows) * torch.eye(len(products), dtype=torch.float64)
         if among_clips:

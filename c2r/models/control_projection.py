@@ -8,7 +8,7 @@ differences between the looks' means, so that no coordinate tells CG from real b
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, cast
 
 import torch
 from pydantic import Field, FiniteFloat, PositiveInt
@@ -49,7 +49,7 @@ class Certificate(TypedDict):
     """Accuracies of probes on the features of files that neither the fit nor the choice has seen.
 
     `cg_or_real`: a place of a coarse control from one of a real clip. `cg_or_real_clip`: the same of a whole clip, by
-    the means over its places. `look`: two looks of one place, of the kind of looks that is told best. `place`: a place
+    the means over its places. `look`: two looks of one place, of the kind of looks that a probe tells best. `place`: a place
     in another look from another place of the same frame.
     """
 
@@ -91,7 +91,7 @@ class FittedProjection:
         return {
             f"{name}_{kind}{suffix}": float(value)
             for kind, figures in both.items()
-            for name, figure in figures.items()
+            for name, figure in cast(dict[str, Figure], figures).items()
             for suffix, value in zip(("", "_low", "_high"), figure)
         }
 

@@ -195,7 +195,7 @@ def test_a_kind_of_looks_that_is_told_is_not_hidden_by_one_that_is_not():
 @pytest.mark.parametrize("width", [4, 64, 256])
 def test_a_probe_finds_a_look_among_any_number_of_features(width):
     certificate, _ = certify(planted(5.0, width=width), planted(5.0, width=width, seed=1))
-    assert certificate["cg_or_real"].mean > 0.7
+    assert certificate["cg_or_real"].mean > 0.65
 
 
 def test_the_number_is_the_last_before_the_first_that_fails():
@@ -293,7 +293,7 @@ def test_a_clip_that_cannot_be_read_is_skipped_and_named(datasets, settings, tmp
     shutil.copytree(datasets, tmp_path / "data")
     mixtures = read(tmp_path / "data", settings)
     assert len(mixtures[0].train) == 8
-    (tmp_path / "data/real/train/r3.mp4").unlink()
+    (tmp_path / "data/real/train/r3.mp4").write_bytes(b"no video")
     fit(mixtures, settings, patches)
     assert "fitted without a clip" in caplog.text
     assert "r3.mp4" in caplog.text
