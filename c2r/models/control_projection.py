@@ -49,8 +49,8 @@ class Certificate(TypedDict):
     """Accuracies of probes on the features of files that neither the fit nor the choice has seen.
 
     `cg_or_real`: a place of a coarse control from one of a real clip. `cg_or_real_clip`: the same of a whole clip, by
-    the means over its places. `look`: two looks of one place, of the kind of looks that a probe tells best. `place`: a place
-    in another look from another place of the same frame.
+    the means over its places. `look`: two looks of one place, of the kind of looks that a probe tells best. `place`: a
+    place in another look from another place of the same frame.
     """
 
     cg_or_real: Figure

@@ -139,6 +139,11 @@ def run_phase1(out: Path, seed: int):
         _train(PHASE1, out / f"logs/phase1-{seed}.log", options)
 
 
+def run_folder(out: Path, run: StudyRun, seed: int) -> Path:
+    """Return the folder of one run of phase 2."""
+    return out / "runs" / f"{run.name.replace(':', '').replace(',', '').replace(' ', '-')}-{seed}"
+
+
 def run_phase2(out: Path, run: StudyRun, seed: int) -> Result:
     """Train one setting of phase 2, unless an earlier start of the study has done so, and measure it.
 
@@ -146,7 +151,7 @@ def run_phase2(out: Path, run: StudyRun, seed: int) -> Result:
         InputError: the training failed.
     """
     started = time.time()
-    folder = out / "runs" / f"{run.name.replace(':', '').replace(',', '').replace(' ', '-')}-{seed}"
+    folder = run_folder(out, run, seed)
     if not _is_finished(folder):
         config = out / "configs" / f"{folder.name}.yaml"
         config.parent.mkdir(exist_ok=True)
