@@ -3,7 +3,7 @@
     python -m c2r.quickstart
     python -m benchmarks.control_projection quickstart outputs/control_projection
 
-Phase 2 is trained on the quickstart's phase 1 for 100 steps in each setting: on features that are the pixels, a planted
+Phase 2 is trained on the quickstart's phase 1 for 100 steps in each setting: on features that are the pixels, a
 leak, and on the toy's DINOv3; without a projection, and with each number of directions, with and without tail drop.
 A run takes minutes. A continued command skips the runs that are finished; the table is printed after each run.
 """
@@ -15,7 +15,7 @@ from c2r.models.contract import read_contract
 from c2r.toy.pixel_dinov3 import write_pixel_dinov3
 from c2r.toy.study_runs import StudyRun, run_folder, run_phase2
 
-FEATURES = {"pixels": {"cg_ratio": 0.0}, "toy's DINOv3": {"cg_ratio": 0.2}}
+FEATURES = {"pixels": {"cg_ratio": 0.0}, "own DINOv3": {"cg_ratio": 0.2}}
 MEASURES = {
     "leak (coarse)": "leak_share_coarse",
     "control gain": "control_gain",
