@@ -3,9 +3,9 @@
     python -m c2r.quickstart
     python -m benchmarks.control_projection quickstart outputs/control_projection
 
-Phase 2 is trained on the quickstart's phase 1 for 100 steps in each setting: on features that are the pixels, a
-leak, and on the toy's DINOv3; without a projection, and with each number of directions, with and without tail drop.
-A run takes minutes. A continued command skips the runs that are finished; the table is printed after each run.
+Phase 2 is trained on the quickstart's phase 1 for 100 steps in each setting: on features that are pixels, a planted
+leak, and on the toy's own; without a projection, and with each number of directions, with and without tail drop. A run
+takes minutes. A continued command skips the runs that are finished; a line of the table is printed after each run.
 """
 
 import argparse
