@@ -133,6 +133,26 @@ def test_fsdp2_shards_it(run, whole):
         assert (tensor - alone[name]).abs().mean() < 1e-4, name
 
 
+def test_it_takes_cached_features_in_bf16_and_an_adversary(run, whole):
+    options = ["--cache_control_features", "--adversarial_weight=0.1", "--mixed_precision=bf16"]
+    options += ["--control_tail_drop=0.5", f"--control_projection={whole[0] / FILE}", "--max_train_steps=2"]
+    out, _ = run("cached", *options)
+    assert all(torch.isfinite(torch.tensor(values)).all() for values in scalars(out).values())
+    name = "control_adapter.projection.directions"
+    assert torch.equal(weights(out / "final")[name], weights(whole[0] / "final")[name])
+
+
+@pytest.mark.slow
+def test_a_fit_that_fails_ends_all_processes_in_one_line(tiny_models, small_datasets, tmp_path):
+    options = ["--max_train_steps=2", "--control_projection=fit", "--train_batch_size=1"]
+    command = phase2(
+        *(tiny_models, small_datasets, tiny_models / "pipeline", tmp_path), *options, launcher=ENGINES["ddp"]
+    )
+    failed = start(*command)
+    assert failed.returncode != 0
+    assert failed.stderr.count("cg files to train on") == 1
+
+
 def test_it_generates(whole, datasets, tmp_path):
     control = datasets / "cg/train/c0.mp4"
     arguments = ["--prompt=a street", f"--control_video={control}", "--num_inference_steps=2"]
