@@ -226,7 +226,7 @@ class CGLooks:
     def __call__(self, source: str, scene: Scene, frames: torch.Tensor) -> float:
         """Return the CG look of one video, (F, 3, H, W) uint8; `of_source` judges the first one of each scene."""
         features = measure_frames(rearrange(frames, "f c h w -> f h w c"), self.dinov3, self.device)
-        file = scene.truth and scene.truth.name
+        file = scene.truth and scene.truth.path
         self._measured.setdefault(source, {}).setdefault(scene.name, (features, file))
         return self.monitor.judge([features], [file]).look.mean
 
