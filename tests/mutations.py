@@ -62,6 +62,7 @@ ENCODE = "tests/encoding/test_encode.py"
 VALIDATION = "tests/evaluation/test_validation.py"
 CONDITIONS = "tests/evaluation/test_conditions.py"
 MONITOR = "tests/evaluation/test_monitor.py"
+REFERENCE = "tests/evaluation/test_monitor_reference.py"
 DISCRIMINANTS = "tests/evaluation/test_discriminants.py"
 CONTROLLER = "tests/evaluation/test_ratio_controller.py"
 SAMPLES = "tests/evaluation/test_samples.py"
@@ -1227,6 +1228,34 @@ EVALUATION = [
         "look.interval(ACTING_CONFIDENCE)[0] > self.bound",
         "look.low > self.bound",
         CONTROLLER,
+    ),
+    Mutation(
+        "videos-of-one-name-are-one-file",
+        "c2r/evaluation/monitor_reference.py",
+        "{clip.target_file.path for clip in clips}",
+        "{clip.name for clip in clips}",
+        f"{REFERENCE}::test_videos_of_one_name_in_two_folders_are_two_files",
+    ),
+    Mutation(
+        "features-of-another-dtype-are-reused",
+        "c2r/evaluation/monitor_reference.py",
+        "str(pipeline.dinov3.model.dtype), files]",
+        "files]",
+        f"{REFERENCE}::test_features_of_another_dtype_are_measured_again",
+    ),
+    Mutation(
+        "the-monitor-is-built-at-every-sampling",
+        "c2r/evaluation/evaluate_run.py",
+        "if sample_plan.monitor is None:",
+        "if True:",
+        f"{RESUME}::test_one_cg_monitor_judges_all_samplings",
+    ),
+    Mutation(
+        "an-entry-that-an-old-config-lacks-is-refused",
+        "c2r/training/resume.py",
+        "saved_config = config_defaults(model_class) | read_json",
+        "saved_config = read_json",
+        f"{RESUME}::test_a_checkpoint_from_before_an_entry_of_the_config_existed_is_resumed",
     ),
     Mutation(
         "the-controller-acts-on-few-scenes",
