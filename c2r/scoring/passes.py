@@ -112,7 +112,9 @@ def _first_component(frame, kind):
     interleaved = sum(other.plane == component.plane for other in form.components)
     size = -(-component.bits // 8)
     rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height]
-    stored = rows[:, : frame.width * interleaved * size].copy().view(f"{'>' if form.is_big_endian else '<'}{kind}{size}")
+    stored = (
+        rows[:, : frame.width * interleaved * size].copy().view(f"{'>' if form.is_big_endian else '<'}{kind}{size}")
+    )
     return stored[:, ::interleaved]
 
 
