@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     from c2r.scoring.results import Evaluation
     from c2r.scoring.run_datasets import CGLooks
     from c2r.scoring.scenes import check_scenes, common_format, read_scenes
-    from c2r.scoring.videos import check_given_videos, find_given_videos, sources_of
+    from c2r.scoring.videos import check_given_videos, find_given_videos, followed_scenes, sources_of
 
     # 1. Refuse early: nothing is loaded to the device yet.
     device = get_device()
@@ -126,10 +126,7 @@ def main(argv: list[str] | None = None) -> None:
             remarks[f"validation of {model.name}"] = remark
         run_model(model, tasks, form, device, datasets if validated else None, losses)
         sources += sources_of(model.source_names, tasks, scenes)
-        for control, of_control in tasks.items():
-            followed[model.source_names[control]] = {
-                task.scene.name: task.control or task.scene for task in of_control
-            }
+        followed |= {model.source_names[control]: of_one for control, of_one in followed_scenes(tasks).items()}
     sources += given
     followed |= {source.name: {scene.name: scene for scene in scenes} for source in given}
 

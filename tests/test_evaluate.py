@@ -16,6 +16,7 @@ from c2r.models.contract import read_contract, save_phase
 from c2r.models.controlnet import C2RControlNet
 from c2r.options import EVALUATE
 from c2r.scoring.scenes import ClipFormat, common_format, read_scenes
+from c2r.scoring.videos import followed_scenes
 from tests.helpers.browser import needs_chromium, started_browser
 from tests.helpers.commands import SIZE, succeed
 from tests.helpers.datasets import flat_video, noise_video, write_dataset
@@ -235,6 +236,17 @@ def test_each_option_that_decides_a_video_is_in_its_key(models, scenes, tmp_path
     before, after = keys(models, scenes, tmp_path), keys(models, scenes, tmp_path, **{name: value})
     assert before == keys(models, scenes, tmp_path)
     assert len({*before, *after}) == 4
+
+
+def test_the_cg_look_of_a_video_leaves_out_the_clip_whose_layout_it_has(models, scenes, tmp_path):
+    words = command(tmp_path, scenes, model=models / "phase2/best", control=["own", "shuffled", "none"])
+    args = cli.parse(EVALUATE, words)
+    model = find_model_to_evaluate(args, args.model[0], "best", "cpu")
+    tasks = plan_videos(model, read_scenes(args.dataset, tmp_path, None, None), model.form, tmp_path)
+    followed = followed_scenes(tasks)
+    assert {name: scene.name for name, scene in followed["shuffled"].items()} == {"f0": "f1", "f1": "f0"}
+    for control in ("own", "none"):
+        assert {name: scene.name for name, scene in followed[control].items()} == {"f0": "f0", "f1": "f1"}
 
 
 def test_the_scheduler_and_another_backbone_are_in_the_key(models, scenes, tmp_path):

@@ -256,7 +256,7 @@ EVALUATE = Command(
             ),
             Option("num_seeds", "videos that a model generates of each scene, with seeds from --seed on", COUNT, 1),
             Option("seed", "first seed", SEED, 0),
-            Option("max_clips", "scenes to measure, from the first row on; default: all", COUNT),
+            Option("max_clips", "number of scenes to measure, from the first row on; default: all", COUNT),
             Option("output_dir", "folder for everything that is written", FOLDER, "evaluation"),
         ),
         "measures": [

@@ -211,7 +211,7 @@ class CGLooks:
         datasets: with reference clips.
         dinov3: folder or hub name.
         dtype: of its weights.
-        followed: {source: {scene: the scene whose control its video follows}}.
+        followed: {source: {scene: the scene whose layout its video has}}.
 
     Raises:
         InputError: a model cannot be loaded, or the reference cannot be written.

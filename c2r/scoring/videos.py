@@ -134,6 +134,14 @@ def sources_of(
         yield Source(names[control], paths, seeds)
 
 
+def followed_scenes(tasks: Mapping[str, Sequence[Task]]) -> dict[str, dict[str, Scene]]:
+    """Return {kind of control: {scene: the scene whose layout its video has}}: without control, its own."""
+    return {
+        control: {task.scene.name: task.control or task.scene for task in of_control}
+        for control, of_control in tasks.items()
+    }
+
+
 def find_given_videos(folders: Mapping[str, str], scenes: Sequence[Scene]) -> list[Source]:
     """Return the videos that were made elsewhere.
 
