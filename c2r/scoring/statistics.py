@@ -16,7 +16,7 @@ CONFIDENCE = 0.95
 #: With fewer clips no interval is given: resamples of five clips often have no spread of their own.
 MIN_CLIPS = 6
 
-#: With fewer clips that differ from the most frequent value, no interval is given: how many there are is mostly chance.
+#: With fewer clips that differ from the most frequent value, no interval is given: their number is mostly chance.
 MIN_DIFFERENT = 3
 
 #: Resamples of the bootstrap.
