@@ -149,9 +149,8 @@ def main(argv: list[str] | None = None) -> None:
     settings = {name: value for name, value in vars(args).items() if value is not None and value is not False}
     if args.networks:
         settings["networks"] = [f"{role}={network}" for role, network in args.networks]
-    cg_looks = {} if looks is None else {source.name: str(looks.of_source(source.name)) for source in sources}
     described = {model.name: model.description for model in models}
-    evaluation = Evaluation(form, args.num_seeds, scores, losses, cg_looks, settings, described)
+    evaluation = Evaluation(form, args.num_seeds, scores, losses, settings, described)
     write_results(evaluation, sources, scenes, output_dir)
     for line in evaluation.lines():
         print(line, flush=True)

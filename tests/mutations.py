@@ -1570,6 +1570,144 @@ MEASURES = [
         "        for entry",
         f"{METRICS}/test_making.py",
     ),
+    Mutation(
+        "the-hole-of-a-rejected-segment-is-an-object",
+        "c2r/metrics/segmentation.py",
+        "np.where(np.isin(labels, accepted), labels, np.int16(-1))",
+        "labels",
+        f"{METRICS}/test_segmentation.py::test_the_hole_of_a_rejected_segment_is_no_object",
+    ),
+    Mutation(
+        "an-antialiased-pass-is-taken-for-objects",
+        "c2r/metrics/segmentation.py",
+        "MAX_IDS = 5000",
+        "MAX_IDS = 500_000_000",
+        f"{METRICS}/test_segmentation.py",
+    ),
+    Mutation(
+        "a-padding-may-be-of-any-size",
+        "c2r/metrics/networks.py",
+        "    _check_numbers(path, config)\n    return config",
+        "    return config",
+        f"{METRICS}/test_making.py::test_hostile_and_unfit_folders_are_refused_in_one_line",
+    ),
+    Mutation(
+        "new-references-are-not-noticed",
+        "c2r/metrics/distances.py",
+        "        self._of_references = None\n\n    def _with_truth",
+        "\n    def _with_truth",
+        f"{METRICS}/test_distances.py::test_what_the_references_need_is_computed_once_for_all_sources",
+    ),
+    Mutation(
+        "the-kernel-of-references-is-computed-for-each-source",
+        "c2r/metrics/distances.py",
+        "            if self._of_references is None:\n",
+        "            if True:\n",
+        f"{METRICS}/test_distances.py::test_what_the_references_need_is_computed_once_for_all_sources",
+    ),
+    Mutation(
+        "an-empty-prompt-is-measured",
+        "c2r/metrics/prompt.py",
+        "        if not clip.prompt.strip():\n            return None\n",
+        "",
+        f"{METRICS}/test_features.py::test_an_empty_prompt_has_no_similarity",
+    ),
+]
+
+STATISTICS, MEASURING = "tests/scoring/test_statistics.py", "tests/scoring/test_measuring.py"
+RESULTS = "tests/scoring/test_results.py"
+SCORING = [
+    Mutation(
+        "resamples-without-spread-are-in-the-middle",
+        "c2r/scoring/statistics.py",
+        "np.where(shifts > 0, math.inf, np.where(shifts < 0, -math.inf, 0.0))",
+        "np.zeros(len(shifts))",
+        STATISTICS,
+    ),
+    Mutation(
+        "nearly-equal-clips-have-an-interval",
+        "c2r/scoring/statistics.py",
+        "MIN_DIFFERENT = 3",
+        "MIN_DIFFERENT = 1",
+        STATISTICS,
+    ),
+    Mutation(
+        "the-bootstrap-is-not-mirrored",
+        "c2r/scoring/statistics.py",
+        "return Interval(mean, mean - high * error, mean - low * error)",
+        "return Interval(mean, mean + low * error, mean + high * error)",
+        STATISTICS,
+    ),
+    Mutation(
+        "all-groups-of-the-jackknife-weigh-the-same",
+        "c2r/scoring/statistics.py",
+        "sum(sizes) / np.asarray(sizes)",
+        "np.full(groups, float(groups))",
+        STATISTICS,
+    ),
+    Mutation(
+        "holm-does-not-remember-the-largest",
+        "c2r/scoring/statistics.py",
+        "largest = max(largest, min(",
+        "largest = max(0.0, min(",
+        STATISTICS,
+    ),
+    Mutation(
+        "holm-is-left-out",
+        "c2r/scoring/measuring.py",
+        "holm([difference.p_value for difference in differences])",
+        "[difference.p_value for difference in differences]",
+        MEASURING,
+    ),
+    Mutation(
+        "seeds-are-not-averaged",
+        "c2r/scoring/measuring.py",
+        "means[scene] = sum(present) / len(present)",
+        "means[scene] = present[0]",
+        MEASURING,
+    ),
+    Mutation(
+        "a-difference-is-first-minus-second",
+        "c2r/scoring/measuring.py",
+        "[after[scene] - before[scene] for",
+        "[before[scene] - after[scene] for",
+        MEASURING,
+    ),
+    Mutation(
+        "the-sizes-of-the-groups-are-in-another-order",
+        "c2r/scoring/measuring.py",
+        "for group in range(count)]\n    return",
+        "for group in reversed(range(count))]\n    return",
+        MEASURING,
+    ),
+    Mutation(
+        "groups-of-the-jackknife-are-of-one-size",
+        "c2r/scoring/measuring.py",
+        "sizes = [len(positions[group::count])",
+        "sizes = [1",
+        MEASURING,
+    ),
+    Mutation(
+        "an-interval-leaves-the-range-of-its-measure",
+        "c2r/scoring/measuring.py",
+        "return interval.within(self.measures[measure].bounds)",
+        "return interval",
+        MEASURING,
+    ),
+    Mutation(
+        "the-cg-look-has-the-interval-of-the-clips",
+        "c2r/scoring/measuring.py",
+        "        elif measure == CG_LOOK and source in self.looks:\n",
+        "        elif False:\n",
+        MEASURING,
+    ),
+    Mutation(
+        "the-number-of-scenes-is-taken-for-that-of-values",
+        "c2r/scoring/results.py",
+        "min((scores.num_clips(source, name) for source in scores.values), default=count)",
+        "count",
+        RESULTS,
+    ),
 ]
 
 MUTATIONS = [
@@ -1584,6 +1722,7 @@ MUTATIONS = [
     *ENCODING,
     *EVALUATION,
     *MEASURES,
+    *SCORING,
     *COMMANDS,
     *THE_TOY,
 ]

@@ -71,6 +71,9 @@ def change(path, **entries):
         ("config.json", {"hidden_size": 32}, "describes a model of"),
         ("preprocessor_config.json", {"crop_size": 10**9}, "crop_size"),
         ("preprocessor_config.json", {"image_std": [0, 1, 1]}, "image_std"),
+        ("preprocessor_config.json", {"size_divisor": 3000}, "size_divisor is 3000, more than 2048"),
+        ("preprocessor_config.json", {"pad_size": {"height": 3e3, "width": 1}}, "height is 3000.0, more than 2048"),
+        ("preprocessor_config.json", {"x": [[{"pad": -(10**9)}]]}, "pad is -1000000000, more than 2048"),
         ("preprocessor_config.json", {"auto_map": {"AutoImageProcessor": "evil.P"}}, "has auto_map"),
     ],
 )
