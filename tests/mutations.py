@@ -1217,14 +1217,14 @@ EVALUATION = [
     Mutation(
         "an-interval-around-the-bound-counts",
         "c2r/evaluation/ratio_controller.py",
-        "look.interval(CONFIDENCE)[0] > self.bound",
-        "look.interval(CONFIDENCE)[1] > self.bound",
+        "look.interval(ACTING_CONFIDENCE)[0] > self.bound",
+        "look.interval(ACTING_CONFIDENCE)[1] > self.bound",
         CONTROLLER,
     ),
     Mutation(
         "the-controller-acts-on-the-interval-that-is-printed",
         "c2r/evaluation/ratio_controller.py",
-        "look.interval(CONFIDENCE)[0] > self.bound",
+        "look.interval(ACTING_CONFIDENCE)[0] > self.bound",
         "look.low > self.bound",
         CONTROLLER,
     ),

@@ -88,7 +88,8 @@ def _measures(evaluation, picture):
     seeds = f", {evaluation.num_seeds} seeds each, which are averaged" if evaluation.num_seeds > 1 else ""
     note = (
         f"Means over {len(scores.scenes)} clips of {evaluation.form}{seeds}, with intervals of 95 %: studentised "
-        "bootstrap over clips; of distances of sets, jackknife."
+        "bootstrap over clips; of distances of sets, jackknife; of the CG look, by the first seed of each clip, with "
+        "the error of the clips that it compares with."
     )
     body = f"<p>{escape(note)}</p>{body}"
     looks = [f"<p>{_key(evaluation, source)}: {escape(look)}</p>" for source, look in evaluation.cg_looks.items()]
