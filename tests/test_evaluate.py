@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.evaluate_toy import markdown
 from c2r import InputError, cli
 from c2r.data.video_writer import write_video
 from c2r.encoding.cache import encoder_fingerprint
@@ -356,6 +357,23 @@ def test_given_videos_are_cut_to_what_clips_of_datasets_can_have(scenes, tmp_pat
     assert caplog.text == ""
     with pytest.raises(InputError, match=r"f0\.mp4: width 50 is not divisible by 16, as clips of --real_dataset"):
         form((32, 50))
+
+
+def test_the_table_of_the_toy_says_which_source_is_larger():
+    own, none = "m, own control", "m, no control"
+    number = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    measures = {name: {"sources": {own: number, none: number}} for name in ("a", "b", "c")}
+    differences = [
+        {"measure": name, "first": own, "second": none, "mean": mean, "beyond_chance": beyond}
+        for name, mean, beyond in (("a", -0.1, True), ("b", 0.1, True), ("c", 0.1, False))
+    ]
+    assert [*markdown({"measures": measures, "differences": differences})] == [
+        "| | own control | none | beyond chance |",
+        "|---|---|---|---|",
+        "| `a` | 0.50 [0.40, 0.60] | 0.50 [0.40, 0.60] | own > none |",
+        "| `b` | 0.50 [0.40, 0.60] | 0.50 [0.40, 0.60] | none > own |",
+        "| `c` | 0.50 [0.40, 0.60] | 0.50 [0.40, 0.60] | none |",
+    ]
 
 
 def test_passes_are_read_and_their_faults_are_one_line(models, scenes, tmp_path):

@@ -75,17 +75,19 @@ def check_pass(path: str | Path, kind: Kind) -> None:
 def _values(path, frame: av.VideoFrame, kind: Kind) -> np.ndarray:
     """Return the values of a frame, (h, w)."""
     require_shape(path, frame.width, frame.height)
-    form, bits = frame.format, frame.format.components[0].bits
-    if FLOATS.fullmatch(form.name):
+    pixels, bits = frame.format, frame.format.components[0].bits
+    if FLOATS.fullmatch(pixels.name):
         values = _first_component(frame, "f").astype(np.float32)
         return values if kind == "depth" else _as_ids(path, values)
-    if "f16" in form.name or "f32" in form.name:
-        raise InputError(f"{path}: floats as {form.name}, which are not read; write EXR with grey or RGB channels")
-    if GREYS.fullmatch(form.name):
+    if "f16" in pixels.name or "f32" in pixels.name:
+        raise InputError(f"{path}: floats as {pixels.name}, which are not read; write EXR with grey or RGB channels")
+    if ".exr" in Path(path).name.lower():  # FFmpeg keeps the upper half of 32-bit integers alone: all ids become 0
+        raise InputError(f"{path}: EXR of whole numbers (UINT) cannot be read; write the pass in float precision")
+    if GREYS.fullmatch(pixels.name):
         return _first_component(frame, "u").astype(np.float32 if kind == "depth" else np.int32)
-    if form.name.startswith("mono"):
+    if pixels.name.startswith("mono"):
         return frame.to_ndarray(format="gray").astype(np.float32 if kind == "depth" else np.int32)
-    if form.is_rgb or form.name == "pal8":
+    if pixels.is_rgb or pixels.name == "pal8":
         if bits > 8:
             raise InputError(f"{path}: colours of {bits} bits; give grey pictures of 16 bits, or colours of 8")
         red, green, blue = (frame.to_ndarray(format="rgb24").astype(np.int32)).transpose(2, 0, 1)
@@ -96,7 +98,7 @@ def _values(path, frame: av.VideoFrame, kind: Kind) -> np.ndarray:
         return red.astype(np.float32)
     if kind == "ids":
         raise InputError(
-            f"{path}: a video of {form.name}, whose colours are not kept exactly; give ids as PNG pictures, or as a "
+            f"{path}: a video of {pixels.name}, whose colours are not kept exactly; give ids as PNG pictures, or as a "
             "lossless video of RGB or grey"
         )
     return frame.to_ndarray(format="gray").astype(np.float32)
@@ -107,13 +109,15 @@ def _first_component(frame, kind):
 
     PyAV would convert other formats than its own through 16-bit integers, which clips floats at 1.
     """
-    form, component = frame.format, frame.format.components[0]
+    component = frame.format.components[0]
     plane = frame.planes[component.plane]
-    interleaved = sum(other.plane == component.plane for other in form.components)
+    interleaved = sum(other.plane == component.plane for other in frame.format.components)
     size = -(-component.bits // 8)
     rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height]
     stored = (
-        rows[:, : frame.width * interleaved * size].copy().view(f"{'>' if form.is_big_endian else '<'}{kind}{size}")
+        rows[:, : frame.width * interleaved * size]
+        .copy()
+        .view(f"{'>' if frame.format.is_big_endian else '<'}{kind}{size}")
     )
     return stored[:, ::interleaved]
 

@@ -1,5 +1,7 @@
 """Passes of a renderer: values of PNG, EXR and lossless videos are kept, and others are refused in one line."""
 
+import struct
+
 import av
 import numpy as np
 import pytest
@@ -82,6 +84,35 @@ def test_values_of_exr_are_kept_beyond_1(tmp_path, pix_fmt, half):
     np.testing.assert_array_equal(read, depth.astype(np.float32))
     numbers = np.random.default_rng(1).integers(0, 2048, (3, 32, 48))  # exact in half precision
     np.testing.assert_array_equal(window(write_exr(tmp_path / "ids", numbers, pix_fmt, half), "ids"), numbers)
+
+
+def exr_of_integers(values):
+    """Return the bytes of an EXR picture with a channel Y of 32-bit integers (openexr.com, "OpenEXR File Layout")."""
+
+    def attribute(name, kind, content):
+        return f"{name}\0{kind}\0".encode() + struct.pack("<i", len(content)) + content
+
+    height, width = values.shape
+    window = struct.pack("<4i", 0, 0, width - 1, height - 1)
+    header = struct.pack("<2i", 20000630, 2)
+    header += attribute("channels", "chlist", b"Y\0" + struct.pack("<4i", 0, 0, 1, 1) + b"\0")
+    header += attribute("compression", "compression", b"\0") + attribute("lineOrder", "lineOrder", b"\0")
+    header += attribute("dataWindow", "box2i", window) + attribute("displayWindow", "box2i", window)
+    header += attribute("pixelAspectRatio", "float", struct.pack("<f", 1))
+    header += attribute("screenWindowCenter", "v2f", struct.pack("<2f", 0, 0))
+    header += attribute("screenWindowWidth", "float", struct.pack("<f", 1)) + b"\0"
+    lines = [struct.pack("<2i", y, 4 * width) + row.astype("<u4").tobytes() for y, row in enumerate(values)]
+    first = len(header) + 8 * height
+    return header + b"".join([struct.pack("<Q", first + y * len(lines[0])) for y in range(height)] + lines)
+
+
+@pytest.mark.parametrize("kind", ["ids", "depth"])
+def test_exr_of_integers_is_refused(tmp_path, ids, kind):
+    (tmp_path / "ids").mkdir()
+    for number, picture in enumerate(ids):
+        (tmp_path / f"ids/p_{number:04d}.exr").write_bytes(exr_of_integers(picture))
+    with pytest.raises(InputError, match=r"EXR of whole numbers \(UINT\) cannot be read; write the pass in float"):
+        check_pass(name_control(tmp_path / "ids", FPS), kind)
 
 
 @pytest.mark.parametrize("pix_fmt", ["ya8", "ya16be"])
