@@ -1217,14 +1217,14 @@ EVALUATION = [
     Mutation(
         "an-interval-around-the-bound-counts",
         "c2r/evaluation/ratio_controller.py",
-        "look.interval(CONFIDENCE)[0] > self.bound",
-        "look.interval(CONFIDENCE)[1] > self.bound",
+        "look.interval(ACTING_CONFIDENCE)[0] > self.bound",
+        "look.interval(ACTING_CONFIDENCE)[1] > self.bound",
         CONTROLLER,
     ),
     Mutation(
         "the-controller-acts-on-the-interval-that-is-printed",
         "c2r/evaluation/ratio_controller.py",
-        "look.interval(CONFIDENCE)[0] > self.bound",
+        "look.interval(ACTING_CONFIDENCE)[0] > self.bound",
         "look.low > self.bound",
         CONTROLLER,
     ),
@@ -1710,6 +1710,94 @@ SCORING = [
     ),
 ]
 
+EVALUATE, PASSES = "tests/test_evaluate.py", "tests/scoring/test_passes.py"
+EVALUATIONS = [
+    Mutation(
+        "half-floats-are-converted",
+        "c2r/scoring/passes.py",
+        'FLOATS = re.compile(r"(gray|ya|gbrp|gbrap)f(16|32)[lb]e")',
+        'FLOATS = re.compile(r"(gray|gbrp)f32le")',
+        PASSES,
+    ),
+    Mutation(
+        "red-and-blue-are-swapped-in-ids",
+        "c2r/scoring/passes.py",
+        "red << 16 | green << 8 | blue",
+        "blue << 16 | green << 8 | red",
+        PASSES,
+    ),
+    Mutation(
+        "grey-with-alpha-is-read-alternately",
+        "c2r/scoring/passes.py",
+        "stored[:, ::interleaved]",
+        "stored[:, : frame.width]",
+        PASSES,
+    ),
+    Mutation(
+        "a-video-does-not-depend-on-its-control",
+        "c2r/scoring/videos.py",
+        "[*common, dinov3, scene.prompt, file, seed]",
+        "[*common, dinov3, scene.prompt, seed]",
+        f"{EVALUATE}::test_videos_are_made_again_only_if_what_they_depend_on_has_changed",
+    ),
+    Mutation(
+        "a-video-does-not-depend-on-tiles",
+        "c2r/scoring/videos.py",
+        ", args.attention_backend, args.vae_tiling]",
+        ", args.attention_backend]",
+        f"{EVALUATE}::test_each_option_that_decides_a_video_is_in_its_key",
+    ),
+    Mutation(
+        "a-video-does-not-depend-on-the-backbone",
+        "c2r/scoring/videos.py",
+        "encoder_fingerprint(Path(args.model)), other_backbone, str(dtype)",
+        "encoder_fingerprint(Path(args.model)), str(dtype)",
+        f"{EVALUATE}::test_the_scheduler_and_another_backbone_are_in_the_key",
+    ),
+    Mutation(
+        "a-single-seed-is-not-named",
+        "c2r/scoring/videos.py",
+        'f"{scene.name}-seed{seed}.mp4"',
+        "f\"{scene.name}{f'-seed{seed}' * (args.num_seeds > 1)}.mp4\"",
+        f"{EVALUATE}::test_other_models_controls_and_seeds_make_no_video_again",
+    ),
+    Mutation(
+        "every-control-is-the-scene-s-own",
+        "c2r/scoring/videos.py",
+        'scenes if control == "own" else other_controls(scenes)',
+        "scenes",
+        f"{EVALUATE}::test_the_cg_look_of_a_video_leaves_out_the_clip_whose_layout_it_has",
+    ),
+    Mutation(
+        "the-clip-of-the-prompt-is-left-out",
+        "c2r/scoring/videos.py",
+        "task.scene.name: task.control or task.scene for",
+        "task.scene.name: task.scene for",
+        f"{EVALUATE}::test_the_cg_look_of_a_video_leaves_out_the_clip_whose_layout_it_has",
+    ),
+    Mutation(
+        "validation-uses-the-shift-of-the-videos",
+        "c2r/evaluate.py",
+        "shift = 3.0 if contract.flow_shift is None else contract.flow_shift",
+        "shift = model.args.flow_shift",
+        f"{EVALUATE}::test_a_model_has_the_validation_numbers_of_its_run",
+    ),
+    Mutation(
+        "another-format-is-validated",
+        "c2r/evaluate.py",
+        "if model.form != trained:",
+        "if False:",
+        f"{EVALUATE}::test_a_model_that_is_not_validated_as_in_its_training_is_named",
+    ),
+    Mutation(
+        "given-videos-keep-a-length-that-is-not-encoded",
+        "c2r/scoring/scenes.py",
+        "return replace(form, num_frames=whole)",
+        "return form",
+        f"{EVALUATE}::test_given_videos_are_cut_to_what_clips_of_datasets_can_have",
+    ),
+]
+
 MUTATIONS = [
     *SCRIPTS,
     *FLOW_MATCHING,
@@ -1722,6 +1810,7 @@ MUTATIONS = [
     *ENCODING,
     *EVALUATION,
     *MEASURES,
+    *EVALUATIONS,
     *SCORING,
     *COMMANDS,
     *THE_TOY,
