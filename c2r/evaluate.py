@@ -358,7 +358,7 @@ def make_measures(args: Namespace, device: str) -> "tuple[list[Metric], list[Set
     Raises:
         InputError: a network cannot be loaded.
     """
-    from c2r.metrics.making import make_metrics
+    from c2r.metrics.registry import make_metrics
 
     networks = dict(args.networks or [])
     names, skipped = args.metrics, {}

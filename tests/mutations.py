@@ -1568,7 +1568,7 @@ MEASURES = [
         "c2r/metrics/networks.py",
         "        refuse_entries(path, config)\n        for entry",
         "        for entry",
-        f"{METRICS}/test_making.py",
+        f"{METRICS}/test_registry.py",
     ),
     Mutation(
         "the-hole-of-a-rejected-segment-is-an-object",
@@ -1589,7 +1589,7 @@ MEASURES = [
         "c2r/metrics/networks.py",
         "    _check_numbers(path, config)\n    return config",
         "    return config",
-        f"{METRICS}/test_making.py::test_hostile_and_unfit_folders_are_refused_in_one_line",
+        f"{METRICS}/test_registry.py::test_hostile_and_unfit_folders_are_refused_in_one_line",
     ),
     Mutation(
         "new-references-are-not-noticed",

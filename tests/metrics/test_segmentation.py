@@ -143,7 +143,7 @@ def test_the_hole_of_a_rejected_segment_is_no_object(tmp_path):
     assert np.unique(found.instances[0, :, 34:]).tolist() == [-1]
 
 
-def test_thousands_of_small_ids_cost_no_memory_and_are_refused_beyond_those_of_a_renderer():
+def test_small_ids_cost_no_memory_and_too_many_are_refused():
     ids = np.arange(128 * 128, dtype=np.int32).reshape(1, 128, 128) % MAX_IDS
     ids[:, :20, :20] = 7
     clip = EvaluatedClip("street", "", torch.zeros(1, 3, 128, 128), ids=torch.from_numpy(ids))

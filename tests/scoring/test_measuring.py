@@ -45,7 +45,7 @@ def test_seeds_of_a_clip_are_averaged_before_clips_are(tmp_path):
     assert [*scores.measures] == ["edge_f1"]
 
 
-def test_differences_are_second_minus_first_of_the_clips_that_both_have_and_corrected():
+def test_differences_are_second_minus_first_of_shared_clips_and_corrected():
     rng = np.random.default_rng(0)
     values = {
         name: [[float(v)] for v in rng.uniform(shift, shift + 0.3, 10)] for name, shift in zip("abc", (0, 0.1, 0.5))

@@ -43,6 +43,16 @@ def test_nearly_equal_clips_have_a_mean_without_an_interval(values):
     assert np.isnan([interval.low, interval.high]).all()
 
 
+@pytest.mark.parametrize("zeros", [13, 29])
+def test_a_side_on_which_resamples_have_no_spread_gets_students_bound(zeros):
+    """(13/16)^16 = 3.6 % and (29/32)^32 = 4.3 % of the resamples hold zeros only, more than the tail of 2.5 %."""
+    values = np.array([*[0.0] * zeros, 1.0, 1.5, 2.0])
+    interval = bootstrap_interval(values)
+    student = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
+    assert interval.high == pytest.approx(student[1])
+    assert student[0] < interval.low < interval.mean
+
+
 def test_an_interval_is_cut_to_what_its_number_can_be():
     interval = Interval(0.9, 0.7, 1.1).within((0, 1))
     assert (interval.low, interval.mean, interval.high) == (0.7, 0.9, 1)
