@@ -25,6 +25,9 @@ from c2r.toy.folder import FPS, HEIGHT, NUM_FRAMES, WIDTH
 SEEDS = range(3_000_000, 3_000_016)
 STEPS = 20
 
+#: Kinds of control in the table, by the ends of the sources' names.
+COLUMNS = {"own control": "own control", "another scene's control": "another scene's", "no control": "none"}
+
 
 def write_scenes(folder: Path) -> None:
     """Render the scenes and list them in a metadata.csv."""
@@ -56,9 +59,9 @@ def main():
 
 
 def markdown(results):
-    """Yield the lines of the table: a row for each measure, and which differences are beyond chance."""
+    """Yield the lines of the table: a row for each measure, and which source is beyond chance larger than which."""
     first = next(iter(results["measures"].values()))
-    yield f"| | {' | '.join(first['sources'])} | beyond chance |"
+    yield f"| | {' | '.join(COLUMNS[name.rpartition(', ')[2]] for name in first['sources'])} | beyond chance |"
     yield "|---" * (len(first["sources"]) + 2) + "|"
     for name, measure in results["measures"].items():
         cells = [
@@ -66,12 +69,13 @@ def markdown(results):
             for n in measure["sources"].values()
         ]
         pairs = [d for d in results["differences"] if d["measure"] == name and d["beyond_chance"]]
-        found = "; ".join(f"{short(d['first'])} − {short(d['second'])}" for d in pairs) or "none"
-        yield f"| {name} | {' | '.join(cells)} | {found} |"
+        larger = [(d["second"], d["first"]) if d["mean"] > 0 else (d["first"], d["second"]) for d in pairs]
+        order = "; ".join(f"{short(more)} > {short(less)}" for more, less in larger) or "none"
+        yield f"| `{name}` | {' | '.join(cells)} | {order} |"
 
 
 def short(source):
-    return source.rpartition(", ")[2].removesuffix(" control")
+    return COLUMNS[source.rpartition(", ")[2]].removesuffix(" control").replace(" scene's", "'s")
 
 
 if __name__ == "__main__":
