@@ -71,9 +71,13 @@ def test_samples_of_one_name_in_two_folders_are_two_scenes(measured, same_names)
     samples = [Sample(clip, clip) for clip in same_names]
     assert judge_samples(rows, samples, monitor, measured.dinov3, accelerator).look.count == 2
 
-    looks = CGLooks(measured.datasets, measured.base_model, measured.dinov3_path, torch.float32)
-    for number, (clip, video) in enumerate(zip(same_names, frames)):
-        scene = Scene(str(number), "a street", 0.0, clip.coarse_file, clip.target_file, None, None)
+    scenes = [
+        Scene(str(number), "a street", 0.0, clip.coarse_file, clip.target_file, None, None)
+        for number, clip in enumerate(same_names)
+    ]
+    followed = {"model": {scene.name: scene for scene in scenes}}
+    looks = CGLooks(measured.datasets, measured.dinov3_path, torch.float32, followed)
+    for scene, video in zip(scenes, frames):
         looks("model", scene, video.permute(0, 3, 1, 2))
     assert looks.of_source("model").look.count == 2
 
