@@ -40,7 +40,6 @@ def measured(tiny_models, tmp_path_factory):
         datasets=datasets,
         dinov3=dinov3(torch.float32),
         dinov3_path=str(tiny_models / "dinov3"),
-        base_model=base_model,
         kept=lambda: len([*(cache_dir / "monitor").iterdir()]),
         reference=reference,
     )
