@@ -38,8 +38,9 @@ def write_scenes(folder: Path) -> None:
         rows.append((names["real"], names["coarse"], city.caption(scene, "real")))
         if all((folder / name).exists() for name in names.values()):
             continue  # the same file: its videos need not be made again
-        for look, frames in city.render(scene, tuple(names), NUM_FRAMES, FPS, HEIGHT, WIDTH).items():
-            write_video(folder / names[look], frames, FPS)
+        clips = city.render(scene, tuple(names), NUM_FRAMES, FPS, HEIGHT, WIDTH)
+        for look, name in names.items():
+            write_video(folder / name, clips[look], FPS)
     with open(folder / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows(rows)
 
