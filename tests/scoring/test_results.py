@@ -1,4 +1,4 @@
-"""What an evaluation writes and prints of its scores."""
+"""Tests of the files and lines that an evaluation writes: numbers, intervals, differences and remarks."""
 
 import json
 
