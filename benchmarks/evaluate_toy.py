@@ -25,6 +25,9 @@ from c2r.toy.folder import FPS, HEIGHT, NUM_FRAMES, WIDTH
 SEEDS = range(3_000_000, 3_000_016)
 STEPS = 20
 
+#: Kinds of control in the table, by the ends of the sources' names.
+COLUMNS = {"own control": "own control", "another scene's control": "another scene's", "no control": "none"}
+
 
 def write_scenes(folder: Path) -> None:
     """Render the scenes and list them in a metadata.csv."""
@@ -35,8 +38,9 @@ def write_scenes(folder: Path) -> None:
         rows.append((names["real"], names["coarse"], city.caption(scene, "real")))
         if all((folder / name).exists() for name in names.values()):
             continue  # the same file: its videos need not be made again
-        for look, frames in city.render(scene, tuple(names), NUM_FRAMES, FPS, HEIGHT, WIDTH).items():
-            write_video(folder / names[look], frames, FPS)
+        clips = city.render(scene, tuple(names), NUM_FRAMES, FPS, HEIGHT, WIDTH)
+        for look, name in names.items():
+            write_video(folder / name, clips[look], FPS)
     with open(folder / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows(rows)
 
@@ -56,9 +60,9 @@ def main():
 
 
 def markdown(results):
-    """Yield the lines of the table: a row for each measure, and which differences are beyond chance."""
+    """Yield the lines of the table: a row for each measure, and which source is beyond chance larger than which."""
     first = next(iter(results["measures"].values()))
-    yield f"| | {' | '.join(first['sources'])} | beyond chance |"
+    yield f"| | {' | '.join(COLUMNS[name.rpartition(', ')[2]] for name in first['sources'])} | beyond chance |"
     yield "|---" * (len(first["sources"]) + 2) + "|"
     for name, measure in results["measures"].items():
         cells = [
@@ -66,12 +70,13 @@ def markdown(results):
             for n in measure["sources"].values()
         ]
         pairs = [d for d in results["differences"] if d["measure"] == name and d["beyond_chance"]]
-        found = "; ".join(f"{short(d['first'])} − {short(d['second'])}" for d in pairs) or "none"
-        yield f"| {name} | {' | '.join(cells)} | {found} |"
+        larger = [(d["second"], d["first"]) if d["mean"] > 0 else (d["first"], d["second"]) for d in pairs]
+        order = "; ".join(f"{short(more)} > {short(less)}" for more, less in larger) or "none"
+        yield f"| `{name}` | {' | '.join(cells)} | {order} |"
 
 
 def short(source):
-    return source.rpartition(", ")[2].removesuffix(" control")
+    return COLUMNS[source.rpartition(", ")[2]].removesuffix(" control").replace(" scene's", "'s")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ its model, prompt, control or settings have changed. --videos takes videos that 
 Modules that take seconds to import are imported inside functions: --help and bad options are then answered at once.
 """
 
-import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,15 +22,14 @@ from c2r.metrics.catalogue import MEASURES
 from c2r.options import EVALUATE
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
     from c2r.metrics.metric import Metric, SetMetric
     from c2r.models.contract import PhaseContract
     from c2r.scoring.measuring import Source
-    from c2r.scoring.results import Evaluation
-    from c2r.scoring.run_datasets import CGLooks, ModelLosses, RunDatasets
+    from c2r.scoring.run_datasets import ModelLosses, RunDatasets
     from c2r.scoring.scenes import ClipFormat, Scene
+    from c2r.scoring.videos import Task
 
 #: Kinds of control in names of sources.
 CONTROL_NAMES = {"own": "own control", "shuffled": "another scene's control", "none": "no control"}
@@ -45,6 +44,7 @@ class Model:
         args: options of c2r.generate, completed from the contract.
         contract: of the model.
         dtype: of its weights.
+        other_backbone: fingerprint of --backbone, if it is not that of the training.
         controls: kinds of control that it generates with; a model of phase 1 takes none.
     """
 
@@ -52,6 +52,7 @@ class Model:
     args: Namespace
     contract: "PhaseContract"
     dtype: "torch.dtype"
+    other_backbone: str | None
     controls: tuple[str, ...]
 
     @property
@@ -60,55 +61,19 @@ class Model:
         entries = ("phase", "step", "weights_sha256", "backbone_sha256")
         return {"folder": self.args.model} | {name: getattr(self.contract, name) for name in entries}
 
-    def source_name(self, control: str) -> str:
-        """Return the name of its videos with one kind of control."""
-        alone = self.controls == ("own",)
-        return self.name if alone else f"{self.name}, {CONTROL_NAMES[control]}"
+    @property
+    def form(self) -> "ClipFormat":
+        """The format of its videos."""
+        from c2r.scoring.scenes import ClipFormat
 
-
-@dataclass(frozen=True)
-class Task:
-    """One video that a model is to generate.
-
-    Attributes:
-        path: the file.
-        key: digest of all that the video depends on.
-        scene: gives the prompt.
-        control: the scene that gives the control; None: no control.
-        seed: of the noise.
-    """
-
-    path: Path
-    key: str
-    scene: "Scene"
-    control: "Scene | None"
-    seed: int
+        return ClipFormat(self.args.num_frames, self.args.height, self.args.width, float(self.args.fps))
 
     @property
-    def note(self) -> Path:
-        """The file that holds the key of the finished video."""
-        return self.path.with_name(f".{self.path.stem}.json")
-
-    def is_done(self) -> bool:
-        """Return True if the video is there, complete and made from this key."""
-        from c2r.files import read_json
-
-        try:
-            noted = read_json(self.note)
-            return noted == {"key": self.key, "bytes": self.path.stat().st_size}
-        except (InputError, OSError):  # none yet, or damaged: the video is made again
-            return False
-
-    def write(self, frames: "np.ndarray", fps: float) -> None:
-        """Write the video, then its note: whenever the process dies, a note belongs to its video."""
-        import json
-
-        from c2r.data.video_writer import write_video
-        from c2r.files import write_atomic
-
-        self.note.unlink(missing_ok=True)
-        write_video(self.path, frames, fps)
-        write_atomic(self.note, json.dumps({"key": self.key, "bytes": self.path.stat().st_size}).encode())
+    def source_names(self) -> dict[str, str]:
+        """{kind of control: name of its videos, for tables}."""
+        if self.controls == ("own",):
+            return {"own": self.name}
+        return {control: f"{self.name}, {CONTROL_NAMES[control]}" for control in self.controls}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -122,17 +87,24 @@ def main(argv: list[str] | None = None) -> None:
     from diffusers.utils.torch_utils import get_device
 
     from c2r.scoring.measuring import measure_videos
+    from c2r.scoring.page import write_results
     from c2r.scoring.results import Evaluation
-    from c2r.scoring.run_datasets import cg_look_unless
-    from c2r.scoring.scenes import check_scenes, read_scenes
+    from c2r.scoring.run_datasets import CGLooks
+    from c2r.scoring.scenes import check_scenes, common_format, read_scenes
+    from c2r.scoring.videos import check_given_videos, find_given_videos, followed_scenes, sources_of
 
     # 1. Refuse early: nothing is loaded to the device yet.
     device = get_device()
     scenes = read_scenes(args.dataset, output_dir / ".cache", args.sequence_fps, args.max_clips)
     names = source_names([*(args.model or []), *(args.videos or [])])
-    models = [find(args, path, names[path], device) for path in args.model or []]
-    given = find_given_videos(args, names, scenes)
-    form = common_format(args, models, given)
+    models = [find_model_to_evaluate(args, path, names[path], device) for path in args.model or []]
+    given = find_given_videos({folder: names[folder] for folder in args.videos or []}, scenes)
+    form = common_format(
+        {model.args.model: model.form for model in models},
+        [path for source in given for (path,) in source.videos.values()],
+        {name: getattr(args, name) for name in ("num_frames", "height", "width", "fps")},
+        encoded=bool(args.real_dataset or args.cg_dataset),
+    )
     check_scenes(scenes, form)
     check_given_videos(given, form)
     check_models(args, models, scenes, form)
@@ -145,16 +117,21 @@ def main(argv: list[str] | None = None) -> None:
     # 3. Generate and validate, one model at a time.
     sources: list[Source] = []
     losses: dict[str, ModelLosses] = {}
+    followed: dict[str, dict[str, Scene]] = {}
+    remarks: dict[str, str] = {}
     for model in models:
-        tasks = tasks_of(model, scenes, form, args, output_dir)
-        found = run_model(model, tasks, form, datasets, device)
-        if found is not None:
-            losses[model.name] = found
-        sources += sources_of(model, tasks, scenes)
+        tasks = plan_videos(model, scenes, form, output_dir)
+        remark, validated = how_validated(model, datasets)
+        if remark is not None:
+            remarks[f"validation of {model.name}"] = remark
+        run_model(model, tasks, form, device, datasets if validated else None, losses)
+        sources += sources_of(model.source_names, tasks, scenes)
+        followed |= {model.source_names[control]: of_one for control, of_one in followed_scenes(tasks).items()}
     sources += given
+    followed |= {source.name: {scene.name: scene for scene in scenes} for source in given}
 
     # 4. Measure. A measure against the coarse control rewards the CG look, so it needs the CG look beside it.
-    looks, reason = cg_look_unless(datasets, lambda known: cg_looks_of(args, models, known))
+    looks, reason = CGLooks.load(datasets, *dinov3_of(args, models, device), followed)
     metrics, set_metrics, skipped = make_measures(args, device)
     if looks is None:
         against_control = [metric.name for metric in metrics if metric.against == "control"]
@@ -166,13 +143,14 @@ def main(argv: list[str] | None = None) -> None:
             )
     real_videos = [] if datasets is None else datasets.real_videos()
     scores = measure_videos(sources, scenes, form, metrics, set_metrics, looks, real_videos)
-    scores.skipped = skipped | scores.skipped
+    scores.skipped = skipped | scores.skipped | remarks
 
     # 5. Write.
     settings = {name: value for name, value in vars(args).items() if value is not None and value is not False}
-    cg_looks = {} if looks is None else {source.name: str(looks.of_source(source.name)) for source in sources}
+    if args.networks:
+        settings["networks"] = [f"{role}={network}" for role, network in args.networks]
     described = {model.name: model.description for model in models}
-    evaluation = Evaluation(form, args.num_seeds, scores, losses, cg_looks, settings, described)
+    evaluation = Evaluation(form, args.num_seeds, scores, losses, settings, described)
     write_results(evaluation, sources, scenes, output_dir)
     for line in evaluation.lines():
         print(line, flush=True)
@@ -194,55 +172,26 @@ def source_names(paths: Sequence[str]) -> dict[str, str]:
     return dict(zip(paths, names))
 
 
-def find(args: Namespace, path: str, name: str, device: str) -> Model:
+def find_model_to_evaluate(args: Namespace, path: str, name: str, device: str) -> Model:
     """Find a model and complete its options from its contract.
 
     Raises:
-        InputError: see `c2r.generate.find_model`.
+        InputError: see `c2r.generate.find_model`; or --backbone cannot be read.
     """
     from c2r.generate import find_model
+    from c2r.models.assembly import fingerprint_transformer
+    from c2r.models.contract import fetch_model, read_contract
 
-    own = Namespace(**vars(args) | {"model": path, "backbone": None, "control_video": None})
+    # A whole model of phase 1 has no other backbone.
+    backbone = args.backbone if read_contract(fetch_model(path)).has_backbone else None
+    own = Namespace(**vars(args) | {"model": path, "backbone": backbone, "control_video": None})
     contract, dtype = find_model(own, device, with_control=True)
+    other = None
+    if backbone is not None:
+        other = fingerprint_transformer(backbone, contract.base_model)
+        other = None if other == contract.backbone_sha256 else other
     controls = tuple(args.control) if contract.phase == 2 else ("none",)
-    return Model(name, own, contract, dtype, controls)
-
-
-def find_given_videos(args: Namespace, names: Mapping[str, str], scenes: "Sequence[Scene]") -> "list[Source]":
-    """Return the videos that were made elsewhere.
-
-    Raises:
-        InputError: one is missing.
-    """
-    from c2r.scoring.measuring import Source
-    from c2r.scoring.scenes import find_videos
-
-    return [
-        Source(names[folder], {scene: [path] for scene, path in find_videos(folder, scenes).items()})
-        for folder in args.videos or []
-    ]
-
-
-def common_format(args: Namespace, models: Sequence[Model], given: "Sequence[Source]") -> "ClipFormat":
-    """Return the format of all videos: as the options say, as the models were trained, or as the given videos are.
-
-    Raises:
-        InputError: models were trained on different formats.
-    """
-    from c2r.scoring.scenes import ClipFormat, format_of
-
-    forms = [ClipFormat(m.args.num_frames, m.args.height, m.args.width, float(m.args.fps)) for m in models]
-    for model, form in zip(models, forms):
-        if form != forms[0]:
-            raise InputError(
-                f"--model {model.args.model}: makes {form}, but {models[0].args.model} makes {forms[0]}; give "
-                "--num_frames, --height, --width and --fps for both"
-            )
-    if forms:
-        return forms[0]
-    found = format_of(next(iter(given[0].videos.values()))[0])
-    asked = {name: getattr(args, name) for name in ("num_frames", "height", "width", "fps")}
-    return ClipFormat(**vars(found) | {name: value for name, value in asked.items() if value is not None})
+    return Model(name, own, contract, dtype, other, controls)
 
 
 def check_models(args: Namespace, models: Sequence[Model], scenes: "Sequence[Scene]", form: "ClipFormat") -> None:
@@ -267,6 +216,13 @@ def check_models(args: Namespace, models: Sequence[Model], scenes: "Sequence[Sce
             )
     if "shuffled" in controls:
         other_controls(scenes)
+    if args.backbone is not None:
+        trained_on = {model.contract.backbone_sha256 for model in models if model.contract.has_backbone}
+        if len(trained_on) != 1:
+            raise InputError(
+                f"--backbone {args.backbone}: the models were trained on {len(trained_on) or 'no'} other backbones; "
+                "evaluate those of each backbone by a command of their own"
+            )
     for model in models:
         check_model(model.args.model, model.contract)
         if model.contract.phase == 2:
@@ -274,148 +230,120 @@ def check_models(args: Namespace, models: Sequence[Model], scenes: "Sequence[Sce
         check_pipeline_parts(model.args.pretrained_model_name_or_path, [*ENCODERS, "scheduler"])
 
 
-def check_given_videos(given: "Sequence[Source]", form: "ClipFormat") -> None:
-    """Check the length, size and rate of videos that were made elsewhere.
-
-    Raises:
-        InputError: one has others.
-    """
-    from c2r.scoring.scenes import check_video
-
-    for source in given:
-        for (path,) in source.videos.values():
-            check_video(path, form)
-
-
 # ------------------------------------------------------------------------------------------------------------ generate
 
 
-def tasks_of(
-    model: Model, scenes: "Sequence[Scene]", form: "ClipFormat", args: Namespace, output_dir: Path
-) -> dict[str, list[Task]]:
+def plan_videos(
+    model: Model, scenes: "Sequence[Scene]", form: "ClipFormat", output_dir: Path
+) -> "dict[str, list[Task]]":
     """Return the videos that a model is to generate, by kind of control."""
-    from dataclasses import asdict
+    from c2r.scoring.videos import tasks_of
 
-    from c2r.encoding.cache import encoder_fingerprint
-    from c2r.files import digest
-    from c2r.models.hub import resolve_model_folder
-    from c2r.scoring.scenes import other_controls
-
-    given = model.args
-    base = resolve_model_folder(given.pretrained_model_name_or_path, ["vae", "text_encoder", "tokenizer"])
-    # The contract is in the model's fingerprint, and names those of the weights and of the backbone.
-    common: list[Any] = [encoder_fingerprint(Path(given.model)), str(model.dtype), asdict(form)]
-    common += [encoder_fingerprint(base / part) for part in ("vae", "text_encoder", "tokenizer")]
-    common += [getattr(given, option.name) for option in EVALUATE.groups["sampling"]]
-    common += [given.negative_prompt, given.window_frames, given.window_overlap, given.attention_backend]
-    folders = _folder_names([model.source_name(control) for control in model.controls])
-    tasks: dict[str, list[Task]] = {}
-    for control, folder in zip(model.controls, folders):
-        followed: list[Scene | None] = [None] * len(scenes)
-        dinov3 = None
-        if control != "none":
-            followed = [*(scenes if control == "own" else other_controls(scenes))]
-            dinov3 = encoder_fingerprint(resolve_model_folder(given.dinov3))
-        tasks[control] = []
-        for scene, other in zip(scenes, followed):
-            file = None if other is None else [*other.control[1:], other.start]
-            for seed in range(args.seed, args.seed + args.num_seeds):
-                ending = f"-seed{seed}" if args.num_seeds > 1 else ""
-                path = output_dir / "videos" / folder / f"{scene.name}{ending}.mp4"
-                key = digest([*common, dinov3, scene.prompt, file, seed])
-                tasks[control].append(Task(path, key, scene, other, seed))
-    return tasks
+    return tasks_of(model.args, model.dtype, model.other_backbone, model.controls, scenes, form, output_dir)
 
 
-def _folder_names(names: Sequence[str]) -> list[str]:
-    """Return names of folders, all different, that sources' names can be told from."""
-    from c2r.files import digest
+def how_validated(model: Model, datasets: "RunDatasets | None") -> tuple[str | None, bool]:
+    """Return why a model's validation is not that of its training, or None; and whether it is validated at all."""
+    from c2r.scoring.scenes import ClipFormat
 
-    return [f"{re.sub(r'[^A-Za-z0-9.-]+', '_', name)}-{digest(name)[:6]}" for name in names]
+    if datasets is None:
+        return "left out, as there is no --real_dataset and no --cg_dataset", False
+    trained = ClipFormat(**model.contract.format)
+    if model.form != trained:
+        return f"left out, as videos are {model.form}, but it was trained on {trained}", False
+    return datasets.not_validated(model.contract.phase), model.contract.phase in datasets.phases
 
 
 def run_model(
     model: Model,
-    tasks: Mapping[str, Sequence[Task]],
+    tasks: "Mapping[str, Sequence[Task]]",
     form: "ClipFormat",
-    datasets: "RunDatasets | None",
     device: str,
-) -> "ModelLosses | None":
-    """Generate a model's videos that are not there yet, and validate it if there are datasets of its training.
+    datasets: "RunDatasets | None",
+    losses: "dict[str, ModelLosses]",
+) -> None:
+    """Generate a model's videos that are not there yet, and validate it.
+
+    Args:
+        model: from `find_model_to_evaluate`.
+        tasks: from `plan_videos`.
+        form: of the videos.
+        device: where the model runs.
+        datasets: those that it is validated on; None: it is not.
+        losses: gets {name of the model: its validation}.
 
     Raises:
         InputError: a model cannot be loaded, or a video or loss is not finite.
     """
+    from c2r.pipeline import encode_prompts
+
+    every = [task for of_control in tasks.values() for task in of_control]
+    missing = [task for task in every if not task.is_done()]
+    print(f"{model.name}: {len(every) - len(missing)} of {len(every)} videos are there", flush=True)
+    if not missing and datasets is None:
+        return
+    args, embeds = model.args, {}
+    if missing:  # the text encoder is the largest model: it is gone before the others are loaded
+        texts = [*dict.fromkeys([args.negative_prompt or "", *(task.scene.prompt for task in missing)])]
+        embeds = dict(zip(texts, encode_prompts(args.pretrained_model_name_or_path, texts, device, model.dtype)))
+    with loaded_pipeline(model, device) as pipeline:
+        make_videos(pipeline, model, missing, form, embeds)
+        if datasets is not None:
+            losses[model.name] = validate(model, pipeline, datasets)
+
+
+@contextmanager
+def loaded_pipeline(model: Model, device: str) -> Iterator[Any]:
+    """Yield the pipeline of a model without its text encoder, and free the device's memory at the end."""
     from accelerate.utils.memory import clear_device_cache
 
     from c2r.generate import load_models
-    from c2r.pipeline import encode_prompts
-    from c2r.scoring.run_datasets import model_losses
 
-    args, every = model.args, [task for of_control in tasks.values() for task in of_control]
-    missing = [task for task in every if not task.is_done()]
-    print(f"{model.name}: {len(every) - len(missing)} of {len(every)} videos are there", flush=True)
-    validated = datasets is not None and model.contract.phase in datasets.phases
-    if not missing and not validated:
-        return None
-    prompts = list(dict.fromkeys(task.scene.prompt for task in missing))
-    embeds = {}
-    if missing:
-        texts = [args.negative_prompt or "", *prompts]
-        negative, *of_prompts = encode_prompts(args.pretrained_model_name_or_path, texts, device, model.dtype)
-        embeds = dict(zip(prompts, of_prompts))
-    dinov3 = args.dinov3 if model.contract.phase == 2 else None
-    pipeline = load_models(args, device, model.dtype, [], dinov3=dinov3, tokenizer=None, text_encoder=None)
+    dinov3 = model.args.dinov3 if model.contract.phase == 2 else None
+    pipeline = load_models(model.args, device, model.dtype, [], dinov3=dinov3, tokenizer=None, text_encoder=None)
     try:
-        if missing:
-            make_videos(pipeline, args, missing, form, embeds, negative, model.name)
-        if not validated:
-            return None
-        assert datasets is not None
-        return model_losses(
-            pipeline, model.contract.phase, datasets, args.flow_shift, args.conditioning_scale, model.dtype
-        )
+        yield pipeline
     finally:
         pipeline.maybe_free_model_hooks()
         pipeline.to("cpu")
-        del pipeline
         clear_device_cache(garbage_collection=True)
 
 
 def make_videos(
-    pipeline: Any,
-    args: Namespace,
-    tasks: Sequence[Task],
-    form: "ClipFormat",
-    embeds: "Mapping[str, torch.Tensor]",
-    negative: "torch.Tensor",
-    name: str,
+    pipeline: Any, model: Model, tasks: "Sequence[Task]", form: "ClipFormat", embeds: "Mapping[str, torch.Tensor]"
 ) -> None:
-    """Generate videos and write each as soon as it is finished."""
+    """Generate videos and write each as soon as it is finished.
+
+    Args:
+        pipeline: from `loaded_pipeline`.
+        model: of the pipeline.
+        tasks: the videos.
+        form: of the videos.
+        embeds: {prompt: embeddings}, the negative prompt's too.
+    """
     from c2r.bars import progress_bar
     from c2r.generate import Length, generate
 
     length = Length(form.num_frames, form.fps)
     pipeline.set_progress_bar_config(disable=True)
-    with progress_bar(len(tasks), name, "video", shown=True) as bar:
+    with progress_bar(len(tasks), model.name, "video", shown=bool(tasks)) as bar:
         for task in tasks:
             control = None if task.control is None else task.control.read(task.control.control, form)
-            own = Namespace(**vars(args) | {"seed": task.seed})
+            own = Namespace(**vars(model.args) | {"seed": task.seed})
+            negative = embeds[own.negative_prompt or ""]
             prompt = {"prompt_embeds": embeds[task.scene.prompt], "negative_prompt_embeds": negative}
             task.write(generate(pipeline, own, length, control, task.path, **prompt), form.fps)
             bar.update()
 
 
-def sources_of(model: Model, tasks: Mapping[str, Sequence[Task]], scenes: "Sequence[Scene]") -> "Iterator[Source]":
-    """Yield a model's videos, those of each kind of control as a source."""
-    from c2r.scoring.measuring import Source
+def validate(model: Model, pipeline: Any, datasets: "RunDatasets") -> "ModelLosses":
+    """Validate a model as its training did: --flow_shift and --conditioning_scale are about videos alone."""
+    from c2r.scoring.run_datasets import model_losses
 
-    for control, of_control in tasks.items():
-        paths: dict[str, list[Path]] = {scene.name: [] for scene in scenes}
-        for task in of_control:
-            paths[task.scene.name].append(task.path)
-        seeds = tuple(task.seed for task in of_control if task.scene is of_control[0].scene)
-        yield Source(model.source_name(control), paths, seeds)
+    contract = model.contract
+    shift = 3.0 if contract.flow_shift is None else contract.flow_shift
+    scale = 1.0 if contract.conditioning_scale is None else contract.conditioning_scale
+    return model_losses(pipeline, contract.phase, datasets, shift, scale, model.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------- measure
@@ -430,7 +358,7 @@ def make_measures(args: Namespace, device: str) -> "tuple[list[Metric], list[Set
     Raises:
         InputError: a network cannot be loaded.
     """
-    from c2r.metrics.making import make_metrics
+    from c2r.metrics.registry import make_metrics
 
     networks = dict(args.networks or [])
     names, skipped = args.metrics, {}
@@ -480,40 +408,14 @@ def read_run_datasets(
     return RunDatasets.read(args.real_dataset, args.cg_dataset, args.num_validation_clips, settings[0], accelerator)
 
 
-def cg_looks_of(args: Namespace, models: Sequence[Model], datasets: "RunDatasets") -> "CGLooks":
-    """Load what measures the CG look: the DINOv3 of the first model that has one.
+def dinov3_of(args: Namespace, models: Sequence[Model], device: str) -> "tuple[str | None, torch.dtype]":
+    """Return the DINOv3 that measures the CG look, that of the first model that has one, and its dtype."""
+    from c2r.generate import weight_dtype
 
-    Raises:
-        InputError: no DINOv3 is named.
-    """
-    import torch
-
-    from c2r.scoring.run_datasets import CGLooks
-
-    found = [(model.args.dinov3, model.dtype) for model in models if model.args.dinov3 is not None]
-    dinov3, dtype = found[0] if found else (args.dinov3, torch.float32)
-    if dinov3 is None:
-        raise InputError("--dinov3: missing; the CG look needs it; give the DINOv3 of the training")
-    return CGLooks(datasets, datasets.settings.base_model, dinov3, dtype)
-
-
-def write_results(
-    evaluation: "Evaluation", sources: "Sequence[Source]", scenes: "Sequence[Scene]", output_dir: Path
-) -> None:
-    """Write results.json, clips.csv, plot.png, report.html and a video of each scene."""
-    from c2r.files import write_atomic
-    from c2r.scoring.page import evaluation_page
-    from c2r.scoring.picture import draw_scores
-    from c2r.scoring.results import PAGE, PICTURE
-    from c2r.scoring.side_by_side import write_side_by_side
-
-    evaluation.write(output_dir)
-    picture = draw_scores(evaluation.scores)
-    write_atomic(output_dir / PICTURE, picture)
-    columns, videos = write_side_by_side(sources, scenes, evaluation.form, output_dir / "clips")
-    prompts = {scene.name: scene.prompt for scene in scenes}
-    page = evaluation_page(evaluation, picture, videos, columns, prompts)
-    write_atomic(output_dir / PAGE, page.encode())
+    for model in models:
+        if model.args.dinov3 is not None:
+            return model.args.dinov3, model.dtype
+    return args.dinov3, weight_dtype(args.dtype, device)
 
 
 if __name__ == "__main__":

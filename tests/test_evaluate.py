@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.evaluate_toy import markdown
 from c2r import InputError, cli
 from c2r.data.video_writer import write_video
 from c2r.encoding.cache import encoder_fingerprint
-from c2r.evaluate import common_format, find, main, tasks_of
+from c2r.evaluate import find_model_to_evaluate, main, plan_videos
 from c2r.models.contract import read_contract, save_phase
 from c2r.models.controlnet import C2RControlNet
 from c2r.options import EVALUATE
-from c2r.scoring.scenes import read_scenes
+from c2r.scoring.scenes import ClipFormat, common_format, read_scenes
+from c2r.scoring.videos import followed_scenes
 from tests.helpers.browser import needs_chromium, started_browser
 from tests.helpers.commands import SIZE, succeed
 from tests.helpers.datasets import flat_video, noise_video, write_dataset
@@ -59,7 +61,7 @@ def results(out):
 
 def files(out):
     """Return {name: time of change} of the generated videos."""
-    return {path.name: path.stat().st_mtime_ns for path in (out / "videos").rglob("*.mp4")}
+    return {f"{path.parent.name}/{path.name}": path.stat().st_mtime_ns for path in (out / "videos").rglob("*.mp4")}
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,10 @@ def evaluated(first, second, small_datasets, tmp_path_factory):
         real_dataset=small_datasets / "real",
         cg_dataset=small_datasets / "cg",
         num_validation_clips=2,
+        # Of videos alone: the validation is that of the training.
+        flow_shift=1.5,
+        conditioning_scale=0.5,
+        networks=["clip=openai/clip-vit-base-patch32"],
     )
     return out, succeed("-m", "c2r.evaluate", *words, by=fork)
 
@@ -83,6 +89,7 @@ def evaluated(first, second, small_datasets, tmp_path_factory):
 def test_the_command_writes_numbers_clips_picture_page_and_videos(evaluated):
     out, done = evaluated
     found = results(out)
+    assert found["settings"]["networks"] == ["clip=openai/clip-vit-base-patch32"]
     own, shuffled, none = (f"phase2/final, {kind} control" for kind in ("own", "another scene's", "no"))
     sources = [own, shuffled, none, "phase1/final, no control"]
     for name in ("edge_f1", "warp_error"):
@@ -140,6 +147,24 @@ def test_a_model_has_the_validation_numbers_of_its_run(evaluated, phase, request
         assert numbers[name] == pytest.approx(logged[name], rel=1e-4, abs=1e-5), name
 
 
+def test_a_model_that_is_not_validated_as_in_its_training_is_named(models, small_datasets, tmp_path):
+    both = [models / "phase2/best", models / "phase1/best"]
+    words = {"num_validation_clips": 1, "max_clips": 1, "cg_dataset": small_datasets / "cg"}
+    main(command(tmp_path / "out", small_datasets / "cg", model=both, **words))
+    found = results(tmp_path / "out")
+    remarks = found["remarks"]
+    assert "validation of phase2/best: on cg clips alone, as there is no --real_dataset: not the numbers of the " in (
+        " ".join(remarks)
+    )
+    assert any(line.startswith("validation of phase1/best: left out, since phase 1") for line in remarks)
+    assert [*found["validation"]] == ["phase2/best"]
+    main(command(tmp_path / "out", small_datasets / "cg", model=both[0], **words, fps=4))
+    found = results(tmp_path / "out")
+    line = next(line for line in found["remarks"] if line.startswith("validation of phase2/best: left out"))
+    assert line.endswith("5 frames of 32x48 at 4 fps, but it was trained on 5 frames of 32x48 at 8 fps")
+    assert found["validation"] == {}
+
+
 def test_videos_are_made_again_only_if_what_they_depend_on_has_changed(models, scenes, tmp_path, capsys):
     out = tmp_path / "out"
 
@@ -148,28 +173,41 @@ def test_videos_are_made_again_only_if_what_they_depend_on_has_changed(models, s
         main(command(out, scenes, model=models / "phase2/best", **options))
         return {name for name, time in files(out).items() if before.get(name) != time}
 
-    assert changed() == {"f0.mp4", "f1.mp4"}
+    assert changed() == {"own/f0-seed0.mp4", "own/f1-seed0.mp4"}
     assert changed() == set()
     assert "2 of 2 videos are there" in capsys.readouterr().out
     metadata = scenes / "metadata.csv"
     metadata.write_text(metadata.read_text().replace("rain", "a red brick street"))
-    assert changed() == {"f1.mp4"}
+    assert changed() == {"own/f1-seed0.mp4"}
     write_video(scenes / "c0.mp4", noise_video(7), SIZE["fps"])
-    assert changed() == {"f0.mp4"}
-    (path,) = (out / "videos").rglob("f1.mp4")
+    assert changed() == {"own/f0-seed0.mp4"}
+    (path,) = (out / "videos").rglob("f1-seed0.mp4")
     path.write_bytes(path.read_bytes()[:-100])  # as a copy that was interrupted
-    assert changed() == {"f1.mp4"}
-    (note,) = (out / "videos").rglob(".f0.json")
+    assert changed() == {"own/f1-seed0.mp4"}
+    (note,) = (out / "videos").rglob(".f0-seed0.json")
     note.write_text("{")
-    assert changed() == {"f0.mp4"}
+    assert changed() == {"own/f0-seed0.mp4"}
+
+
+def test_other_models_controls_and_seeds_make_no_video_again(models, scenes, tmp_path):
+    """They change the names of the sources in the tables."""
+    out, model = tmp_path / "out", models / "phase2/best"
+    main(command(out, scenes, model=model))
+    before = files(out)
+    main(command(out, scenes, model=[model, models / "phase1/best"], control=["own", "shuffled"], num_seeds=2))
+    after = files(out)
+    assert {name: after[name] for name in before} == before
+    assert len([*(out / "videos").rglob("*.mp4")]) == 3 * 2 * 2
+    main(command(out, scenes, model=model, seed=1))
+    assert files(out) == after
 
 
 def keys(models, scenes, out, **options):
     """Return the keys of the videos that a command would make."""
     args = cli.parse(EVALUATE, command(out, scenes, model=models / "phase2/best", **options))
-    model = find(args, args.model[0], "best", "cpu")
+    model = find_model_to_evaluate(args, args.model[0], "best", "cpu")
     read = read_scenes(args.dataset, out, None, None)
-    tasks = tasks_of(model, read, common_format(args, [model], []), args, out)
+    tasks = plan_videos(model, read, model.form, out)
     return [task.key for of_control in tasks.values() for task in of_control]
 
 
@@ -192,12 +230,52 @@ def keys(models, scenes, out, **options):
         ("control_guidance_end", 0.5),
         ("conditioning_scale", 0.5),
         ("flow_shift", 5.0),
+        ("vae_tiling", []),
     ],
 )
 def test_each_option_that_decides_a_video_is_in_its_key(models, scenes, tmp_path, name, value):
     before, after = keys(models, scenes, tmp_path), keys(models, scenes, tmp_path, **{name: value})
     assert before == keys(models, scenes, tmp_path)
     assert len({*before, *after}) == 4
+
+
+def test_the_cg_look_of_a_video_leaves_out_the_clip_whose_layout_it_has(models, scenes, tmp_path):
+    words = command(tmp_path, scenes, model=models / "phase2/best", control=["own", "shuffled", "none"])
+    args = cli.parse(EVALUATE, words)
+    model = find_model_to_evaluate(args, args.model[0], "best", "cpu")
+    tasks = plan_videos(model, read_scenes(args.dataset, tmp_path, None, None), model.form, tmp_path)
+    followed = followed_scenes(tasks)
+    assert {name: scene.name for name, scene in followed["shuffled"].items()} == {"f0": "f1", "f1": "f0"}
+    for control in ("own", "none"):
+        assert {name: scene.name for name, scene in followed[control].items()} == {"f0": "f0", "f1": "f1"}
+
+
+def test_the_scheduler_and_another_backbone_are_in_the_key(models, scenes, tmp_path):
+    copy = shutil.copytree(models, tmp_path / "models")
+    moved = {"pretrained_model_name_or_path": models / "base", "dinov3": models / "dinov3"}
+    before = keys(copy, scenes, tmp_path)
+    shutil.move(copy / "phase1/best", tmp_path / "moved")
+    assert keys(copy, scenes, tmp_path, backbone=tmp_path / "moved", **moved) == before
+    weights = tmp_path / "moved/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    assert not {*keys(copy, scenes, tmp_path, backbone=tmp_path / "moved", **moved)} & {*before}
+    shutil.copytree(models / "phase1/best", copy / "phase1/best")
+    config = copy / "base/scheduler/scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"solver_order": 1}))
+    encoder_fingerprint.cache_clear()  # a command of its own has not read it before
+    assert not {*keys(copy, scenes, tmp_path)} & {*before}
+
+
+def test_a_model_whose_backbone_has_moved_is_evaluated(models, scenes, tmp_path):
+    copy = shutil.copytree(models, tmp_path / "models")
+    shutil.move(copy / "phase1", copy / "moved")
+    words = {"model": [copy / "phase2/best", copy / "moved/best"], "max_clips": 1}
+    with pytest.raises(InputError, match=r"phase1/best: not there, but .* with --backbone"):
+        main(command(tmp_path / "out", scenes, **words))
+    main(command(tmp_path / "out", scenes, **words, backbone=copy / "moved/best"))
+    assert len(files(tmp_path / "out")) == 2
+    with pytest.raises(InputError, match="the models were trained on no other backbones"):
+        main(command(tmp_path / "out", scenes, model=copy / "moved/best", backbone=copy / "moved/best"))
 
 
 def test_another_model_in_the_same_folder_is_noticed(models, scenes, tmp_path):
@@ -264,6 +342,40 @@ def test_the_cg_look_stands_beside_measures_against_the_control(models, scenes, 
     assert "like_cg: CG look" in capsys.readouterr().out
 
 
+def test_given_videos_are_cut_to_what_clips_of_datasets_can_have(scenes, tmp_path, caplog):
+    def form(size=(32, 48), **asked):
+        folder = tmp_path / f"{size}"
+        write_video(folder / "f0.mp4", np.zeros((10, *size, 3), np.uint8), 8)
+        asked = dict.fromkeys(("num_frames", "height", "width", "fps")) | asked
+        return common_format({}, [folder / "f0.mp4"], asked, encoded=True)
+
+    with caplog.at_level("WARNING"):
+        assert form() == ClipFormat(9, 32, 48, 8.0)
+    assert "--num_frames: 9 of 10 frames are measured" in caplog.text
+    caplog.clear()
+    assert form(num_frames=5) == ClipFormat(5, 32, 48, 8.0)
+    assert caplog.text == ""
+    with pytest.raises(InputError, match=r"f0\.mp4: width 50 is not divisible by 16, as clips of --real_dataset"):
+        form((32, 50))
+
+
+def test_the_table_of_the_toy_says_which_source_is_larger():
+    own, none = "m, own control", "m, no control"
+    number = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    measures = {name: {"sources": {own: number, none: number}} for name in ("a", "b", "c")}
+    differences = [
+        {"measure": name, "first": own, "second": none, "mean": mean, "beyond_chance": beyond}
+        for name, mean, beyond in (("a", -0.1, True), ("b", 0.1, True), ("c", 0.1, False))
+    ]
+    assert [*markdown({"measures": measures, "differences": differences})] == [
+        "| | own control | none | beyond chance |",
+        "|---|---|---|---|",
+        "| `a` | 0.50 [0.40, 0.60] | 0.50 [0.40, 0.60] | own > none |",
+        "| `b` | 0.50 [0.40, 0.60] | 0.50 [0.40, 0.60] | none > own |",
+        "| `c` | 0.50 [0.40, 0.60] | 0.50 [0.40, 0.60] | none |",
+    ]
+
+
 def test_passes_are_read_and_their_faults_are_one_line(models, scenes, tmp_path):
     """Ids named by the metadata are read; a measure that needs a network that is not named is skipped by name."""
     (scenes / "ids").mkdir()
@@ -324,6 +436,8 @@ BAD_INPUT = [
     ({"model": None}, "--model: missing; give a trained model, or --videos that were made elsewhere"),
     ({"model": "{}/scenes"}, "{}/scenes: has no c2r.json"),
     ({"model": [MODEL, MODEL]}, "/models/phase2/best: named twice; name it once"),
+    ({"videos": ["{}/scenes", "{}/small/../scenes/"]}, "--videos {}/small/../scenes/: named twice; name it once"),
+    ({"videos": MODEL + "/"}, "--videos {}/models/phase2/best/: named twice; name it once"),
     (
         {"model": [MODEL, "{}/models/phase2/larger"]},
         "makes 5 frames of 64x48 at 8 fps, but {}/models/phase2/best makes",

@@ -158,16 +158,18 @@ def sample_and_judge(
         )
         if rows is None or not sample_plan.monitored:
             return rows, None
-        reference = reference_of(
-            sample_plan.reference_clips,
-            pipeline,
-            plan.inputs["DINOv3"],
-            run.settings,
-            accelerator,
-            plan.cg.cache_dir,
-            run.watchdog.beat,
-        )
-        return rows, judge_samples(rows, samples, CGMonitor(reference), dinov3, accelerator)
+        if sample_plan.monitor is None:
+            reference = reference_of(
+                sample_plan.reference_clips,
+                pipeline,
+                plan.inputs["DINOv3"],
+                run.settings,
+                accelerator,
+                plan.cg.cache_dir,
+                run.watchdog.beat,
+            )
+            sample_plan.monitor = CGMonitor(reference)
+        return rows, judge_samples(rows, samples, sample_plan.monitor, dinov3, accelerator)
 
 
 def record_cg_look(run: Run, cg_look: CGLook, controller: RatioController, sampler: MixedCGRealSampler) -> None:

@@ -46,7 +46,7 @@ MIN_SCENES = 4
 SCORE_RANGE = (-1.0, 2.0)
 
 #: Confidence of the intervals that are printed and logged.
-CONFIDENCE = 0.9
+PRINTED_CONFIDENCE = 0.9
 
 
 class _ReferenceFiles(TypedDict):
@@ -145,7 +145,7 @@ class Score:
     count: int
     accuracy: float = nan
 
-    def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    def interval(self, confidence: float = PRINTED_CONFIDENCE) -> tuple[float, float]:
         """Return the bounds of the t interval of the mean, NaN for a single scene."""
         half = float(stdtrit(self.freedom, (1 + confidence) / 2)) * self.error
         return self.mean - half, self.mean + half

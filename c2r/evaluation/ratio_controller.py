@@ -6,15 +6,15 @@ from c2r.evaluation.monitor import MIN_SCENES, Score
 
 #: Confidence of the intervals that the controller acts on. Every sampling has the same scenes and seeds, so that one
 #: unlucky draw stays above the bound for many samplings (`python -m benchmarks.monitor_statistics`).
-CONFIDENCE = 0.99
+ACTING_CONFIDENCE = 0.99
 
 
 @dataclass
 class RatioController:
     """Halves the CG share when the CG look stays above a bound, and never raises it.
 
-    It counts the samplings in a row whose CG look has its whole interval, of confidence CONFIDENCE, above the bound. A
-    CG look of fewer than MIN_SCENES scenes changes nothing.
+    It counts the samplings in a row whose CG look has its whole interval, of ACTING_CONFIDENCE, above the bound. A CG
+    look of fewer than MIN_SCENES scenes changes nothing.
 
     Attributes:
         bound: largest acceptable CG look; 0 is that of the real clips, 1 that of the CG clips.
@@ -61,4 +61,4 @@ class RatioController:
         return f"CG look {look} for {self.count} samplings: consider {remedy}"
 
     def _is_above(self, look):
-        return look.interval(CONFIDENCE)[0] > self.bound
+        return look.interval(ACTING_CONFIDENCE)[0] > self.bound

@@ -5,20 +5,21 @@ from dataclasses import dataclass
 
 from c2r.data.clips import Clip, Clips
 from c2r.data.mixture import Mixture
-from c2r.evaluation.monitor import MIN_FILES, MIN_SCENES
+from c2r.evaluation.monitor import MIN_FILES, MIN_SCENES, CGMonitor
 from c2r.evaluation.monitor_reference import can_monitor, choose_reference_clips, count_files
 from c2r.evaluation.samples import Sample, choose_samples
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class SamplePlan:
     """The samples of a run and the reference clips of its CG monitor."""
 
     samples: list[Sample]
     reference_clips: dict[str, list[Clip]]  #: {"real", "cg"}, see `choose_reference_clips`
     monitored: bool  #: the CG monitor judges the samples
+    monitor: CGMonitor | None = None  #: built at the first sampling, and kept: its permutations take seconds
 
     @property
     def to_encode(self) -> list[Clip]:

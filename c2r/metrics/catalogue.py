@@ -16,7 +16,6 @@ ROLES = {
 #: Packages that measures need beyond those of c2r itself, each with what to do where it is missing.
 PACKAGES = {
     "cv2": "pip install opencv-python-headless==5.0.0.93",
-    "scipy": "pip install scipy==1.17.1",
     "torchmetrics": "pip install torchmetrics==1.9.0",
     "pyiqa": "pip install pyiqa, which needs the torchvision of the installed torch",
 }
@@ -51,10 +50,10 @@ MEASURES = (
     Measure("depth_rmse", "depth"),
     Measure("depth_rmse_control", "depth"),
     Measure("depth_rmse_passes", "depth"),
-    Measure("mask_miou", "segmentation", ("cv2", "scipy")),
-    Measure("mask_miou_control", "segmentation", ("cv2", "scipy")),
-    Measure("mask_miou_passes", "segmentation", ("cv2", "scipy")),
-    Measure("trajectory_error_passes", "segmentation", ("cv2", "scipy")),
+    Measure("mask_miou", "segmentation", ("cv2",)),
+    Measure("mask_miou_control", "segmentation", ("cv2",)),
+    Measure("mask_miou_passes", "segmentation", ("cv2",)),
+    Measure("trajectory_error_passes", "segmentation", ("cv2",)),
     Measure("warp_error", None, ("cv2",)),
     Measure("frame_similarity", "image_features"),
     Measure("clip_similarity", "clip"),

@@ -10,8 +10,8 @@ class EvaluatedClip:
     """A generated video and what it is measured against.
 
     Args:
-        name: file name of its row. Clips of one name are of one scene and have one truth.
-        prompt: the prompt that it was generated from.
+        name: of its scene. Clips of one name are of one scene and have one truth.
+        prompt: the prompt that it was generated from; empty if there is none.
         video: (F, 3, H, W) float32 RGB in [0, 1], generated.
         control: the coarse video, like `video`; None if there is none.
         truth: a fine or real video of the same scene, like `video`; None if there is none.

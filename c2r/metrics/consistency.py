@@ -20,6 +20,7 @@ class WarpError:
     higher_is_better: bool | None = False
     against: Against = "itself"
     unit: str = "of [0, 1]"
+    bounds: tuple[float, float] = (0.0, 1.0)
 
     def __call__(self, clip: EvaluatedClip) -> float | None:
         return warp_error(clip.video)

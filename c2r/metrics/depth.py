@@ -57,6 +57,7 @@ class DepthRMSE:
 
     higher_is_better: bool | None = False
     unit = "share of the spread"
+    bounds = (0.0, 1.0)
 
     def __init__(
         self,

@@ -1,6 +1,9 @@
 """Distances between the generated and the true videos as sets: Fréchet and kernel distances of their features."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
 
 import torch
 
@@ -22,6 +25,7 @@ class _Features:
     higher_is_better: bool | None = False
     against: Against = "set"
     unit = "distance"
+    bounds: tuple[float, float]
 
     def __init__(self, features: Callable[[torch.Tensor], torch.Tensor], name: str):
         self.features, self.name = features, name
@@ -29,20 +33,22 @@ class _Features:
         self.scenes: list[str] = []  # of `generated`
         self.truths: dict[str, torch.Tensor] = {}  # {scene: of its truth}
         self.references: list[torch.Tensor] = []
+        self._of_references: Any = None  # what a distance needs of the references alone, once it is computed
 
     def update(self, clip: EvaluatedClip) -> None:
         """Add a clip: its video to the generated set, its truth to the true set, once for each name."""
         self.generated.append(self.features(clip.video).double())
         self.scenes.append(clip.name)
-        if clip.truth is not None and clip.name not in self.truths:
+        if not self.references and clip.truth is not None and clip.name not in self.truths:
             self.truths[clip.name] = self.features(clip.truth).double()
 
     def update_reference(self, video: torch.Tensor) -> None:
         """Add a true video that belongs to no clip; from then on the truths of clips are not used."""
         self.references.append(self.features(video).double())
+        self._of_references = None
 
-    def _usable(self, indices):
-        """Return the clips of a draw that have what is needed, a truth or references; none if they are too few."""
+    def _with_truth(self, indices):
+        """Return the clips of a draw that have a truth, or all if there are references; none if they are too few."""
         indices = range(len(self.generated)) if indices is None else indices
         clips = [i for i in indices if self.references or self.scenes[i] in self.truths]
         too_few = len({self.scenes[i] for i in clips}) < MIN_VIDEOS or 0 < len(self.references) < MIN_VIDEOS
@@ -56,13 +62,17 @@ class FrechetDistance(_Features):
     with equal numbers of clips and frames, and against one true set. The kernel distance has no such bias.
     """
 
+    bounds = (0.0, inf)
+
     def compute(self, indices: Sequence[int] | None = None) -> float | None:
         """Return the distance of all clips or of some, see `SetMetric`."""
-        clips = self._usable(indices)
+        clips = self._with_truth(indices)
         if not clips:
             return None
-        true = self.references or [self.truths[self.scenes[i]] for i in clips]
-        return frechet_distance(torch.cat([self.generated[i] for i in clips]), torch.cat(true))
+        if self.references and self._of_references is None:
+            self._of_references = _Gaussian.of(torch.cat(self.references))
+        true = self._of_references or _Gaussian.of(torch.cat([self.truths[self.scenes[i]] for i in clips]))
+        return _Gaussian.of(torch.cat([self.generated[i] for i in clips])).distance(true)
 
 
 class KernelDistance(_Features):
@@ -77,6 +87,8 @@ class KernelDistance(_Features):
     separate true videos, eq. 4 for pairs; on video features as JEDi, Luo et al. 2024 (arXiv 2410.05203).
     """
 
+    bounds = (-inf, inf)
+
     def __init__(self, features: Callable[[torch.Tensor], torch.Tensor], name: str):
         super().__init__(features, name)
         self._block: dict[int, int] = {}  # {clip: its row in the matrices below}
@@ -84,7 +96,7 @@ class KernelDistance(_Features):
 
     def compute(self, indices: Sequence[int] | None = None) -> float | None:
         """Return the distance of all clips or of some, see `SetMetric`."""
-        clips = self._usable(indices)
+        clips = self._with_truth(indices)
         if not clips:
             return None
         ours, theirs, between = self._kernel_means(clips)
@@ -109,9 +121,40 @@ class KernelDistance(_Features):
             self._block = {clip: row for row, clip in enumerate(sorted(set(clips)))}
             generated = [self.generated[i] for i in self._block]
             true = self.references or [self.truths[self.scenes[i]] for i in self._block]
-            pairs = ((generated, generated), (true, true), (generated, true))
-            self._means = len(self.references), [kernel_means(first, second) for first, second in pairs]
+            if self._of_references is None:
+                theirs = kernel_means(true, true)
+                self._of_references = theirs if self.references else None
+            else:
+                theirs = self._of_references
+            means = [kernel_means(generated, generated), theirs, kernel_means(generated, true)]
+            self._means = len(self.references), means
         return self._means[1]
+
+
+@dataclass(frozen=True)
+class _Gaussian:
+    """The mean (D,) of a set of features, and a matrix A (n, D) with A'A = their covariance."""
+
+    mean: torch.Tensor
+    factor: torch.Tensor
+
+    @classmethod
+    def of(cls, features: torch.Tensor) -> "_Gaussian":
+        """Compute them of (n, D) float64."""
+        mean = features.mean(0)
+        factor = (features - mean) / (len(features) - 1) ** 0.5
+        if factor.shape[1] < len(factor):  # the triangular factor has fewer rows, and the same A'A
+            factor = torch.linalg.qr(factor, mode="r").R
+        return cls(mean, factor)
+
+    def distance(self, other: "_Gaussian") -> float:
+        """See `frechet_distance`."""
+        # A'A = S and B'B = T. The eigenvalues of S·T are the squared singular values of A·B', which need no square
+        # root of a matrix and are exact also where there are fewer frames than dimensions.
+        a, b = self.factor, other.factor
+        root = torch.linalg.svdvals(a @ b.T).sum()
+        shift = (self.mean - other.mean).square().sum()
+        return max((shift + a.square().sum() + b.square().sum() - 2 * root).item(), 0.0)
 
 
 def frechet_distance(generated: torch.Tensor, true: torch.Tensor) -> float:
@@ -128,15 +171,7 @@ def frechet_distance(generated: torch.Tensor, true: torch.Tensor) -> float:
     Source: Heusel et al. 2017 (arXiv 1706.08500), eq. 6; on features of DINOv2 as Stein et al. 2023 (arXiv
     2306.04675).
     """
-    means = generated.mean(0), true.mean(0)
-    # A'A = S and B'B = T. The eigenvalues of S·T are the squared singular values of A·B', which need no square root of
-    # a matrix and are exact also where there are fewer frames than dimensions.
-    a, b = ((x - mean) / (len(x) - 1) ** 0.5 for x, mean in zip((generated, true), means))
-    if a.shape[1] < min(len(a), len(b)):  # the triangular factors have fewer rows than A and B, and the same A'A, B'B
-        a, b = (torch.linalg.qr(x, mode="r").R for x in (a, b))
-    root = torch.linalg.svdvals(a @ b.T).sum()
-    distance = (means[0] - means[1]).square().sum() + a.square().sum() + b.square().sum() - 2 * root
-    return max(distance.item(), 0.0)
+    return _Gaussian.of(generated).distance(_Gaussian.of(true))
 
 
 def kernel_means(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -112,6 +112,7 @@ class FrameSimilarity:
     higher_is_better: bool | None = True
     against: Against = "itself"
     unit = "cosine"
+    bounds = (-1.0, 1.0)
 
     def __init__(self, features: Callable[[torch.Tensor], torch.Tensor]):
         self.features = features

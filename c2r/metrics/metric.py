@@ -20,12 +20,14 @@ class Metric(Protocol):
         higher_is_better: None where neither direction is.
         against: see `Against`.
         unit: a word or two for tables and plots.
+        bounds: the lowest and the highest value that it can have.
     """
 
     name: str
     higher_is_better: bool | None
     against: Against
     unit: str
+    bounds: tuple[float, float]
 
     def __call__(self, clip: EvaluatedClip) -> float | None:
         """Return the measure, or None if the clip lacks what it is measured against."""
@@ -38,13 +40,14 @@ class SetMetric(Protocol):
     scene, as from several models or seeds.
 
     Attributes:
-        name, higher_is_better, against, unit: see `Metric`; `against` is "set".
+        name, higher_is_better, against, unit, bounds: see `Metric`; `against` is "set".
     """
 
     name: str
     higher_is_better: bool | None
     against: Against
     unit: str
+    bounds: tuple[float, float]
 
     def update(self, clip: EvaluatedClip) -> None:
         """Add a clip: its video to the generated set, its truth, if it has one, to the true set."""

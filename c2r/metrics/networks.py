@@ -24,8 +24,9 @@ CHUNK = 8
 #: Bounds of whole numbers in a config, which a hostile one could set so that the model takes hours to build: far above
 #: any model for numbers of layers, and for all others.
 MAX_LAYERS, MAX_NUMBER = 100, 1_000_000
-#: Bound of the sides of the pictures that a network reads, in pixels.
-MAX_SIDE = 4096
+#: Bound of the sides of the pictures that a network reads, in pixels, and of all numbers of a preprocessor: a padding
+#: or a divisor enlarges pictures as a size does.
+MAX_SIDE = 2048
 #: Videos whose results are remembered, the last ones used: generated, true and coarse.
 REMEMBERED = 3
 
@@ -98,12 +99,25 @@ def read_preprocessor(folder: Path) -> Preprocessor:
     """Return the checked preprocessor_config.json of a model.
 
     Raises:
-        InputError: it is missing or damaged, or names code.
+        InputError: it is missing or damaged, names code, or has a number above MAX_SIDE.
     """
     path = folder / "preprocessor_config.json"
     config = read_json(path, Preprocessor, extra="allow")
     refuse_entries(path, config)
+    _check_numbers(path, config)
     return config
+
+
+def _check_numbers(path, value, name=""):
+    """Refuse, at any depth, numbers above MAX_SIDE."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            _check_numbers(path, entry, key)
+    elif isinstance(value, list):
+        for entry in value:
+            _check_numbers(path, entry, name)
+    elif isinstance(value, (int, float)) and not abs(value) <= MAX_SIDE:  # also NaN
+        raise InputError(f"{path}: {name} is {value}, more than {MAX_SIDE}; give an undamaged copy")
 
 
 def load_image_processor(folder: Path) -> Any:
@@ -132,7 +146,7 @@ def process(processor: Any, folder: Path, frames: torch.Tensor) -> dict[str, tor
 
 
 def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resize (n, 3, H, W) floats in [0, 1] bicubically, with a filter as wide as the reduction, as Pillow does."""
+    """Resize (n, 3, H, W) floats in [0, 1] bicubically and without aliasing, as Pillow does."""
     if tuple(frames.shape[-2:]) == (height, width):
         return frames
     return F.interpolate(frames, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
@@ -181,8 +195,8 @@ class Remembering(Generic[Result]):
         self._results: list[tuple[torch.Tensor, Result]] = []
 
     def __call__(self, video: torch.Tensor) -> Result:
-        found = next((result for known, result in self._results if known is video), None)
-        result = self.compute(video) if found is None else found
+        remembered = next((result for seen, result in self._results if seen is video), None)
+        result = self.compute(video) if remembered is None else remembered
         others = [entry for entry in self._results if entry[0] is not video]
         self._results = [*others[1 - REMEMBERED :], (video, result)]  # the last one used comes last
         return result

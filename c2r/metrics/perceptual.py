@@ -1,6 +1,7 @@
 """LPIPS, the perceptual distance of frames."""
 
 from importlib import resources
+from math import inf
 from typing import Any
 
 import torch
@@ -92,6 +93,7 @@ class LPIPS:
     higher_is_better: bool | None = False
     against: Against = "truth"
     unit = "LPIPS (VGG)"
+    bounds = (0.0, inf)
 
     def __init__(self, name_or_path: str, device: torch.device | str):
         self.network, self.device = LPIPSNetwork.from_pretrained(name_or_path).to(device), device

@@ -33,6 +33,7 @@ class ClipSimilarity:
     higher_is_better: bool | None = True
     against: Against = "prompt"
     unit = "cosine"
+    bounds = (-1.0, 1.0)
 
     def __init__(self, name_or_path: str, device: torch.device | str):
         self.model, folder = load_network(name_or_path, {"clip": CLIPModel}, device)
@@ -44,6 +45,8 @@ class ClipSimilarity:
 
     @torch.no_grad()
     def __call__(self, clip: EvaluatedClip) -> float | None:
+        if not clip.prompt.strip():
+            return None
         text = self.model.get_text_features(**self._tokenize(clip.prompt)).pooler_output  # (1, D)
         similarities = []
         for frames in chunks(clip.video, self.model.device):

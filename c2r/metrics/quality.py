@@ -1,5 +1,7 @@
 """Quality of frames without any reference, by pyiqa."""
 
+from math import inf
+
 import torch
 
 from c2r import InputError
@@ -22,6 +24,7 @@ class Quality:
     """
 
     against: Against = "itself"
+    bounds = (-inf, inf)
 
     def __init__(self, measure: str, device: torch.device | str):
         try:

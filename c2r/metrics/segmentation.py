@@ -12,6 +12,7 @@ from transformers import (
     SegformerForSemanticSegmentation,
 )
 
+from c2r import InputError
 from c2r.metrics.clip import EvaluatedClip
 from c2r.metrics.metric import Against
 from c2r.metrics.networks import CHUNK, load_image_processor, load_network, process
@@ -23,6 +24,8 @@ KINDS = {
 }
 #: Regions smaller than this share of a frame are left out: 200 pixels at 480p.
 MIN_AREA = 1 / 2000
+#: Object ids of one frame, above which a pass was filtered or compressed, so that its edges are ids of their own.
+MAX_IDS = 5000
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,19 @@ class SegmentationModel:
             inputs = process(self.processor, self.folder, frames)
             outputs = self.model(**{name: value.to(self.model.device) for name, value in inputs.items()})
             sizes = [tuple(video.shape[-2:])] * len(frames)
-            found = self.processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
-            classes += [labels.cpu().numpy().astype(np.int16) for labels in found]
+            semantic = self.processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
+            classes += [labels.cpu().numpy().astype(np.int16) for labels in semantic]
             if self.model.config.model_type == "segformer":
                 instances = classes
                 continue
-            found = self.processor.post_process_panoptic_segmentation(
+            panoptic = self.processor.post_process_panoptic_segmentation(
                 outputs, target_sizes=sizes, label_ids_to_fuse=set()
             )
-            instances += [one["segmentation"].cpu().numpy().astype(np.int16) for one in found]
+            for frame in panoptic:
+                labels = frame["segmentation"].cpu().numpy().astype(np.int16)
+                # Pixels of rejected segments are 0 there, which is the number of no segment.
+                accepted = [segment["id"] for segment in frame["segments_info"]]
+                instances.append(np.where(np.isin(labels, accepted), labels, np.int16(-1)))
         return Segments(np.stack(classes), np.stack(instances))
 
 
@@ -87,6 +94,7 @@ class MaskMIoU:
 
     higher_is_better: bool | None = True
     unit = "IoU"
+    bounds = (0.0, 1.0)
 
     def __init__(
         self, segment: Callable[[torch.Tensor], Segments], against: Literal["truth", "control", "passes"] = "truth"
@@ -96,7 +104,8 @@ class MaskMIoU:
 
     def __call__(self, clip: EvaluatedClip) -> float | None:
         if self.against == "passes":
-            return None if clip.ids is None else best_overlap(self.segment(clip.video), clip.ids.cpu().numpy())
+            ids = ids_of(clip)
+            return None if ids is None else best_overlap(self.segment(clip.video), ids)
         other = getattr(clip, self.against)
         return None if other is None else class_miou(self.segment(clip.video).classes, self.segment(other).classes)
 
@@ -112,12 +121,32 @@ class TrajectoryError:
     higher_is_better: bool | None = False
     against: Against = "passes"
     unit = "of the diagonal"
+    bounds = (0.0, 1.0)
 
     def __init__(self, segment: Callable[[torch.Tensor], Segments]):
         self.segment = segment
 
     def __call__(self, clip: EvaluatedClip) -> float | None:
-        return None if clip.ids is None else trajectory_error(self.segment(clip.video), clip.ids.cpu().numpy())
+        ids = ids_of(clip)
+        return None if ids is None else trajectory_error(self.segment(clip.video), ids)
+
+
+def ids_of(clip: EvaluatedClip) -> np.ndarray | None:
+    """Return the renderer's ids of a clip, (F, H, W) int32; None if there are none.
+
+    Raises:
+        InputError: a frame has more than MAX_IDS.
+    """
+    if clip.ids is None:
+        return None
+    ids = clip.ids.cpu().numpy()
+    for number, frame in enumerate(ids):
+        if (count := len(np.unique(frame))) > MAX_IDS:
+            raise InputError(
+                f"{clip.name}: its pass of object ids has {count} ids in frame {number}, more than {MAX_IDS}: it is "
+                "antialiased or lossy; render ids without a filter, and keep them in a lossless file"
+            )
+    return ids
 
 
 def class_miou(classes: np.ndarray, reference: np.ndarray) -> float | None:
@@ -177,28 +206,39 @@ def trajectory_error(segments: Segments, ids: np.ndarray) -> float | None:
 
 def _matches(segments: Segments, ids: np.ndarray) -> Iterator[tuple[float, float]]:
     """Yield, for each frame and id, the IoU with the best segment and the distance to it over the diagonal."""
-    names, regions = np.unique(ids, return_inverse=True)  # a renderer's ids may be any numbers
-    regions = regions.reshape(ids.shape)
-    wanted, diagonal = names != 0, np.hypot(*ids.shape[1:])
-    for classes, instances, region in zip(segments.classes, segments.instances, regions):
+    diagonal = np.hypot(*ids.shape[1:])
+    for classes, instances, frame in zip(segments.classes, segments.instances, ids):
+        region, areas = _large_regions(frame)
+        if (num_ids := len(areas)) == 0:
+            continue
         maps = [classes, _parts(classes)]
         if not np.array_equal(classes, instances):
             maps += [instances, _parts(instances)]
-        areas, centres = _areas_and_centres(region, len(names))
-        overlap, distance = np.zeros(len(names)), np.ones(len(names))
+        _, centres = _areas_and_centres(region, num_ids)
+        overlap, distance = np.zeros(num_ids), np.ones(num_ids)
         for labels in maps:
             count = int(labels.max()) + 1
             if count == 0:
                 continue
-            common = _overlaps(region, labels, len(names), count)[:-1, :-1]
+            common = _overlaps(region, labels, num_ids, count)[:-1, :-1]
             their_areas, their_centres = _areas_and_centres(labels, count)
             iou = common / np.maximum(areas[:, None] + their_areas - common, 1)
             best = iou.argmax(1)
-            found, off = iou.max(1), np.hypot(*(centres - their_centres[best]).T) / diagonal
-            better = found > overlap
-            overlap[better], distance[better] = found[better], off[better]
-        counted = wanted & (areas >= MIN_AREA * region.size)
-        yield from zip(overlap[counted].tolist(), distance[counted].tolist())
+            largest, off = iou.max(1), np.hypot(*(centres - their_centres[best]).T) / diagonal
+            better = largest > overlap
+            overlap[better], distance[better] = largest[better], off[better]
+        yield from zip(overlap.tolist(), distance.tolist())
+
+
+def _large_regions(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number the regions of (H, W) ids that have MIN_AREA, from 0; −1 elsewhere. Return them and their areas, (n,).
+
+    The others are left out before the table of overlaps is made: it has a row for each region.
+    """
+    names, region, areas = np.unique(ids, return_inverse=True, return_counts=True)  # ids may be any numbers
+    counted = (names != 0) & (areas >= MIN_AREA * ids.size)
+    numbers = np.where(counted, counted.cumsum() - 1, -1)
+    return numbers[region.reshape(ids.shape)], areas[counted]
 
 
 def _overlaps(first: np.ndarray, second: np.ndarray, rows: int, columns: int) -> np.ndarray:
@@ -214,9 +254,9 @@ def _parts(labels: np.ndarray) -> np.ndarray:
 
     parts, count = np.full(labels.shape, -1, np.int32), 0
     for label in np.unique(labels[labels >= 0]):
-        found, numbers = cv2.connectedComponents((labels == label).astype(np.uint8))
+        total, numbers = cv2.connectedComponents((labels == label).astype(np.uint8))  # the rest is one of them
         parts[numbers > 0] = numbers[numbers > 0] - 1 + count
-        count += found - 1
+        count += total - 1
     return parts
 
 

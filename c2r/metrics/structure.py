@@ -29,6 +29,7 @@ class EdgeF1:
     against: Literal["truth", "control"] = "truth"
     higher_is_better: bool | None = True
     unit: str = "share"
+    bounds: tuple[float, float] = (0.0, 1.0)
 
     @property
     def name(self) -> str:
@@ -46,6 +47,7 @@ class BlurSSIM:
     against: Literal["truth", "control"] = "truth"
     higher_is_better: bool | None = True
     unit: str = "SSIM"
+    bounds: tuple[float, float] = (-1.0, 1.0)
 
     @property
     def name(self) -> str:
@@ -65,7 +67,7 @@ def edge_f1(video: torch.Tensor, reference: torch.Tensor) -> float | None:
 
     An edge pixel is found if the other video has one within TOLERANCE pixels. With P the share of the video's edge
     pixels that are found in the reference, and R the share of the reference's that are found in the video, over all
-    frames, F1 = 2·P·R / (P + R). Frames are brought to one contrast first, see `even_out`.
+    frames, F1 = 2·P·R / (P + R). Frames are brought to one contrast first, see `equalise_contrast`.
 
     Args:
         video, reference: (F, 3, H, W) floats in [0, 1].
@@ -81,7 +83,9 @@ def edge_f1(video: torch.Tensor, reference: torch.Tensor) -> float | None:
     neighbourhood = cv2.getStructuringElement(cv2.MORPH_RECT, (2 * TOLERANCE + 1, 2 * TOLERANCE + 1))
     found = ours = recalled = theirs = 0
     for frame, other in zip(video, reference):
-        edges, true = (cv2.Canny(to_bytes(even_out(one[None]))[0, 0], *CANNY_THRESHOLDS) for one in (frame, other))
+        edges, true = (
+            cv2.Canny(to_bytes(equalise_contrast(one[None]))[0, 0], *CANNY_THRESHOLDS) for one in (frame, other)
+        )
         ours += int((edges > 0).sum())
         theirs += int((true > 0).sum())
         found += int(((edges > 0) & (cv2.dilate(true, neighbourhood) > 0)).sum())
@@ -97,7 +101,7 @@ def edge_f1(video: torch.Tensor, reference: torch.Tensor) -> float | None:
 def blur_ssim(video: torch.Tensor, reference: torch.Tensor) -> float:
     """Compute SSIM of the luminance after a Gaussian blur of BLUR_SHARE of the height: layout without detail.
 
-    Frames are brought to one contrast first, see `even_out`.
+    Frames are brought to one contrast first, see `equalise_contrast`.
 
     Args:
         video, reference: (F, 3, H, W) floats in [0, 1], H and W at least 11.
@@ -112,13 +116,13 @@ def blur_ssim(video: torch.Tensor, reference: torch.Tensor) -> float:
 
     values = []
     for chunk, other in zip(video.split(CHUNK), reference.split(CHUNK)):
-        first, second = (blur(even_out(frames), BLUR_SHARE * frames.shape[-2]) for frames in (chunk, other))
+        first, second = (blur(equalise_contrast(frames), BLUR_SHARE * frames.shape[-2]) for frames in (chunk, other))
         value = structural_similarity_index_measure(first, second, data_range=1.0, reduction="none")
         values.append(torch.as_tensor(value).reshape(-1))
     return torch.cat(values).mean().item()
 
 
-def even_out(frames: torch.Tensor) -> torch.Tensor:
+def equalise_contrast(frames: torch.Tensor) -> torch.Tensor:
     """Give the luminance of each frame mean 0.5 and standard deviation CONTRAST, or less if it has hardly any.
 
     Args:

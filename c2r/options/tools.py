@@ -1,5 +1,6 @@
 """Options of all commands but the training scripts."""
 
+import os
 from dataclasses import replace
 
 from c2r import InputError
@@ -191,18 +192,33 @@ def _check_evaluate(args):
         raise InputError("--model: missing; give a trained model, or --videos that were made elsewhere")
     if not args.model and args.control != ["own"]:
         raise InputError(f"--control {' '.join(args.control)}: no video is generated; give a --model, or leave it out")
-    for name in ("model", "videos", "control", "metrics"):
+    for name in ("control", "metrics"):
         values = getattr(args, name) or []
         for value in values:
             if values.count(value) > 1:
                 raise InputError(f"--{name} {value}: named twice; name it once")
+    folders = set()
+    for name in ("model", "videos"):
+        for value in getattr(args, name) or []:
+            folder = os.path.realpath(value)
+            if folder in folders:
+                raise InputError(f"--{name} {value}: named twice; name it once")
+            folders.add(folder)
     roles = [role for role, _ in args.networks or []]
     for role in roles:
         if roles.count(role) > 1:
             raise InputError(f"--networks {role}: named twice; name one network for it")
 
 
-_OF_MODELS = ("pretrained_model_name_or_path", "dinov3", "dtype", "cpu_offload", "vae_tiling", "attention_backend")
+_OF_MODELS = (
+    "backbone",
+    "pretrained_model_name_or_path",
+    "dinov3",
+    "dtype",
+    "cpu_offload",
+    "vae_tiling",
+    "attention_backend",
+)
 _OF_VIDEOS = ("negative_prompt", "height", "width", "window_frames", "window_overlap")
 #: Kinds of control that c2r.evaluate generates with.
 CONTROLS = ("own", "shuffled", "none")
@@ -240,7 +256,7 @@ EVALUATE = Command(
             ),
             Option("num_seeds", "videos that a model generates of each scene, with seeds from --seed on", COUNT, 1),
             Option("seed", "first seed", SEED, 0),
-            Option("max_clips", "scenes to measure, from the first row on; default: all", COUNT),
+            Option("max_clips", "number of scenes to measure, from the first row on; default: all", COUNT),
             Option("output_dir", "folder for everything that is written", FOLDER, "evaluation"),
         ),
         "measures": [

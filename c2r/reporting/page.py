@@ -303,7 +303,13 @@ def _training_loss(runs):
             lines.append(Line("each step", points_of(series), ONE_RUN_COLORS[0], faint=True))
         label = f"mean of {window} steps" if window > 1 else "loss"
         lines.append(Line(label if len(runs) == 1 else f"{run.name}, {label}", points, _color(runs, run)))
-    return chart("Training loss", lines, "It varies with the noise levels drawn; compare validations.")
+        if held_out := run.numbers.get("validation/loss_as_trained"):
+            label = "held-out clips" if len(runs) == 1 else f"{run.name}, held-out clips"
+            lines.append(
+                Line(label, points_of(held_out), ONE_RUN_COLORS[1] if len(runs) == 1 else _color(runs, run), STYLES[1])
+            )
+    note = "It varies with the noise levels drawn; compare validations. Dashed: what it would be on held-out clips."
+    return chart("Training loss", lines, note)
 
 
 def _gain_by_level(runs, run):

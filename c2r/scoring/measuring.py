@@ -1,19 +1,32 @@
 """Measure the videos of several sources on the same scenes."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from c2r.bars import progress_bar
 from c2r.data.video import read_window
+from c2r.evaluation.monitor import SCORE_RANGE, CGLook
 from c2r.metrics.clip import EvaluatedClip
 from c2r.metrics.metric import Metric, SetMetric
 from c2r.scoring.passes import read_pass
 from c2r.scoring.scenes import ClipFormat, Scene
-from c2r.scoring.statistics import MIN_CLIPS, Interval, bootstrap_interval, holm, jackknife_interval, sign_test
+from c2r.scoring.statistics import (
+    CONFIDENCE,
+    MIN_CLIPS,
+    Interval,
+    bootstrap_interval,
+    holm,
+    jackknife_interval,
+    sign_test,
+)
+
+if TYPE_CHECKING:
+    from c2r.scoring.run_datasets import CGLooks
 
 #: Groups that a distance of sets is computed without, for its interval; each costs one distance.
 JACKKNIFE_GROUPS = 20
@@ -38,18 +51,19 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Measure:
-    """Description of a number, see `c2r.metrics.metric.Metric`."""
+class Description:
+    """Description of a measure, see `c2r.metrics.metric.Metric`."""
 
     name: str
     higher_is_better: bool | None
     against: str
     unit: str
+    bounds: tuple[float, float]
 
     @classmethod
-    def of(cls, metric: Metric | SetMetric) -> "Measure":
-        """Describe a metric."""
-        return cls(metric.name, metric.higher_is_better, metric.against, metric.unit)
+    def of(cls, metric: Metric | SetMetric) -> "Description":
+        """Describe a measure."""
+        return cls(metric.name, metric.higher_is_better, metric.against, metric.unit, metric.bounds)
 
 
 @dataclass(frozen=True)
@@ -79,14 +93,16 @@ class Scores:
         measures: those that have a value for at least one clip, by name.
         values: {source: {measure: {scene: one value for each seed, None where there is none}}}.
         distances: {measure: {source: interval}}, of sets of videos.
+        looks: {source: the monitor's judgement of its videos}; empty if there is none.
         skipped: {measure: why it is missing}.
         seeds: {source: see `Source`}.
     """
 
     scenes: list[str]
-    measures: dict[str, Measure] = field(default_factory=dict)
+    measures: dict[str, Description] = field(default_factory=dict)
     values: dict[str, dict[str, dict[str, list[float | None]]]] = field(default_factory=dict)
     distances: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    looks: dict[str, CGLook] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     seeds: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
 
@@ -94,37 +110,51 @@ class Scores:
         """Return {scene: mean over the seeds}, without the scenes that have no value."""
         means = {}
         for scene, values in self.values[source][measure].items():
-            known = [value for value in values if value is not None]
-            if known:
-                means[scene] = sum(known) / len(known)
+            present = [value for value in values if value is not None]
+            if present:
+                means[scene] = sum(present) / len(present)
         return means
 
-    def interval(self, source: str, measure: str) -> Interval:
-        """Return the mean of a measure over the clips, or a distance of sets, with its interval."""
+    def num_clips(self, source: str, measure: str) -> int:
+        """Return the number of clips that `interval` is of."""
         if measure in self.distances:
-            return self.distances[measure].get(source, Interval(math.nan))
-        return bootstrap_interval([*self.of_clips(source, measure).values()])
+            return len(self.scenes)
+        if measure == CG_LOOK and source in self.looks:
+            return self.looks[source].look.count
+        return len(self.of_clips(source, measure))
+
+    def interval(self, source: str, measure: str) -> Interval:
+        """Return the mean of a measure over the clips, or a distance of sets, with its interval.
+
+        That of the CG look is the monitor's own, which includes the error of the clips that it compares with.
+        """
+        if measure in self.distances:
+            interval = self.distances[measure].get(source, Interval(math.nan))
+        elif measure == CG_LOOK and source in self.looks:
+            look = self.looks[source].look
+            interval = Interval(look.mean, *look.interval(CONFIDENCE))
+        else:
+            interval = bootstrap_interval([*self.of_clips(source, measure).values()])
+        return interval.within(self.measures[measure].bounds)
 
     def differences(self) -> list[Difference]:
         """Compare every two sources by every measure of clips, on the clips that both have."""
-        found = []
+        differences = []
         names = [*self.values]
-        for measure in self.measures:
+        for measure, description in self.measures.items():
             if measure in self.distances:
                 continue
+            largest = description.bounds[1] - description.bounds[0]
             for i, first in enumerate(names):
                 for second in names[i + 1 :]:
                     before, after = self.of_clips(first, measure), self.of_clips(second, measure)
                     paired = [after[scene] - before[scene] for scene in before if scene in after]
                     if paired:
                         p_value = sign_test(paired)
-                        interval = bootstrap_interval(paired)
-                        found.append(Difference(measure, first, second, interval, len(paired), p_value))
-        corrected = holm([difference.p_value for difference in found])
-        return [
-            Difference(d.measure, d.first, d.second, d.interval, d.clips, p_value)
-            for d, p_value in zip(found, corrected)
-        ]
+                        interval = bootstrap_interval(paired).within((-largest, largest))
+                        differences.append(Difference(measure, first, second, interval, len(paired), p_value))
+        corrected = holm([difference.p_value for difference in differences])
+        return [replace(difference, p_value=p_value) for difference, p_value in zip(differences, corrected)]
 
 
 def measure_videos(
@@ -133,7 +163,7 @@ def measure_videos(
     form: ClipFormat,
     metrics: Sequence[Metric],
     set_metrics: Sequence[SetMetric],
-    cg_look: Callable[[str, Scene, torch.Tensor], float] | None,
+    looks: "CGLooks | None",
     real_videos: Iterable[torch.Tensor] = (),
 ) -> Scores:
     """Compute all measures of all videos.
@@ -143,16 +173,16 @@ def measure_videos(
         scenes: of the dataset.
         form: to which all videos are read.
         metrics, set_metrics: from `make_metrics`.
-        cg_look: (source, scene, frames (F, 3, H, W) uint8) -> CG look of a video; None if there is none.
+        looks: measure the CG look; None: it is not measured.
         real_videos: (F, 3, H, W) uint8, the true set of distances of sets; without any, the scenes' true videos are.
 
     Raises:
         InputError: a file cannot be read.
     """
     scores = Scores([scene.name for scene in scenes], seeds={source.name: source.seeds for source in sources})
-    measures = [Measure.of(metric) for metric in metrics]
-    if cg_look is not None:
-        measures.append(Measure(CG_LOOK, None, "itself", "0 real, 1 CG"))
+    measures = [Description.of(metric) for metric in metrics]
+    if looks is not None:
+        measures.append(Description(CG_LOOK, None, "itself", "0 real, 1 CG", SCORE_RANGE))
     scores.values = {s.name: {m.name: {} for m in measures} for s in sources}
     # {source: of each scene, the positions of its videos in the sets of set_metrics}
     positions: dict[str, list[list[int]]] = {source.name: [] for source in sources}
@@ -164,17 +194,17 @@ def measure_videos(
     total = sum(len(videos) for source in sources for videos in source.videos.values())
     with progress_bar(total, "measures", "video", shown=True) as bar:
         for scene in scenes:
-            known = _read_scene(scene, form)
+            others = _read_scene(scene, form)
             for source in sources:
                 values: dict[str, list[float | None]] = {measure.name: [] for measure in measures}
                 positions[source.name].append([])
                 for path in source.videos[scene.name]:
                     frames = read_window(path, 0.0, form.num_frames, form.fps, form.height, form.width)
-                    clip = EvaluatedClip(scene.name, scene.prompt, frames.float() / 255, **known)
+                    clip = EvaluatedClip(scene.name, scene.prompt, frames.float() / 255, **others)
                     for metric in metrics:
                         values[metric.name].append(metric(clip))
-                    if cg_look is not None:
-                        look = cg_look(source.name, scene, frames)
+                    if looks is not None:
+                        look = looks(source.name, scene, frames)
                         values[CG_LOOK].append(look if math.isfinite(look) else None)
                     for set_metric in set_metrics:
                         set_metric.update(clip)
@@ -187,28 +217,31 @@ def measure_videos(
         if any(scores.of_clips(source.name, measure.name) for source in sources):
             scores.measures[measure.name] = measure
         else:
-            scores.skipped[measure.name] = f"no clip has what it is measured against ({measure.against})"
+            needs = "" if measure.against == "itself" else f": it is measured against the {measure.against}"
+            scores.skipped[measure.name] = "has no value for any clip" + needs
+    if looks is not None:
+        scores.looks = {source.name: looks.of_source(source.name) for source in sources}
     for set_metric in set_metrics:
         intervals = {name: _distance(set_metric, at) for name, at in positions.items()}
         if all(interval is None for interval in intervals.values()):
-            scores.skipped[set_metric.name] = "too few videos for a distance of sets"
+            scores.skipped[set_metric.name] = "too few scenes have a generated and a true video for a distance of sets"
             continue
-        scores.measures[set_metric.name] = Measure.of(set_metric)
+        scores.measures[set_metric.name] = Description.of(set_metric)
         scores.distances[set_metric.name] = {n: interval for n, interval in intervals.items() if interval is not None}
     return scores
 
 
 def _read_scene(scene, form):
     """Return what the videos of a scene are measured against, as arguments of `EvaluatedClip`."""
-    known = {"control": scene.read(scene.control, form), "truth": scene.read(scene.truth, form)}
+    videos = {"control": scene.read(scene.control, form), "truth": scene.read(scene.truth, form)}
     size = (form.num_frames, form.fps, form.height, form.width)
     for kind, file in (("ids", scene.ids), ("depth", scene.depth)):
-        known[kind] = None if file is None else read_pass(file.path, kind, scene.start, *size)
-    return known
+        videos[kind] = None if file is None else read_pass(file.path, kind, scene.start, *size)
+    return videos
 
 
 def _distance(metric, positions):
-    """Return the distance of videos with its interval, None if there are too few.
+    """Return the distance of a source's videos from the true ones with its interval; None if `metric` gives none.
 
     Args:
         metric: a `SetMetric` that has seen the videos.
@@ -221,8 +254,9 @@ def _distance(metric, positions):
     whole = distance(positions)
     if whole is None:
         return None
-    groups = min(JACKKNIFE_GROUPS, len(positions))
-    if groups < MIN_CLIPS:
+    count = min(JACKKNIFE_GROUPS, len(positions))
+    if count < MIN_CLIPS:
         return Interval(whole)
-    left_out = [distance([s for i, s in enumerate(positions) if i % groups != group]) for group in range(groups)]
-    return Interval(whole) if None in left_out else jackknife_interval(whole, left_out)
+    left_out = [distance([s for i, s in enumerate(positions) if i % count != group]) for group in range(count)]
+    sizes = [len(positions[group::count]) for group in range(count)]
+    return Interval(whole) if None in left_out else jackknife_interval(whole, left_out, sizes)

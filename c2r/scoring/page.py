@@ -1,14 +1,19 @@
 """The page of an evaluation."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from c2r.files import write_atomic
 from c2r.reporting.curves import Line, chart, four_decimals
 from c2r.reporting.html import data_address, html_page, table
 from c2r.reporting.page import MAX_VIDEO_BYTES, RUN_COLORS, STYLES
-from c2r.scoring.results import Evaluation, interval_text, is_beyond_chance
+from c2r.scoring.measuring import Source
+from c2r.scoring.picture import draw_scores
+from c2r.scoring.results import PAGE, PICTURE, Evaluation, interval_text, is_beyond_chance
+from c2r.scoring.scenes import Scene
+from c2r.scoring.side_by_side import write_side_by_side
 from c2r.units import size_text
 
 BETTER = {True: "higher is better", False: "lower is better", None: ""}
@@ -24,6 +29,19 @@ VALIDATION = {
     "leak by coarse versions": "leak_share_coarse",
     "leak by an altered look": "leak_share_augmented",
 }
+
+
+def write_results(
+    evaluation: Evaluation, sources: Sequence[Source], scenes: Sequence[Scene], output_dir: Path
+) -> None:
+    """Write results.json, clips.csv, plot.png, report.html and a video of each scene."""
+    evaluation.write(output_dir)
+    picture = draw_scores(evaluation.scores)
+    write_atomic(output_dir / PICTURE, picture)
+    columns, videos = write_side_by_side(sources, scenes, evaluation.form, output_dir / "clips")
+    prompts = {scene.name: scene.prompt for scene in scenes}
+    page = evaluation_page(evaluation, picture, videos, columns, prompts)
+    write_atomic(output_dir / PAGE, page.encode())
 
 
 def evaluation_page(
@@ -70,7 +88,8 @@ def _measures(evaluation, picture):
     seeds = f", {evaluation.num_seeds} seeds each, which are averaged" if evaluation.num_seeds > 1 else ""
     note = (
         f"Means over {len(scores.scenes)} clips of {evaluation.form}{seeds}, with intervals of 95 %: studentised "
-        "bootstrap over clips; of distances of sets, jackknife."
+        "bootstrap over clips; of distances of sets, jackknife; of the CG look, by the first seed of each clip, with "
+        "the error of the clips that it compares with."
     )
     body = f"<p>{escape(note)}</p>{body}"
     looks = [f"<p>{_key(evaluation, source)}: {escape(look)}</p>" for source, look in evaluation.cg_looks.items()]
@@ -157,10 +176,11 @@ def _clips(videos, columns, prompts):
     heads = "".join(f"<span>{escape(name)}</span>" for name in columns)
     grid = f'style="grid-template-columns: repeat({len(columns)}, 1fr)"'
     for scene, path in videos.items():
-        room -= path.stat().st_size
-        if room < 0:
+        size = path.stat().st_size
+        if size > room:
             left_out += 1
             continue
+        room -= size
         address = data_address(path, "video/mp4")
         video = f'<video controls loop muted playsinline preload="auto" src="{address}"></video>'
         width = f"min-width: {160 * len(columns)}px"

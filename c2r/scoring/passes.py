@@ -1,9 +1,10 @@
 """Passes of a renderer, ids of objects and depth, from videos and picture sequences. Their values are kept.
 
 A frame is resized as a video's frame is, to cover the clip, then cropped, but each value is that of the nearest pixel:
-between two ids, or two depths, there is nothing.
+the average of two ids is the id of another object, and the average of two depths is a surface that does not exist.
 """
 
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,10 @@ Kind = Literal["ids", "depth"]
 
 #: Seconds after its time for which the last frame of a pass counts, in frames of the clip.
 REACH = Fraction(1, 2)
+
+#: Formats whose first component is the value: grey, and the red of EXR pictures. All with or without alpha.
+FLOATS = re.compile(r"(gray|ya|gbrp|gbrap)f(16|32)[lb]e")
+GREYS = re.compile(r"gray|ya8|(gray|ya)(9|1[0-6])[lb]e")
 
 
 def read_pass(
@@ -70,17 +75,19 @@ def check_pass(path: str | Path, kind: Kind) -> None:
 def _values(path, frame: av.VideoFrame, kind: Kind) -> np.ndarray:
     """Return the values of a frame, (h, w)."""
     require_shape(path, frame.width, frame.height)
-    form = frame.format
-    is_float, bits = "f32" in form.name or "f16" in form.name, form.components[0].bits
-    if is_float:
-        grey = form.name.startswith("gray")
-        values = frame.to_ndarray(format="grayf32le" if grey else "gbrpf32le")
-        values = values if grey else values[..., 0]
-        return values.astype(np.float32) if kind == "depth" else _as_ids(path, values)
-    if form.name.startswith("gray"):
-        values = frame.to_ndarray(format="gray" if bits <= 8 else "gray16le")
-        return values.astype(np.float32 if kind == "depth" else np.int32)
-    if form.is_rgb or form.name == "pal8":
+    pixels, bits = frame.format, frame.format.components[0].bits
+    if FLOATS.fullmatch(pixels.name):
+        values = _first_component(frame, "f").astype(np.float32)
+        return values if kind == "depth" else _as_ids(path, values)
+    if "f16" in pixels.name or "f32" in pixels.name:
+        raise InputError(f"{path}: floats as {pixels.name}, which are not read; write EXR with grey or RGB channels")
+    if ".exr" in Path(path).name.lower():  # FFmpeg keeps the upper half of 32-bit integers alone: all ids become 0
+        raise InputError(f"{path}: EXR of whole numbers (UINT) cannot be read; write the pass in float precision")
+    if GREYS.fullmatch(pixels.name):
+        return _first_component(frame, "u").astype(np.float32 if kind == "depth" else np.int32)
+    if pixels.name.startswith("mono"):
+        return frame.to_ndarray(format="gray").astype(np.float32 if kind == "depth" else np.int32)
+    if pixels.is_rgb or pixels.name == "pal8":
         if bits > 8:
             raise InputError(f"{path}: colours of {bits} bits; give grey pictures of 16 bits, or colours of 8")
         red, green, blue = (frame.to_ndarray(format="rgb24").astype(np.int32)).transpose(2, 0, 1)
@@ -91,10 +98,28 @@ def _values(path, frame: av.VideoFrame, kind: Kind) -> np.ndarray:
         return red.astype(np.float32)
     if kind == "ids":
         raise InputError(
-            f"{path}: a video of {form.name}, whose colours are not kept exactly; give ids as PNG pictures, or as a "
+            f"{path}: a video of {pixels.name}, whose colours are not kept exactly; give ids as PNG pictures, or as a "
             "lossless video of RGB or grey"
         )
     return frame.to_ndarray(format="gray").astype(np.float32)
+
+
+def _first_component(frame, kind):
+    """Return the grey or red values of a frame as they are stored, (h, w); `kind` is NumPy's letter of the type.
+
+    PyAV would convert other formats than its own through 16-bit integers, which clips floats at 1.
+    """
+    component = frame.format.components[0]
+    plane = frame.planes[component.plane]
+    interleaved = sum(other.plane == component.plane for other in frame.format.components)
+    size = -(-component.bits // 8)
+    rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height]
+    stored = (
+        rows[:, : frame.width * interleaved * size]
+        .copy()
+        .view(f"{'>' if frame.format.is_big_endian else '<'}{kind}{size}")
+    )
+    return stored[:, ::interleaved]
 
 
 def _as_ids(path, values):

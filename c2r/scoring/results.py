@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from c2r import __version__
+from c2r.evaluation.monitor import CGLook
 from c2r.files import write_atomic
-from c2r.scoring.measuring import Difference, Scores
+from c2r.scoring.measuring import CG_LOOK, Difference, Scores
 from c2r.scoring.run_datasets import ModelLosses
 from c2r.scoring.scenes import ClipFormat
 from c2r.scoring.statistics import CONFIDENCE, MIN_CLIPS, SIGNIFICANCE, Interval, clips_needed
@@ -29,8 +30,6 @@ class Evaluation:
         scores: of the videos.
         differences: of every two sources.
         losses: {model: its validation}, of models alone.
-        cg_looks: {source: judgement of the CG monitor in words}.
-        remarks: sentences on what these numbers cannot tell.
         settings: options of the command.
         models: {model: its folder, step and fingerprints}.
     """
@@ -39,7 +38,6 @@ class Evaluation:
     num_seeds: int
     scores: Scores
     losses: dict[str, ModelLosses] = field(default_factory=dict)
-    cg_looks: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -48,18 +46,35 @@ class Evaluation:
 
     @property
     def remarks(self) -> list[str]:
-        """Sentences on what is missing, or cannot be told from these clips."""
-        count = len(self.scores.scenes)
-        lines = [f"{name}: {reason}" for name, reason in self.scores.skipped.items()]
+        """Sentences on what is missing, or does not follow from these clips."""
+        scores, count = self.scores, len(self.scores.scenes)
+        lines = [f"{name}: {reason}" for name, reason in scores.skipped.items()]
         if count < MIN_CLIPS:
             lines.append(f"{count} clips are too few for intervals; give at least {MIN_CLIPS}")
         tests = len(self.differences)
-        if tests and (needed := clips_needed(tests)) > count:
+        needed = clips_needed(tests) if tests else 0
+        if needed > count:
             lines.append(
                 f"no difference can be beyond chance: with {tests} of them it takes {needed} clips, and there are "
                 f"{count}; give more clips, or fewer --metrics or models"
             )
+        # A measure may have values for a part of the clips only.
+        for name in scores.measures:
+            fewest = min((scores.num_clips(source, name) for source in scores.values), default=count)
+            if fewest < MIN_CLIPS <= count and name != CG_LOOK:
+                lines.append(f"{name}: {fewest} clips with a value are too few for an interval; it takes {MIN_CLIPS}")
+            paired = min((d.clips for d in self.differences if d.measure == name), default=count)
+            if paired < needed <= count:
+                lines.append(
+                    f"{name}: two sources share {paired} clips with a value, too few for a difference beyond chance; "
+                    f"with {tests} differences it takes {needed}"
+                )
         return lines
+
+    @property
+    def cg_looks(self) -> dict[str, str]:
+        """{source: the measures of its CG look in words, of which the CG look is the mean}."""
+        return {source: look_text(look) for source, look in self.scores.looks.items()}
 
     def write(self, folder: Path) -> None:
         """Write results.json and clips.csv."""
@@ -78,9 +93,9 @@ class Evaluation:
             "confidence": CONFIDENCE,
             "measures": {
                 name: {
-                    **{key: value for key, value in asdict(measure).items() if key != "name"},
+                    **{key: getattr(measure, key) for key in ("higher_is_better", "against", "unit")},
                     "sources": {
-                        source: _as_numbers(scores.interval(source, name)) | {"clips": clips_of(scores, source, name)}
+                        source: _as_numbers(scores.interval(source, name)) | {"clips": scores.num_clips(source, name)}
                         for source in scores.values
                     },
                 }
@@ -159,9 +174,13 @@ def is_beyond_chance(difference: Difference) -> bool:
     return difference.p_value <= SIGNIFICANCE
 
 
-def clips_of(scores: Scores, source: str, measure: str) -> int:
-    """Return the number of clips that a number is of."""
-    return len(scores.scenes) if measure in scores.distances else len(scores.of_clips(source, measure))
+def look_text(look: CGLook) -> str:
+    """Return the measures of a CG look in words; its own interval stands in the table of measures."""
+    parts = [
+        f"{name} {score.mean:.2f}" + (" (uninformative, left out)" if name in look.uninformative else "")
+        for name, score in look.measures.items()
+    ]
+    return f"CG look by {', '.join(parts)}".replace("-", "−")
 
 
 def interval_text(interval: Interval, sign: bool = False) -> str:
@@ -170,11 +189,13 @@ def interval_text(interval: Interval, sign: bool = False) -> str:
     if not math.isfinite(mean):
         return "–"
     width = high - low
-    known = math.isfinite(width)
-    size = width if known and width > 0 else abs(mean)
+    bounded = math.isfinite(width)
+    size = width if bounded and width > 0 else abs(mean)
     decimals = min(6, max(2, 1 - math.floor(math.log10(size)))) if size > 0 else 2
     mark = "+" if sign else ""
-    text = f"{mean:{mark}.{decimals}f}" + (f" [{low:{mark}.{decimals}f}, {high:{mark}.{decimals}f}]" if known else "")
+    text = f"{mean:{mark}.{decimals}f}" + (
+        f" [{low:{mark}.{decimals}f}, {high:{mark}.{decimals}f}]" if bounded else ""
+    )
     return text.replace("-", "−")
 
 

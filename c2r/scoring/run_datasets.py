@@ -4,7 +4,7 @@ Clips are chosen, encoded and measured by the same functions as in training, so 
 numbers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from einops import rearrange
 
+from c2r import InputError
 from c2r.data.clips import Clip
 from c2r.data.folders import read_frames
 from c2r.data.mixture import Mixture, read_mixture, read_on_all
@@ -89,6 +90,16 @@ class RunDatasets:
     def phases(self) -> list[int]:
         """Phases whose validation these datasets allow; phase 1 validates on real clips alone."""
         return [1, 2] if self.of_domain("real") else [2]
+
+    def not_validated(self, phase: int) -> str | None:
+        """Return why models of a phase are not validated, or not on all that their training is; None if they are."""
+        real, cg = (self.of_domain(domain) is not None for domain in DOMAINS)
+        if phase == 1:
+            return None if real else "left out, since phase 1 validates on real clips; give --real_dataset"
+        if real and cg:
+            return None
+        known, missing = ("real", "cg") if real else ("cg", "real")
+        return f"on {known} clips alone, as there is no --{missing}_dataset: not the numbers of the training"
 
     def conditions(
         self, phase: int, flow_shift: float, conditioning_scale: float
@@ -198,19 +209,21 @@ class CGLooks:
 
     Args:
         datasets: with reference clips.
-        base_model: the Wan pipeline whose VAE decodes them.
         dinov3: folder or hub name.
         dtype: of its weights.
+        followed: {source: {scene: the scene whose layout its video has}}.
 
     Raises:
         InputError: a model cannot be loaded, or the reference cannot be written.
     """
 
-    def __init__(self, datasets: RunDatasets, base_model: str, dinov3: str, dtype: torch.dtype):
+    def __init__(
+        self, datasets: RunDatasets, dinov3: str, dtype: torch.dtype, followed: Mapping[str, Mapping[str, Scene]]
+    ):
         accelerator = datasets.accelerator
-        self.device = accelerator.device
+        self.device, self.followed = accelerator.device, followed
         self.dinov3 = DINOv3FeatureExtractor.from_pretrained(dinov3, torch_dtype=dtype).to(self.device)
-        with sampling_pipeline(base_model, 1.0, None, self.dinov3, self.device) as pipeline:
+        with sampling_pipeline(datasets.settings.base_model, 1.0, None, self.dinov3, self.device) as pipeline:
             reference = reference_of(
                 datasets.reference_clips,
                 pipeline,
@@ -223,10 +236,36 @@ class CGLooks:
         self.monitor = CGMonitor(reference)
         self._measured: dict[str, dict[str, tuple[dict[str, torch.Tensor], str | None]]] = {}
 
+    @classmethod
+    def load(
+        cls,
+        datasets: RunDatasets | None,
+        dinov3: str | None,
+        dtype: torch.dtype,
+        followed: Mapping[str, Mapping[str, Scene]],
+    ) -> "tuple[CGLooks | None, str]":
+        """Return what measures the CG look, or None and the reason.
+
+        Raises:
+            InputError: see the class; or no DINOv3 is named.
+        """
+        if datasets is None:
+            return None, "there is no --real_dataset and no --cg_dataset to compare with"
+        if not datasets.reference_clips:
+            return None, datasets.without_reference
+        if dinov3 is None:
+            raise InputError("--dinov3: missing; the CG look needs it; give the DINOv3 of the training")
+        looks = cls(datasets, dinov3, dtype, followed)
+        if not looks.monitor.informative:
+            return None, "no measure tells the real clips from the CG clips"
+        return looks, ""
+
     def __call__(self, source: str, scene: Scene, frames: torch.Tensor) -> float:
         """Return the CG look of one video, (F, 3, H, W) uint8; `of_source` judges the first one of each scene."""
         features = measure_frames(rearrange(frames, "f c h w -> f h w c"), self.dinov3, self.device)
-        file = scene.truth and scene.truth.name
+        # Its layout is that of the scene that it follows, whose clips the monitor must not compare it with.
+        followed = self.followed[source][scene.name]
+        file = followed.truth and followed.truth.path
         self._measured.setdefault(source, {}).setdefault(scene.name, (features, file))
         return self.monitor.judge([features], [file]).look.mean
 
@@ -234,15 +273,3 @@ class CGLooks:
         """Return the judgement of a source's videos, one for each scene: those of other seeds are not independent."""
         features, files = zip(*self._measured[source].values())
         return self.monitor.judge([*features], [*files])
-
-
-def cg_look_unless(datasets: RunDatasets | None, make: Callable[[RunDatasets], CGLooks]) -> tuple[CGLooks | None, str]:
-    """Return what measures the CG look, or None and the reason."""
-    if datasets is None:
-        return None, "there is no --real_dataset and no --cg_dataset to compare with"
-    if not datasets.reference_clips:
-        return None, datasets.without_reference
-    looks = make(datasets)
-    if not looks.monitor.informative:
-        return None, "no measure tells the real clips from the CG clips"
-    return looks, ""

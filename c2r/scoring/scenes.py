@@ -1,14 +1,15 @@
 """The scenes of a dataset that videos are measured on: prompt, coarse control, true video and passes of a renderer."""
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 
 from c2r import InputError
-from c2r.data.buckets import MUCH_CROPPED, cropped_share
+from c2r.data.buckets import MUCH_CROPPED, check_pixels, cropped_share
 from c2r.data.clips import DatasetFile
 from c2r.data.drop_reasons import DropRow
 from c2r.data.folders import LocalFolder
@@ -49,7 +50,7 @@ class Scene:
 
     Attributes:
         name: its file's name without the ending; that of the control if there is no true video.
-        prompt: what to generate.
+        prompt: what to generate; "" if the row has none.
         start: seconds from the start of its files.
         control, truth: the coarse and the true video; None if there is none.
         ids, depth: passes of the renderer; None if there are none.
@@ -81,7 +82,7 @@ def read_scenes(address: str, cache_dir: str | Path, sequence_fps: float | None,
         max_clips: number of rows to take; None: all.
 
     Raises:
-        InputError: a row names a file that is not there, has no prompt, or has the name of another one.
+        InputError: a row names a file that is not there, or has the name of another one.
     """
     if is_remote(address):
         raise InputError(f"--dataset {address}: is not on this machine; copy it, and give the folder")
@@ -239,3 +240,48 @@ def format_of(path: Path) -> ClipFormat:
     if info.is_image:
         raise InputError(f"{path}: one picture; give a video")
     return ClipFormat(info.native_frames, info.height, round(info.aspect * info.height), info.rate)
+
+
+def common_format(
+    of_models: Mapping[str, ClipFormat], videos: Sequence[Path], asked: Mapping[str, Any], encoded: bool
+) -> ClipFormat:
+    """Return the format of all videos: that of the models, or else of videos that were made elsewhere.
+
+    Args:
+        of_models: {model: format that it makes}.
+        videos: made elsewhere; the first one counts.
+        asked: {field of the format: value that is asked of these videos; None: their own}.
+        encoded: clips of datasets are encoded in this format, to compare with, which needs 4k + 1 frames.
+
+    Raises:
+        InputError: two models make different formats, or clips of datasets cannot be encoded in this one.
+    """
+    for model, form in of_models.items():
+        first, wanted = next(iter(of_models.items()))
+        if form != wanted:
+            raise InputError(
+                f"--model {model}: makes {form}, but {first} makes {wanted}; give --num_frames, --height, --width and "
+                "--fps for both"
+            )
+    if of_models:
+        return next(iter(of_models.values()))
+    form = ClipFormat(
+        **vars(format_of(videos[0])) | {name: value for name, value in asked.items() if value is not None}
+    )
+    if not encoded:
+        return form
+    for side in ("height", "width"):
+        try:
+            check_pixels(getattr(form, side))
+        except ValueError:
+            raise InputError(
+                f"--videos {videos[0]}: {side} {getattr(form, side)} is not divisible by 16, as clips of "
+                "--real_dataset and --cg_dataset must be; leave these out, or resize the videos"
+            ) from None
+    whole = (form.num_frames - 1) // 4 * 4 + 1
+    if whole != form.num_frames:
+        logger.warning(
+            "--num_frames: %d of %d frames are measured, as clips of --real_dataset and --cg_dataset have 4k + 1",
+            *(whole, form.num_frames),
+        )
+    return replace(form, num_frames=whole)

@@ -16,6 +16,9 @@ CONFIDENCE = 0.95
 #: With fewer clips no interval is given: resamples of five clips often have no spread of their own.
 MIN_CLIPS = 6
 
+#: With fewer clips that differ from the most frequent value, no interval is given: their number is mostly chance.
+MIN_DIFFERENT = 3
+
 #: Resamples of the bootstrap.
 RESAMPLES = 4000
 
@@ -28,11 +31,15 @@ SIGNIFICANCE = 0.05
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its interval; NaN where there are too few clips."""
+    """A mean with its interval; NaN where none can be given."""
 
     mean: float
     low: float = math.nan
     high: float = math.nan
+
+    def within(self, bounds: tuple[float, float]) -> "Interval":
+        """Return the interval cut to the lowest and the highest value that the mean can have."""
+        return Interval(self.mean, *(float(end) for end in np.clip((self.low, self.high), *bounds)))
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> Interval:
@@ -41,9 +48,17 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> Interval:
     The distribution of (mean − μ) / error is taken from resamples, each with an error of its own. The percentile
     interval, which has no such error, is too narrow for few clips.
 
+    A resample of equal values has no error: its ratio is infinite, with the sign of the numerator. Leaving it out
+    would cut off one tail, since with tied values such resamples lie on one side. A side whose quantile is infinite
+    gets Student's bound.
+
     Args:
-        values: (n,), one for each clip, independent; NaN if there are none.
+        values: (n,), one for each clip, independent.
         seed: of the resamples.
+
+    Returns:
+        without bounds for fewer than MIN_CLIPS values, or fewer than MIN_DIFFERENT that are not equal to most; with a
+        mean of NaN for no values.
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, section 12.5.
     """
@@ -52,41 +67,47 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> Interval:
     if count == 0:
         return Interval(math.nan)
     mean = float(clips.mean())
-    error = _errors(clips[None])[0]
-    if count < MIN_CLIPS:
+    if count < MIN_CLIPS or count - np.unique(clips, return_counts=True)[1].max() < MIN_DIFFERENT:
         return Interval(mean)
-    if error == 0:
-        return Interval(mean, mean, mean)
+    error = float(_errors(clips[None])[0])
     drawn = clips[np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))]
-    errors = _errors(drawn)
-    spread = errors > error * 1e-9  # a resample of one clip alone has none; it says nothing about the ratio
-    ratios = (drawn.mean(1)[spread] - mean) / errors[spread]
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(ratios, (tail, 1 - tail))
-    return Interval(mean, mean - float(high) * error, mean - float(low) * error)
+    shifts, errors = drawn.mean(1) - mean, _errors(drawn)
+    spread = errors > error * 1e-9
+    ratios = np.where(shifts > 0, math.inf, np.where(shifts < 0, -math.inf, 0.0))
+    ratios[spread] = shifts[spread] / errors[spread]
+    ratios.sort()
+    rank = int((RESAMPLES + 1) * (1 - CONFIDENCE) / 2)
+    bound = float(student.ppf((1 + CONFIDENCE) / 2, count - 1))
+    low, high = (float(ratio) for ratio in (ratios[rank - 1], ratios[-rank]))
+    low, high = low if math.isfinite(low) else -bound, high if math.isfinite(high) else bound
+    return Interval(mean, mean - high * error, mean - low * error)
 
 
 def _errors(samples):
-    """(B, n) -> (B,): the standard error of each mean; 0 for one clip."""
-    count = samples.shape[1]
-    return samples.std(1, ddof=1) / math.sqrt(count) if count > 1 else np.zeros(len(samples))
+    """(B, n) -> (B,): the standard error of each mean."""
+    return samples.std(1, ddof=1) / math.sqrt(samples.shape[1])
 
 
-def jackknife_interval(whole: float, left_out: Sequence[float]) -> Interval:
+def jackknife_interval(whole: float, left_out: Sequence[float], sizes: Sequence[int]) -> Interval:
     """Return the interval of a number that belongs to a set of clips as a whole, such as a distance of distributions.
 
     Resamples repeat clips, which moves such a distance; leaving clips out hardly does.
 
     Args:
         whole: of all clips.
-        left_out: without each of the groups, which have equal sizes, in turn; fewer than MIN_CLIPS give no interval.
+        left_out: without each of the groups in turn; fewer than MIN_CLIPS give no interval.
+        sizes: clips of each group, which may differ.
 
-    Source: Efron and Tibshirani 1993, section 11.2.
+    Source: the delete-m_j jackknife of Busing, Meijer and van der Leeden 1999 (Statistics and Computing 9); for groups
+    of one size it is that of Efron and Tibshirani 1993, section 11.2.
     """
     groups = len(left_out)
     if groups < MIN_CLIPS:
         return Interval(whole)
-    error = math.sqrt((groups - 1) * float(np.var(left_out)))
+    without, ratios = np.asarray(left_out, dtype=np.float64), sum(sizes) / np.asarray(sizes)
+    pseudo_values = ratios * whole - (ratios - 1) * without
+    centre = groups * whole - ((1 - 1 / ratios) * without).sum()
+    error = math.sqrt(float(((pseudo_values - centre) ** 2 / (ratios - 1)).mean()))
     half = error * float(student.ppf((1 + CONFIDENCE) / 2, groups - 1))
     return Interval(whole, whole - half, whole + half)
 

@@ -167,6 +167,12 @@ def run_with_kills(command, out, moments, draw, fork):
         with ObservedRun(command, out, fork) as run:
             run.wait_until(lambda run=run, moment=moment: run.has_reached(moment))
             time.sleep(delay)
+            run.suspend()
+            # Before it samples, a run may save best/, which can take longer than the delay.
+            while moment == "sampling" and run.struck() == "saving best":
+                run.resume()
+                time.sleep(0.01)
+                run.suspend()
             assert run.is_running(), f"{moment}: ended {delay:.4f} s later: {run.text[-3000:]}"
             run.kill()
             log.append({"kill": len(log) + 1, "waited for": moment, "then s": f"{delay:.4f}", **_found(run)})

@@ -7,7 +7,7 @@ import torch
 
 from c2r.metrics.catalogue import MEASURES
 from c2r.metrics.clip import EvaluatedClip
-from c2r.metrics.making import make_metrics
+from c2r.metrics.registry import make_metrics
 
 
 def measure_all(networks, device):

@@ -7,6 +7,7 @@ from scipy.linalg import sqrtm
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
+from c2r.metrics import distances
 from c2r.metrics.clip import EvaluatedClip
 from c2r.metrics.distances import FrechetDistance, KernelDistance, frechet_distance
 
@@ -191,3 +192,43 @@ def test_distances_tell_looks_of_the_toy_apart(scenes, networks):
         same.update_reference(one["real"])
         looks.update_reference(one["real"])
     assert looks.compute() > same.compute()
+
+
+@pytest.mark.parametrize(("make", "work"), [(KernelDistance, "kernel_means"), (FrechetDistance, "_Gaussian")])
+def test_what_the_references_need_is_computed_once_for_all_sources(make, work, monkeypatch):
+    """The features of truths are not computed at all; new references are noticed."""
+    seen, spied = [], getattr(distances, work)
+
+    class Spy:
+        def __call__(self, *sets):
+            seen.append(sum(len(one) for group in sets for one in group))
+            return spied(*sets)
+
+        def of(self, features):
+            seen.append(len(features))
+            return spied.of(features)
+
+    monkeypatch.setattr(distances, work, Spy())
+    looked_at = []
+
+    def features(video):
+        looked_at.append(video)
+        return to_features(video)
+
+    references, generated, true = draw(7, 2, 12), draw(6, 2, 12, seed=1), draw(6, 2, 12, seed=2)
+
+    def measure(rows):
+        one = make(features, "d")
+        for row in references[:rows]:
+            one.update_reference(clip_of(row).video)
+        return fill(one, generated, true)
+
+    kept = measure(6)
+    assert len(looked_at) == 6 + 6
+    first, second = kept.compute([0, 1, 2]), kept.compute([3, 4, 5])
+    of_references = 2 * 6 * 2 if make is KernelDistance else 6 * 2  # frames: of both sides of the kernel
+    assert seen.count(of_references) == 1
+    assert second == pytest.approx(fill(measure(6), [], []).compute([3, 4, 5]))
+    kept.update_reference(clip_of(references[6]).video)
+    assert kept.compute([0, 1, 2]) == pytest.approx(measure(7).compute([0, 1, 2]))
+    assert kept.compute([0, 1, 2]) != pytest.approx(first)

@@ -84,3 +84,8 @@ def test_a_prompt_longer_than_clip_reads_is_cut(networks, clips):
     measure = ClipSimilarity(networks["clip"], "cpu")
     values = [measure(EvaluatedClip("a", " ".join(["street"] * n), clips[0].video)) for n in (5, 6, 60)]
     assert values[0] != values[1] == values[2]
+
+
+def test_an_empty_prompt_has_no_similarity(networks, clips):
+    measure = ClipSimilarity(networks["clip"], "cpu")
+    assert measure(EvaluatedClip("a", " ", clips[0].video)) is None

@@ -1,11 +1,16 @@
 """Overlap of segments and places of objects: identities, references, order on the toy, models of the real classes."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 
+from c2r import InputError
 from c2r.metrics.clip import EvaluatedClip
 from c2r.metrics.segmentation import (
+    MAX_IDS,
     MaskMIoU,
     SegmentationModel,
     Segments,
@@ -122,3 +127,35 @@ def test_segmentation_model_agrees_with_itself(save, small_clips, tmp_path):
     assert MaskMIoU(model, "passes")(clip) == 1
     assert TrajectoryError(model)(clip) == 0
     assert MaskMIoU(model, "control")(clip) is None
+
+
+def test_the_hole_of_a_rejected_segment_is_no_object(tmp_path):
+    """A sure segment covers the left half; an unsure one covers all, keeps the right half only, and is rejected."""
+    model = SegmentationModel(save_mask2former(tmp_path / "model"), "cpu")
+    masks = torch.full((1, 2, 16, 16), 20.0)
+    masks[:, 0, :, 8:] = -20.0
+    classes = torch.full((1, 2, 6), -20.0)
+    classes[:, 0, 1], classes[:, 1, 2], classes[:, 1, 3] = 0.0, 0.0, -0.5
+    outputs = Mask2FormerForUniversalSegmentationOutput(class_queries_logits=classes, masks_queries_logits=masks)
+    model.model.register_forward_hook(lambda *_: outputs)
+    found = model(torch.rand(1, 3, 64, 64))
+    assert np.unique(found.instances[0, :, :30]).tolist() == [1]
+    assert np.unique(found.instances[0, :, 34:]).tolist() == [-1]
+
+
+def test_small_ids_cost_no_memory_and_too_many_are_refused():
+    ids = np.arange(128 * 128, dtype=np.int32).reshape(1, 128, 128) % MAX_IDS
+    ids[:, :20, :20] = 7
+    clip = EvaluatedClip("street", "", torch.zeros(1, 3, 128, 128), ids=torch.from_numpy(ids))
+    labels = np.where(np.indices((128, 128)).max(0) < 20, 3, np.arange(128 * 128).reshape(128, 128) % 2000)[None]
+    tracemalloc.start()
+    value = MaskMIoU(lambda video: segments(labels), "passes")(clip)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert value == pytest.approx(400 / np.sum((labels == 3) | (ids == 7)), abs=0.05)
+    assert peak < 30e6  # a table of all ids and segments takes 80 MB, and there are several
+    many = np.arange(128 * 128, dtype=np.int32).reshape(1, 128, 128)
+    clip = EvaluatedClip("street", "", torch.zeros(1, 3, 128, 128), ids=torch.from_numpy(many))
+    for measure in (MaskMIoU(None, "passes"), TrajectoryError(None)):
+        with pytest.raises(InputError, match=r"street: its pass of object ids has 16384 ids in frame 0, more than"):
+            measure(clip)

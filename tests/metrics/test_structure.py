@@ -19,7 +19,7 @@ def square(left, size=64, side=24):
     return video
 
 
-def even_out(video):
+def equalise_contrast(video):
     """Return (F, H, W) float64, computed apart."""
     grey = np.tensordot(video.double().numpy(), [0.2126, 0.7152, 0.0722], ([1], [0]))
     mean, deviation = (f(grey, axis=(1, 2), keepdims=True) for f in (np.mean, np.std))
@@ -50,7 +50,7 @@ def test_edges_of_flat_videos():
 def test_edge_f1_is_that_of_distances_to_edges(scenes):
     first, second = scenes[0]["cg"], scenes[0]["real"]
     counts = np.zeros(4)
-    for a, b in zip(even_out(first), even_out(second)):
+    for a, b in zip(equalise_contrast(first), equalise_contrast(second)):
         a, b = (cv2.Canny(np.rint(grey * 255).astype(np.uint8), *CANNY_THRESHOLDS) > 0 for grey in (a, b))
         near = [ndimage.distance_transform_cdt(~edges, "chessboard") <= 1 for edges in (a, b)]
         counts += [a.sum(), (a & near[1]).sum(), b.sum(), (b & near[0]).sum()]
@@ -63,7 +63,7 @@ def test_blur_ssim_is_that_of_its_formula(scenes):
     first, second = scenes[0]["cg"], scenes[1]["real"]
     sigma = BLUR_SHARE * 96
     values = []
-    for images in zip(even_out(first), even_out(second)):
+    for images in zip(equalise_contrast(first), equalise_contrast(second)):
         x, y = (ndimage.gaussian_filter(one, sigma, mode="nearest", radius=math.ceil(3 * sigma)) for one in images)
         mx, my, xx, yy, xy = (
             ndimage.gaussian_filter(one, 1.5, radius=5, mode="mirror") for one in (x, y, x * x, y * y, x * y)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from c2r import InputError
-from c2r.metrics import making
+from c2r.metrics import registry
 from c2r.metrics.catalogue import MEASURES, ROLES
 from c2r.metrics.networks import Remembering
 
@@ -14,7 +14,7 @@ NAMES = [measure.name for measure in MEASURES]
 
 
 def test_every_measure_is_made_and_measures_a_clip(networks, small_clips):
-    metrics, set_metrics, skipped = making.make_metrics(NAMES, networks, "cpu")
+    metrics, set_metrics, skipped = registry.make_metrics(NAMES, networks, "cpu")
     assert [one.name for one in skipped] == ["quality"]
     assert [metric.name for metric in metrics] == [m.name for m in MEASURES if not m.of_set and m.name != "quality"]
     assert [metric.name for metric in set_metrics] == ["fd_dinov2", "kd_dinov2", "kd_vjepa2"]
@@ -31,17 +31,17 @@ def test_every_measure_is_made_and_measures_a_clip(networks, small_clips):
 
 
 def test_measures_of_one_network_share_it(networks):
-    metrics, _, _ = making.make_metrics(["depth_rmse", "depth_rmse_control"], networks, "cpu")
+    metrics, _, _ = registry.make_metrics(["depth_rmse", "depth_rmse_control"], networks, "cpu")
     assert metrics[0].inverse_depth is metrics[1].inverse_depth
 
 
 def test_a_measure_without_its_network_or_package_is_skipped_by_name(monkeypatch):
-    _, _, skipped = making.make_metrics(["lpips", "fd"], {}, "cpu")
+    _, _, skipped = registry.make_metrics(["lpips", "fd"], {}, "cpu")
     assert [(one.name, one.reason) for one in skipped] == [
         (name, f"needs {ROLES[role]}; none is named") for name, role in (("lpips", "lpips"), ("fd", "image_features"))
     ]
-    monkeypatch.setattr(making, "find_spec", lambda package: None)
-    metrics, _, skipped = making.make_metrics(["edge_f1", "quality"], {"quality": "musiq"}, "cpu")
+    monkeypatch.setattr(registry, "find_spec", lambda package: None)
+    metrics, _, skipped = registry.make_metrics(["edge_f1", "quality"], {"quality": "musiq"}, "cpu")
     assert not metrics
     assert skipped[0].reason.startswith("needs the package cv2; pip install opencv-python-headless==")
     assert skipped[1].reason.startswith("needs the package pyiqa; pip install pyiqa")
@@ -49,9 +49,9 @@ def test_a_measure_without_its_network_or_package_is_skipped_by_name(monkeypatch
 
 def test_unknown_names_and_roles_are_refused():
     with pytest.raises(ValueError, match="psnr: no such measure; choose from edge_f1, "):
-        making.make_metrics(["psnr"], {}, "cpu")
+        registry.make_metrics(["psnr"], {}, "cpu")
     with pytest.raises(ValueError, match="inception: no such role; choose from lpips, "):
-        making.make_metrics(["fd"], {"inception": "x"}, "cpu")
+        registry.make_metrics(["fd"], {"inception": "x"}, "cpu")
 
 
 def change(path, **entries):
@@ -71,6 +71,9 @@ def change(path, **entries):
         ("config.json", {"hidden_size": 32}, "describes a model of"),
         ("preprocessor_config.json", {"crop_size": 10**9}, "crop_size"),
         ("preprocessor_config.json", {"image_std": [0, 1, 1]}, "image_std"),
+        ("preprocessor_config.json", {"size_divisor": 3000}, "size_divisor is 3000, more than 2048"),
+        ("preprocessor_config.json", {"pad_size": {"height": 3e3, "width": 1}}, "height is 3000.0, more than 2048"),
+        ("preprocessor_config.json", {"x": [[{"pad": -(10**9)}]]}, "pad is -1000000000, more than 2048"),
         ("preprocessor_config.json", {"auto_map": {"AutoImageProcessor": "evil.P"}}, "has auto_map"),
     ],
 )
@@ -79,7 +82,7 @@ def test_hostile_and_unfit_folders_are_refused_in_one_line(name, entries, messag
     shutil.copytree(networks["image_features"], folder)
     change(folder / name, **entries)
     with pytest.raises(InputError) as caught:
-        making.make_metrics(["fd"], {"image_features": str(folder)}, "cpu")
+        registry.make_metrics(["fd"], {"image_features": str(folder)}, "cpu")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -90,7 +93,7 @@ def test_pickles_and_missing_folders_are_refused(networks, tmp_path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     for given, message in ((folder, "has no safetensors weights"), (tmp_path / "none", "no such model folder")):
         with pytest.raises(InputError, match=message):
-            making.make_metrics(["fd"], {"image_features": str(given)}, "cpu")
+            registry.make_metrics(["fd"], {"image_features": str(given)}, "cpu")
 
 
 def test_results_of_three_videos_are_remembered(clips):
@@ -111,4 +114,4 @@ def test_quality_needs_a_measure_without_reference(tmp_path):
     pyiqa = pytest.importorskip("pyiqa")
     assert "musiq" in pyiqa.list_models(metric_mode="NR")
     with pytest.raises(InputError, match="psnr: pyiqa has no such measure without a reference"):
-        making.make_metrics(["quality"], {"quality": "psnr"}, "cpu")
+        registry.make_metrics(["quality"], {"quality": "psnr"}, "cpu")
