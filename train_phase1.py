@@ -3,7 +3,8 @@
     accelerate launch train_phase1.py --real_dataset data/real --output_dir outputs/phase1
 
 VAE and UMT5 are frozen and loaded only to encode clips that are not cached. Nothing of the control path is loaded.
-`WanTransformer3DModel.from_pretrained` loads best/ and final/.
+`WanTransformer3DModel.from_pretrained` loads best/ and final/. With --lora_rank the backbone is frozen and a LoRA
+trains, which `load_lora_weights` of Diffusers' pipelines loads.
 """
 
 from c2r import cli
@@ -15,6 +16,8 @@ if __name__ == "__main__":
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import set_seed
+from diffusers import ModelMixin, WanTransformer3DModel
 
 from c2r import flow_matching
 from c2r.data.clips import Clip, Clips
@@ -22,6 +25,8 @@ from c2r.encoding.dataset import ClipDataset
 from c2r.evaluation.conditions import PromptConditions, choose_validation_clips
 from c2r.evaluation.evaluate_run import evaluating, record_validation
 from c2r.models.assembly import load_transformer
+from c2r.models.lora import LoraWeights
+from c2r.models.offloading import store_blocks
 from c2r.sampler import MixedCGRealSampler
 from c2r.training.batches import TrainBatches
 from c2r.training.checkpoint import save_checkpoint
@@ -92,11 +97,8 @@ def train(run: Run) -> Plan:
     batches = TrainBatches(run, dataset, sampler)
 
     # ------------------------------------------------------------------------------------------------------- 3. model
-    # fp32 under our own autocast: bf16 weights would lose small updates.
-    transformer = load_transformer(
-        plan.backbone, args.pretrained_model_name_or_path, torch.float32, empty=not reads_weights(accelerator)
-    ).requires_grad_(True)
-    state = build_train_state(run, transformer, backbone=transformer, trainable=transformer)
+    transformer, trainable = load_models(run, plan)
+    state = build_train_state(run, transformer, backbone=transformer, trainable=trainable)
     progress.inputs = plan.inputs
 
     # ------------------------------------------------------------------------------------------------------ 4. resume
@@ -129,7 +131,7 @@ def train(run: Run) -> Plan:
                     # DeepSpeed has stepped or skipped in backward() already, by the same norm.
                     if guard.may_step(grad_norm):
                         state.optimizer.step()
-                        step_ema(state.ema, transformer)
+                        step_ema(state.ema, trainable)
                     state.optimizer.zero_grad()
             log.add(losses, noisy.sigmas, batch["domain"])
         finish_step(run, state, log, guard, grad_norm)
@@ -141,7 +143,7 @@ def train(run: Run) -> Plan:
 
     # -------------------------------------------------------------------------------------------------- 7. final save
     with evaluating(run, state, "final"):
-        save_model(run, state, "final", phase=1, mixtures=plan.mixtures)
+        save(run, state, plan, "final")
     run.close()
     return plan
 
@@ -151,7 +153,31 @@ def validate(run: Run, state: TrainState, conditions: PromptConditions, plan: Pl
     with evaluating(run, state, "validation"):
         losses = conditions.losses(state.model, run.accelerator, lambda: run.go_on("validation"))
         if record_validation(run, losses, conditions) and run.progress.record_best():
-            save_model(run, state, "best", phase=1, mixtures=plan.mixtures)
+            save(run, state, plan, "best")
+
+
+def load_models(run: Run, plan: Plan) -> tuple[WanTransformer3DModel, ModelMixin]:
+    """Load the backbone, which is called, and the part of it that trains: itself, or a LoRA on it."""
+    args, base_model, empty = run.args, run.args.pretrained_model_name_or_path, not reads_weights(run.accelerator)
+    if args.lora_rank is None:
+        # fp32 under our own autocast: bf16 weights would lose small updates.
+        transformer = load_transformer(plan.backbone, base_model, torch.float32, empty=empty).requires_grad_(True)
+        return transformer, transformer
+    transformer = load_transformer(plan.backbone, base_model, run.weight_dtype, empty=empty)
+    set_seed(args.seed)  # again: encoding has drawn random numbers, depending on what was cached
+    lora = LoraWeights.load(run.checkpoint / "model") if run.checkpoint else LoraWeights.from_config(plan.config)
+    lora.attach(transformer)
+    if args.offload_backbone:
+        store_blocks(transformer.blocks, run.device, offload=True)
+    return transformer, lora
+
+
+def save(run: Run, state: TrainState, plan: Plan, name: str):
+    """Save the backbone, or the LoRA with what it is for, as best/ or final/."""
+    lora = {}
+    if run.args.lora_rank is not None:
+        lora = {"lora_rank": run.args.lora_rank, "backbone": plan.backbone, "backbone_sha256": plan.inputs["backbone"]}
+    save_model(run, state, name, phase=1, mixtures=plan.mixtures, **lora)
 
 
 def main():

@@ -32,7 +32,7 @@ from c2r.evaluation.sample_plan import SamplePlan, plan_samples
 from c2r.evaluation.samples import write_samples
 from c2r.evaluation.validation import leak_warning
 from c2r.models.adversary import DomainClassifier, WithAdversary, domain_loss
-from c2r.models.assembly import load_controlnet, load_transformer
+from c2r.models.assembly import find_lora, load_control_start, load_controlnet, load_transformer
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.offloading import store_blocks
@@ -44,13 +44,14 @@ from c2r.training.checkpoint import load_domain_classifier, save_checkpoint
 from c2r.training.devices import to_device
 from c2r.training.dry_run import launch, limit_to_dry_run
 from c2r.training.ema import step_ema
-from c2r.training.engine import local_fingerprint, reads_weights
+from c2r.training.engine import reads_weights
 from c2r.training.guard import StepGuard
 from c2r.training.logs import StepLog
 from c2r.training.plan import Plan, check_phase2, encode_until_usable
 from c2r.training.results import save_model
 from c2r.training.run import Run, TrainState
 from c2r.training.setup import build_train_state, resume
+from c2r.training.split_weights import local_fingerprint
 from c2r.training.step import (
     NoiseSettings,
     augment_real_control,
@@ -135,9 +136,14 @@ def train(run: Run) -> Plan:
     set_seed(args.seed)  # again: encoding has drawn random numbers, depending on what was cached
     if run.checkpoint is not None and not empty:
         controlnet = load_controlnet(run.checkpoint / "model")
+    elif args.resume_controlnet_from is not None and not empty:
+        controlnet = load_control_start(args.resume_controlnet_from, backbone.config)
     else:
         controlnet = C2RControlNet.from_transformer(
-            backbone, args.control_layers, args.control_stride, feature_dim=plan.feature_dim, empty=empty
+            *(backbone, args.control_layers, args.control_stride),
+            feature_dim=plan.feature_dim,
+            empty=empty,
+            injection=args.injection,
         )
     # One module, because an engine such as DeepSpeed wraps one.
     joined = C2RTransformer(backbone, controlnet)
@@ -296,6 +302,7 @@ def save(run: Run, state: TrainState, plan: Plan, name: str):
         mixtures=plan.mixtures,
         backbone=plan.backbone,
         backbone_sha256=plan.inputs["backbone"],
+        backbone_base=lora.backbone if (lora := find_lora(plan.backbone)) else None,
         dinov3=run.args.dinov3,
         conditioning_scale=run.args.conditioning_scale,
     )

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -79,10 +79,21 @@ def parse(command: Command, argv: list[str] | None = None) -> argparse.Namespace
     try:
         command.check(args)
     except InputError as error:
-        if not preset:
+        if getattr(args, "preset", None) is None:
             raise
         raise InputError(f"{error}; --preset {args.preset} has set {option_words(preset)}") from None
     return args
+
+
+def name_first_words(option: str, argv: Sequence[str] | None = None) -> list[str]:
+    """Return the arguments with an option's name before them if they begin with words that belong to no option.
+
+    Args:
+        option: name of the option that takes these words.
+        argv: arguments without the program's name; None: those of this process.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    return [f"--{option}", *argv] if argv and not argv[0].startswith("-") else argv
 
 
 def _build_parser(command, show_all=False):
@@ -130,8 +141,7 @@ def _help_text(option):
         return f"{text} (required)"
     if option.default is None or option.default is False or isinstance(option.type, Flag) or "default:" in text:
         return text
-    default = f"{option.default:g}" if isinstance(option.default, float) else option.default
-    return f"{text} (default: {default})"
+    return f"{text} (default: {option.default_text})"
 
 
 def _typed(option: Option, given: Any) -> Any:
@@ -302,7 +312,11 @@ def check_command_line(command: Command):
 
 def _exit(error, message):
     """Exit with status 1 and one line."""
-    traceback.clear_frames(error.__traceback__)  # closes progress bars, which would share the line
+    traceback.clear_frames(error.__traceback__)  # ends what has a bar, which would share the line
+    if "tqdm" in sys.modules:
+        from c2r.bars import close_bars
+
+        close_bars()
     if len(message) > MAX_MESSAGE:
         message = f"{message[: MAX_MESSAGE // 2]} … {message[-MAX_MESSAGE // 2 :]}"
     sys.exit(f"error: {printable(message)}")
@@ -387,4 +401,7 @@ def log_to_stdout():
     if not any(isinstance(handler, _LineHandler) for handler in logger.handlers):
         logger.addHandler(_LineHandler())
     logger.propagate = False
+    # Where bitsandbytes is installed, Diffusers imports it, and it asks on some CPUs for a package that would download
+    # a kernel for 4-bit weights. Nothing here has such weights, and no setting declines the kernel.
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)

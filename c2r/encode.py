@@ -11,6 +11,7 @@ Modules that take seconds to import are imported inside functions: --help and ba
 """
 
 import logging
+import shlex
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 from c2r import InputError, cli
 from c2r.data.settings import ClipSettings
 from c2r.options import ENCODE
-from c2r.options.shared import clip_settings
+from c2r.options.shared import clip_option_words, clip_settings
 
 logger = logging.getLogger("c2r.encode")  # under python -m, __name__ is "__main__"
 
@@ -68,8 +69,23 @@ def main(argv: list[str] | None = None) -> None:
         make_preview(read, job, args, accelerator, watchdog)
     else:
         fill_cache(read, job, args.control_only, accelerator, watchdog)
+        if accelerator.is_main_process:
+            print(f"next: {next_command(args)}", flush=True)
     watchdog.close()
     accelerator.end_training()
+
+
+def next_command(args: Namespace) -> str:
+    """Return the line that trains on the encoded clips."""
+    launch = ["accelerate", "launch", "--config_file", "accelerate_configs/single_gpu.yaml"]
+    if args.domain == "real" and not args.control_only:
+        words = ["train_phase1.py", "--real_dataset", args.dataset, "--output_dir", "outputs/phase1"]
+    else:
+        real, cg = (args.dataset, "data/cg") if args.domain == "real" else ("data/real", args.dataset)
+        words = ["train_phase2.py", "--resume_backbone_from", "outputs/phase1/best", "--real_dataset", real]
+        words += ["--cg_dataset", cg, "--output_dir", "outputs/phase2"]
+        words += ["--cache_control_features"] if args.control_only else []
+    return shlex.join([*launch, *words, *clip_option_words(args)])
 
 
 def check_options(args: Namespace) -> None:

@@ -16,7 +16,7 @@ from c2r import InputError, cli
 from c2r.data.buckets import Bucket
 from c2r.options import ESTIMATE, PHASE1, PHASE2
 from c2r.options.presets import option_words
-from c2r.options.training import check_modes
+from c2r.options.training import check_modes, require_frozen_backbone
 from c2r.units import GIB
 
 
@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     from c2r.training.engine import SHARDING, check_options
 
     def check(options):
+        require_frozen_backbone(options)
         check_modes(options)
         check_options(options, SHARDING[args.engine], args.num_processes)
 

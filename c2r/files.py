@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from c2r import InputError, __version__
+from c2r.units import size_text
 
 # ---------------------------------------------------------------------------------------------------------------- JSON
 
@@ -339,6 +340,19 @@ def write_problem(error: Exception, path: str | Path) -> str:
         if disk.f_files and not disk.f_favail and disk.f_bavail:
             return "No inodes left on device: it has room, but holds too many files"
     return problem
+
+
+def require_room(path: str | Path, num_bytes: int) -> None:
+    """Check that a disk has room for a file or folder that is to be written.
+
+    Raises:
+        InputError: it has not.
+    """
+    free = shutil.disk_usage(existing_parent(path)).free
+    if num_bytes > free:
+        raise InputError(
+            f"{path}: {size_text(num_bytes)} needed, {size_text(free)} free; make room, or choose another disk"
+        )
 
 
 def existing_parent(path: str | Path) -> Path:

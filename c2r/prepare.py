@@ -11,7 +11,6 @@ Modules that take seconds to import are imported inside functions: --help and ba
 
 import logging
 import shlex
-import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -40,7 +39,7 @@ MAX_NAMED = 20
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command with these arguments."""
-    args = cli.parse(PREPARE, name_the_folder(sys.argv[1:] if argv is None else argv))
+    args = cli.parse(PREPARE, cli.name_first_words("dataset", argv))
     check_options(args)
 
     from c2r.data.folders import LocalFolder
@@ -87,12 +86,6 @@ def main(argv: list[str] | None = None) -> None:
     metadata.write(rows)
     logger.info(f"wrote {metadata.path}")
     propose(args, folder, rows)
-
-
-def name_the_folder(argv: Sequence[str]) -> list[str]:
-    """Return the arguments with --dataset before a first word that is no option."""
-    is_folder = bool(argv) and not argv[0].startswith("-")
-    return ["--dataset", *argv] if is_folder else list(argv)
 
 
 def check_options(args: Namespace) -> None:
@@ -204,12 +197,13 @@ def split_at_cuts(rows: "list[Row]", threshold: float, notes: "Notes", damaged: 
     from pydantic import FiniteFloat
     from tqdm import tqdm
 
+    from c2r.bars import bar_settings
     from c2r.data.drop_reasons import DroppedRow
     from c2r.data.video_info import UnusableVideo
     from c2r.preparation.scenes import find_cuts, parts_between
 
     split = []
-    for row in tqdm(rows, desc="finding cuts", unit="video"):
+    for row in tqdm(rows, desc="finding cuts", unit="video", **bar_settings(shown=True)):
         file = row.video.file
         if row.start or row.end:
             split.append(row)
@@ -245,12 +239,13 @@ def ask_caption_model(
     """
     from tqdm import tqdm
 
+    from c2r.bars import bar_settings
     from c2r.data.drop_reasons import DroppedRow
     from c2r.data.video_info import UnusableVideo
     from c2r.preparation.caption_model import CaptionModel, middle_frames
 
     model, captioned = None, []
-    for row in tqdm(rows, desc="writing captions", unit="clip"):
+    for row in tqdm(rows, desc="writing captions", unit="clip", **bar_settings(shown=True)):
         if row.text:
             captioned.append(row)
             continue

@@ -69,6 +69,9 @@ def main(argv: list[str] | None = None):
     for name, value in write_report(out, toy, phase1, phase2, videos).items():
         print(f"{name:52s} {value:8.4f}")
     print(f"\n{out / 'report.png'} shows the clips; the quickstart took {time.time() - started:.0f} s")
+    page = ["python", "-m", "c2r.report", str(phase1), str(phase2), "--output", str(out / "report.html")]
+    print(f"next: {shlex.join(page)}")
+    print("      README.md, Use your own data")
 
 
 def given(names: Iterable[str], args: Namespace) -> list[str]:

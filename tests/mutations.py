@@ -35,16 +35,24 @@ OPTIMIZER = "tests/training/test_optimizer.py"
 FLOW = "tests/test_flow_matching.py"
 SAMPLER = "tests/test_sampler.py"
 PIPELINE = "tests/test_pipeline.py"
+PIPELINE_LORA = "tests/test_pipeline_lora.py"
+EXPORT = "tests/test_export.py"
 GENERATE = "tests/test_generate.py"
+WINDOWS = "tests/test_windows.py"
+AS_DIFFUSERS = "tests/test_pipeline_as_diffusers.py"
 OPTIONS = "tests/test_options.py"
 FILES = "tests/test_files.py"
 ADAPTER = "tests/models/test_control_adapter.py"
 CONTROLNET = "tests/models/test_controlnet.py"
 CONTEXT_PARALLEL = "tests/models/test_context_parallel.py"
 TRANSFORMER = "tests/models/test_transformer.py"
+SWITCHES = "tests/models/test_switches.py"
 OFFLOADING = "tests/models/test_offloading.py"
 ADVERSARY = "tests/models/test_adversary.py"
 DINOV3 = "tests/models/test_dinov3.py"
+LORA = "tests/models/test_lora.py"
+RELEASED = "tests/models/test_released.py"
+WEIGHT_FORMS = "tests/models/test_weight_forms.py"
 BUCKETS = "tests/data/test_buckets.py"
 MANIFEST = "tests/data/test_manifest.py"
 VIDEO = "tests/data/test_video.py"
@@ -84,8 +92,8 @@ SCRIPTS = [
     Mutation(
         "phase-1-does-not-update-the-average",
         "train_phase1.py",
-        "step_ema(state.ema, transformer)",
-        "step_ema(None, transformer)",
+        "step_ema(state.ema, trainable)",
+        "step_ema(None, trainable)",
         f"{RESUME}::test_phase_1_averages_too",
     ),
     Mutation(
@@ -316,35 +324,35 @@ THE_SAMPLER = [
 THE_PIPELINE = [
     Mutation(
         "the-two-guidances-change-places",
-        "c2r/pipeline.py",
+        "c2r/guidance.py",
         "(control_guidance_scale - guidance_scale, predict_with_control)",
         "(guidance_scale - control_guidance_scale, predict_with_control)",
-        f"{PIPELINE}::test_predictions_of_weight_zero_are_skipped",
+        "tests/test_guidance.py::test_predictions_of_weight_zero_are_skipped",
     ),
     Mutation(
         "the-momentum-starts-again-at-each-step",
         "c2r/pipeline.py",
-        "                momentum_buffer,\n            )",
-        "                momentum_buffer and MomentumBuffer(APG_MOMENTUM),\n            )",
+        "            momentum_buffer,\n        )",
+        "            momentum_buffer and MomentumBuffer(APG_MOMENTUM),\n        )",
         f"{PIPELINE}::test_apg_keeps_its_momentum_from_step_to_step",
     ),
     Mutation(
         "the-latents-are-in-the-weights-dtype",
         "c2r/pipeline.py",
-        "            torch.float32,\n            device,\n            generator,",
-        "            dtype,\n            device,\n            generator,",
+        "latents.to(storage, torch.float32)",
+        "latents.to(storage, dtype)",
         f"{PIPELINE}::test_half_precision_weights_give_finite_fp32_latents",
     ),
     Mutation(
         "guidance-compares-with-the-backbone-alone",
         "c2r/pipeline.py",
-        "(control_features, blank_features) if control_on",
-        "(control_features, None) if control_on",
+        "blank = torch.zeros_like(control)",
+        "blank = None",
         f"{PIPELINE}::test_each_forward_pass_gets_its_conditions",
     ),
     Mutation(
         "the-control-ends-a-step-late",
-        "c2r/pipeline.py",
+        "c2r/guidance.py",
         "(step + 1) / num_steps <= end",
         "step / num_steps <= end",
         f"{PIPELINE}::test_control_is_on_in_its_part_of_the_steps_only",
@@ -394,7 +402,7 @@ THE_PIPELINE = [
     Mutation(
         "generate-writes-frames-that-are-not-finite",
         "c2r/generate.py",
-        "if not np.isfinite(video).all():",
+        "if not np.isfinite(frames).all():",
         "if False:",
         f"{GENERATE}::test_a_video_that_is_not_finite_is_not_written",
     ),
@@ -671,11 +679,40 @@ MODELS = [
         f"{TRANSFORMER}::test_train_leaves_the_backbone_in_eval_mode",
     ),
     Mutation(
-        "patches-are-put-together-in-another-order",
+        "the-backbones-forward-is-called-without-its-hooks",
         "c2r/models/transformer.py",
-        "(pt ph pw c) -> b c",
-        "(pt pw ph c) -> b c",
-        f"{TRANSFORMER}::test_fresh_control_keeps_the_backbones_output_bit_for_bit",
+        "(velocity_pred,) = self.transformer(\n",
+        "(velocity_pred,) = type(self.transformer).forward(\n                self.transformer,\n",
+        f"{SWITCHES}::test_sequential_offload_reaches_every_parameter",
+    ),
+    Mutation(
+        "control-is-added-outside-of-a-cache",
+        "c2r/models/transformer.py",
+        "            HookRegistry.check_if_exists_or_initialize(block).register_hook(hook, _STEERING_HOOK)\n",
+        "",
+        f"{SWITCHES}::test_a_cache_keeps_what_it_stands_for_with_control",
+    ),
+    Mutation(
+        "passes-of-guidance-share-a-state",
+        "c2r/models/transformer.py",
+        "hook.state = _StateOfContext(hook.states)",
+        "pass",
+        f"{SWITCHES}::test_passes_of_guidance_do_not_mix",
+    ),
+    Mutation(
+        "block-level-offloading-sees-no-blocks",
+        "c2r/models/transformer.py",
+        '_group_offload_block_modules = ["transformer", "controlnet", "control_adapter"]',
+        "_group_offload_block_modules = []",
+        f"{SWITCHES}::test_block_level_offload_holds_one_block_at_a_time",
+    ),
+    Mutation(
+        "fused-projections-are-not-used",
+        "c2r/models/attention.py",
+        "query, key, value = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)",
+        "context = hidden_states if is_self_attention else encoder_hidden_states\n"
+        "        query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)",
+        f"{SWITCHES}::test_fused_projections_change_nothing",
     ),
     Mutation(
         "gradients-of-shared-clips-are-averaged-over-their-parts",
@@ -687,8 +724,8 @@ MODELS = [
     Mutation(
         "the-control-tokens-of-shared-clips-are-not-split",
         "c2r/models/context_parallel.py",
-        "(WanTransformer3DModel, C2RControlNet))",
-        "WanTransformer3DModel)",
+        "isinstance(module, C2RControlNet) and module.control_blocks",
+        "False",
         f"{CONTEXT_PARALLEL}::test_a_split_clip_has_the_prediction_and_gradients_of_a_whole_one",
     ),
     Mutation(
@@ -806,7 +843,7 @@ MODELS = [
     Mutation(
         "all-control-blocks-are-clones-of-one-block",
         "c2r/models/controlnet.py",
-        "control_block.block.load_state_dict(block.state_dict())",
+        "control_block.block.load_state_dict(whole_state_dict(block))",
         "control_block.block.load_state_dict(transformer.blocks[0].state_dict())",
         f"{CONTROLNET}::test_from_transformer_clones_the_first_blocks_in_fp32",
     ),
@@ -872,6 +909,97 @@ MODELS = [
         "latents * latents_std + latents_mean",
         "(latents + latents_mean) * latents_std",
         f"{PIPELINE}::test_without_control_it_agrees_with_a_wan_pipeline",
+    ),
+    Mutation(
+        "alpha-is-not-divided-by-the-rank",
+        "c2r/models/lora_file.py",
+        "float(self._file.tensor(change.alpha)) / self._shapes[change.down][0]",
+        "float(self._file.tensor(change.alpha))",
+        f"{LORA}::test_adds_every_layout_by_the_formula",
+    ),
+    Mutation(
+        "the-bias-of-a-lora-has-another-factor",
+        "c2r/models/lora_file.py",
+        "factor = self._factor(self._changes[_weight_of(name)])",
+        "factor = self.scale * self._alpha",
+        f"{LORA}::test_alpha_scales_the_bias_of_lora_b_too",
+    ),
+    Mutation(
+        "a-whole-difference-is-not-scaled",
+        "c2r/models/lora_file.py",
+        "self.scale * self._file.tensor(change.difference).double()",
+        "self._file.tensor(change.difference).double()",
+        f"{LORA}::test_step_distilled_files_change_norms_biases_and_modulations",
+    ),
+    Mutation(
+        "a-new-lora-changes-the-output",
+        "c2r/models/lora.py",
+        'nn.init.zeros_(pair["lora_B"].weight)',
+        'nn.init.ones_(pair["lora_B"].weight)',
+        f"{LORA}::test_loads_what_it_has_saved",
+    ),
+    Mutation(
+        "the-inner-lora-is-lost",
+        "c2r/models/assembly.py",
+        "[*map(LoraFile, below), *loras]",
+        "[*map(LoraFile, below[-1:]), *loras]",
+        f"{PIPELINE_LORA}::test_a_lora_over_a_lora_adds_both",
+    ),
+    Mutation(
+        "a-lora-is-exported-into-any-backbone",
+        "c2r/export.py",
+        "fingerprint_transformer(args.model)",
+        "pass",
+        f"{PIPELINE_LORA}::test_the_export_compares_the_backbone_with_that_of_training",
+    ),
+    Mutation(
+        "the-scales-of-float8-rows-are-applied-to-columns",
+        "c2r/models/float8.py",
+        "scale.float().reshape(-1, *[1] * (weight.ndim - 1))",
+        "scale.float().reshape(*[1] * (weight.ndim - 1), -1)",
+        f"{WEIGHT_FORMS}::test_a_scale_per_row_is_applied_to_rows",
+    ),
+    Mutation(
+        "the-error-of-float8-is-that-of-the-largest-one",
+        "c2r/models/float8.py",
+        "distances.square().sum() / 12",
+        "distances.square().sum() / 4",
+        f"{WEIGHT_FORMS}::test_the_error_of_rounding_is_computed_from_the_rounded_values",
+    ),
+    Mutation(
+        "a-float8-weight-without-its-scale-is-taken",
+        "c2r/models/float8.py",
+        ".square().mean().sqrt() > IMPOSSIBLE_WEIGHT",
+        ".square().mean().sqrt() > 1e9",
+        f"{WEIGHT_FORMS}::test_other_kinds_of_quantisation_are_refused",
+    ),
+    Mutation(
+        "the-released-adapter-has-half-its-stride",
+        "c2r/models/released.py",
+        '"temporal_stride": size // 2,',
+        '"temporal_stride": size // 4,',
+        f"{RELEASED}::test_its_tokens_are_added_to_the_patch_embedded_latents",
+    ),
+    Mutation(
+        "shapes-of-a-released-file-are-not-compared",
+        "c2r/models/released.py",
+        "if unfit or size % 2 == 0:",
+        "if size % 2 == 0:",
+        f"{RELEASED}::test_a_wrong_safetensors_file_is_refused_by_its_header",
+    ),
+    Mutation(
+        "an-exported-weight-may-overflow",
+        "c2r/models/original_layout.py",
+        "if cast.dtype != tensor.dtype and not cast.isfinite().all():",
+        "if False:",
+        f"{EXPORT}::test_nothing_is_overwritten_or_left_half_written",
+    ),
+    Mutation(
+        "a-name-without-an-original-one-is-dropped",
+        "c2r/models/original_layout.py",
+        "if unknown := set(names) - converted.keys():",
+        "if unknown := set():",
+        f"{EXPORT}::test_a_weight_without_an_original_name_is_an_error",
     ),
 ]
 
@@ -1212,11 +1340,92 @@ THE_TOY = [
     ),
 ]
 
+LONG_VIDEOS_AND_FOLDERS = [
+    Mutation(
+        "a-window-fades-in-from-one",
+        "c2r/windows.py",
+        "torch.arange(self.overlap, dtype=torch.float32) / max(self.overlap, 1)",
+        "(torch.arange(self.overlap, dtype=torch.float32) + 1) / max(self.overlap, 1)",
+        f"{WINDOWS}::test_frames_before_the_first_fade_do_not_depend_on_what_follows",
+    ),
+    Mutation(
+        "a-windows-control-starts-with-its-pixels",
+        "c2r/windows.py",
+        "slice(temporal_stride * self.start, ",
+        "slice(max(temporal_stride * self.start - 3, 0), ",
+        WINDOWS,
+    ),
+    Mutation(
+        "the-last-window-fades-in-over-the-planned-overlap",
+        "c2r/windows.py",
+        "overlap=windows[-1].stop - (stop - length)))",
+        "overlap=overlap))",
+        WINDOWS,
+    ),
+    Mutation(
+        "the-noise-of-a-video-depends-on-its-length",
+        "c2r/pipeline.py",
+        "frames = windows[0].frames(",
+        "frames = windows[-1].frames(",
+        WINDOWS,
+    ),
+    Mutation(
+        "single-pictures-are-windows",
+        "c2r/windows.py",
+        "return num_frames if num_frames > 1 else None",
+        "return num_frames",
+        f"{GENERATE}::test_a_model_of_single_pictures_generates_a_video_in_one_window",
+    ),
+    Mutation(
+        "latent-frames-are-decoded-without-those-before",
+        "c2r/models/streaming.py",
+        "feat_cache=vae._feat_map,",
+        "feat_cache=[None] * len(vae._feat_map),",
+        f"{WINDOWS}::test_streaming_decodes_bit_for_bit",
+    ),
+    Mutation(
+        "a-stream-that-stops-early-keeps-the-vae",
+        "c2r/pipeline.py",
+        "        finally:  # also if the caller stops early\n            self",
+        "        except ValueError:\n            self",
+        f"{PIPELINE}::test_a_call_or_a_stream_that_ends_early_frees_the_hooks",
+    ),
+    Mutation(
+        "a-relative-path-is-a-hub-name",
+        "c2r/pipeline_folder.py",
+        "return os.path.abspath(part) if is_local else part",
+        "return part",
+        f"{AS_DIFFUSERS}::test_a_relative_path_is_not_taken_for_a_hub_name",
+    ),
+    Mutation(
+        "another-dinov3-keeps-the-losses",
+        "c2r/pipeline_folder.py",
+        '{"validation_loss": None, "metrics": {}}',
+        "{}",
+        f"{AS_DIFFUSERS}::test_nothing_of_replaced_parts_is_in_contract_and_card",
+    ),
+    Mutation(
+        "the-shift-of-training-is-not-set",
+        "c2r/pipeline_folder.py",
+        '        components["scheduler"] = with_flow_shift(components["scheduler"], contract.flow_shift)\n',
+        "        pass\n",
+        f"{AS_DIFFUSERS}::test_a_phase_2_folder_loads_whole_and_as_trained",
+    ),
+    Mutation(
+        "a-saved-pipeline-has-the-old-fingerprint",
+        "c2r/pipeline_folder.py",
+        '"backbone_sha256": sha256}',
+        "}",
+        f"{AS_DIFFUSERS}::test_a_moved_pipeline_folder_and_another_dtype_keep_their_fingerprint",
+    ),
+]
+
 MUTATIONS = [
     *SCRIPTS,
     *FLOW_MATCHING,
     *THE_SAMPLER,
     *THE_PIPELINE,
+    *LONG_VIDEOS_AND_FOLDERS,
     *TRAINING,
     *MODELS,
     *DATA,

@@ -1,6 +1,7 @@
 """Whole commands on tiny models and real video files."""
 
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -15,6 +16,7 @@ import train_phase2
 from c2r import InputError
 from c2r.cli import run
 from c2r.data.video import probe
+from c2r.pipeline import C2RPipeline
 from tests.helpers.commands import LAUNCH, SIZE, images, phase2, same, scalars, succeed, weights
 from tests.helpers.datasets import noise_video, write_dataset
 from tests.helpers.forks import fork
@@ -64,6 +66,7 @@ def test_phase2_trains_and_exports(second, first):
     assert contract["metrics"].keys() >= {"loss_real", "loss_cg", "control_gain", "loss_no_control", "cg_share"}
     final = json.loads((out / "final/c2r.json").read_text())
     assert final["metrics"]["cg_share"] == 0.25  # 4 of 16 samples
+    assert 0 < final["num_clips"]["cg"] < final["num_clips"]["real"] < 10  # of ten real clips some are held out
     config = json.loads((out / "final/config.json").read_text())
     assert config["injection_layers"] == [0, 2]
     before = weights(out / "checkpoint-2/model")
@@ -188,6 +191,16 @@ def test_generate_from_both_phases(first, second, small_datasets, tmp_path):
             by=fork,
         )
         assert probe(tmp_path / name).frames_at(SIZE["fps"]) == SIZE["num_frames"]
+
+
+def test_a_run_becomes_one_folder_with_a_card(second, tmp_path):
+    C2RPipeline.from_pretrained(second[0] / "final").save_pretrained(tmp_path / "pipeline")
+    card = (tmp_path / "pipeline/README.md").read_text()
+    assert "| optimizer steps | 4 |" in card
+    assert "| share of CG samples | 0.25 |" in card
+    assert re.search(r"\| real \| \d \| `[0-9a-f]{64}` \|", card)
+    sheet = second[0] / "samples/step-4/sheet.png"
+    assert (tmp_path / "pipeline/samples.png").read_bytes() == sheet.read_bytes()
 
 
 def test_bf16_trains_fp32_weights_over_a_bf16_backbone(first, tiny_models, small_datasets, tmp_path):

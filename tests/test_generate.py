@@ -1,5 +1,6 @@
 """python -m c2r.generate: what decides the videos, agreement with Diffusers, and one line for bad input."""
 
+import json
 import shutil
 
 import numpy as np
@@ -10,19 +11,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from c2r import InputError, cli
+from c2r.data.control_video import read_control
 from c2r.data.video import probe, read_window
 from c2r.data.video_writer import write_video
-from c2r.generate import check_files, complete_options, follow_control, main, read_control
+from c2r.generate import check_files, complete_options, follow_control, main
 from c2r.models.assembly import fingerprint_transformer
-from c2r.models.contract import PhaseContract, read_contract, save_phase
-from c2r.models.controlnet import C2RControlNet
+from c2r.models.contract import read_contract, save_phase
 from c2r.options import GENERATE
-from c2r.pipeline import encode_prompts, load_pipeline
+from c2r.pipeline import encode_prompts
 from tests.helpers import tiny
 from tests.helpers.attention import recorded_backends
-
-FRAMES, HEIGHT, WIDTH, FPS = 5, 32, 48, 8.0
-SIZE = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "fps": FPS}
+from tests.helpers.trained import FPS, FRAMES, HEIGHT, WIDTH, save_trained_models
 
 
 def write_noise(path, seed, num_frames=12, fps=FPS):
@@ -33,29 +32,8 @@ def write_noise(path, seed, num_frames=12, fps=FPS):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """base/, dinov3/, phase1/, phase2/ (its residuals are not zero), coarse0.mp4 and coarse1.mp4."""
-    folder = tmp_path_factory.mktemp("models")
-    base, dinov3 = str(folder / "base"), str(folder / "dinov3")
-    tiny.save_tiny_pipeline(base)
-    tiny.save_tiny_dinov3(dinov3)
-    phase1, transformer = folder / "phase1", tiny.tiny_transformer(seed=5)
-    save_phase(phase1, transformer, PhaseContract(phase=1, base_model=base, step=1, **SIZE))
-    torch.manual_seed(1)
-    controlnet = C2RControlNet.from_transformer(transformer, control_layers=2, feature_dim=tiny.FEATURE_DIM)
-    for control_block in controlnet.control_blocks:
-        torch.nn.init.normal_(control_block.projector[2].weight, std=0.5)
-    contract = PhaseContract(
-        phase=2,
-        base_model=base,
-        step=1,
-        **SIZE,
-        flow_shift=2.0,
-        conditioning_scale=0.9,
-        backbone=str(phase1),
-        backbone_sha256=fingerprint_transformer(phase1),
-        dinov3=dinov3,
-    )
-    save_phase(folder / "phase2", controlnet, contract)
+    """The trained models, coarse0.mp4 and coarse1.mp4."""
+    folder = save_trained_models(tmp_path_factory.mktemp("models"))
     for i in range(2):
         write_noise(folder / f"coarse{i}.mp4", seed=i)
     return folder
@@ -64,7 +42,7 @@ def folder(tmp_path_factory):
 def options(folder, phase=2, control=True, **changed):
     """Arguments of a command line; None leaves an option out, True is a flag, a list repeats an option."""
     given = {
-        "model": folder / f"phase{phase}",
+        "model": folder / f"phase{phase}/best",
         "prompt": "the street",
         "control_video": folder / "coarse0.mp4" if control else None,
         "num_inference_steps": 2,
@@ -89,13 +67,6 @@ def parsed(folder, **changed):
     args = cli.parse(GENERATE, options(folder, output="out.mp4", **changed))
     complete_options(args, read_contract(args.model))
     return args
-
-
-def loaded(folder, dtype=torch.float32, control=True, **options):
-    """The pipeline of phase 2."""
-    dinov3 = folder / "dinov3" if control else None
-    options = {"flow_shift": 2.0, "device": "cpu", "dtype": dtype} | options
-    return load_pipeline(folder / "phase2", folder / "base", dinov3=dinov3, **options)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +166,7 @@ def test_phase_1_agrees_with_a_stock_pipeline(folder, tmp_path):
     arguments = {"guidance": "cfg", "guidance_scale": 5, "negative_prompt": "rain", "seed": 3}
     video = generated(folder, tmp_path / "out.mp4", phase=1, control=False, **arguments)
     stock = WanPipeline.from_pretrained(
-        folder / "base", transformer=WanTransformer3DModel.from_pretrained(folder / "phase1")
+        folder / "base", transformer=WanTransformer3DModel.from_pretrained(folder / "phase1/best")
     )
     frames = stock(
         "the street",
@@ -220,29 +191,12 @@ def test_prompts_are_padded_with_zeros(folder):
     assert (street[0, 2] != 0).any()
 
 
-def test_the_loaded_pipeline_is_frozen_and_has_no_text_encoder(folder):
-    pipeline = loaded(folder, vae_tiling=True)
-    assert pipeline.text_encoder is None
-    assert pipeline.vae.use_tiling
-    assert pipeline.scheduler.shift == 2.0
-    assert not any(
-        p.requires_grad for m in (pipeline.transformer, pipeline.dinov3, pipeline.vae) for p in m.parameters()
-    )
-
-
-def test_weights_have_the_given_dtype_but_the_vae_stays_fp32(folder):
-    pipeline = loaded(folder, torch.bfloat16)
-    assert {pipeline.transformer.dtype, pipeline.dinov3.dtype} == {torch.bfloat16}
-    assert pipeline.vae.dtype == torch.float32
-    assert loaded(folder, control=False).dinov3 is None
-
-
 def test_a_moved_backbone_can_be_named_and_another_is_refused(folder, tmp_path):
     moved = tmp_path / "moved"
-    shutil.copytree(folder / "phase1", moved)
+    shutil.copytree(folder / "phase1/best", moved)
     generated(folder, tmp_path / "out.mp4", backbone=moved)
     other = tmp_path / "other"
-    save_phase(other, tiny.tiny_transformer(seed=6), read_contract(folder / "phase1"))
+    save_phase(other, tiny.tiny_transformer(seed=6), read_contract(folder / "phase1/best"))
     with pytest.raises(InputError) as error:
         main(options(folder, output=tmp_path / "refused.mp4", backbone=other))
     assert fingerprint_transformer(other) in str(error.value)
@@ -353,5 +307,77 @@ def test_offloading_from_no_gpu_is_refused(folder, tmp_path):
 
 
 def test_the_command_ends_with_one_line(tmp_path):
-    with pytest.raises(SystemExit, match=r"^error: .*phase2: no such folder; give best/ or final/"):
+    with pytest.raises(SystemExit, match=r"^error: .*phase2/best: no such model folder; check the path"):
         cli.run(lambda: main(options(tmp_path, output=tmp_path / "out.mp4")))
+
+
+def test_a_long_video_is_made_of_windows(folder, tmp_path, capsys):
+    # 12 frames of control, the windows of training: 5 frames; the 13th frame that 4k + 1 needs is not written.
+    long = generated(folder, tmp_path / "long.mp4", num_frames="all")
+    assert "generates 13 frames in 3 windows of 5, overlapping by 1\n" in capsys.readouterr().out
+    assert long.shape == (12, 3, HEIGHT, WIDTH)
+    generated(folder, tmp_path / "short.mp4", num_frames=9, window_frames=9)
+    assert "generates 9 frames in one window; the model was trained on 5\n" in capsys.readouterr().out
+    generated(folder, tmp_path / "as-trained.mp4")
+    assert "generates" not in capsys.readouterr().out
+
+
+def test_the_first_window_of_a_longer_video_is_the_video_of_one_window(folder, tmp_path, standard):
+    # Windows of 5 frames share one latent frame, whose weight in the later window is 0.
+    long = generated(folder, tmp_path / "long.mp4", num_frames=9)
+    assert distance(long[:FRAMES], standard) < 1.0  # encoded again
+    assert distance(long[:FRAMES], standard.flip(0)) > 5
+
+
+@pytest.fixture
+def contract_with(folder):
+    """Return a function that writes a folder of phase 1 with a changed contract."""
+    folder = folder / "changed"
+
+    def write(**changed):
+        copy = shutil.copytree(folder.parent / "phase1/best", folder / "best")  # beside the models that it names
+        contract = json.loads((copy / "c2r.json").read_text()) | changed
+        (copy / "c2r.json").write_text(json.dumps(contract))
+        return copy
+
+    yield write
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_model_of_single_pictures_generates_a_video_in_one_window(folder, tmp_path, capsys, contract_with):
+    model = contract_with(num_frames=1)
+    main(options(folder, control=False, model=model, num_frames=9, output=tmp_path / "out.mp4"))
+    assert "generates 9 frames in one window; the model was trained on 1\n" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"^--window_frames 1: windows of a longer video overlap; give at least 5"):
+        main(options(folder, control=False, window_frames=1, output=tmp_path / "out.mp4"))
+
+
+def test_the_contracts_length_is_checked_as_a_window_too(folder, tmp_path, contract_with):
+    model = contract_with(num_frames=6)
+    with pytest.raises(InputError, match=r"its contract has num_frames 6: .*4k \+ 1"):
+        main(options(folder, control=False, model=model, num_frames=5, output=tmp_path / "out.mp4"))
+    given = parsed(folder, control=False, model=model, num_frames=5, window_frames=9)
+    assert (given.num_frames, given.window_frames) == (5, 9)
+
+
+def test_the_rate_may_be_the_controls(folder, tmp_path):
+    write_noise(tmp_path / "fast.mp4", seed=5, fps=24)
+    main(options(folder, output=tmp_path / "out.mp4", control_video=tmp_path / "fast.mp4", fps="control"))
+    assert probe(tmp_path / "out.mp4").rate == pytest.approx(24)
+    main(options(folder, output=tmp_path / "all.mp4", control_video=tmp_path / "fast.mp4", fps=12, num_frames="all"))
+    assert probe(tmp_path / "all.mp4").native_frames == 6
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"control": False, "num_frames": "all"}, "--num_frames all: needs a --control_video"),
+        ({"control": False, "fps": "control"}, "--fps control: needs the rate of a --control_video"),
+        ({"num_frames": "some"}, "--num_frames some: "),
+        ({"num_frames": 9, "window_overlap": 5}, "--window_overlap 5: not below --window_frames 5; lower it"),
+        ({"window_frames": 6}, "--window_frames 6: "),
+    ],
+)
+def test_lengths_that_cannot_be_are_one_line(folder, tmp_path, changed, message):
+    with pytest.raises(InputError, match=message):
+        main(options(folder, output=tmp_path / "out.mp4", **changed))

@@ -10,30 +10,37 @@ from tests.helpers.source import ROOT, require_none
 
 #: From the top down. A module imports from its own layer and from those below. A package stands for all its modules.
 LAYERS = (
+    ("c2r.app",),
+    ("c2r.panel",),  # makes command lines of c2r.generate and runs them: it knows parsed options
     (
         *("train_phase1", "train_phase2"),
-        *("c2r.__main__", "c2r.encode", "c2r.estimate", "c2r.generate", "c2r.prepare", "c2r.quickstart", "c2r.study"),
+        *("c2r.__main__", "c2r.encode", "c2r.estimate", "c2r.export", "c2r.generate"),
+        *("c2r.prepare", "c2r.quickstart", "c2r.report", "c2r.study"),
     ),
-    ("c2r.toy",),
+    ("c2r.toy", "c2r.reporting"),
     ("c2r.evaluation",),
     ("c2r.training", "c2r.estimation"),
     ("c2r.cli",),
     ("c2r.options",),
     ("c2r.preparation",),
     ("c2r.encoding",),
+    ("c2r.pipeline", "c2r.pipeline_folder"),
     ("c2r.data",),
-    ("c2r.pipeline",),
     ("c2r.models",),
-    ("c2r", "c2r.files", "c2r.flow_matching", "c2r.sampler", "c2r.units"),
+    (
+        *("c2r", "c2r.bars", "c2r.files", "c2r.flow_matching", "c2r.guidance", "c2r.sampler", "c2r.units"),
+        "c2r.windows",
+    ),
 )
 SCRIPTS = ("train_phase1", "train_phase2")
 #: Rooms whose functions take values by name, never the parsed options of a command.
 WITHOUT_OPTIONS = (
-    *("c2r.data", "c2r.encoding", "c2r.flow_matching", "c2r.models", "c2r.pipeline", "c2r.preparation", "c2r.sampler"),
+    *("c2r.data", "c2r.encoding", "c2r.flow_matching", "c2r.guidance", "c2r.models", "c2r.pipeline"),
+    *("c2r.pipeline_folder", "c2r.preparation", "c2r.sampler", "c2r.windows"),
 )
 #: Imported before a command has answered --help: they must load within a moment.
 LIGHT = (
-    *("c2r", "c2r.cli", "c2r.data.buckets", "c2r.data.settings"),
+    *("c2r", "c2r.cli", "c2r.data.buckets", "c2r.data.settings", "c2r.models.injections"),
     *("c2r.options", "c2r.options.option", "c2r.options.presets", "c2r.options.shared", "c2r.options.tools"),
     *("c2r.options.training", "c2r.options.types"),
 )

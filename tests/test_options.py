@@ -9,8 +9,8 @@ import pytest
 from diffusers.optimization import SchedulerType
 from tqdm import tqdm
 
-from c2r import InputError, cli, flow_matching, pipeline
-from c2r.options import COMMANDS, ESTIMATE, GENERATE, PHASE1, PHASE2
+from c2r import InputError, cli, flow_matching, guidance
+from c2r.options import APP, COMMANDS, ESTIMATE, GENERATE, PHASE1, PHASE2, PREPARE, REPORT
 from c2r.options.__main__ import markdown
 from c2r.options.presets import PRESETS, option_words, preset_line
 from c2r.options.shared import GUIDANCE_SCALES
@@ -160,6 +160,21 @@ def test_a_missing_option_and_a_stray_word_are_named():
 
 
 @pytest.mark.parametrize(
+    ("command", "option", "first"),
+    [(PREPARE, "dataset", ["a b"]), (APP, "model", ["a"]), (REPORT, "runs", ["a", "b"])],
+)
+def test_the_first_words_are_those_of_an_option(command, option, first, monkeypatch):
+    for argv in (first, [f"--{option}", *first]):
+        named = cli.name_first_words(option, argv)
+        assert named == [f"--{option}", *first]
+        given = getattr(cli.parse(command, named), option)
+        assert given == (first if command.options[option].several else first[0])
+        monkeypatch.setattr(sys, "argv", ["program", *argv])
+        assert cli.name_first_words(option) == named
+    assert cli.name_first_words(option, []) == []
+
+
+@pytest.mark.parametrize(
     ("argv", "part"),
     [
         (["--cg_ratio_min=0.3"], "--cg_ratio_min 0.3: above --cg_ratio 0.2"),
@@ -183,14 +198,15 @@ def test_a_share_of_cg_needs_cg_pairs():
 def test_defaults_pass_their_own_checks(command):
     for option in command.options.values():
         if isinstance(option.type, Number | Choice) and option.default is not None:
-            assert option.type(str(option.default)) == option.default
+            for default in option.default if option.several else [option.default]:
+                assert option.type(str(default)) == default
         assert not (option.required and option.default is not None)
 
 
 def test_choices_are_those_of_the_libraries_that_take_seconds_to_import():
     assert set(LR_SCHEDULERS) == {s.value for s in SchedulerType if s is not SchedulerType.PIECEWISE_CONSTANT}
     assert WEIGHTING_SCHEMES == flow_matching.WEIGHTING_SCHEMES
-    assert GUIDANCE_SCALES == pipeline.DEFAULT_GUIDANCE_SCALE
+    assert GUIDANCE_SCALES == guidance.DEFAULT_GUIDANCE_SCALE
 
 
 def test_help_shows_common_options_and_help_all_the_rest(capsys):

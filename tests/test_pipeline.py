@@ -1,20 +1,25 @@
 """C2RPipeline: guidance, control, agreement with WanPipeline, and errors for bad arguments."""
 
 import itertools
-from functools import partial
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
-from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer
+from diffusers import (
+    DDPMScheduler,
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+)
 
 from c2r import InputError
+from c2r.guidance import DEFAULT_GUIDANCE_SCALE
 from c2r.models.adversary import DomainClassifier, WithAdversary
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.parts import max_sequence_length
 from c2r.models.transformer import C2RTransformer
-from c2r.pipeline import DEFAULT_GUIDANCE_SCALE, C2RPipeline, Sampling, guided_velocity, with_flow_shift
+from c2r.pipeline import C2RPipeline, Sampling, with_flow_shift
 from tests.helpers import tiny
 
 FRAMES, HEIGHT, WIDTH = 5, 32, 48
@@ -90,68 +95,6 @@ class Calls:
 
     def __exit__(self, *_):
         self.handle.remove()
-
-
-# ------------------------------------------------------------------------------------------------------------ guidance
-
-
-class Predictions:
-    """Random predictions v(∅,∅), v(c,∅) and v(c,t), and the names of those that guidance computes."""
-
-    NAMES = ("unconditional", "with_control", "with_both")
-
-    def __init__(self):
-        generator = torch.Generator().manual_seed(0)
-        for name in self.NAMES:
-            setattr(self, name, torch.randn(2, 4, 2, 3, 3, generator=generator))
-        self.computed = []
-
-    def compute(self, name):
-        self.computed.append(name)
-        return getattr(self, name)
-
-    def guided(self, *arguments):
-        return guided_velocity(*(partial(self.compute, name) for name in self.NAMES), *arguments)
-
-
-@pytest.mark.parametrize("text_scale", [0.0, 0.5, 1.0, 5.0])
-@pytest.mark.parametrize("control_scale", [0.0, 0.5, 1.0, 5.0])
-def test_predictions_of_weight_zero_are_skipped(text_scale, control_scale):
-    v = Predictions()
-    full = v.unconditional + control_scale * (v.with_control - v.unconditional)
-    full += text_scale * (v.with_both - v.with_control)
-    torch.testing.assert_close(v.guided(text_scale, control_scale), full)
-    needed = ["unconditional"] if control_scale != 1 else []
-    needed += ["with_control"] if text_scale != control_scale else []
-    needed += ["with_both"] if text_scale else []
-    assert v.computed == needed
-
-
-def test_apg_keeps_the_part_orthogonal_to_the_conditional_prediction():
-    v = Predictions()
-    guided = v.guided(10.0, 1.0, MomentumBuffer(-0.5))
-    update, both = ((x.flatten(1)) for x in ((guided - v.with_control) / 10, v.with_both))
-    torch.testing.assert_close((update * both).sum(1), torch.zeros(2), atol=1e-3, rtol=0)
-    difference = (v.with_both - v.with_control).flatten(1)
-    parallel = (difference * both).sum(1, keepdim=True) / (both**2).sum(1, keepdim=True) * both
-    torch.testing.assert_close(update, difference - parallel, atol=1e-4, rtol=1e-4)
-
-
-def test_apg_weighs_the_control_as_the_formula_does():
-    v = Predictions()
-    at_one, at_three = (v.guided(10.0, scale, MomentumBuffer(-0.5)) for scale in (1.0, 3.0))
-    torch.testing.assert_close(at_three - at_one, 2 * (v.with_control - v.unconditional))
-
-
-def test_apg_has_negative_momentum_over_the_steps():
-    v, buffer = Predictions(), MomentumBuffer(-0.5)
-    first, second = (v.guided(10.0, 1.0, buffer) - v.with_control for _ in range(2))
-    torch.testing.assert_close(second, 0.5 * first)
-
-
-def test_text_scale_one_turns_text_guidance_off_also_with_apg():
-    v = Predictions()
-    assert torch.equal(v.guided(1.0, 1.0, MomentumBuffer(-0.5)), v.with_both)
 
 
 class RecordingScheduler(FlowMatchEulerDiscreteScheduler):
@@ -352,6 +295,48 @@ def test_offloading_does_not_change_the_video(parts):
         offloaded.remove_all_hooks()
 
 
+def test_a_call_or_a_stream_that_ends_early_frees_the_hooks(parts):
+    class Counted(C2RPipeline):
+        freed = 0
+
+        def maybe_free_model_hooks(self):
+            self.freed += 1
+            super().maybe_free_model_hooks()
+
+    def fail(*_):
+        raise MemoryError
+
+    pipeline = Counted(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    with pytest.raises(MemoryError):
+        generate(pipeline, callback_on_step_end=fail)
+    assert pipeline.freed == 1
+    for _ in pipeline.stream_frames(torch.zeros(1, tiny.LATENT_CHANNELS, 2, 4, 6)):
+        break
+    assert pipeline.freed == 2
+
+
+def test_a_failed_call_leaves_no_state_in_a_cache(parts):
+    def fail(*_):
+        raise MemoryError
+
+    pipeline = pipeline_of(parts, transformer=controlled_transformer())
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e6))
+    arguments = {"control_video": control_video(), "num_inference_steps": 2}
+    expected = generate(pipeline, **arguments)
+    with pytest.raises(MemoryError):
+        generate(pipeline, seed=1, callback_on_step_end=fail, **arguments)
+    assert torch.equal(generate(pipeline, **arguments), expected)
+
+
+def test_values_a_little_outside_are_clamped(pipeline):
+    control = 1.4 * control_video() - 0.2
+    assert control.min() < 0 < 1 < control.max()
+    assert torch.equal(
+        generate(pipeline, control_video=control), generate(pipeline, control_video=control.clamp(0, 1))
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -362,10 +347,14 @@ def test_offloading_does_not_change_the_video(parts):
         ({"control_guidance_end": 1.5}, "control_guidance_end 1.5"),
         ({"control_video": torch.rand(FRAMES, 3, HEIGHT, 64)}, "control_video has 5 frames of 32x64"),
         ({"control_video": torch.rand(9, 3, HEIGHT, WIDTH)}, "control_video has 9 frames"),
-        ({"control_video": torch.zeros(FRAMES, 3, HEIGHT, WIDTH, dtype=torch.uint8)}, "uint8"),
+        ({"control_video": torch.zeros(FRAMES, 3, HEIGHT, WIDTH, dtype=torch.int64)}, "int64: expected uint8"),
+        ({"control_video": 2 * torch.rand(FRAMES, 3, HEIGHT, WIDTH) - 1}, "values from -1"),
+        ({"num_videos_per_prompt": 0}, "num_videos_per_prompt is 0"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback_on_step_end_tensor_inputs"),
         ({"control_video": torch.rand(3, HEIGHT, WIDTH)}, "control_video has shape"),
         ({"control_video": torch.rand(2, FRAMES, 3, HEIGHT, WIDTH)}, "2 control videos for 1 prompts"),
         ({"prompt": None}, "prompt"),
+        ({"latents": torch.zeros(1, 4, 1, 4, 6)}, r"latents has shape \(1, 4, 1, 4, 6\): expected \(1, 4, 2, 4, 6\)"),
     ],
 )
 def test_bad_arguments_are_named(pipeline, arguments, message):

@@ -15,9 +15,9 @@ from c2r import InputError, cli
 from c2r.data.folders import read_frames
 from c2r.data.manifest import read_manifest
 from c2r.data.video import UnusableVideo, read_window
-from c2r.options import ENCODE, PREPARE
+from c2r.options import ENCODE
 from c2r.options.shared import clip_settings
-from c2r.prepare import main, name_the_folder
+from c2r.prepare import main
 from tests.helpers.caption_model import WORDS, save_tiny_caption_model
 from tests.helpers.scenes import read_scene, scene_frames
 from tests.helpers.videos import encode_video
@@ -305,12 +305,6 @@ def test_a_video_whose_only_clip_is_damaged_is_not_used(damaged_video, capsys):
     assert re.search(r"warning: cannot be used, damaged: .*z\.mkv: is damaged", capsys.readouterr().out)
     assert not clips_of_damaged(damaged_video, 41)
     assert clips_of_damaged(damaged_video, 9)  # only the clip of the contact sheet was noted
-
-
-def test_the_first_word_is_the_folder():
-    assert name_the_folder(["a b", "--domain=cg"]) == ["--dataset", "a b", "--domain=cg"]
-    assert name_the_folder(["--dataset", "a"]) == ["--dataset", "a"]
-    assert cli.parse(PREPARE, name_the_folder(["a"])).dataset == "a"
 
 
 @pytest.mark.parametrize(

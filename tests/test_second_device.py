@@ -172,7 +172,10 @@ def on_cpu(second, small_datasets, tmp_path_factory):
     return video(output)
 
 
-@pytest.mark.parametrize("options", [[], ["--cpu_offload"], ["--vae_tiling", "--cpu_offload"]])
+# A video of two windows starts with the frames of one window.
+@pytest.mark.parametrize(
+    "options", [[], ["--cpu_offload"], ["--vae_tiling", "--cpu_offload"], ["--num_frames=9", "--cpu_offload"]]
+)
 def test_generate_makes_the_cpus_video(on_cpu, second, small_datasets, tmp_path, options):
     output = tmp_path / "out.mp4"
     given = generate_options(second[0] / "final", output, small_datasets / "cg/c0.mp4")

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
+from c2r.bars import bar_settings
 from c2r.data.clips import DatasetFile
 from c2r.data.folders import DatasetFolder
 from c2r.data.video_info import MAX_SECONDS, UnusableVideo, VideoInfo
@@ -65,7 +66,7 @@ class Probes:
         quiet = len(items) < MIN_FILES_FOR_BAR or os.environ.get("RANK", "0") != "0"
         with (
             ThreadPoolExecutor(max(2, min(16, os.cpu_count() or 1))) as pool,
-            tqdm(total=len(items), desc="probing files", unit="file", disable=quiet) as bar,
+            tqdm(total=len(items), desc="probing files", unit="file", **bar_settings(not quiet)) as bar,
         ):
             new: dict[bytes, VideoInfo] = {}
             saved = time.monotonic()

@@ -20,13 +20,17 @@ def write_video(path: str | Path, frames: torch.Tensor | np.ndarray, fps: float)
 
     Args:
         path: the .mp4 to write; its folder is made.
-        frames: (F, H, W, 3) uint8 RGB in [0, 255]; H and W even.
+        frames: (F, H, W, 3) RGB, uint8 in [0, 255] or floats in [0, 1]; H and W even.
         fps: frames per second.
 
     Raises:
-        ValueError: the frames have another shape or dtype.
+        ValueError: the frames have another shape or dtype, or floats are not in [0, 1].
     """
     frames = np.asarray(frames)
+    if np.issubdtype(frames.dtype, np.floating):
+        if not (np.all(frames >= 0) and np.all(frames <= 1)):  # NaN is neither
+            raise ValueError("frames of floats must be in [0, 1]")
+        frames = (frames * 255).round().astype(np.uint8)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
         raise ValueError(f"frames must be (F, H, W, 3) uint8, not {frames.shape} {frames.dtype}")
     height, width = frames.shape[1:3]

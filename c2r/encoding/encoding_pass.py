@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from c2r import InputError
+from c2r.bars import bar_settings
 from c2r.data.buckets import Bucket
 from c2r.data.clips import Clip, Clips, DatasetFile
 from c2r.data.drop_reasons import DropReason
@@ -201,7 +202,9 @@ def _encode_prompts(missing, settings, accelerator, watchdog):
         "max_sequence_length": max_length,
     }
     # One prompt at a time: padded to 512 tokens it uses the device well, and no result depends on its batch.
-    for path, text in tqdm(prompts.items(), desc="prompts", unit="prompt", disable=not accelerator.is_main_process):
+    for path, text in tqdm(
+        prompts.items(), desc="prompts", unit="prompt", **bar_settings(accelerator.is_main_process)
+    ):
         watchdog.beat(f"encoding of the prompt '{text}'")
         prompt_embeds, _ = pipeline.encode_prompt(
             text, do_classifier_free_guidance=False, max_sequence_length=max_length, device=device
@@ -297,7 +300,7 @@ def _encode_clips(missing, encoder, share, settings, accelerator, watchdog):
     )
     started = time.perf_counter()
     progress_bar = tqdm(
-        total=len(missing.clips), desc=missing.kind, unit="clip", disable=not accelerator.is_main_process
+        total=len(missing.clips), desc=missing.kind, unit="clip", **bar_settings(accelerator.is_main_process)
     )
     with progress_bar:
         for clips, batch in zip(batches.batches, loader):

@@ -11,6 +11,7 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel, UMT5Config, UMT5Encode
 from c2r.models.assembly import read_transformer_config, stored_dtype
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.dinov3 import DINOv3FeatureExtractor, read_dinov3_config
+from c2r.models.gguf_weights import quantise_modules
 from c2r.models.parts import freeze, read_text_encoder_config, read_vae_config
 from c2r.models.transformer import C2RTransformer
 
@@ -52,6 +53,8 @@ class ModelConfigs:
     vae: dict[str, Any] = field(default_factory=dict)
     text_encoder: dict[str, Any] = field(default_factory=dict)
     dinov3: dict[str, Any] = field(default_factory=dict)
+    #: {name of a weight of the frozen backbone: its type in a .gguf file}
+    quantised: dict[str, str] = field(default_factory=dict)
 
 
 def read_configs(model: str, dinov3: str | None) -> ModelConfigs:
@@ -92,6 +95,7 @@ def build_joined(
     *,
     control_layers: int,
     control_stride: int,
+    injection: str = "blocks",
     device: str = "meta",
 ) -> C2RTransformer:
     """Return phase 2's model: the backbone frozen in `dtype`, the control branch in fp32.
@@ -100,14 +104,18 @@ def build_joined(
         configs: of the models.
         dtype: of the frozen weights.
         control_layers, control_stride: see `injection_layers`.
+        injection: "blocks" or "latent".
         device: "meta" or "cpu".
 
     Raises:
         InputError: the backbone has too few blocks.
     """
     backbone = build_backbone(configs.transformer, dtype, device)
+    quantise_modules(backbone, configs.quantised, dtype)
     controlnet = C2RControlNet.from_transformer(
-        backbone, control_layers, control_stride, configs.dinov3["hidden_size"], empty=device == "meta"
+        *(backbone, control_layers, control_stride, configs.dinov3["hidden_size"]),
+        empty=device == "meta",
+        injection=injection,
     )
     return C2RTransformer(backbone, controlnet)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from c2r import InputError
 from c2r.estimation.report import Estimate
+from c2r.options.training import has_frozen_backbone
 from c2r.units import GIB
 
 #: Bytes of a device that tensors cannot have: CUDA's context, its libraries' workspaces and gaps between tensors.
@@ -66,8 +67,8 @@ def find_fit(
     steps: list[Estimate] = []
     runs: list[Estimate] = []
     for mode in MODES:
-        if mode.keys() - vars(args).keys():
-            continue  # phase 1 has no frozen backbone
+        if mode.get("offload_backbone") and not has_frozen_backbone(args):
+            continue
         for batch in _batches(args):
             changes = {"gradient_checkpointing": "block"} | mode | batch
             changed = Namespace(**vars(args) | changes)

@@ -95,7 +95,7 @@ def estimate_run(
     split = split_by(engine, num_processes, sizes, num_bytes(models.dinov3) if models.dinov3 else 0)
     peaks |= {stage: split.peak(recording) for stage, recording in recordings.items()}
     if not step_only:
-        control = (args.control_layers, args.control_stride) if models.has_control else None
+        control = (args.control_layers, args.control_stride, args.injection) if models.has_control else None
         peaks[GENERATION] = record_generation(
             configs, bucket, device_type, control=control, cpu_offload=cpu_offload, vae_tiling=vae_tiling
         ).peak()

@@ -187,7 +187,7 @@ def record_generation(
     bucket: Bucket,
     device_type: str,
     *,
-    control: tuple[int, int] | None,
+    control: tuple[int, int, str] | None,
     cpu_offload: bool = False,
     vae_tiling: bool = False,
 ) -> Recording:
@@ -197,7 +197,7 @@ def record_generation(
         configs: of the models.
         bucket: size of the video.
         device_type: see `fake_device`.
-        control: control layers and stride of a phase 2 model; None: a phase 1 model.
+        control: control layers, stride and injection of a phase 2 model; None: a phase 1 model.
         cpu_offload, vae_tiling: as the options of `c2r.generate`.
     """
     dtype = half_precision(device_type)
@@ -227,7 +227,7 @@ def record_generation(
 def _generator(configs, dtype, control):
     if control is None:
         return build_backbone(configs.transformer, dtype)
-    joined = build_joined(configs, dtype, control_layers=control[0], control_stride=control[1])
+    joined = build_joined(configs, dtype, control_layers=control[0], control_stride=control[1], injection=control[2])
     with_stored_dtypes(joined.controlnet, dtype)
     return joined
 

@@ -20,6 +20,7 @@ from c2r.estimation.tracker import AVERAGE, FROZEN, GRADIENTS, OPTIMIZER, TEMPOR
 from c2r.flow_matching import SigmaDensity
 from c2r.models.adversary import DomainClassifier, WithAdversary, domain_loss
 from c2r.models.dinov3 import DINOv3FeatureExtractor
+from c2r.models.lora import LoraWeights
 from c2r.models.offloading import StoredBlock, store_blocks
 from c2r.training.backward_step import StepInBackward
 from c2r.training.batches import Draw
@@ -120,12 +121,18 @@ def build_models(args: Namespace, configs: ModelConfigs, device: torch.device = 
     """
     fake = device == DEVICE
     made_on = "meta" if fake else "cpu"
+    dtype = frozen_dtype(args.mixed_precision)
     if not hasattr(args, "control_layers"):
+        if args.lora_rank is not None:
+            return _build_lora(args, configs, dtype, device, made_on)
         backbone = build_backbone(configs.transformer, torch.float32, made_on).requires_grad_(True).to(device)
         return TrainingModels(backbone, backbone, backbone)
-    dtype = frozen_dtype(args.mixed_precision)
     joined = build_joined(
-        configs, dtype, control_layers=args.control_layers, control_stride=args.control_stride, device=made_on
+        *(configs, dtype),
+        control_layers=args.control_layers,
+        control_stride=args.control_stride,
+        injection=args.injection,
+        device=made_on,
     )
     if args.offload_backbone or args.fp8_backbone:
         store_blocks(joined.transformer.blocks, device, args.offload_backbone, args.fp8_backbone)
@@ -141,18 +148,34 @@ def build_models(args: Namespace, configs: ModelConfigs, device: torch.device = 
     return models
 
 
+def _build_lora(args, configs, dtype, device, made_on):
+    """Return a frozen backbone with a LoRA, as phase 1 builds them."""
+    backbone = build_backbone(configs.transformer, dtype, made_on)
+    with torch.device(made_on):
+        lora = LoraWeights.from_config(LoraWeights.config_of(configs.transformer, args.lora_rank))
+    lora.attach(backbone)
+    if args.offload_backbone:
+        store_blocks(backbone.blocks, device, offload=True)
+        if device == DEVICE:
+            move_to_host(backbone.blocks)
+    return TrainingModels(backbone.to(device), backbone, lora)
+
+
 def move_to_host(blocks: Iterable[StoredBlock]) -> None:
-    """Replace the tensors of `StoredBlock`s by memory of the host that is never touched."""
+    """Replace the tensors that `StoredBlock`s store by memory of the host that is never touched."""
     for block in blocks:
-        block.block.to_empty(device="cpu")
+        for name, parameter in block.stored_parameters():
+            path, _, own = name.rpartition(".")
+            empty = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
+            block.block.get_submodule(path).register_parameter(own, empty)
         for name, buffer in block.named_buffers(recurse=False):
             block._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
-def fetch_ahead(block: torch.nn.Module, tracker: Tracker) -> list[torch.Tensor]:
+def fetch_ahead(block: StoredBlock, tracker: Tracker) -> list[torch.Tensor]:
     """Return memory like that of the block which is copied to the device while another one runs."""
     with tracker.making(FROZEN):
-        return [torch.empty_like(tensor, device=DEVICE) for tensor in block.parameters()]
+        return [torch.empty_like(tensor, device=DEVICE) for _, tensor in block.stored_parameters()]
 
 
 class Untracked:

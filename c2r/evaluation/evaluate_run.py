@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -11,15 +12,17 @@ from c2r.evaluation.monitor_reference import judge_samples, reference_of
 from c2r.evaluation.ratio_controller import RatioController
 from c2r.evaluation.sample_plan import SamplePlan
 from c2r.evaluation.samples import SampleRows, make_samples, sampling_pipeline
-from c2r.evaluation.validation import validation_metrics
+from c2r.evaluation.validation import noise_levels, validation_metrics
 from c2r.evaluation.validation_plot import write_history
+from c2r.files import digest
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.pipeline import Sampling
 from c2r.sampler import MixedCGRealSampler
 from c2r.training.ema import averaged_weights
-from c2r.training.engine import failing_together
+from c2r.training.failing_together import failing_together
 from c2r.training.plan import Plan
 from c2r.training.run import Run, TrainState
+from c2r.training.trackers import record_of
 
 
 @contextmanager
@@ -64,10 +67,52 @@ def record_validation(
     run.log("validation", metrics)
     with failing_together(run.accelerator, run.args.output_dir):
         if run.accelerator.is_main_process:
+            if (record := record_of(run.accelerator)) is not None:
+                record.log_validation(validation_entry(run.progress.global_step, losses, conditions))
             write_history(run.progress.history, run.accelerator, run.args.output_dir)
     gain = f", control gain {metrics['control_gain']:.4f}" if "control_gain" in metrics else ""
     run.info(f"validation loss {metrics['loss']:.4f}{gain}")
     return metrics
+
+
+def validation_entry(
+    step: int, losses: dict[str, torch.Tensor], conditions: PromptConditions | ControlConditions
+) -> dict[str, Any]:
+    """Return the losses of every clip as `c2r.report` reads them, to compare two runs clip by clip.
+
+    Args:
+        step: the optimizer step.
+        losses: {condition: (n, S)}, NaN where a clip does not have the condition.
+        conditions: those that the losses were computed under.
+    """
+    fps = conditions.settings.fps
+    clips = [
+        {"name": f"{clip.name}#{clip.window}", "domain": clip.domain, "key": _clip_key(clip, fps)}
+        for clip in conditions.clips
+    ]
+    # Wrong conditions depend on the whole set of clips: two runs may have another one for the same clip.
+    for entry, other in zip(clips, conditions.other_prompt_clips):
+        entry["other_prompt"] = digest([other.text])[:16]
+    if isinstance(conditions, ControlConditions):
+        for entry, other in zip(clips, conditions.other_control.clips):
+            entry["other_control"] = _clip_key(other, fps)
+    return {
+        "step": step,
+        "sigmas": [round(sigma, 6) for sigma in noise_levels(conditions.flow_shift).tolist()],
+        "clips": clips,
+        "losses": {name: _as_lists(table) for name, table in losses.items()},
+    }
+
+
+def _clip_key(clip, fps):
+    """Return a digest that is equal for a clip and its copy in another folder: same pixels, noise, prompt, control."""
+    target = [clip.name, clip.window, clip.start, *clip.bucket, clip.size, float(fps)]
+    return digest([*target, clip.text, clip.control_name, clip.control_size])[:16]
+
+
+def _as_lists(table):
+    """(n, S) -> lists of numbers, None for NaN."""
+    return [[None if loss != loss else loss for loss in row] for row in table.double().tolist()]
 
 
 def sample_and_judge(

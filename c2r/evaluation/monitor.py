@@ -171,8 +171,9 @@ class CGLook:
             return "CG look unknown: no measure tells the real clips from the CG clips; train on more clips of both"
         parts = []
         for name, score in self.measures.items():
+            value = f" {score.mean:.2f}" if isfinite(score.mean) else ""
             remark = " (uninformative)" if name in self.uninformative else ""
-            parts.append(f"{name} {score.mean:.2f}{remark}")
+            parts.append(f"{name}{value}{remark}")
         return f"CG look {self.look}: {', '.join(parts)}"
 
 

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from einops import rearrange
 
+from c2r.bars import progress_bar
 from c2r.data.buckets import Bucket
 from c2r.data.clips import Clip, Clips
 from c2r.data.manifest import clips_fingerprint
@@ -22,7 +23,7 @@ from c2r.files import digest
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.vae import decode_frames
 from c2r.pipeline import C2RPipeline
-from c2r.training.engine import failing_together
+from c2r.training.failing_together import failing_together
 
 logger = logging.getLogger(__name__)
 
@@ -94,14 +95,17 @@ def reference_of(
     datasets = {domain: ClipDataset(clips, settings) for domain, clips in reference_clips.items()}
     tasks = [(domain, i) for domain, clips in reference_clips.items() for i in range(len(clips))]
     measured = []  # (domain, position, file, features)
-    for domain, i in tasks[accelerator.process_index :: accelerator.num_processes]:
-        beat("measuring the clips that the CG monitor compares with")
-        file = reference_clips[domain][i].name
-        frames = decode_frames(pipeline.vae, datasets[domain][i]["latents_mean"])
-        measured.append((domain, i, file, measure_frames(frames, pipeline.dinov3, accelerator.device)))
-        if domain == "cg":
-            coarse = rearrange(datasets[domain].control_frames(i), "f c h w -> f h w c")
-            measured.append(("coarse", i, file, measure_frames(coarse, pipeline.dinov3, accelerator.device)))
+    mine = tasks[accelerator.process_index :: accelerator.num_processes]
+    with progress_bar(len(mine), "CG monitor", "clip", accelerator.process_index == 0) as bar:
+        for domain, i in mine:
+            beat("measuring the clips that the CG monitor compares with")
+            file = reference_clips[domain][i].name
+            frames = decode_frames(pipeline.vae, datasets[domain][i]["latents_mean"])
+            measured.append((domain, i, file, measure_frames(frames, pipeline.dinov3, accelerator.device)))
+            if domain == "cg":
+                coarse = rearrange(datasets[domain].control_frames(i), "f c h w -> f h w c")
+                measured.append(("coarse", i, file, measure_frames(coarse, pipeline.dinov3, accelerator.device)))
+            bar.update()
     if accelerator.num_processes > 1:
         measured = gather_object(measured)
     measured.sort(key=lambda entry: entry[:2])  # one order for any number of processes

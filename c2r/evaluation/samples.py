@@ -14,10 +14,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from einops import rearrange
-from PIL import Image
-from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import nn
 
+from c2r.bars import progress_bar
 from c2r.data.clips import Clip, Clips
 from c2r.data.contact_sheet import draw_contact_sheet, image_bytes
 from c2r.data.settings import ClipSettings
@@ -30,14 +29,9 @@ from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.parts import load_pipeline_part
 from c2r.models.vae import decode_frames
 from c2r.pipeline import C2RPipeline, Sampling, with_flow_shift
-from c2r.training.engine import failing_together
-from c2r.training.logs import tensorboard_writer
-
-#: The videos of a sample, from left to right.
-COLUMNS = ("control", "with control", "without control", "truth")
-
-#: Width of a row in TensorBoard, in pixels.
-GIF_WIDTH = 960
+from c2r.training.failing_together import failing_together
+from c2r.training.output_files import SAMPLE_COLUMNS
+from c2r.training.trackers import log_picture, log_video
 
 #: {number of a sample: {column: (F, H, W, 3) uint8}}
 SampleRows = dict[int, dict[str, np.ndarray]]
@@ -119,7 +113,7 @@ def make_samples(
         go_on: called before each video; sampling ends when it returns False, on all processes alike.
 
     Returns:
-        the rows of this process, each with COLUMNS; None if `go_on` ended the sampling.
+        the rows of this process, each with SAMPLE_COLUMNS; None if `go_on` ended the sampling.
 
     Raises:
         InputError: an output without control cannot be written.
@@ -138,23 +132,25 @@ def make_samples(
     kept = all(gather_object([path.exists() for path in paths.values()]))
 
     rows = {}
-    for position, number in zip(positions, numbers):
-        if not go_on():
-            return None
-        control_frames = scenes.control_frames(number)  # (F, 3, H, W) uint8
-        latents = _generate(samples, number, captions, pipeline, sampling, control_frames.float() / 255)
-        if not kept:
-            with failing_together(accelerator, paths[number]):
-                without_control = _generate(samples, number, captions, pipeline, sampling, None)
-                save_tensors(paths[number], {"latents": without_control}, {})
-        if position < len(samples):
-            columns = (
-                rearrange(control_frames, "f c h w -> f h w c").numpy(),
-                decode_frames(pipeline.vae, latents),
-                decode_frames(pipeline.vae, load_tensors(paths[number], ["latents"])[0]["latents"]),
-                rearrange(scenes.target_frames(number), "f c h w -> f h w c").numpy(),
-            )
-            rows[number] = dict(zip(COLUMNS, columns))
+    with progress_bar(len(numbers), "samples", "video", accelerator.process_index == 0) as bar:
+        for position, number in zip(positions, numbers):
+            if not go_on():
+                return None
+            control_frames = scenes.control_frames(number)  # (F, 3, H, W) uint8
+            latents = _generate(samples, number, captions, pipeline, sampling, control_frames.float() / 255)
+            if not kept:
+                with failing_together(accelerator, paths[number]):
+                    without_control = _generate(samples, number, captions, pipeline, sampling, None)
+                    save_tensors(paths[number], {"latents": without_control}, {})
+            if position < len(samples):
+                columns = (
+                    rearrange(control_frames, "f c h w -> f h w c").numpy(),
+                    decode_frames(pipeline.vae, latents),
+                    decode_frames(pipeline.vae, load_tensors(paths[number], ["latents"])[0]["latents"]),
+                    rearrange(scenes.target_frames(number), "f c h w -> f h w c").numpy(),
+                )
+                rows[number] = dict(zip(SAMPLE_COLUMNS, columns))
+            bar.update()
     return rows
 
 
@@ -179,7 +175,7 @@ def write_samples(
     accelerator: Accelerator,
     step: int,
 ) -> None:
-    """Write the rows into the output folder and to TensorBoard. Call it on every process.
+    """Write the rows into the output folder and to the trackers. Call it on every process.
 
     samples/step-N/ gets an mp4 of each row, from the process that made it, and a contact sheet of all rows.
 
@@ -202,26 +198,16 @@ def write_samples(
         rows = dict(gather_object(list(rows.items())))
     with failing_together(accelerator, folder):
         if accelerator.is_main_process:
-            columns = {name: [rows[number][name] for number in range(len(samples))] for name in COLUMNS}
+            columns = {name: [rows[number][name] for number in range(len(samples))] for name in SAMPLE_COLUMNS}
             sheet = draw_contact_sheet(columns, [sample.caption.text for sample in samples])
             write_atomic(folder / "sheet.png", image_bytes(sheet))
-            if (writer := tensorboard_writer(accelerator)) is not None:
-                writer.add_image("samples/sheet", np.asarray(sheet), step, dataformats="HWC")
-                for number in range(len(samples)):
-                    _log_gif(writer, f"samples/{number}", _side_by_side(rows[number]), fps, step)
+            log_picture(accelerator, "samples/sheet", np.asarray(sheet), step)
+            for number in range(len(samples)):
+                video = folder / f"{number}.mp4"
+                frames, prompt = _side_by_side(rows[number]), samples[number].caption.text
+                log_video(accelerator, f"samples/{number}", video, frames, fps, step, prompt)
 
 
 def _side_by_side(row):
     """{column: (F, H, W, 3)} -> (F, H, columns · W, 3)."""
     return np.concatenate(list(row.values()), axis=2)
-
-
-def _log_gif(writer, tag, frames, fps, step):
-    """Log (F, H, W, 3) uint8 frames; `SummaryWriter.add_video` would need moviepy."""
-    images = [Image.fromarray(frame) for frame in frames]
-    for image in images:
-        image.thumbnail((GIF_WIDTH, GIF_WIDTH))
-    gif = image_bytes(images[0], "GIF", save_all=True, append_images=images[1:], duration=1000 / fps, loop=0)
-    width, height = images[0].size
-    picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
-    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)

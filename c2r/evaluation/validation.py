@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Subset
 
 from c2r import InputError, flow_matching
+from c2r.bars import progress_bar
 from c2r.encoding.dataset import ClipDataset
 from c2r.evaluation.shares import equal_share
 from c2r.training.seeds import seeded_generator
@@ -77,23 +78,27 @@ def clip_losses(
     )
     levels = noise_levels(flow_shift)
     losses: dict[str, torch.Tensor] = {}
-    for first, batch in zip(range(0, len(positions), batch_size), loader):
-        if go_on is not None and not go_on():
-            return None
-        latents, predictors = batch["latents_mean"], predictors_of(batch)
-        for column, (quantile, level) in enumerate(zip(QUANTILES, levels)):
-            noise = _validation_noise(latents, batch["name"], quantile)
-            sigmas = level.repeat(len(latents))
-            noisy_latents = flow_matching.add_noise(latents, noise, sigmas).to(accelerator.device)
-            timesteps = flow_matching.timesteps_from_sigmas(sigmas).to(accelerator.device)
-            target = flow_matching.velocity_target(latents, noise).to(accelerator.device)
-            for condition, predict_velocity in predictors.items():
-                if condition not in losses:
-                    losses[condition] = torch.zeros(len(dataset), len(QUANTILES), device=accelerator.device)
-                batch_losses = flow_matching.velocity_loss(predict_velocity(noisy_latents, timesteps), target)  # (B,)
-                for position, loss in zip(positions[first : first + batch_size], batch_losses):
-                    if position < len(dataset):
-                        losses[condition][position, column] = loss
+    firsts = range(0, len(positions), batch_size)
+    with progress_bar(len(firsts), "validation", "batch", accelerator.process_index == 0) as bar:
+        for first, batch in zip(firsts, loader):
+            if go_on is not None and not go_on():
+                return None
+            latents, predictors = batch["latents_mean"], predictors_of(batch)
+            for column, (quantile, level) in enumerate(zip(QUANTILES, levels)):
+                noise = _validation_noise(latents, batch["name"], quantile)
+                sigmas = level.repeat(len(latents))
+                noisy_latents = flow_matching.add_noise(latents, noise, sigmas).to(accelerator.device)
+                timesteps = flow_matching.timesteps_from_sigmas(sigmas).to(accelerator.device)
+                target = flow_matching.velocity_target(latents, noise).to(accelerator.device)
+                for condition, predict_velocity in predictors.items():
+                    if condition not in losses:
+                        losses[condition] = torch.zeros(len(dataset), len(QUANTILES), device=accelerator.device)
+                    velocity_pred = predict_velocity(noisy_latents, timesteps)
+                    batch_losses = flow_matching.velocity_loss(velocity_pred, target)  # (B,)
+                    for position, loss in zip(positions[first : first + batch_size], batch_losses):
+                        if position < len(dataset):
+                            losses[condition][position, column] = loss
+            bar.update()
     summed = accelerator.reduce(torch.stack([*losses.values()]), reduction="sum").cpu()  # (conditions, n, S)
     _require_finite(summed, dataset.clips)
     return dict(zip(losses, summed))

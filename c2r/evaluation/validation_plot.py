@@ -10,7 +10,7 @@ from PIL import Image
 
 from c2r.evaluation.validation import GAINS, LEAK_BOUND
 from c2r.files import write_atomic
-from c2r.training.logs import tensorboard_writer
+from c2r.training.trackers import log_picture
 
 #: Labels of the losses in the first part of the picture.
 LOSSES = {
@@ -97,19 +97,18 @@ def _curve(axes, history, name, label, **style):
 
 
 def write_history(history: list[dict[str, float]], accelerator: Accelerator, output_dir: str | Path) -> None:
-    """Write validation.png into the output folder, and the same picture to TensorBoard, from two validations on.
+    """Write validation.png into the output folder, and log the same picture, from two validations on.
 
     Call it on the main process only.
 
     Args:
         history: see `draw_history`.
-        accelerator: the run's, which has the TensorBoard writer.
+        accelerator: the run's.
         output_dir: the run's output folder.
     """
     if len(history) < 2:  # no curve yet, and the first step need not wait for Matplotlib
         return
     png = draw_history(history)
     write_atomic(Path(output_dir) / "validation.png", png)
-    if (writer := tensorboard_writer(accelerator)) is not None:
-        picture = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-        writer.add_image("validation", picture, history[-1]["step"], dataformats="HWC")
+    picture = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    log_picture(accelerator, "validation", picture, int(history[-1]["step"]))

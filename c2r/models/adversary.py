@@ -15,7 +15,6 @@ from torch import nn
 from typing_extensions import TypedDict
 
 from c2r import flow_matching
-from c2r.models.checkpointing import run_checkpointed
 from c2r.models.hub import Count
 from c2r.models.transformer import C2RTransformer
 
@@ -141,11 +140,10 @@ class WithAdversary(nn.Module):
         domain_classifier: classifier for the backbone's output channels.
     """
 
-    _no_split_modules = C2RTransformer._no_split_modules
-
     def __init__(self, model: C2RTransformer, domain_classifier: DomainClassifier):
         super().__init__()
         self.model = model
+        self._no_split_modules = model._no_split_modules
         self.domain_classifier = domain_classifier
 
     @property
@@ -177,7 +175,7 @@ class WithAdversary(nn.Module):
         """Return the parameters that phase 2 optimizes, the classifier's last."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] = run_checkpointed):
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None):
         """See `C2RTransformer.enable_gradient_checkpointing`."""
         self.model.enable_gradient_checkpointing(gradient_checkpointing_func)
 
@@ -188,6 +186,10 @@ class WithAdversary(nn.Module):
     def compile_repeated_blocks(self, **compile_options):
         """See `C2RTransformer.compile_repeated_blocks`."""
         self.model.compile_repeated_blocks(**compile_options)
+
+    def cache_context(self, name: str, **place: Any):
+        """See Diffusers' `CacheMixin.cache_context`."""
+        return self.model.cache_context(name, **place)
 
     def forward(
         self,
@@ -214,6 +216,11 @@ class WithAdversary(nn.Module):
         return AdversaryOutput(
             sample=velocity_pred, domain_logits=self.domain_classifier(latents, sigmas, reversal_strength)
         )
+
+
+def takes_control(transformer) -> bool:
+    """Return True if a model has a control branch: its forward then takes control features and their scale."""
+    return isinstance(transformer, (C2RTransformer, WithAdversary))
 
 
 def domain_loss(

@@ -8,7 +8,7 @@ from diffusers.models.attention_dispatch import (
     attention_backend,
     dispatch_attention_fn,
 )
-from diffusers.models.transformers.transformer_wan import WanAttention
+from diffusers.models.transformers.transformer_wan import WanAttention, _get_qkv_projections
 
 from c2r import InputError
 
@@ -48,8 +48,7 @@ class LeanAttnProcessor:
             (B, N, D).
         """
         is_self_attention = encoder_hidden_states is None
-        context = hidden_states if is_self_attention else encoder_hidden_states
-        query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        query, key, value = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
         # Under autocast they are bf16 and the norms' weights may be fp32: torch has no fused kernel for such a mix.
         query, key = (
             norm(states.to(norm.weight.dtype)) for norm, states in ((attn.norm_q, query), (attn.norm_k, key))

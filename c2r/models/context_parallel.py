@@ -90,7 +90,8 @@ class ContextParallel:
 
 
 def _has_plan(module):
-    return isinstance(module, (WanTransformer3DModel, C2RControlNet))
+    # A ControlNet without blocks adds its tokens before they are split.
+    return isinstance(module, WanTransformer3DModel) or (isinstance(module, C2RControlNet) and module.control_blocks)
 
 
 def _plan(module):

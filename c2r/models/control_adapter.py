@@ -10,6 +10,9 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
+#: Start value of the gate. Source: the released C2R
+INITIAL_GATE = 0.01
+
 
 class SafeConv3d(nn.Conv3d):
     """Convolution in fp32 on the CPU: oneDNN's bf16 gradient of a depthwise kernel has uninitialised values."""
@@ -56,27 +59,32 @@ class ControlAdapter(nn.Module):
     """Maps control features from pixel frames to latent frames and from DINOv3's width to the backbone's.
 
     Temporal convolution, resampling in space where the two grids differ, LayerNorm, Linear. The shape and the initial
-    values are those of the released C2R adapter.
+    values are those of the released C2R adapter, with the gate too.
 
     Args:
         feature_dim: Dd, DINOv3's width.
         dim: D, the backbone's width.
         temporal_stride: pixel frames per latent frame of the VAE.
+        gated: multiply the tokens by a trained number, for tokens that are added to the latents as they are.
     """
 
-    def __init__(self, feature_dim: int, dim: int, temporal_stride: int = 4):
+    def __init__(self, feature_dim: int, dim: int, temporal_stride: int = 4, gated: bool = False):
         super().__init__()
         self.temporal_stride = temporal_stride
         self.temporal_downsample = TemporalDownsample(feature_dim, temporal_stride)
         # Computes in fp32 with weights of any dtype; maps all-zero features (a blank control) to its bias.
         self.norm = FP32LayerNorm(feature_dim)
         self.proj = nn.Linear(feature_dim, dim)
+        # (1,) instead of a scalar, because engines cannot shard a scalar.
+        self.gate = nn.Parameter(torch.full((1,), INITIAL_GATE)) if gated else None
         self._resampling_reported = False
 
     def reset_parameters(self):
         """Draw new initial weights."""
         for module in (self.temporal_downsample, self.norm, self.proj):
             module.reset_parameters()
+        if self.gate is not None:
+            nn.init.constant_(self.gate, INITIAL_GATE)
 
     def forward(self, control_features: torch.Tensor, token_grid: tuple[int, int, int]) -> torch.Tensor:
         """Return control tokens in the order of the backbone's tokens.
@@ -101,7 +109,8 @@ class ControlAdapter(nn.Module):
         features = self.temporal_downsample(control_features)  # (B, T, h', w', Dd)
         if features.shape[2:4] != tuple(token_grid[1:]):
             features = self._resample(features, token_grid[1:])
-        return self.proj(self.norm(rearrange(features, "b t h w d -> b (t h w) d")))
+        tokens = self.proj(self.norm(rearrange(features, "b t h w d -> b (t h w) d")))
+        return tokens if self.gate is None else self.gate.to(tokens.dtype) * tokens
 
     def _resample(self, features, grid):
         """Resample (B, T, h', w', Dd) to (B, T, h, w, Dd), bilinearly."""

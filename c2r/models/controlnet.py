@@ -1,5 +1,7 @@
 """The trainable control branch: adapter, cloned transformer blocks, projectors that start at zero."""
 
+from typing import Any
+
 import torch
 from diffusers import ConfigMixin, ModelMixin, WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
@@ -9,6 +11,8 @@ from torch import nn
 
 from c2r import InputError
 from c2r.models.control_adapter import ControlAdapter
+from c2r.models.gguf_weights import whole_state_dict
+from c2r.models.injections import INJECTIONS
 
 #: Entries of WanTransformer3DModel's config that control blocks share with the backbone's blocks.
 SHARED_CONFIG = (
@@ -44,6 +48,11 @@ def injection_layers(control_layers: int, control_stride: int, num_layers: int) 
             f"{num_layers - 1}; lower one of the two options"
         )
     return list(range(0, last + 1, control_stride))
+
+
+def layers_of(injection: str, control_layers: int, control_stride: int, num_layers: int) -> list[int]:
+    """Return `injection_layers` for injection "blocks", none for "latent"."""
+    return [] if injection == "latent" else injection_layers(control_layers, control_stride, num_layers)
 
 
 class C2RControlBlock(nn.Module):
@@ -83,16 +92,18 @@ class C2RControlBlock(nn.Module):
 
 
 class C2RControlNet(ModelMixin, ConfigMixin):
-    """The control branch. It has no forward: `C2RTransformer` runs its blocks between the backbone's.
+    """The control branch. It has no forward: `C2RTransformer` runs its parts between the backbone's.
 
     Args:
-        injection_layers: result of `injection_layers()`, one entry per control block.
+        injection_layers: result of `injection_layers()`, one entry per control block; empty with injection "latent".
         num_attention_heads, attention_head_dim, ffn_dim, num_layers, cross_attn_norm, qk_norm, eps: the backbone's.
         feature_dim: Dd, DINOv3's width.
         temporal_stride: pixel frames per latent frame of the VAE.
+        injection: "blocks", or "latent" as in the released C2R: no control blocks, the adapter's tokens times its gate
+            are added once to the patch-embedded latents.
 
     Raises:
-        ValueError: if `injection_layers` are not ascending indices of backbone blocks.
+        ValueError: if `injection_layers` are not ascending indices of backbone blocks, or do not fit the injection.
     """
 
     # `from_pretrained(torch_dtype=torch.bfloat16)` leaves these in fp32, as in the backbone.
@@ -117,12 +128,15 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         eps: float = 1e-6,
         feature_dim: int = 768,
         temporal_stride: int = 4,
+        injection: str = "blocks",
     ):
         super().__init__()
+        if injection not in INJECTIONS or (injection == "latent") != (not injection_layers):
+            raise ValueError(f"injection is {injection!r} with injection_layers {injection_layers}: they do not fit")
         if injection_layers != sorted(set(injection_layers)) or not set(injection_layers) <= set(range(num_layers)):
             raise ValueError(f"injection_layers are {injection_layers}: not ascending indices below {num_layers}")
         dim = num_attention_heads * attention_head_dim
-        self.control_adapter = ControlAdapter(feature_dim, dim, temporal_stride)
+        self.control_adapter = ControlAdapter(feature_dim, dim, temporal_stride, gated=injection == "latent")
         self.control_blocks = nn.ModuleList(
             C2RControlBlock(dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps) for _ in injection_layers
         )
@@ -136,6 +150,7 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         feature_dim: int = 768,
         temporal_stride: int = 4,
         empty: bool = False,
+        injection: str = "blocks",
     ) -> "C2RControlNet":
         """Create a control branch with zero residuals from clones of the backbone's first blocks.
 
@@ -145,6 +160,7 @@ class C2RControlNet(ModelMixin, ConfigMixin):
             feature_dim: Dd, DINOv3's width.
             temporal_stride: pixel frames per latent frame of the VAE.
             empty: leave all values undefined; see `load_transformer`.
+            injection: see the class; "latent" has no blocks, and its adapter's gate starts at 0.01.
 
         Returns:
             trainable branch in fp32 on the backbone's device. The adapter and the projectors' first layers are drawn
@@ -153,10 +169,11 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         Raises:
             InputError: if control_layers and control_stride do not fit the backbone.
         """
-        layers = injection_layers(control_layers, control_stride, transformer.config.num_layers)
+        layers = layers_of(injection, control_layers, control_stride, transformer.config.num_layers)
         shared = {name: transformer.config[name] for name in SHARED_CONFIG}
         # By keyword: Diffusers treats positional arguments as defaults, and drops them in `from_config`.
-        own_config = {"injection_layers": layers, "feature_dim": feature_dim, "temporal_stride": temporal_stride}
+        own_config: dict[str, Any] = {"injection_layers": layers, "injection": injection}
+        own_config |= {"feature_dim": feature_dim, "temporal_stride": temporal_stride}
         with torch.device("meta"):  # skips the random weights of the clones, 5 billion at 14B
             controlnet = cls(**own_config, **shared)
         controlnet.to_empty(device=transformer.device)
@@ -164,6 +181,6 @@ class C2RControlNet(ModelMixin, ConfigMixin):
             return controlnet
         controlnet.control_adapter.reset_parameters()
         for control_block, block in zip(controlnet.control_blocks, transformer.blocks):
-            control_block.block.load_state_dict(block.state_dict())
+            control_block.block.load_state_dict(whole_state_dict(block))
             control_block.reset_projector()
         return controlnet

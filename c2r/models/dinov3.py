@@ -1,9 +1,10 @@
 """Frozen DINOv3: control frames to patch features."""
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, NotRequired
+from typing import Annotated, Any, NotRequired
 
 import torch
 from einops import rearrange
@@ -129,6 +130,12 @@ class DINOv3FeatureExtractor(nn.Module):
         model, info = load_transformers_model(DINOv3ViTModel, folder, torch_dtype)
         require_complete(folder, info["missing_keys"], info["mismatched_keys"])
         return cls(model, preprocessor["image_mean"], preprocessor["image_std"], chunk_size)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write a folder that `from_pretrained` loads; the options are those of transformers' models."""
+        self.model.save_pretrained(folder, **options)
+        preprocessor = {"image_mean": self.image_mean, "image_std": self.image_std}
+        Path(folder, "preprocessor_config.json").write_text(json.dumps(preprocessor) + "\n", encoding="utf-8")
 
     @property
     def dtype(self) -> torch.dtype:

@@ -17,9 +17,17 @@ from typing_extensions import TypedDict
 
 from c2r import InputError
 from c2r.files import fingerprint_sorted, library_errors_as_input, read_json
+from c2r.models.float8 import FLOAT8, FLOATS, Rounding, dequantise, split_scales
+from c2r.models.gguf_weights import GGUFFile
 
 #: File names of a model's weights, without suffix: Diffusers' and transformers'.
 STEMS = ("diffusion_pytorch_model", "model")
+
+#: Ending of a file whose weights are quantised, as llama.cpp and ComfyUI-GGUF write them.
+GGUF = ".gguf"
+
+#: Ending of a weight's name that only Wan's original layout has.
+ORIGINAL_KEY = "head.modulation"
 
 #: Weights in formats other than safetensors, which are never downloaded: a pickle can run code when it is loaded.
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5"]
@@ -51,6 +59,7 @@ def resolve_model_folder(name_or_path: str | Path, subfolders: list[str] | None 
     """
     name, folder = str(name_or_path), Path(name_or_path)
     if os.path.isfile(folder):  # unlike Path.is_file, no error for a name that no file can have
+        refuse_pickle(folder)
         raise InputError(f"{name}: this is a file, but a model folder is needed; give the folder that holds it")
     if not os.path.isdir(folder):
         # `outputs/phase1` looks like a hub name too: where its first half is a local folder, it is a mistyped path.
@@ -64,6 +73,12 @@ def resolve_model_folder(name_or_path: str | Path, subfolders: list[str] | None 
     for inner in (folder, *(folder / subfolder for subfolder in subfolders or [])):
         _refuse_special_files(inner)
     return folder
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise InputError for an existing file that has the name of a pickle."""
+    if any(path.match(pattern) for pattern in PICKLES):
+        raise InputError(f"{path}: files of this kind can hold code and are not read; give the .safetensors weights")
 
 
 def _refuse_special_files(folder):
@@ -145,32 +160,78 @@ def require_complete(where: str | Path, missing: Iterable, unfit: Iterable):
             )
 
 
-class WeightIndex:
-    """The tensors of a model's safetensors files, by Diffusers' names. Creating it reads only the files' headers.
-
-    Args:
-        path: a folder that `save_pretrained` wrote (one file or shards), or one .safetensors file. Names of Wan's
-            original files are translated, so a model has the same index in both forms.
+class SafetensorsFile:
+    """The tensors of a safetensors file, by the names in it. Creating it reads only the header.
 
     Raises:
-        InputError: no weights there, or a damaged file.
+        InputError: no such file, or no safetensors.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: cannot be read as safetensors ({error}); copy or download it again") from None
+        self.metadata: dict[str, str] = self._file.metadata() or {}
+
+    def keys(self) -> list[str]:
+        """Return the names of all tensors."""
+        return list(self._file.keys())
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return tuple(self._file.get_slice(key).get_shape())
+
+    def dtype(self, key: str) -> str:
+        """Return the type of a tensor, such as BF16."""
+        return self._file.get_slice(key).get_dtype()
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """Return a tensor."""
+        return self._file.get_tensor(key)
+
+
+class WeightIndex:
+    """The tensors of a model's files, by Diffusers' names. Creating it reads only the files' headers.
+
+    Weights in float8 are given in fp32, times their scales; see `c2r.models.float8`.
+
+    Args:
+        path: a folder with one safetensors file, or with shards and their index, or one .safetensors or .gguf file.
+            Names of Wan's original files are translated, with any prefix, so a model has the same index in all forms.
+
+    Attributes:
+        is_original: the files have Wan's original names.
+        is_gguf: the path is a .gguf file.
+        float8: names of the weights that are stored in float8.
+        rounding: of the float8 weights that `tensors` has given.
+
+    Raises:
+        InputError: no weights there, a damaged file, or weights that are quantised in a way that is not supported.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.is_gguf = self.path.suffix == GGUF
         self._files: dict[str, Any] = {}  # {name in the file: open file}
+        metadata: dict[str, str] = {}
         for file in self._find_files():
             if not file.is_file():
                 raise InputError(f"{file}: no such file; copy or download it again")
-            try:
-                handle = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise InputError(
-                    f"{file}: cannot be read as safetensors ({error}); copy or download it again"
-                ) from None
-            self._files |= dict.fromkeys(handle.keys(), handle)
+            opened: GGUFFile | SafetensorsFile = GGUFFile(file) if self.is_gguf else SafetensorsFile(file)
+            self._files |= dict.fromkeys(opened.keys(), opened)
+            metadata |= opened.metadata
+        weights, scales = list(self._files), dict[str, str]()
+        if not self.is_gguf:
+            weights, scales = split_scales(self.path, weights, self._dtype, self._read, metadata)
+        self.is_original = any(key.endswith(ORIGINAL_KEY) for key in weights)
         with library_errors_as_input(self.path):
-            self._keys = _diffusers_names(self._files)
+            self._keys = _diffusers_names(weights) if self.is_original else {key: key for key in weights}
+        if len(self._keys) < len(weights):
+            raise InputError(f"{self.path}: has the same weight under two names; give an undamaged copy")
+        self._scales = {name: scales.get(key) for name, key in self._keys.items()}
+        self.float8 = [name for name, key in self._keys.items() if self._dtype(key) in FLOAT8]
+        self.rounding = Rounding()
 
     def _find_files(self):
         if self.path.is_file():
@@ -184,9 +245,23 @@ class WeightIndex:
                 return [self.path / f"{stem}.safetensors"]
         raise InputError(f"{self.path}: has no safetensors weights; give a folder that save_pretrained wrote")
 
+    def _dtype(self, key):
+        return self._files[key].dtype(key)
+
+    def _read(self, key):
+        return self._files[key].tensor(key)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return {name: shape}."""
-        return {name: tuple(self._files[key].get_slice(key).get_shape()) for name, key in self._keys.items()}
+        return {name: self._files[key].shape(key) for name, key in self._keys.items()}
+
+    def types(self) -> dict[str, str]:
+        """Return {name: type in the file}, such as BF16, F8_E4M3 or Q4_K."""
+        return {name: self._dtype(key) for name, key in self._keys.items()}
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Return {name: dtype that `tensors` gives it}, fp32 for float8; only of safetensors."""
+        return {name: FLOATS.get(type_, torch.float32) for name, type_ in self.types().items()}
 
     def require_fit(self, model: torch.nn.Module, exactly: bool = True) -> None:
         """Compare names and shapes with those of a model of Diffusers, built without memory on the device "meta".
@@ -199,6 +274,18 @@ class WeightIndex:
         unfit = [f"{name} {shape}" for name, shape in found.items() if expected.get(name, shape) != shape]
         unknown = [name for name in found if exactly and name not in expected]
         require_complete(self.path, [name for name in expected if name not in found], unfit + unknown)
+
+    def require_whole(self) -> None:
+        """Check that no weight is in float8, for models that a library loads: it would round them in silence.
+
+        Raises:
+            InputError: one is.
+        """
+        if self.float8:
+            raise InputError(
+                f"{self.path}: {self.float8[0]} is stored in float8, which only the transformer may be; give the "
+                "bf16, fp16 or fp32 files of this model"
+            )
 
     def require_enough_for(self, model: torch.nn.Module) -> None:
         """Check that the files can fill a model of transformers, built without memory on the device "meta".
@@ -217,21 +304,39 @@ class WeightIndex:
             )
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, tensor) sorted by name, one at a time."""
+        """Yield (name, tensor) sorted by name, one at a time; quantised weights of a .gguf file as `GGUFParameter`.
+
+        Raises:
+            InputError: a float8 weight lacks its scale.
+        """
+        float8 = set(self.float8)
         for name, key in sorted(self._keys.items()):
-            yield name, self._files[key].get_tensor(key)
+            tensor = self._read(key)
+            if name in float8:
+                self.rounding.add(tensor)
+                scale = self._scales[name]
+                tensor = dequantise(self.path, key, tensor, None if scale is None else self._read(scale))
+            yield name, tensor
 
 
 def _diffusers_names(keys):
-    """Return {Diffusers' name: name in the file}."""
-    if not any(key.endswith("head.modulation") for key in keys):
-        return {key: key for key in keys}
+    """Return {Diffusers' name: name in the file} of Wan's original names."""
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers  # takes 0.3 s, seldom needed
 
-    # Diffusers' converter renames the keys of a state dict; their values may be anything.
-    return convert_wan_transformer_to_diffusers({key: key for key in keys})
+    marker = next(key for key in keys if key.endswith(ORIGINAL_KEY))
+    prefix = marker.removesuffix(ORIGINAL_KEY)  # ComfyUI: model.diffusion_model.
+    names = {key.removeprefix(prefix): key for key in keys}
+    # Diffusers' converter renames the keys of a state dict. Only of these parts of Wan Animate it changes values too.
+    others = {name: key for name, key in names.items() if "motion_encoder" in name or "face_adapter" in name}
+    return convert_wan_transformer_to_diffusers({n: key for n, key in names.items() if n not in others}) | others
 
 
 def fingerprint_files(path: str | Path) -> str:
-    """Return the `fingerprint` of the weights in a folder or .safetensors file, without building a model."""
-    return fingerprint_sorted(WeightIndex(path).tensors())
+    """Return the `fingerprint` of the weights in a folder or file, without building a model.
+
+    Float8 weights count by the values that they stand for, weights of a .gguf file by the bytes in it and their type.
+    """
+    return fingerprint_sorted(
+        (f"{name} {tensor.quant_type.name}" if hasattr(tensor, "quant_type") else name, tensor)
+        for name, tensor in WeightIndex(path).tensors()
+    )

@@ -108,13 +108,13 @@ FLOAT8 = torch.float8_e4m3fn
 
 
 class StoredBlock(nn.Module):
-    """A frozen block whose weights are stored elsewhere or in 8 bit, and are whole on the device only while it runs.
+    """A block whose frozen weights are stored elsewhere or in 8 bit, and are whole on the device only while it runs.
 
     The forward runs the block on copies of its weights, which are freed when another block starts. With checkpointing
     the backward pass makes them again.
 
     Args:
-        block: frozen. Its parameters become the stored ones.
+        block: its frozen parameters become the stored ones; those that train, of a LoRA, stay as they are.
         order: the blocks that run one after another; this one is appended.
         device: device that the block runs on.
         offload: store the weights on the CPU; moving the model leaves them there.
@@ -123,35 +123,44 @@ class StoredBlock(nn.Module):
 
     def __init__(self, block: nn.Module, order: "RunningOrder", device: torch.device, offload: bool, float8: bool):
         super().__init__()
-        if any(parameter.requires_grad for parameter in block.parameters()):
-            raise ValueError("only a frozen block can be stored: a trained one changes its weights")
+        if all(parameter.requires_grad for parameter in block.parameters()):
+            raise ValueError("only frozen weights can be stored: training changes the others")
         self.block, self.order, self.device, self.offload = block, order, device, offload
         order.blocks.append(self)
         self.dtypes: dict[str, torch.dtype] = {}  # of the matrices in 8 bit while the block runs
         self._copies: dict[str, OnDevice] | None = None  # under way to the device
         self._whole: dict[str, torch.Tensor] | None = None
         self.stream: torch.Stream | None = None
-        for name, parameter in list(block.named_parameters()):
+        for name, parameter in self.stored_parameters():
             if float8 and parameter.ndim == 2:
                 self.dtypes[name] = parameter.dtype
                 parameter.data, scale = quantise_rows(parameter.data)
                 self.register_buffer(_scale_name(name), scale, persistent=False)
         if offload and (stream := copy_stream(device)) is not None:
             self.stream = stream
-            for tensor in (*self.parameters(), *self.buffers()):
+            for tensor in (*(parameter for _, parameter in self.stored_parameters()), *self.buffers()):
                 tensor.data = tensor.data.pin_memory()
 
+    def stored_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the stored parameters by the block's names."""
+        return [(name, parameter) for name, parameter in self.block.named_parameters() if not parameter.requires_grad]
+
     def _apply(self, fn, recurse=True):
-        return self if self.offload else super()._apply(fn, recurse)
+        if not self.offload:
+            return super()._apply(fn, recurse)
+        for parameter in self.block.parameters():
+            if parameter.requires_grad:
+                parameter.data = fn(parameter.data)
+        return self
 
     def fetch(self):
         """Start to copy the weights to the device, unless they are there or under way."""
         if self._copies is None and self._whole is None:
-            stored = {**dict(self.block.named_parameters()), **dict(self.named_buffers(recurse=False))}
+            stored = {**dict(self.stored_parameters()), **dict(self.named_buffers(recurse=False))}
             self._copies = {name: OnDevice(t.detach(), self.device, self.stream) for name, t in stored.items()}
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Return the whole weights on the device, by the block's names."""
+        """Return the whole stored weights on the device, by the block's names."""
         self.fetch()
         if self._copies is not None:
             whole = {name: copy.get() for name, copy in self._copies.items()}
@@ -180,7 +189,9 @@ class StoredBlock(nn.Module):
             forward: of this part.
         """
         call = _Call(self.block.get_submodule(name), forward)
-        names = {f"part.{own}": f"{name}.{own}" for own, _ in call.part.named_parameters()}
+        prefix = f"{name}."
+        paths = [path for path, _ in self.stored_parameters() if path.startswith(prefix)]
+        names = {f"part.{path.removeprefix(prefix)}": path for path in paths}
 
         def run(*args):
             weights = self.weights()
@@ -244,7 +255,7 @@ def quantise_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def store_blocks(blocks: nn.ModuleList, device: torch.device, offload: bool = False, float8: bool = False) -> None:
-    """Replace frozen blocks by `StoredBlock`s, in place.
+    """Replace blocks, frozen but for a LoRA, by `StoredBlock`s, in place.
 
     Args:
         blocks: run one after another, from the first to the last, in their backward pass in reverse.
@@ -256,10 +267,10 @@ def store_blocks(blocks: nn.ModuleList, device: torch.device, offload: bool = Fa
 
 
 def stored_names(model: nn.Module) -> list[str]:
-    """Return the names of the parameters and buffers of all `StoredBlock`s in a model."""
+    """Return the names of the stored parameters and the buffers of all `StoredBlock`s in a model."""
     return [
         f"{path}.{name}"
         for path, module in model.named_modules()
         if isinstance(module, StoredBlock)
-        for name, _ in (*module.named_parameters(), *module.named_buffers())
+        for name in (*(f"block.{own}" for own, _ in module.stored_parameters()), *dict(module.named_buffers()))
     ]

@@ -205,7 +205,9 @@ def _check_vae(folder):
     config = read_vae_config(folder)
     with library_errors_as_input(folder), torch.device("meta"):
         vae = AutoencoderKLWan.from_config(config)
-    WeightIndex(folder).require_fit(vae, exactly=False)
+    index = WeightIndex(folder)
+    index.require_whole()
+    index.require_fit(vae, exactly=False)
     return config
 
 
@@ -285,6 +287,7 @@ def check_transformers_weights(
     with library_errors_as_input(folder), torch.device("meta"):
         model = model_class(model_class.config_class.from_dict(dict(config)))
     index = WeightIndex(folder)
+    index.require_whole()
     index.require_enough_for(model)
     return index
 

@@ -1,24 +1,43 @@
 """Backbone and control branch in one forward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import ModelMixin, WanTransformer3DModel
+from diffusers.hooks import (
+    FasterCacheConfig,
+    HookRegistry,
+    ModelHook,
+    PyramidAttentionBroadcastConfig,
+)
+from diffusers.hooks.hooks import StateManager
+from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastState
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from einops import rearrange
 from torch import nn
 
 from c2r.models.checkpointing import run_checkpointed
 from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet
 
+_STEERING_HOOK = "c2r_steering"
 
-class C2RTransformer(nn.Module):
+
+class C2RTransformer(ModelMixin, CacheMixin, AttentionMixin, PeftAdapterMixin):
     """The frozen Wan backbone with a trainable control branch, as one module that any training engine can wrap.
 
-    For engines that shard: submodules are always called as modules, so their hooks run. Wrap `C2RControlBlock`,
-    `WanTransformerBlock` and the outermost module, not `transformer` or `controlnet`: these two are never called as a
-    whole, so a hook on them would not run.
+    The forward is the backbone's own, so hooks on the backbone run, and on each of its submodules; it runs each
+    control block right after the backbone's block that the residual is added to. Engines that shard wrap
+    `C2RControlBlock`, `WanTransformerBlock` and the outermost module, not `controlnet`: this one is never called as a
+    whole, so a hook on it would not run.
+
+    Diffusers' switches are those of `ModelMixin`. PEFT adapters are the backbone's, as LoRA files name its layers.
 
     Args:
         transformer: text-to-video backbone. It is frozen here.
@@ -28,7 +47,18 @@ class C2RTransformer(nn.Module):
         ValueError: if the two do not fit each other.
     """
 
-    _no_split_modules = ("WanTransformerBlock", "C2RControlBlock")
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["WanTransformerBlock", "C2RControlBlock"]  # noqa: RUF012 (here and below: Diffusers' types)
+    _repeated_blocks = ["WanTransformerBlock", "C2RControlBlock"]  # noqa: RUF012
+    _keep_in_fp32_modules = sorted(
+        {*WanTransformer3DModel._keep_in_fp32_modules, *C2RControlNet._keep_in_fp32_modules}
+    )
+    _skip_layerwise_casting_patterns = [  # noqa: RUF012
+        *WanTransformer3DModel._skip_layerwise_casting_patterns,
+        "control_adapter",
+    ]
+    # What block-level group offloading looks into for lists of blocks, and the adapter, whose forward runs by itself.
+    _group_offload_block_modules = ["transformer", "controlnet", "control_adapter"]  # noqa: RUF012
 
     def __init__(self, transformer: WanTransformer3DModel, controlnet: C2RControlNet):
         super().__init__()
@@ -38,8 +68,48 @@ class C2RTransformer(nn.Module):
                 raise ValueError(f"the ControlNet is for a backbone with {name} {control}, this one has {backbone}")
         self.transformer = transformer.requires_grad_(False).eval()
         self.controlnet = controlnet
+        if not controlnet.control_blocks:  # engines refuse names of modules that do not exist
+            self._no_split_modules = ["WanTransformerBlock"]
         self.gradient_checkpointing = False
-        self._checkpointing_func: Callable[..., Any] = run_checkpointed
+        self._gradient_checkpointing_func: Callable[..., Any] = run_checkpointed
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **options: Any) -> "C2RTransformer":
+        """Load a folder of `save_pretrained`, or a pipeline's folder, in eval mode.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub name with `transformer/` and `controlnet/`.
+            options: of Diffusers' `ModelMixin.from_pretrained`, for both parts, such as `torch_dtype` and `variant`.
+        """
+        folder = Path(options.pop("subfolder", None) or "")
+        transformer, controlnet = (
+            part.from_pretrained(pretrained_model_name_or_path, subfolder=str(folder / name), **options)
+            for part, name in ((WanTransformer3DModel, "transformer"), (C2RControlNet, "controlnet"))
+        )
+        return cls(transformer, controlnet).eval()
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike,
+        is_main_process: bool = True,
+        save_function: Callable[..., Any] | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+    ) -> None:
+        """Write both parts: `transformer/`, a stock WanTransformer3DModel, and `controlnet/`.
+
+        The arguments are those of Diffusers' `ModelMixin.save_pretrained`, for both parts.
+        """
+        for name in ("transformer", "controlnet"):
+            getattr(self, name).save_pretrained(
+                Path(save_directory) / name,
+                is_main_process,
+                save_function,
+                safe_serialization,
+                variant,
+                max_shard_size,
+            )
 
     @property
     def config(self):
@@ -66,23 +136,25 @@ class C2RTransformer(nn.Module):
         """Return the parameters that phase 2 optimizes."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] = run_checkpointed):
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None):
         """Keep one input per block for the backward pass and recompute the rest.
 
         Args:
-            gradient_checkpointing_func: a partial of `run_checkpointed`, called with a block and its inputs.
+            gradient_checkpointing_func: called with a block and its inputs; None is `run_checkpointed`.
         """
         self.gradient_checkpointing = True
-        self._checkpointing_func = gradient_checkpointing_func
+        self._gradient_checkpointing_func = gradient_checkpointing_func or run_checkpointed
 
     def disable_gradient_checkpointing(self):
         """Keep all activations for the backward pass."""
         self.gradient_checkpointing = False
 
-    def compile_repeated_blocks(self, **compile_options):
+    def compile_repeated_blocks(self, *args, **compile_options):
         """Compile the blocks of both branches, one graph each, with `torch.compile`'s options."""
-        self.transformer.compile_repeated_blocks(**compile_options)
-        self.controlnet.compile_repeated_blocks(**compile_options)
+        # ModelMixin's would also compile the block within each control block.
+        self.transformer.compile_repeated_blocks(*args, **compile_options)
+        if self.controlnet.control_blocks:
+            self.controlnet.compile_repeated_blocks(*args, **compile_options)
 
     def forward(
         self,
@@ -91,7 +163,9 @@ class C2RTransformer(nn.Module):
         prompt_embeds: torch.Tensor,
         control_features: torch.Tensor | None = None,
         conditioning_scale: float | torch.Tensor = 1.0,
-    ) -> Transformer2DModelOutput:
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict the velocity of the noisy latents, steered by the control features.
 
         Args:
@@ -101,51 +175,37 @@ class C2RTransformer(nn.Module):
             control_features: (B, F, h, w, Dd), F = 4·(T − 1) + 1; None runs the backbone alone.
             conditioning_scale: factor of the control residuals, or (B,) one per sample; 0 leaves the backbone's output
                 unchanged.
+            attention_kwargs: the backbone's: {"scale": s} scales its LoRA.
+            return_dict: False returns a tuple.
 
         Returns:
             the output with `sample`, the predicted velocity, like noisy_latents.
 
         Raises:
-            ValueError: if the shapes do not fit.
+            ValueError: if the shapes do not fit, or a switch was set on the backbone alone.
         """
-        backbone = self.transformer
         token_grid = self._token_grid(noisy_latents)
         if isinstance(conditioning_scale, torch.Tensor) and conditioning_scale.shape != noisy_latents.shape[:1]:
             raise ValueError(
                 f"conditioning_scale has shape {tuple(conditioning_scale.shape)}: "
                 f"expected a float or one per sample, ({noisy_latents.shape[0]},)"
             )
+        self._refuse_switches_of_the_backbone()
 
-        rotary_emb = backbone.rope(noisy_latents)  # cos, sin: (1, N, 1, head_dim)
-        hidden_states = backbone.patch_embedding(noisy_latents)  # (B, D, T, h, w)
-        hidden_states = rearrange(hidden_states, "b d t h w -> b (t h w) d").contiguous()  # (B, N, D)
-        time_embedding, modulation, prompt_hidden_states, _ = backbone.condition_embedder(
-            timesteps, prompt_embeds, None
-        )  # (B, D), (B, 6·D), (B, L, D)
-        modulation = rearrange(modulation, "b (six d) -> b six d", six=6)
-        shared = (prompt_hidden_states, modulation, rotary_emb)  # inputs of all blocks of both branches
-
-        control_blocks = {}
+        control_blocks, control_hidden_states = {}, None
         if control_features is not None:
             control_hidden_states = self.controlnet.control_adapter(control_features, token_grid)  # (B, N, D)
             control_blocks = dict(zip(self.controlnet.config.injection_layers, self.controlnet.control_blocks))
-
-        # Each control block runs right after the block it steers, so at most one residual is alive.
-        for index, block in enumerate(backbone.blocks):
-            hidden_states = self._run_block(block, hidden_states, *shared)
-            if index in control_blocks:
-                control_hidden_states, residual = self._run_block(
-                    control_blocks[index], control_hidden_states, *shared
-                )
-                hidden_states = add_residual(hidden_states, residual, conditioning_scale)
-
-        # The one parameter that is used outside its own module's forward. ZeRO-3 gathers it on access (and never
-        # shards one so small), and FSDP2 holds it in the outermost module's group, which is whole during this forward.
-        shift, scale = (backbone.scale_shift_table + time_embedding.unsqueeze(1)).unbind(1)  # (B, D) each
-        normed = backbone.norm_out(hidden_states.float())
-        hidden_states = (normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)).type_as(hidden_states)
-        velocity_pred = self._unpatchify(backbone.proj_out(hidden_states), token_grid)
-        return Transformer2DModelOutput(sample=velocity_pred)
+        in_latents = self.controlnet.config.injection == "latent"
+        steering = _Steering(
+            self._run_block, control_blocks, control_hidden_states, conditioning_scale, in_latents=in_latents
+        )
+        with _steered(self.transformer.blocks, steering):
+            (velocity_pred,) = self.transformer(
+                noisy_latents, timesteps, prompt_embeds, return_dict=False, attention_kwargs=attention_kwargs
+            )
+        velocity_pred = velocity_pred.clone()  # the backbone's output is a view, of which FSDP2 warns
+        return Transformer2DModelOutput(sample=velocity_pred) if return_dict else (velocity_pred,)
 
     def _run_block(self, block, hidden_states, *shared):
         """Return `block(hidden_states, *shared)`, checkpointed if it is part of the autograd graph.
@@ -154,7 +214,7 @@ class C2RTransformer(nn.Module):
         """
         if not (self.gradient_checkpointing and hidden_states.requires_grad):
             return block(hidden_states, *shared)
-        return self._checkpointing_func(block, hidden_states, *shared)
+        return self._gradient_checkpointing_func(block, hidden_states, *shared)
 
     def _token_grid(self, noisy_latents):
         """Return (T, h, w), the grid of the backbone's tokens."""
@@ -166,12 +226,190 @@ class C2RTransformer(nn.Module):
             )
         return tuple(size // patch for size, patch in zip(noisy_latents.shape[2:], patch_size))
 
-    def _unpatchify(self, patches, token_grid):
-        """Put patches (B, N, pt·ph·pw·C) in their places: (B, C, T·pt, h·ph, w·pw)."""
-        (t, h, w), (pt, ph, pw) = token_grid, self.config.patch_size
-        return rearrange(
-            patches, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw
+    def _refuse_switches_of_the_backbone(self):
+        """Refuse what would be wrong without an error: it would act on the blocks without their control."""
+        if self.transformer.gradient_checkpointing:
+            raise ValueError(
+                "gradient checkpointing was enabled on the backbone: call enable_gradient_checkpointing of the joined "
+                "model instead"
+            )
+        hooks = _hooks(self.transformer) | _hooks(self.transformer.blocks[0])
+        if _STEERING_HOOK not in hooks and any(hook._is_stateful for hook in hooks.values()):
+            raise ValueError("a cache was enabled on the backbone: call enable_cache of the joined model instead")
+
+    # ---------------------------------------------------------------------------------------------------- caches
+
+    @property
+    def is_cache_enabled(self) -> bool:
+        """True from `enable_cache` to `disable_cache`."""
+        return self.transformer.is_cache_enabled
+
+    def enable_cache(self, config: Any) -> None:
+        """Reuse results of earlier denoising steps; where a block of the backbone is skipped, so is its control block.
+
+        Each pass of guidance must run in a `cache_context` of its own, as `C2RPipeline`'s passes do.
+
+        Args:
+            config: of one of Diffusers' caches.
+
+        Raises:
+            ValueError: this cache does not work here, or there is another one.
+        """
+        name = type(config).__name__
+        if isinstance(config, FasterCacheConfig):
+            raise ValueError(
+                f"{name}: FasterCache needs the passes of guidance in one batch, but here each runs by itself; use "
+                "another cache"
+            )
+        if self.is_cache_enabled:
+            self.transformer.enable_cache(config)  # raises
+        for index, block in enumerate(self.transformer.blocks):
+            # Before the cache's hooks, which then enclose it.
+            hook = _SteeringHook(self.transformer.blocks, index)
+            HookRegistry.check_if_exists_or_initialize(block).register_hook(hook, _STEERING_HOOK)
+        others = self._hooks_of_layers()
+        try:
+            self.transformer.enable_cache(config)
+            hooks = self._hooks_of_layers() - others
+            if not hooks:
+                raise ValueError(
+                    f"{name}: it finds no layer of Wan to act on, so it would change nothing; name layers in its "
+                    "config, or use another cache"
+                )
+        except BaseException:
+            self.disable_cache()
+            raise
+        if isinstance(config, PyramidAttentionBroadcastConfig):
+            for hook in hooks:
+                hook.states = StateManager(PyramidAttentionBroadcastState)
+                hook.state = _StateOfContext(hook.states)
+        HookRegistry.check_if_exists_or_initialize(self).invalidate_child_registries_cache()
+
+    def disable_cache(self) -> None:
+        """Compute everything in each step again."""
+        if self.is_cache_enabled:
+            self.transformer.disable_cache()
+        registry = HookRegistry.check_if_exists_or_initialize(self)
+        registry.remove_hook(_STEERING_HOOK, recurse=True)
+        registry.invalidate_child_registries_cache()
+
+    def _hooks_of_layers(self):
+        return {hook for part in self.transformer.children() for m in part.modules() for hook in _hooks(m).values()}
+
+    # ---------------------------------------------------------------------------------------------- PEFT adapters
+
+    @property
+    def _hf_peft_config_loaded(self):
+        return self.transformer._hf_peft_config_loaded
+
+    @property
+    def peft_config(self):
+        """Configs of the backbone's adapters by name."""
+        return self.transformer.peft_config
+
+
+def _of_the_backbone(name):
+    method = getattr(WanTransformer3DModel, name)
+
+    @wraps(method)
+    def call(self, *args, **kwargs):
+        return getattr(self.transformer, name)(*args, **kwargs)
+
+    return call
+
+
+for _name, _method in vars(PeftAdapterMixin).items():
+    if callable(_method) and not _name.startswith("_"):
+        setattr(C2RTransformer, _name, _of_the_backbone(_name))
+
+
+# --------------------------------------------------------------------------------------------------------- steering
+
+
+class _Steering:
+    """Runs the control blocks of one forward, so that at most one residual is alive."""
+
+    def __init__(self, run_block, control_blocks, control_hidden_states, conditioning_scale, in_latents):
+        self.run_block = run_block
+        self.control_blocks = control_blocks  # {index of a backbone's block: control block}
+        self.control_hidden_states = control_hidden_states  # (B, N, D)
+        self.conditioning_scale = conditioning_scale
+        self.in_latents = in_latents  # the control enters the patch-embedded latents, not the outputs of blocks
+
+    def run(self, index, block, hidden_states, *shared):
+        """Return the hidden states after a block of the backbone and its control block."""
+        if index == 0 and self.in_latents and self.control_hidden_states is not None:
+            hidden_states = add_residual(hidden_states, self.control_hidden_states, self.conditioning_scale)
+        hidden_states = self.run_block(block, hidden_states, *shared)
+        return hidden_states if _STEERING_HOOK in _hooks(block) else self.steer(index, hidden_states, *shared)
+
+    def steer(self, index, hidden_states, *shared):
+        """Return the hidden states of a block of the backbone plus the residual of its control block, if it has one.
+
+        The control block is given the same further inputs: prompt, modulation and rotary embedding.
+        """
+        if index not in self.control_blocks:
+            return hidden_states
+        self.control_hidden_states, residual = self.run_block(
+            self.control_blocks[index], self.control_hidden_states, *shared
         )
+        return add_residual(hidden_states, residual, self.conditioning_scale)
+
+
+class _SteeredBlocks(nn.ModuleList):
+    """The backbone's blocks in a forward of the joined model, where an iteration gives functions that steer them."""
+
+    steering: _Steering
+
+    def __iter__(self) -> Iterator[Any]:
+        return (partial(self.steering.run, index, block) for index, block in enumerate(super().__iter__()))
+
+
+@contextmanager
+def _steered(blocks: nn.ModuleList, steering: _Steering) -> Iterator[None]:
+    # The modules of the tree stay, with their names, hooks and shards: it is only iterated in another way.
+    kind = type(blocks)
+    blocks.__class__, blocks.steering = _SteeredBlocks, steering  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        blocks.__class__ = kind
+        del blocks.steering
+
+
+class _SteeringHook(ModelHook):
+    """Runs the control block within the forward of a block, so that a cache around it keeps and skips both."""
+
+    def __init__(self, blocks, index):
+        super().__init__()
+        self.blocks, self.index = blocks, index
+
+    def new_forward(self, module, hidden_states, *shared):
+        hidden_states = self.fn_ref.original_forward(hidden_states, *shared)
+        steering = getattr(self.blocks, "steering", None)  # None: the backbone runs by itself
+        return hidden_states if steering is None else steering.steer(self.index, hidden_states, *shared)
+
+
+class _StateOfContext:
+    """The state of the current `cache_context`, in place of Diffusers' one state for all passes of guidance."""
+
+    def __init__(self, states: StateManager):
+        object.__setattr__(self, "states", states)
+
+    def __getattr__(self, name):
+        return getattr(self.states.get_state(), name)
+
+    def __setattr__(self, name, value):
+        setattr(self.states.get_state(), name, value)
+
+    def reset(self):
+        self.states.reset()
+
+
+def _hooks(module):
+    """Return Diffusers' hooks of a module by name."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return {} if registry is None else registry.hooks
 
 
 def add_residual(

@@ -31,9 +31,14 @@ def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor
 
     The latents decide the device: an offloaded VAE follows them in its own hook.
     """
+    return vae.decode(denormalise_latents(vae, latents), return_dict=False)[0]
+
+
+def denormalise_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """Return z = z' · latents_std + latents_mean per channel, in the VAE's dtype, as the VAE's decoder takes it."""
     latents = latents.to(vae.dtype)
     latents_mean, latents_std = _latent_statistics(vae, latents.device, latents.dtype)
-    return vae.decode(latents * latents_std + latents_mean, return_dict=False)[0]
+    return latents * latents_std + latents_mean
 
 
 def decode_frames(vae: AutoencoderKLWan, latents: torch.Tensor) -> np.ndarray:

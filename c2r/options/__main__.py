@@ -10,7 +10,7 @@ def _default_text(option):
         return "required"
     if option.default is None or option.default is False or isinstance(option.type, Flag):
         return ""
-    return f"{option.default:g}" if isinstance(option.default, float) else str(option.default)
+    return option.default_text
 
 
 def markdown() -> str:

@@ -41,6 +41,12 @@ class Option:
     common: bool = False
     on_resume: str = FROM_COMMAND_LINE
 
+    @property
+    def default_text(self) -> str:
+        """The default as on a command line."""
+        values = self.default if isinstance(self.default, list) else [self.default]
+        return " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+
 
 @dataclass(frozen=True)
 class Command:

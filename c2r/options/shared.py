@@ -107,6 +107,22 @@ CLIP_OPTIONS = [
 ]
 
 
+def clip_option_words(args: Namespace) -> list[str]:
+    """Return the options that other commands need for the same clips, as words of a command line, without defaults."""
+    names = ("height", "width", "num_frames", "buckets", "fps", "vae_dtype", "cache_dir")
+    words = []
+    for option in (BASE_MODEL, *(option for option in CLIP_OPTIONS if option.name in names)):
+        value = getattr(args, option.name)
+        if value != option.default:
+            words += [f"--{option.name}", *_value_words(value)]
+    return words
+
+
+def _value_words(value):
+    values = value if isinstance(value, list) else [value]
+    return [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+
+
 def clip_settings(args: Namespace) -> ClipSettings:
     """Return the settings of the data stage that a command's options give.
 
@@ -132,7 +148,7 @@ def clip_settings(args: Namespace) -> ClipSettings:
 
 # ------------------------------------------------------------------------------------------------------------ sampling
 
-#: Kinds of guidance and their default text scales; those of `c2r.pipeline`, whose import takes seconds.
+#: Kinds of guidance and their default text scales; those of `c2r.guidance`, whose import takes seconds.
 GUIDANCE_SCALES = {"apg": 10.0, "cfg": 5.0}
 
 

@@ -23,15 +23,18 @@ from c2r.options.types import (
     FOLDER,
     FRAME_RATE,
     FRAMES,
+    LORA,
     MEMORY,
     MODEL,
     NOT_NEGATIVE,
     PIXELS,
+    PORT,
     POSITIVE,
     SEED,
     SHARE,
     Choice,
     Flag,
+    OrWord,
     Switch,
     Text,
 )
@@ -86,8 +89,18 @@ GENERATE = Command(
     "Turn a coarse video and a prompt into a real-looking video.",
     {
         "models": _all_common(
-            Option("model", "best/ or final/ of phase 2, or of phase 1 (without control)", FOLDER, required=True),
-            Option("backbone", "phase 1 folder that the ControlNet was trained on, if it was moved", FOLDER),
+            Option(
+                "model",
+                "best/ or final/ of phase 2, or of phase 1 (without control); or a folder that save_pretrained wrote, "
+                "or its hub name",
+                MODEL,
+                required=True,
+            ),
+            Option(
+                "backbone",
+                "backbone that the ControlNet was trained on, if it was moved, or a .gguf or float8 file of it",
+                Text("a folder or file"),
+            ),
             Option(
                 "pretrained_model_name_or_path",
                 "Wan pipeline with VAE, text encoder and scheduler; default: the one of training",
@@ -95,6 +108,14 @@ GENERATE = Command(
             ),
             Option("dinov3", "DINOv3 model; default: the one of training", MODEL),
             Option("dtype", "dtype of the weights; default: bf16 on a GPU, else fp32", Choice(("bf16", "fp32"))),
+            Option(
+                "lora",
+                "LoRA of Wan 2.1 to add to the backbone: a .safetensors file of Diffusers, ComfyUI or musubi-tuner, "
+                "or best/ of train_phase1.py --lora_rank; may be given several times; SCALE is 1 where none is given",
+                LORA,
+                metavar="FILE[:SCALE]",
+                repeatable=True,
+            ),
             Option("cpu_offload", "keep only the model in use on the GPU", Flag(), False),
             Option("vae_tiling", "decode in tiles: less memory, more time", Flag(), False),
             attention_option(ATTENTION_BACKENDS + INFERENCE_BACKENDS),
@@ -118,8 +139,28 @@ GENERATE = Command(
                 Flag(),
                 False,
             ),
-            Option("num_frames", "frames, 4k + 1; default: as trained", FRAMES),
-            Option("fps", "frames per second of the output and of the coarse video; default: as trained", FRAME_RATE),
+            Option(
+                "num_frames",
+                "frames, or all: as many as the coarse video has; default: as trained",
+                OrWord(FRAMES, "all"),
+            ),
+            Option(
+                "fps",
+                "frames per second of the output and of the coarse video, or control: the coarse video's own; "
+                "default: as trained",
+                OrWord(FRAME_RATE, "control"),
+            ),
+            Option(
+                "window_frames",
+                "frames of a window, 4k + 1; a longer video is made of overlapping windows that are denoised "
+                "together; default: as trained",
+                FRAMES,
+            ),
+            Option(
+                "window_overlap",
+                "frames that neighbouring windows share, 4k + 1; default: about a quarter of a window",
+                FRAMES,
+            ),
             Option("seed", "seed of the noise of each video", SEED, 0),
         ),
         "sampling": [
@@ -131,6 +172,38 @@ GENERATE = Command(
                 Option("flow_shift", "shift of the noise levels; default: as trained, else 3", POSITIVE),
             ),
         ],
+    },
+)
+
+APP = Command(
+    "python -m c2r.app",
+    "Try a model in the browser: coarse video and prompt in, realistic video out.",
+    {
+        "models": [
+            replace(option, help=f"{option.help}; also the first word without --model")
+            if option.name == "model"
+            else option
+            for option in GENERATE.groups["models"]
+        ],
+        "videos": [
+            *(GENERATE.options[name] for name in ("height", "width")),
+            replace(
+                GENERATE.options["num_frames"], help="most frames of a video, 4k + 1; default: as trained", type=FRAMES
+            ),
+            replace(GENERATE.options["fps"], help="frames per second; default: as trained", type=FRAME_RATE),
+            *(GENERATE.options[name] for name in ("window_frames", "window_overlap", "flow_shift")),
+            Option("lora_dir", "folder with LoRAs to choose from on the page", FOLDER),
+        ],
+        "page": _all_common(
+            Option(
+                "host",
+                "address that the page is served at; the default is seen by this machine alone, and there is no "
+                "password",
+                default="127.0.0.1",
+            ),
+            Option("port", "port that the page is served at", PORT, 7860),
+            Option("max_upload_mb", "largest coarse video in MB; of a sequence, all pictures together", COUNT, 500),
+        ),
     },
 )
 
@@ -150,11 +223,9 @@ ENGINES = ("single_gpu", "multi_gpu", "deepspeed_zero2", "deepspeed_zero3", "dee
 _OF_BOTH_PHASES = (
     *("height", "width", "num_frames", "buckets", "train_batch_size", "gradient_accumulation_steps"),
     *("max_train_steps", "mixed_precision", "weight_storage", "optimizer", "ema_decay", "gradient_checkpointing"),
-    *("offload_activations", "ffn_chunks", "step_in_backward", "max_grad_norm"),
+    *("offload_activations", "ffn_chunks", "step_in_backward", "max_grad_norm", "offload_backbone"),
 )
-_OF_PHASE2 = (
-    *("control_layers", "control_stride", "adversarial_weight", "num_samples", "offload_backbone", "fp8_backbone"),
-)
+_OF_PHASE2 = ("injection", "control_layers", "control_stride", "adversarial_weight", "num_samples", "fp8_backbone")
 
 
 def _estimate_options():
@@ -164,10 +235,15 @@ def _estimate_options():
         if isinstance(option.type, Flag | Switch) or (other is not None and other.default == option.default):
             yield option
         else:
-            default = (
-                f"{option.default:g}" if other is None else f"{other.default:g} in phase 1, {option.default:g} in 2"
-            )
+            default = _text(option.default)
+            if other is not None:
+                default = f"{_text(other.default)} in phase 1, {default} in 2"
             yield replace(option, default=None, help=f"{option.help}; default: {default}")
+    yield PHASE1.options["lora_rank"]
+
+
+def _text(value):
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _check_estimate(args):
@@ -175,8 +251,10 @@ def _check_estimate(args):
         for name in _OF_PHASE2:
             value = getattr(args, name)
             if value is not None and value is not False:
-                given = name if value is True else f"{name} {value:g}"
+                given = name if value is True else f"{name} {_text(value)}"
                 raise InputError(f"--{given}: phase 1 has no control; leave it out, or give --phase 2")
+    elif args.lora_rank is not None:
+        raise InputError(f"--lora_rank {args.lora_rank}: phase 2 trains no LoRA; leave it out, or give --phase 1")
     if args.engine == "single_gpu" and args.num_processes > 1:
         raise InputError(f"--num_processes {args.num_processes}: --engine single_gpu has one; give another engine")
     if args.measure and args.engine != "single_gpu":
@@ -307,6 +385,41 @@ PREPARE = Command(
         )
     },
     _check_prepare,
+)
+#: Forms that c2r.export writes, each with a function in `c2r.export.FORMATS`.
+EXPORT_FORMATS = ("original", "lora", "lora-comfyui", "pipeline")
+EXPORT = _command_of_one_group(
+    "python -m c2r.export",
+    "Write a trained model in a form that other programs read.",
+    Option("model", "best/ or final/ of a phase", FOLDER, required=True),
+    Option(
+        "format",
+        "original: phase 1 as one .safetensors file in Wan's original layout, as ComfyUI and DiffSynth read it, "
+        "with its LoRA if it trained one; lora, lora-comfyui: this LoRA alone, for Diffusers or ComfyUI; "
+        "pipeline: either phase with all models that it needs, as one Diffusers folder",
+        Choice(EXPORT_FORMATS),
+        required=True,
+    ),
+    Option("output", "file or folder to write", Text("a file or folder"), required=True),
+    Option(
+        "dtype",
+        "dtype of the weights; default: as they are stored, of a pipeline fp32",
+        Choice(("bf16", "fp16", "fp32")),
+    ),
+)
+REPORT = _command_of_one_group(
+    "python -m c2r.report",
+    "Write one HTML page on one or several runs: curves, paired differences, samples, options.",
+    Option(
+        "runs",
+        "output folders of runs, finished or running, the first being what the others are compared with; also the "
+        "first words without --runs",
+        Text("folders"),
+        metavar="RUN",
+        several=True,
+        required=True,
+    ),
+    Option("output", "HTML file to write", FILE, "report.html"),
 )
 QUICKSTART = _command_of_one_group(
     "python -m c2r.quickstart",

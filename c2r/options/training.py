@@ -4,8 +4,10 @@ import os
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 
 from c2r import InputError
+from c2r.models.injections import INJECTIONS
 from c2r.options.option import MUST_NOT_CHANGE, NEW_BASELINE, Command, Option
 from c2r.options.presets import PRESETS, preset_options
 from c2r.options.shared import (
@@ -25,7 +27,6 @@ from c2r.options.types import (
     COUNT,
     COUNT_OR_ZERO,
     DURATION,
-    FILE,
     FOLDER,
     NOT_NEGATIVE,
     POSITIVE,
@@ -43,7 +44,17 @@ from c2r.options.types import (
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 
+#: Trackers of --report_to, which are also the names of their packages.
+TRACKERS = {"tensorboard": "tensorboard==2.21.0", "wandb": "wandb==0.31.0", "trackio": "trackio==0.43.0"}
+
 DATASET_METAVAR = "FOLDER[:WEIGHT]"
+
+OFFLOAD_BACKBONE = Option(
+    "offload_backbone",
+    "keep the frozen backbone's blocks in the CPU's memory and copy each to the device while it runs",
+    Switch(),
+    False,
+)
 
 
 def _training_groups(phase, before_data, after_data, **defaults):
@@ -94,7 +105,14 @@ def _training_groups(phase, before_data, after_data, **defaults):
                 metavar="|".join(PRESETS[phase]),
                 common=True,
             ),
-            Option("report_to", "tracker that gets the logs", Choice(("tensorboard", "none")), "tensorboard"),
+            Option(
+                "report_to",
+                "one or several trackers that get numbers, pictures and videos; all: those that are installed",
+                Choice((*TRACKERS, "all", "none")),
+                ["tensorboard"],
+                metavar="TRACKER",
+                several=True,
+            ),
             TIMEOUT,
         ],
         "model and data": [
@@ -122,7 +140,13 @@ def _training_groups(phase, before_data, after_data, **defaults):
             ),
             Option("gradient_accumulation_steps", "micro-steps per optimizer step", COUNT, common=True),
             Option("max_train_steps", "optimizer steps of the run", COUNT, common=True),
-            Option("learning_rate", "learning rate after the warm-up", NOT_NEGATIVE, common=True),
+            Option(
+                "learning_rate",
+                "learning rate after the warm-up"
+                + ("; default: 1e-5, and 1e-4 with --lora_rank" if phase == "1" else ""),
+                NOT_NEGATIVE,
+                common=True,
+            ),
             Option(
                 "lr_scheduler",
                 "learning rate schedule of diffusers.optimization",
@@ -258,11 +282,33 @@ def _training_groups(phase, before_data, after_data, **defaults):
 def _check_training(args):
     clip_settings(args)
     check_modes(args)
+    chosen_trackers(args.report_to)
     if args.save_before_timeout is not None and not os.environ.get("SLURM_JOB_END_TIME", "").isdigit():
         raise InputError(
             f"--save_before_timeout {args.save_before_timeout:g}s: the end of this slot is unknown; outside Slurm set "
             "SLURM_JOB_END_TIME to its end in seconds since 1970"
         )
+
+
+def chosen_trackers(report_to: list[str]) -> list[str]:
+    """Return the trackers that --report_to names.
+
+    Raises:
+        InputError: none beside others, or a tracker whose package is not installed.
+    """
+    given = "--report_to " + " ".join(report_to)
+    if "none" in report_to and len(report_to) > 1:
+        raise InputError(f"{given}: none excludes the others; leave it out, or give it alone")
+    # A folder wandb/, which wandb makes where it is started, is found too; but it has no file.
+    specs = {name: find_spec(name) for name in TRACKERS}
+    installed = [name for name, spec in specs.items() if spec is not None and spec.origin is not None]
+    if "all" in report_to:
+        return installed
+    chosen = [name for name in TRACKERS if name in report_to]
+    for name in chosen:
+        if name not in installed:
+            raise InputError(f"{given}: needs {name}; pip install {TRACKERS[name]}, or leave it out")
+    return chosen
 
 
 def check_modes(args: Namespace):
@@ -289,7 +335,16 @@ def check_modes(args: Namespace):
             "--step_in_backward: the norm of all gradients, which clipping needs, is known only after the last step; "
             "give --max_grad_norm 0"
         )
-    for option in ("offload_backbone", "fp8_backbone"):  # phase 1 has no frozen backbone
+    if (getattr(args, "dit_path", None) or "").endswith(".gguf"):
+        raise InputError(
+            f"--dit_path {args.dit_path}: the weights of a GGUF file are quantised, which cannot be trained; give the "
+            "bf16, fp16 or fp32 .safetensors file"
+        )
+    if getattr(args, "fp8_backbone", False) and (args.resume_backbone_from or "").endswith(".gguf"):
+        raise InputError(
+            f"--fp8_backbone: the weights of {args.resume_backbone_from} are quantised already; leave it out"
+        )
+    for option in ("offload_backbone", "fp8_backbone"):  # phase 1 does not have both
         if getattr(args, option, False) and args.gradient_checkpointing == "none":
             raise InputError(
                 f"--{option}: with --gradient_checkpointing none the device would hold whole weights of all blocks; "
@@ -303,12 +358,39 @@ def _require_compilable(args):
         "gradient_checkpointing selective": args.gradient_checkpointing == "selective",
         "offload_activations": args.offload_activations,
         f"ffn_chunks {args.ffn_chunks}": args.ffn_chunks > 1,
-        "offload_backbone": getattr(args, "offload_backbone", False),  # phase 1 has no frozen backbone
+        "offload_backbone": args.offload_backbone,
         "fp8_backbone": getattr(args, "fp8_backbone", False),
     }
     for option, given in together.items():
         if given:
             raise InputError(f"--compile: is not tested with --{option}; leave one of them out")
+
+
+def has_frozen_backbone(args: Namespace) -> bool:
+    """Return True for options of phase 2, and of phase 1 with a LoRA."""
+    return hasattr(args, "control_layers") or args.lora_rank is not None
+
+
+def require_frozen_backbone(args: Namespace):
+    """Raise InputError for an option that needs a frozen backbone."""
+    if args.offload_backbone and not has_frozen_backbone(args):
+        raise InputError(
+            "--offload_backbone: the backbone trains; give --lora_rank, which freezes it, or leave it out"
+        )
+
+
+def _phase1_defaults(given):
+    """Return the values that other options have by --preset or --lora_rank."""
+    options = preset_options("1", given)
+    if given.get("lora_rank") is not None:
+        # B starts at zero, and a weight changes by the product of two small matrices.
+        options = {"learning_rate": 1e-4} | options
+    return options
+
+
+def _check_phase1(args):
+    require_frozen_backbone(args)
+    _check_training(args)
 
 
 def _check_phase2(args):
@@ -340,8 +422,9 @@ PHASE1 = Command(
         [
             Option(
                 "dit_path",
-                "single-file DiT (.safetensors) to start from instead of the pipeline's transformer/",
-                FILE,
+                "DiT to start from instead of the pipeline's transformer/: a .safetensors file, or a folder in "
+                "Diffusers' or Wan's own layout",
+                Text("a file or folder"),
                 common=True,
                 on_resume=MUST_NOT_CHANGE,
             )
@@ -351,9 +434,22 @@ PHASE1 = Command(
         gradient_accumulation_steps=8,
         max_train_steps=10_000,
         learning_rate=1e-5,
-    ),
-    _check_training,
-    partial(preset_options, "1"),
+    )
+    | {
+        "LoRA on a frozen backbone": [
+            Option(
+                "lora_rank",
+                "train a LoRA of this rank, such as 64, on the linear layers of all blocks, over the backbone frozen "
+                "in the --mixed_precision: less memory, smaller files; needs peft",
+                COUNT,
+                common=True,
+                on_resume=MUST_NOT_CHANGE,
+            ),
+            OFFLOAD_BACKBONE,
+        ]
+    },
+    _check_phase1,
+    _phase1_defaults,
 )
 
 PHASE2 = Command(
@@ -364,7 +460,8 @@ PHASE2 = Command(
         [
             Option(
                 "resume_backbone_from",
-                "frozen backbone: best/ or final/ of phase 1, a Diffusers transformer folder or a .safetensors file",
+                "frozen backbone: best/ or final/ of phase 1, a folder in Diffusers' or Wan's own layout, or a "
+                ".safetensors or .gguf file",
                 Text("a folder or file"),
                 metavar="PATH",
                 required=True,
@@ -402,12 +499,7 @@ PHASE2 = Command(
     )
     | {
         "frozen backbone": [
-            Option(
-                "offload_backbone",
-                "keep the backbone's blocks in the CPU's memory and copy each to the device while it runs",
-                Switch(),
-                False,
-            ),
+            OFFLOAD_BACKBONE,
             Option(
                 "fp8_backbone",
                 "store the matrices of the backbone's blocks in 8 bit; on the toy this changes the gradients by 2 %",
@@ -417,10 +509,34 @@ PHASE2 = Command(
             ),
         ],
         "control": [
-            Option("control_layers", "number of ControlNet blocks", COUNT, 15, common=True, on_resume=MUST_NOT_CHANGE),
+            Option(
+                "injection",
+                "blocks: ControlNet blocks add residuals after the backbone's blocks; latent: no blocks, the tokens "
+                "of the adapter are added once to the patch-embedded latents, as in the released C2R",
+                Choice(INJECTIONS),
+                "blocks",
+                on_resume=MUST_NOT_CHANGE,
+            ),
+            Option(
+                "resume_controlnet_from",
+                "control weights to start from: best/ or final/ of phase 2, or a file of the released C2R; default: "
+                "clones of the backbone's blocks",
+                Text("a folder or file"),
+                metavar="PATH",
+                on_resume="not used",
+            ),
+            Option(
+                "control_layers",
+                "number of ControlNet blocks; not used with --injection latent",
+                COUNT,
+                15,
+                common=True,
+                on_resume=MUST_NOT_CHANGE,
+            ),
             Option(
                 "control_stride",
-                "backbone blocks per ControlNet block: 1 injects after the first blocks, 3 after every third",
+                "backbone blocks per ControlNet block: 1 injects after the first blocks, 3 after every third; not "
+                "used with --injection latent",
                 COUNT,
                 1,
                 on_resume=MUST_NOT_CHANGE,
@@ -462,7 +578,6 @@ PHASE2 = Command(
                 "lower bound of --cg_ratio, which is halved while the samples' CG look stays above --monitor_bound; "
                 "default: --cg_ratio stays as it is",
                 SHARE,
-                common=True,
             ),
         ],
         "sample videos and CG monitor": [

@@ -95,6 +95,20 @@ class Checked:
 
 
 @dataclass(frozen=True)
+class OrWord:
+    """A value of another type, or one word."""
+
+    other: Callable[[str], Any]
+    word: str
+
+    def __call__(self, text: str) -> Any:
+        return text if text == self.word else self.other(text)
+
+    def __str__(self):
+        return f"{self.other}, or {self.word}"
+
+
+@dataclass(frozen=True)
 class Flag:
     """An option without a value: off unless it is given."""
 
@@ -118,6 +132,15 @@ def _duration(text):
         raise ValueError("not a duration; give one such as 90s, 5m or 1h") from None
 
 
+def _lora(text):
+    """Return (path, scale)."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        return (path, ANY_NUMBER(scale)) if colon else (text, 1.0)
+    except ValueError:
+        raise ValueError("its scale is no number; give FILE:SCALE, such as style.safetensors:0.8") from None
+
+
 def _memory(text):
     number = re.fullmatch(r"(.+?)\s*GI?B?", text.upper())
     try:
@@ -129,6 +152,7 @@ def _memory(text):
 COUNT = Number(least=1, whole=True)
 COUNT_OR_ZERO = Number(least=0, whole=True)
 SEED = Number(least=0, most=2**31 - 1, whole=True)  # numpy takes no others
+PORT = Number(least=1, most=65_535, whole=True)
 POSITIVE = Number(above=0)
 FRAME_RATE = Number(above=0, most=1000)  # a rate of a billion would cut a second of video into millions of clips
 NOT_NEGATIVE = Number(least=0)
@@ -141,5 +165,6 @@ MODEL = Text("a folder or hub name")
 PIXELS = Checked(check_pixels, "pixels, divisible by 16")
 FRAMES = Checked(check_num_frames, "frames, 4k + 1")
 BUCKET = Checked(parse_bucket, "frames x height x width")
+LORA = Checked(_lora, "a file or folder, and perhaps a scale")
 MEMORY = Checked(_memory, "a size such as 16GB")
 DURATION = Checked(_duration, "a duration such as 90s, 5m or 1h")

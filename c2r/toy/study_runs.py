@@ -12,7 +12,6 @@ import yaml
 
 from c2r import InputError
 from c2r.data.video import read_window
-from c2r.evaluation.samples import COLUMNS
 from c2r.models.contract import read_contract
 from c2r.toy import city
 from c2r.toy.commands import LAUNCH, PHASE1, PHASE2, run_command
@@ -20,6 +19,7 @@ from c2r.toy.folder import Toy, read_toy
 from c2r.toy.layout import correlations, edge_map, people_correlations
 from c2r.toy.pixel_dinov3 import write_pixel_dinov3
 from c2r.toy.study_results import MEASURES, Result
+from c2r.training.output_files import SAMPLE_COLUMNS
 
 RATIOS = (0.0, 0.1, 0.2, 0.5, 1.0)
 #: Options of every run, over those of the toy's phase2.yaml.
@@ -179,7 +179,7 @@ def measure_layout(toy_dir: Path, samples: Path) -> dict[str, float]:
 
     Args:
         toy_dir: the toy's folder; its first test scenes are those of the samples.
-        samples: folder with one row of videos, `COLUMNS` side by side, for each scene.
+        samples: folder with one row of videos, `SAMPLE_COLUMNS` side by side, for each scene.
 
     Returns:
         the first four of `MEASURES`.
@@ -200,8 +200,8 @@ def measure_layout(toy_dir: Path, samples: Path) -> dict[str, float]:
 
 def _read_row(path: Path, toy: Toy) -> dict[str, torch.Tensor]:
     """Return {column: (F, 3, H, W) float in [0, 255]} of a sample video."""
-    row = read_window(path, 0.0, toy["num_frames"], toy["fps"], toy["height"], len(COLUMNS) * toy["width"])
-    return dict(zip(COLUMNS, row.float().chunk(len(COLUMNS), dim=-1)))
+    row = read_window(path, 0.0, toy["num_frames"], toy["fps"], toy["height"], len(SAMPLE_COLUMNS) * toy["width"])
+    return dict(zip(SAMPLE_COLUMNS, row.float().chunk(len(SAMPLE_COLUMNS), dim=-1)))
 
 
 def _edge_maps(clips: Sequence[torch.Tensor]) -> list[torch.Tensor]:

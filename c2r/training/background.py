@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from c2r.training.engine import failing_together
+from c2r.training.failing_together import failing_together
 
 _WRITING, _WRITTEN, _FAILED = 0, 1, 2
 

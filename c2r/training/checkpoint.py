@@ -1,7 +1,8 @@
 """Save and load the checkpoints of a run.
 
     outputs/phase2/checkpoint-2000/
-        model/                                the trainable weights in fp32, a folder that from_pretrained loads
+        model/                                the trainable weights in fp32, a folder that from_pretrained loads;
+                                              with --lora_rank that load_lora_weights loads
         domain_classifier/                    with --adversarial_weight, likewise
         optimizer-00000-of-00001.safetensors  moments; one file per process where the engine splits them
         ema-00000-of-00001.safetensors        with --ema_decay, likewise
@@ -30,13 +31,15 @@ from c2r.models.assembly import load_own_model
 from c2r.models.contract import with_weights
 from c2r.sampler import MixedCGRealSampler
 from c2r.training.background import BackgroundWrite
-from c2r.training.engine import failing_together, gathered_state_dict, sharding
-from c2r.training.logs import tensorboard_writer
+from c2r.training.engine import sharding
+from c2r.training.failing_together import failing_together
 from c2r.training.optimizer import set_schedule
 from c2r.training.resume import find_damage, list_checkpoints, saved_options
 from c2r.training.run import Run, TrainState
 from c2r.training.shards import ema_shard, has_states, load_ema, load_optimizer, optimizer_shard, shard_files
+from c2r.training.split_weights import gathered_state_dict
 from c2r.training.state_file import STATE, read_state
+from c2r.training.trackers import tensorboard_writer
 
 # ---------------------------------------------------------------------------------------------------------------- save
 

@@ -86,7 +86,7 @@ def dry_run(train: Callable[[Run], Plan], args: Namespace):
     out = Path(args.output_dir).absolute()
     folder = out.with_name(f".{out.name}.dry_run")
     leg = Namespace(**vars(args))
-    leg.output_dir, leg.report_to, leg.resume_from_checkpoint = str(folder), "none", "latest"
+    leg.output_dir, leg.report_to, leg.resume_from_checkpoint = str(folder), ["none"], "latest"
     leg.checkpointing_steps = leg.validation_steps = leg.sample_steps = leg.checkpoints_total_limit = 1
     started = time.perf_counter()
     shutil.rmtree(folder, ignore_errors=True)  # left by a dry run that was killed

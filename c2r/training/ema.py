@@ -7,7 +7,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from transformers.integrations import unset_hf_deepspeed_config
 
-from c2r.training.engine import drop_gathered, local_shard
+from c2r.training.split_weights import drop_gathered, local_shard
 
 
 def build_ema(module: torch.nn.Module, decay: float | None) -> EMAModel | None:

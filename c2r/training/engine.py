@@ -8,8 +8,6 @@ import logging
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from operator import attrgetter
 from pathlib import Path
@@ -25,19 +23,15 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
-    gather_object,
     get_cpu_distributed_information,
 )
-from safetensors import SafetensorError
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from c2r import InputError
-from c2r.files import fingerprint, write_problem
+from c2r.files import write_problem
 from c2r.models.offloading import stored_names
 from c2r.training.compilation import require_compiler
-from c2r.training.optimizer import adamw_8bit, exact_state_dict
+from c2r.training.optimizer import adamw_8bit
 from c2r.training.watchdog import joining
 
 logger = logging.getLogger(__name__)
@@ -73,8 +67,10 @@ def build_accelerator(args: Namespace) -> Accelerator:
     deepspeed = _launched_with("DEEPSPEED")
     on_cpu = not torch.accelerator.is_available()
     group: dict[str, Any] = {"timeout": collective_timeout(args)}
+    if on_cpu:  # Accelerate imports DeepSpeed wherever it is installed, which warns if it has to find this out
+        os.environ["DS_ACCELERATOR"] = "cpu"
     if deepspeed and on_cpu:
-        os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         group["backend"] = "gloo"
     with joining(60 * args.distributed_timeout_minutes):
         accelerator = Accelerator(
@@ -85,7 +81,6 @@ def build_accelerator(args: Namespace) -> Accelerator:
                 sync_each_batch=_launched_with("FSDP"),
             ),
             mixed_precision="no",
-            log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
             deepspeed_plugin=_deepspeed_plugin(args) if deepspeed else None,
             kwargs_handlers=[
@@ -298,11 +293,17 @@ def check_options(args: Namespace, engine: str | None, num_processes: int):
             "single_gpu.yaml"
         )
     for option in ("offload_backbone", "fp8_backbone"):
-        if getattr(args, option, False) and engine is not None:  # phase 1 has no frozen backbone
+        if getattr(args, option, False) and engine is not None:  # phase 1 has no --fp8_backbone
             raise InputError(
                 f"--{option}: {ENGINE_NAMES[engine]} moves or splits all weights by itself; leave it out, or give "
                 "single_gpu.yaml or multi_gpu.yaml"
             )
+    backbone = getattr(args, "resume_backbone_from", None) or ""
+    if backbone.endswith(".gguf") and engine is not None:
+        raise InputError(
+            f"--resume_backbone_from {backbone}: {ENGINE_NAMES[engine]} cannot split the weights of a GGUF file; give "
+            "single_gpu.yaml or multi_gpu.yaml, or the .safetensors file"
+        )
 
 
 def reads_weights(accelerator: Accelerator) -> bool:
@@ -332,98 +333,3 @@ def prepare(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.o
         # outermost module, which Wan has.
         model.get_parameter_or_buffer = lambda name: attrgetter(name)(model)  # type: ignore[assignment]
     return accelerator.prepare(model, optimizer)
-
-
-def local_shard(parameter: torch.Tensor) -> torch.Tensor:
-    """Return the part of a parameter that this process holds, sharing its memory; all of it without sharding."""
-    if isinstance(parameter, DTensor):
-        return parameter.to_local()
-    return getattr(parameter, "ds_tensor", parameter).detach()
-
-
-def drop_gathered(model: torch.nn.Module):
-    """Free the gathered weights of a prepared model, so that each process holds its own part alone.
-
-    After a forward without backward FSDP2 keeps the root's weights gathered. ZeRO-3 keeps all small weights, and still
-    fetches those of the modules that a training step would run next.
-    """
-    zero3 = getattr(model, "optimizer", None)
-    if hasattr(zero3, "empty_partition_cache"):  # the engine's own method also collects garbage, up to a second a call
-        zero3.empty_partition_cache()
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def local_fingerprint(module: torch.nn.Module, model: torch.nn.Module) -> str:
-    """Return the SHA-256 of this process's part of a module's parameters.
-
-    Args:
-        module: a part of the prepared model.
-        model: the prepared model that holds it.
-    """
-    drop_gathered(model)
-    return fingerprint((name, local_shard(parameter)) for name, parameter in module.named_parameters())
-
-
-@torch.no_grad()
-def gathered_state_dict(
-    accelerator: Accelerator, module: torch.nn.Module, optimizer: Any = None
-) -> dict[str, torch.Tensor]:
-    """Return the whole weights of a prepared module, as `save_pretrained` writes them. Call it on every process.
-
-    Args:
-        accelerator: the run's.
-        module: the prepared model or a part of it, unwrapped.
-        optimizer: holds the low bits that `--weight_storage bf16` keeps beside the module.
-
-    Returns:
-        {name: tensor} on the main process, {} on the others. Sharded weights are gathered one by one, to the CPU.
-    """
-    engine = sharding(accelerator)
-    if engine in (None, "zero2"):
-        return exact_state_dict(module, optimizer) if accelerator.is_main_process else {}
-    if engine == "zero3":
-        drop_gathered(accelerator.deepspeed_engine_wrapped.engine)  # weights being fetched cannot be gathered
-    state_dict = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        with _gathered(tensor) as whole:
-            if accelerator.is_main_process:
-                state_dict[name] = whole.detach().to("cpu", copy=True)
-    return state_dict
-
-
-@contextmanager
-def _gathered(tensor):
-    if isinstance(tensor, DTensor):
-        yield tensor.full_tensor()
-    elif hasattr(tensor, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([tensor]):
-            yield tensor
-    else:
-        yield tensor
-
-
-@contextmanager
-def failing_together(accelerator: Accelerator, path: str | Path) -> Iterator[None]:
-    """Raise one `InputError` on all processes if a write fails on one; otherwise the others would wait without end.
-
-    Args:
-        accelerator: the run's; enter and leave the context on every process.
-        path: file or folder that is written, for the message.
-    """
-    failure = None
-    try:
-        yield
-    except InputError as error:
-        failure = str(error)
-    except (OSError, SafetensorError) as error:
-        failure = (
-            f"{path}: cannot be written ({write_problem(error, path)}); earlier checkpoints are kept; "
-            "fix it and restart with --resume_from_checkpoint latest"
-        )
-    failures = [failure for failure in gather_object([failure]) if failure is not None]
-    if failures:
-        raise InputError(failures[0])

@@ -1,4 +1,4 @@
-"""The numbers of a training run: what a step logs, and the TensorBoard files."""
+"""The numbers that a training run logs in each step, and the start of its logs."""
 
 import time
 from argparse import Namespace
@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.utils.tensorboard import SummaryWriter
 
 from c2r.training.progress import Progress
+from c2r.training.trackers import build_trackers
 from c2r.units import GIB
 
 
@@ -22,16 +22,23 @@ def start_logs(accelerator: Accelerator, args: Namespace, progress: Progress, re
         progress: from the checkpoint.
         repeat_step: also remove the numbers of that step and log them again, because its validation is still to come.
     """
-    config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in vars(args).items()}
+    config = {name: _as_text(value) for name, value in vars(args).items()}
     purge_step = progress.global_step if repeat_step else progress.global_step + 1
-    accelerator.init_trackers("", config=config, init_kwargs={"tensorboard": {"purge_step": purge_step}})
+    for tracker in accelerator.trackers:  # of the first leg of a dry run
+        tracker.finish()
+    accelerator.trackers.clear()
+    # Built only now, because they must know the step: `Accelerator.init_trackers` would build each by its name.
+    accelerator.log_with = build_trackers(accelerator, args, purge_step, resumed=progress.global_step > 0)
+    accelerator.init_trackers("", config=config)
     if repeat_step and progress.logs:
         accelerator.log(progress.logs, progress.global_step)
 
 
-def tensorboard_writer(accelerator: Accelerator) -> SummaryWriter | None:
-    """Return the run's TensorBoard writer; None on other processes and with `--report_to none`."""
-    return next((tracker.tracker for tracker in accelerator.trackers if tracker.name == "tensorboard"), None)
+def _as_text(value):
+    """Return an option's value as trackers take it: a number or text."""
+    if isinstance(value, int | float | str):
+        return value
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 #: Bounds of the noise levels whose losses are logged apart: low noise is detail, high noise is layout.

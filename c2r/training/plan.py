@@ -8,19 +8,21 @@ from typing import Any, Protocol, TypeVar
 import torch
 from diffusers import WanTransformer3DModel
 
+from c2r import InputError
 from c2r.data.clips import Clip, Clips
 from c2r.data.mixture import Mixture, read_mixture, read_on_all
 from c2r.encoding.cache import current_encoders, encoder_fingerprint
 from c2r.encoding.encoding_pass import encode_control, encode_missing
 from c2r.encoding.missing import find_missing, find_missing_control
 from c2r.estimation.configs import ModelConfigs
-from c2r.models.assembly import check_transformer, read_transformer_config
+from c2r.models.assembly import check_transformer, control_start_config, quantised_types, read_transformer_config
 from c2r.models.attention import try_attention_backend
-from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet, injection_layers
+from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet, layers_of
 from c2r.models.dinov3 import check_dinov3, read_dinov3_config
 from c2r.models.hub import resolve_model_folder
+from c2r.models.lora import LoraWeights, require_peft
 from c2r.models.parts import ENCODERS, check_pipeline_parts
-from c2r.training.engine import failing_together
+from c2r.training.failing_together import failing_together
 from c2r.training.preflight import (
     count_parameters,
     fingerprint_backbone,
@@ -58,17 +60,26 @@ def check_phase1(run: Run) -> Plan:
         InputError: access, models, datasets, batches, memory, disk or checkpoint do not allow the run.
     """
     args, base_model = run.args, run.args.pretrained_model_name_or_path
+    if args.lora_rank is not None:
+        require_peft()
     require_access(base_model)
     backbone = args.dit_path or base_model
     config = read_transformer_config(backbone, base_model)
     _check_attention(run, config)
     plan = Plan(backbone, config, *_read_mixtures(run))
-    plan.num_trainable = count_parameters(WanTransformer3DModel, config)
-    preflight(run, plan.mixtures, ModelConfigs(config), plan.num_trainable, frozen=0)
+    plan.num_trainable, num_frozen = count_parameters(WanTransformer3DModel, config), 0
+    if args.lora_rank is not None:
+        plan.config, num_frozen = LoraWeights.config_of(config, args.lora_rank), plan.num_trainable
+        plan.num_trainable = count_parameters(LoraWeights, plan.config)
+    preflight(run, plan.mixtures, ModelConfigs(config), plan.num_trainable, num_frozen)
     _check_inputs(run, plan)
     check_pipeline_parts(base_model)
     check_transformer(backbone, base_model)
-    if run.checkpoint is not None:
+    if args.lora_rank is not None:
+        option = "dit_path" if args.dit_path else "pretrained_model_name_or_path"
+        plan.inputs["backbone"] = fingerprint_backbone(run.accelerator, option, backbone, base_model)
+        _check_inputs(run, plan)  # again, with the fingerprint that took long
+    elif run.checkpoint is not None:
         plan.backbone = str(run.checkpoint / "model")
     return plan
 
@@ -82,24 +93,48 @@ def check_phase2(run: Run) -> Plan:
     require_access(base_model, args.dinov3)
     backbone_config = read_transformer_config(args.resume_backbone_from, base_model)
     _check_attention(run, backbone_config)
-    layers = injection_layers(args.control_layers, args.control_stride, backbone_config["num_layers"])
+    layers = layers_of(args.injection, args.control_layers, args.control_stride, backbone_config["num_layers"])
     feature_dim, num_dinov3 = check_dinov3(args.dinov3, [bucket[1:] for bucket in run.settings.buckets])
     config = {name: backbone_config[name] for name in SHARED_CONFIG}
-    config |= {"injection_layers": layers, "feature_dim": feature_dim}
+    config |= {"injection_layers": layers, "injection": args.injection, "feature_dim": feature_dim}
+    if args.resume_controlnet_from is not None and run.checkpoint is None:
+        _require_control_start(args.resume_controlnet_from, config, backbone_config)
     real, cg, scenes = _read_mixtures(run)
     plan = Plan(args.resume_backbone_from, config, real, cg, scenes, feature_dim=feature_dim)
     plan.num_trainable = count_parameters(C2RControlNet, config)
     num_frozen = count_parameters(WanTransformer3DModel, backbone_config) + num_dinov3
     dinov3_config = dict(read_dinov3_config(resolve_model_folder(args.dinov3)))
-    configs = ModelConfigs(backbone_config, dinov3=dinov3_config)
+    quantised = quantised_types(args.resume_backbone_from, base_model)
+    configs = ModelConfigs(backbone_config, dinov3=dinov3_config, quantised=quantised)
     preflight(run, plan.mixtures, configs, plan.num_trainable, num_frozen)
     plan.inputs["DINOv3"] = encoder_fingerprint(resolve_model_folder(args.dinov3))
     _check_inputs(run, plan)
     check_pipeline_parts(base_model, [*ENCODERS, "scheduler"])
     check_transformer(plan.backbone, base_model)
-    plan.inputs["backbone"] = fingerprint_backbone(run.accelerator, plan.backbone, base_model)
+    option = "resume_backbone_from"
+    plan.inputs["backbone"] = fingerprint_backbone(run.accelerator, option, plan.backbone, base_model)
     _check_inputs(run, plan)  # again, with the fingerprint that took long
     return plan
+
+
+def _require_control_start(name_or_path, config, backbone_config):
+    """Check that the weights to start from have the shape that the options describe."""
+    given = control_start_config(name_or_path, backbone_config)
+    option = f"--resume_controlnet_from {name_or_path}"
+    injection, layers = given.get("injection", "blocks"), given["injection_layers"]
+    if injection != config["injection"]:
+        raise InputError(f"{option}: has injection {injection}; give --injection {injection}")
+    if layers != config["injection_layers"]:
+        stride = layers[1] - layers[0] if len(layers) > 1 else 1
+        raise InputError(
+            f"{option}: has {len(layers)} control blocks after blocks {', '.join(map(str, layers))}; give "
+            f"--control_layers {len(layers)} --control_stride {stride}"
+        )
+    if given["feature_dim"] != config["feature_dim"]:
+        raise InputError(
+            f"{option}: takes features of width {given['feature_dim']}, --dinov3 gives {config['feature_dim']}; give "
+            "the DINOv3 that it was trained with"
+        )
 
 
 def _check_attention(run, backbone_config):

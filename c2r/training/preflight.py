@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from diffusers import ModelMixin
 
 from c2r import InputError
+from c2r.bars import slow_work
 from c2r.data.buckets import Bucket
 from c2r.data.mixture import Mixture
 from c2r.estimation.configs import ModelConfigs
@@ -26,9 +27,11 @@ from c2r.models.assembly import fingerprint_transformer
 from c2r.models.contract import CONTRACT, read_contract
 from c2r.models.hub import resolve_model_folder
 from c2r.training.checkpoint import checkpoint_bytes
-from c2r.training.engine import failing_together, sharding
+from c2r.training.engine import sharding
+from c2r.training.failing_together import failing_together
 from c2r.training.resume import list_checkpoints
 from c2r.training.run import Run
+from c2r.training.trackers import require_logins
 from c2r.units import GIB, size_text
 
 logger = logging.getLogger(__name__)
@@ -51,8 +54,13 @@ def require_access(*names: str):
         resolve_model_folder(name, [])
 
 
-def fingerprint_backbone(accelerator: Accelerator, name_or_path: str, base_model: str) -> str:
-    """Return the fingerprint of phase 2's backbone, computed by the main process alone: at 14B it reads 57 GB.
+def fingerprint_backbone(accelerator: Accelerator, option: str, name_or_path: str, base_model: str) -> str:
+    """Return the fingerprint of a frozen backbone, computed by the main process alone: at 14B it reads 57 GB.
+
+    Args:
+        accelerator: of the run.
+        option: name of the option that gave the backbone, without dashes, for messages.
+        name_or_path, base_model: see `fingerprint_transformer`.
 
     Raises:
         InputError: the folder was written by phase 2, or its weights are not those that phase 1 saved there.
@@ -65,13 +73,15 @@ def fingerprint_backbone(accelerator: Accelerator, name_or_path: str, base_model
                 contract = read_contract(name_or_path)
             if contract is not None and contract.phase != 1:
                 raise InputError(
-                    f"--resume_backbone_from {name_or_path}: a model of phase {contract.phase}; give best/ or final/ "
-                    "of phase 1"
+                    f"--{option} {name_or_path}: a model of phase {contract.phase}; give best/ or final/ of phase 1"
                 )
-            sha256 = fingerprint_transformer(name_or_path, base_model)
-            if contract is not None and contract.weights_sha256 != sha256:
+            with slow_work("reading the backbone's weights for their fingerprint", shown=True):
+                sha256 = fingerprint_transformer(name_or_path, base_model)
+            # `fingerprint_transformer` has compared a LoRA and the backbone below it.
+            whole = contract is not None and contract.lora_rank is None
+            if whole and contract.weights_sha256 != sha256:
                 raise InputError(
-                    f"--resume_backbone_from {name_or_path}: its weights are not those that its {CONTRACT} names; "
+                    f"--{option} {name_or_path}: its weights are not those that its {CONTRACT} names; "
                     "copy the folder again"
                 )
     return broadcast_object_list([sha256])[0]
@@ -116,8 +126,8 @@ def preflight(run: Run, mixtures: list[Mixture], configs: ModelConfigs, trainabl
         frozen: number of parameters that stay on the device beside them.
 
     Raises:
-        InputError: the checkpoints do not fit on the disk, or the estimate exceeds the device's memory by more than
-            ESTIMATE_MARGIN.
+        InputError: a tracker has no login, the checkpoints do not fit on the disk, or the estimate exceeds the memory
+            of the device by more than ESTIMATE_MARGIN.
     """
     accelerator, args = run.accelerator, run.planned
     lines = [
@@ -131,6 +141,7 @@ def preflight(run: Run, mixtures: list[Mixture], configs: ModelConfigs, trainabl
         )
     with failing_together(accelerator, args.output_dir):
         if accelerator.is_main_process:
+            require_logins(args)
             lines.append(_disk_line(args, trainable))
     for line in lines:
         logger.info("preflight: %s", line)

@@ -17,7 +17,9 @@ from c2r import InputError
 from c2r.files import read_json
 from c2r.options import PHASE1, PHASE2
 from c2r.options.option import MUST_NOT_CHANGE
-from c2r.training.engine import ENGINE_NAMES, failing_together, sharding
+from c2r.training.engine import ENGINE_NAMES, sharding
+from c2r.training.failing_together import failing_together
+from c2r.training.output_files import LOCK
 from c2r.training.state_file import STATE, read_file_sizes, read_state
 
 logger = logging.getLogger(__name__)
@@ -148,7 +150,7 @@ def lock_output_dir(accelerator: Accelerator, output_dir: str | Path) -> TextIO 
         if accelerator.is_main_process:
             # Without following a link, which would empty the file that it leads to.
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-            lock = open(os.open(Path(output_dir) / ".lock", flags, 0o644), "w")  # noqa: SIM115
+            lock = open(os.open(Path(output_dir) / LOCK, flags, 0o644), "w")  # noqa: SIM115
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

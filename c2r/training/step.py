@@ -171,7 +171,7 @@ def finish_step(run: Run, state: TrainState, log: StepLog, guard: StepGuard, gra
         learning_rate=learning_rate, grad_norm=grad_norm, skipped_in_a_row=progress.skipped_in_a_row, **numbers
     )
     logs["train/loss_spike"] = guard.finish(logs["train/loss"])
-    run.timings.samples_per_second = logs["train/samples_per_second"]
+    run.timings.add_step(run.samples_per_step, logs["train/samples_per_second"])
     progress.logs = logs
     run.accelerator.log(logs, progress.global_step)
     shown = {"loss": f"{logs['train/loss']:.4f}", "grad_norm": f"{grad_norm:.2f}"}

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ class Timings:
     last: dict[str, float] = field(default_factory=dict)  #: {name: seconds of its last measurement}
     spent: dict[str, float] = field(default_factory=dict)  #: {name: seconds of all measurements since `start`}
     samples_per_second: float = math.nan  #: speed of the last step
+    step_seconds: float = math.nan  #: time of a step, the mean of about the last twenty
     to_encode: dict[str, int] = field(default_factory=dict)  #: {kind: clips missing for the whole run}
     seconds_per_clip: dict[str, float] = field(default_factory=dict)  #: {kind: encoding time, all processes together}
 
@@ -39,6 +41,30 @@ class Timings:
         if not part:
             self.last[name] = seconds
 
+    def add_step(self, samples: int, samples_per_second: float):
+        """Record the speed of a step of this number of clips."""
+        self.samples_per_second, seconds = samples_per_second, samples / samples_per_second
+        average = seconds if math.isnan(self.step_seconds) else self.step_seconds
+        self.step_seconds = average + (seconds - average) / 20
+
+    def remaining(self, step: int, last_step: int, intervals: Mapping[str, int]) -> tuple[float, bool]:
+        """Compute the time that a run still takes, from what was measured so far.
+
+        Args:
+            step: steps done.
+            last_step: steps of the run.
+            intervals: {name of a measurement: steps between two}, each also done at the last step; 0: never.
+
+        Returns:
+            seconds, NaN before the first step; and True if each part was measured, else the time is too short.
+        """
+        seconds, complete = (last_step - step) * self.step_seconds, True
+        for name, interval in intervals.items():
+            if interval and (count := times_left(step, last_step, interval)):
+                seconds += count * self.last.get(name, 0.0)
+                complete = complete and name in self.last
+        return seconds, complete
+
     def plan_encoding(self, missing: MissingFiles):
         """Record the clips that the whole run would encode.
 
@@ -58,3 +84,9 @@ class Timings:
         total = time.perf_counter() - self.started
         parts = {"training": total - sum(self.spent.values())} | self.spent
         return ", ".join(f"{100 * seconds / total:.1f} % {name}" for name, seconds in parts.items())
+
+
+def times_left(step: int, last_step: int, interval: int) -> int:
+    """Return how often something is still done after a step: at multiples of the interval, and at the last step."""
+    at_the_end = step < last_step and last_step % interval != 0
+    return last_step // interval - step // interval + at_the_end

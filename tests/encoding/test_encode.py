@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -22,18 +23,20 @@ import c2r.encoding.encoders
 import c2r.encoding.encoding_pass
 import c2r.encoding.missing
 import c2r.models.parts
-from c2r import InputError
+from c2r import InputError, cli
 from c2r.cli import run
 from c2r.data.buckets import Bucket
 from c2r.data.manifest import read_manifest
 from c2r.data.video import read_window
 from c2r.data.video_writer import write_video
+from c2r.encode import next_command
 from c2r.encoding.cache import CLIP_TENSORS, CacheSettings, clip_path, current_encoders, prompt_path
 from c2r.encoding.encoding_pass import encode_missing
 from c2r.encoding.missing import find_missing
 from c2r.encoding.preview import psnr
 from c2r.files import load_tensors, save_tensors
 from c2r.models.vae import encode_frames
+from c2r.options import ENCODE, PHASE1, PHASE2
 from tests.helpers.commands import ROOT, succeed
 from tests.helpers.forks import forked_twice, statuses
 from tests.helpers.settings import clip_settings
@@ -530,3 +533,23 @@ def test_clips_with_non_finite_latents_are_dropped_for_this_vae(data, settings, 
     # The notes do not apply to another VAE, and a damaged note is ignored.
     (data / ".c2r_cache/failures/cut.json").write_text("{")
     assert read(data, settings).dropped == []
+
+
+@pytest.mark.parametrize(
+    ("given", "command", "script"),
+    [
+        (["--domain=real"], PHASE1, "train_phase1.py"),
+        (["--domain=cg"], PHASE2, "train_phase2.py"),
+        (["--domain=real", "--control_only"], PHASE2, "train_phase2.py"),
+    ],
+)
+def test_next_comes_the_training_on_the_same_clips(given, command, script):
+    clips = ["--buckets", "5x64x96", "1x64x96", "--fps=12.5", "--vae_dtype=bf16"]
+    words = shlex.split(next_command(cli.parse(ENCODE, ["--dataset", "my data", *given, *clips])))
+    args = cli.parse(command, words[words.index(script) + 1 :])
+    assert "my data" in (args.real_dataset if "--domain=real" in given else args.cg_dataset)
+    assert ([*map(str, args.buckets)], args.fps, args.vae_dtype) == (["5x64x96", "1x64x96"], 12.5, "bf16")
+    assert (args.output_dir, getattr(args, "cache_control_features", False)) == (
+        "outputs/phase1" if command is PHASE1 else "outputs/phase2",
+        "--control_only" in given,
+    )

@@ -79,7 +79,11 @@ def test_merging_bf16_storage_for_a_checkpoint_needs_room_for_one_weight():
 def test_offloading_and_tiles_lower_the_peak_of_generation():
     bucket = Bucket(9, 480, 832)
     whole, offloaded, tiled, both = (
-        total(record_generation(CONFIGS, bucket, "cuda", control=(2, 1), cpu_offload=offload, vae_tiling=tiling))
+        total(
+            record_generation(
+                CONFIGS, bucket, "cuda", control=(2, 1, "blocks"), cpu_offload=offload, vae_tiling=tiling
+            )
+        )
         for tiling in (False, True)
         for offload in (False, True)
     )

@@ -18,6 +18,7 @@ from c2r.models.adversary import DomainClassifier, WithAdversary, domain_loss
 from c2r.models.assembly import stored_dtype
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.dinov3 import DINOv3FeatureExtractor
+from c2r.models.lora import LoraWeights
 from c2r.models.transformer import C2RTransformer
 from c2r.training.backward_step import StepInBackward
 from c2r.training.batches import Draw
@@ -39,9 +40,14 @@ class RealStep:
         torch.manual_seed(0)
         backbone = module = WanTransformer3DModel.from_config(TRANSFORMER)
         self.model, self.classifier, self.dinov3 = backbone, None, None
-        if hasattr(args, "control_layers"):
+        has_control = hasattr(args, "control_layers")
+        if has_control or args.lora_rank is not None:
             for name, parameter in backbone.named_parameters():
                 parameter.data = parameter.data.to(stored_dtype(backbone, name, dtype))
+        if not has_control and args.lora_rank is not None:
+            module = LoraWeights.from_config(LoraWeights.config_of(TRANSFORMER, args.lora_rank))
+            module.attach(backbone)
+        if has_control:
             module = C2RControlNet.from_transformer(backbone, args.control_layers, 1, DINOV3["hidden_size"])
             self.model = C2RTransformer(backbone, module)
             vit = DINOv3ViTModel(DINOv3ViTConfig(**DINOV3)).to(dtype)
@@ -116,6 +122,7 @@ CASES = [
     (1, {"gradient_checkpointing": "selective"}),
     (2, {"gradient_checkpointing": "selective", "ffn_chunks": 2}),
     (1, {"step_in_backward": True, "max_grad_norm": 0.0}),
+    (1, {"lora_rank": 16}),
 ]
 
 
@@ -183,6 +190,8 @@ def test_eight_bit_states_have_the_sizes_of_bitsandbytes():
         (1, {"step_in_backward": True, "max_grad_norm": 0.0}),
         (2, {"adversarial_weight": 0.1, "ema_decay": 0.9, "gradient_checkpointing": "selective"}),
         (2, {"offload_backbone": True, "ffn_chunks": 2, "weight_storage": "bf16"}),
+        (1, {"lora_rank": 16, "gradient_checkpointing": "selective"}),
+        (1, {"lora_rank": 16, "offload_backbone": True}),
     ],
 )
 def test_a_real_step_with_random_weights_trains_and_has_the_estimated_peak(phase, given):

@@ -1,6 +1,7 @@
 """Held-out clips with right and wrong conditions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from c2r.encoding.cache import current_encoders
 from c2r.encoding.dataset import ClipDataset
 from c2r.encoding.encoding_pass import encode_missing
 from c2r.evaluation.conditions import ControlConditions, PromptConditions, choose_validation_clips, other_clips
+from c2r.evaluation.evaluate_run import validation_entry
 from c2r.evaluation.validation import QUANTILES, noise_levels
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.dinov3 import DINOv3FeatureExtractor
@@ -45,6 +47,21 @@ def test_validation_clips_come_from_many_files():
     assert choose_validation_clips(HeldOut(clips), 2) == [clip("a", 0), clip("b", 0)]
     with pytest.raises(InputError, match="data/real"):
         choose_validation_clips(HeldOut(clips[:0]), 2)
+
+
+def test_a_clip_is_recorded_with_what_decides_its_losses():
+    own, other = clip("a", text="rain"), clip("b", text="sun")
+
+    def recorded(own=own, other=other, fps=16):
+        settings = clip_settings(fps=fps)
+        conditions = SimpleNamespace(clips=[own], other_prompt_clips=[other], settings=settings, flow_shift=3.0)
+        return validation_entry(4, {"right": torch.zeros(1, 4)}, conditions)["clips"][0]
+
+    moved = replace(own, folder="elsewhere", mtime_ns=7)
+    assert recorded(own=moved) == recorded()
+    for changed in ({"fps": 8}, {"own": replace(own, control_name="c")}, {"own": replace(own, control_size=5)}):
+        assert recorded(**changed)["key"] != recorded()["key"]
+    assert recorded(other=clip("c", text="snow"))["other_prompt"] != recorded()["other_prompt"]
 
 
 def test_other_clips_are_of_another_file_and_the_same_domain():

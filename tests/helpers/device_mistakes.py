@@ -25,9 +25,10 @@ import train_phase2
 from c2r import cli
 from c2r.encoding.encoding_pass import _encode_batch
 from c2r.evaluation.conditions import _ControlBranch
-from c2r.models.vae import decode_frames, decode_latents
+from c2r.guidance import guided_velocity
+from c2r.models import streaming
+from c2r.models.vae import decode_frames
 from c2r.options import PHASE2
-from c2r.pipeline import guided_velocity
 from c2r.training.engine import build_accelerator
 from c2r.training.setup import start_run
 from c2r.training.step import domain_weights, make_noisy_batch
@@ -77,7 +78,7 @@ MISTAKES = {
     "zeros without a device in the sampler": Mistake(guided_velocity, "torch.zeros(())", "torch.zeros(1)"),
     "array of a tensor on the device": Mistake(decode_frames, ".cpu().numpy()", ".numpy()"),
     "latents moved to an offloaded VAE": Mistake(
-        decode_latents, "latents.to(vae.dtype)", "latents.to(vae.device, vae.dtype)", "generate with offloading"
+        streaming._stream, ".to(device)", ".to(vae.device)", "generate with offloading"
     ),
 }
 

@@ -12,9 +12,10 @@ from accelerate.utils import DistributedType
 from c2r.models.assembly import load_transformer
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.transformer import C2RTransformer
-from c2r.training.engine import local_shard, prepare, reads_weights
+from c2r.training.engine import prepare, reads_weights
 from c2r.training.optimizer import OptimizerSettings, build_optimizer
 from c2r.training.shards import stepped_ranges
+from c2r.training.split_weights import local_shard
 from tests.helpers.options import options
 from tests.helpers.tiny import tiny_inputs
 

@@ -88,7 +88,7 @@ def _run(command, folder, cwd, environment):
     sys.argv = command[command[0] == "-m" :]
     status = None
     try:
-        runpy.run_path(ROOT / script, run_name="__main__")
+        runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as ended:
         status = ended.code
     # Outside the except block nothing holds the script's frames, so its data loaders have ended their workers. Within

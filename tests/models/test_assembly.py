@@ -23,6 +23,7 @@ from c2r.models.assembly import (
     load_controlnet,
     load_for_generation,
     load_transformer,
+    read_transformer_config,
 )
 from c2r.models.contract import PhaseContract, read_contract, save_phase
 from c2r.models.controlnet import C2RControlNet
@@ -30,6 +31,7 @@ from c2r.models.hub import fingerprint_files, resolve_model_folder
 from c2r.models.parts import freeze, load_pipeline_part
 from c2r.models.transformer import C2RTransformer
 from tests.helpers.tiny import FEATURE_DIM, save_tiny_pipeline, tiny_transformer
+from tests.helpers.weight_forms import original_names, write_form
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -102,6 +104,27 @@ def test_only_the_needed_parts_of_a_hub_model_are_downloaded_and_no_pickle(pipel
     assert args == ("Wan-AI/Wan2.1",)
     assert options["allow_patterns"] == ["*.json", "vae/*"]
     assert {"*.bin", "*.pt", "*.pth"} <= set(options["ignore_patterns"])
+
+
+@pytest.mark.parametrize("form", ["pipeline", "original"])
+def test_a_hub_model_may_have_either_layout(form, pipeline, tmp_path, monkeypatch):
+    """Fetch the configs, which tell where the weights are, then these alone."""
+    if form == "original":
+        write_form("original shards", tmp_path, tiny_transformer())
+    patterns, folder = [], pipeline if form == "pipeline" else tmp_path
+
+    def download(name, allow_patterns, ignore_patterns):
+        assert name == "Wan-AI/Wan2.1"
+        patterns.append(allow_patterns)
+        return folder
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert read_transformer_config("Wan-AI/Wan2.1")["num_layers"] == 4
+    assert patterns == [["*.json"]]
+    assert check_transformer("Wan-AI/Wan2.1", pipeline)[0] == (
+        folder / "transformer" if form == "pipeline" else folder
+    )
+    assert patterns[1:] == [["*.json"], ["*.json", "transformer/*"] if form == "pipeline" else None]
 
 
 @pytest.mark.parametrize(
@@ -209,34 +232,6 @@ def test_files_and_model_have_the_same_fingerprint(tmp_path, max_shard_size):
 # -------------------------------------------------------------------------------------------------------- transformer
 
 
-def original_names(state_dict):
-    """Return a text-to-video model's Diffusers state dict under Wan's original names."""
-    renames = [
-        ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
-        ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
-        ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
-        ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
-        ("condition_embedder.time_proj", "time_projection.1"),
-        ("attn1", "self_attn"),
-        ("attn2", "cross_attn"),
-        (".to_out.0.", ".o."),
-        (".to_q.", ".q."),
-        (".to_k.", ".k."),
-        (".to_v.", ".v."),
-        ("norm2", "norm3"),
-        ("ffn.net.0.proj", "ffn.0"),
-        ("ffn.net.2", "ffn.2"),
-        ("proj_out", "head.head"),
-    ]
-    converted = {}
-    for name, tensor in state_dict.items():
-        for diffusers_name, original in renames:
-            name = name.replace(diffusers_name, original)
-        name = "head.modulation" if name == "scale_shift_table" else name.replace("scale_shift_table", "modulation")
-        converted[name] = tensor.clone()
-    return converted
-
-
 @pytest.mark.parametrize("form", ["pipeline", "folder", "diffusers file", "original file", "prefixed original file"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_a_transformer_loads_from_folders_and_single_files(pipeline, tmp_path, form, dtype):
@@ -301,9 +296,11 @@ def test_an_unfit_transformer_is_refused_before_its_weights_are_read(pipeline, p
     vae = pipeline / "vae" / WEIGHTS
     assert "a single file has no config" in refusal(load_transformer, vae)
     assert "weights are missing" in refusal(load_transformer, vae, base=pipeline)
-    assert "no such .safetensors file" in refusal(load_transformer, "dit.safetensors", base=pipeline)
+    assert "no such .safetensors or .gguf file" in refusal(load_transformer, "dit.safetensors", base=pipeline)
     (tmp_path / "dit.pth").touch()
-    assert "no such .safetensors file" in refusal(load_transformer, tmp_path / "dit.pth", base=pipeline)
+    assert "files of this kind can hold code" in refusal(load_transformer, tmp_path / "dit.pth", base=pipeline)
+    (tmp_path / "dit.txt").touch()
+    assert "not a .safetensors or .gguf file" in refusal(load_transformer, tmp_path / "dit.txt", base=pipeline)
     assert check_transformer(pipeline)[0] == pipeline / "transformer"
 
 
@@ -383,6 +380,13 @@ def test_another_backbone_is_refused_with_both_fingerprints(phases):
     assert fingerprint_transformer(phases / "phase1/best") in message
     same = shutil.copytree(phases / "phase1/best", phases / "copy")
     load_for_generation(phases / "phase2/best", backbone=same)
+
+
+def test_a_backbone_for_a_whole_model_is_refused(phases):
+    for backbone in (phases / "model", "/no/such/model"):
+        message = refusal(load_for_generation, phases / "phase1/best", backbone=backbone)
+        assert message.startswith(f"--backbone {backbone} (in Python backbone=): ")
+        assert message.endswith("is a whole backbone itself; leave it out")
 
 
 def test_a_backbone_with_one_changed_byte_is_refused(phases):

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from c2r import InputError
-from c2r.models.dinov3 import DINOv3FeatureExtractor
+from c2r.models.dinov3 import DINOv3FeatureExtractor, check_dinov3, read_dinov3_config
 from tests.helpers.tiny import FEATURE_DIM, save_tiny_dinov3, tiny_dinov3
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -119,3 +120,56 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_line(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["num_hidden_layers"] = 3
     assert "its files have 39,936 weights" in refused("short", config=json.dumps(config))
+
+
+#: Entries of the released ViTs' configs in which they differ, as transformers' conversion of them sets them. All have
+#: patches of 16 pixels, 4 registers and no bias of keys.
+RELEASED = {
+    "S": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "num_hidden_layers": 12},
+    "S+": {
+        **{"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "num_hidden_layers": 12},
+        **{"use_gated_mlp": True, "hidden_act": "silu"},
+    },
+    "B": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": 12},
+    "L": {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "num_hidden_layers": 24},
+    "H+": {
+        **{"hidden_size": 1280, "num_attention_heads": 20, "intermediate_size": 5120, "num_hidden_layers": 32},
+        **{"use_gated_mlp": True, "hidden_act": "silu"},
+    },
+    "7B": {
+        **{"hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 8192, "num_hidden_layers": 40},
+        **{"use_gated_mlp": True, "hidden_act": "silu", "query_bias": False, "value_bias": False},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", RELEASED)
+def test_every_released_vit_loads_with_its_structure(kind, tmp_path):
+    """Load two layers of a tenth of the heads, or at least two, with the kind's own MLP, biases and registers."""
+    config = RELEASED[kind] | {"num_register_tokens": 4, "num_hidden_layers": 2}
+    heads = max(config["num_attention_heads"] // 10, 2)
+    for name in ("hidden_size", "intermediate_size"):
+        config[name] = config[name] * heads // config["num_attention_heads"]
+    torch.manual_seed(0)
+    model = DINOv3ViTModel(DINOv3ViTConfig(**config | {"num_attention_heads": heads})).eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
+    width, count = check_dinov3(tmp_path, [(32, 48)])
+    extractor = DINOv3FeatureExtractor.from_pretrained(tmp_path)
+    assert extractor.feature_dim == width == config["hidden_size"]
+    assert count == sum(parameter.numel() for parameter in model.parameters())
+    assert hasattr(model.model.layer[0].mlp, "gate_proj") == ("+" in kind or kind == "7B")
+    assert (model.model.layer[0].attention.q_proj.bias is None) == (kind == "7B")
+    assert torch.equal(extractor(frames()), DINOv3FeatureExtractor(model, MEAN, STD)(frames()))
+
+
+@pytest.mark.parametrize("kind", RELEASED)
+def test_the_sizes_of_every_released_vit_are_accepted(kind, tmp_path):
+    """Check the whole config, without weights."""
+    config = RELEASED[kind] | {"model_type": "dinov3_vit", "patch_size": 16, "num_register_tokens": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_dinov3_config(tmp_path) == config
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in DINOv3ViTModel(DINOv3ViTConfig(**config)).parameters())
+    millions = {"S": 22, "S+": 29, "B": 86, "L": 303, "H+": 841, "7B": 6716}  # as on the models' page
+    assert round(count / 1e6) == pytest.approx(millions[kind], rel=0.02)

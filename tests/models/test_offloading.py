@@ -128,5 +128,5 @@ def test_nothing_is_offloaded_without_checkpointing():
 
 
 def test_a_trained_block_cannot_be_stored():
-    with pytest.raises(ValueError, match="only a frozen block"):
+    with pytest.raises(ValueError, match="only frozen weights can be stored"):
         StoredBlock(tiny_transformer().blocks[0], RunningOrder(), CPU, offload=True, float8=False)

@@ -43,7 +43,7 @@ def test_a_failed_dry_run_leaves_no_files_and_an_earlier_run_unchanged(first, ti
     before = files(first[0])
     done = fork(*phase1(tiny_models, small_datasets, first[0], "--dry_run", "--dit_path=missing.safetensors"))
     assert done.returncode != 0
-    assert "error: missing.safetensors: no such .safetensors file" in done.stderr
+    assert "error: missing.safetensors: no such .safetensors or .gguf file" in done.stderr
     assert files(first[0]) == before
     assert not list(first[0].parent.glob(".*"))
 

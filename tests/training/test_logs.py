@@ -1,18 +1,17 @@
-from argparse import Namespace
-
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from c2r.training.logs import start_logs
 from c2r.training.progress import Progress
 from tests.helpers.commands import scalars
+from tests.helpers.options import options
 
 
 def test_steps_logged_twice_around_a_resume_appear_once_in_the_curve(tmp_path):
     def start(progress, again):
         project = ProjectConfiguration(project_dir=str(tmp_path), logging_dir=str(tmp_path / "logs"))
-        accelerator = Accelerator(cpu=True, log_with="tensorboard", project_config=project)
-        start_logs(accelerator, Namespace(), progress, again)
+        accelerator = Accelerator(cpu=True, project_config=project)
+        start_logs(accelerator, options([f"--output_dir={tmp_path}"]), progress, again)
         return accelerator
 
     accelerator = start(Progress(), again=True)

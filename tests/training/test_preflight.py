@@ -2,6 +2,7 @@ import json
 import math
 import shutil
 from argparse import Namespace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -175,20 +176,21 @@ def test_an_incomplete_encoder_is_named_before_it_is_loaded(part, tiny_models, t
 
 
 def test_the_backbone_must_be_what_phase_1_saved(first, tiny_models, tmp_path):
-    accelerator, base = Accelerator(cpu=True), tiny_models / "pipeline"
+    fingerprinted = partial(fingerprint_backbone, Accelerator(cpu=True), "dit_path")
+    base = tiny_models / "pipeline"
     folder = shutil.copytree(first[0] / "best", tmp_path / "best")
     contract = json.loads((folder / "c2r.json").read_text())
-    assert fingerprint_backbone(accelerator, folder, base) == contract["weights_sha256"]
+    assert fingerprinted(folder, base) == contract["weights_sha256"]
     # A folder without a contract is taken as it is.
-    assert len(fingerprint_backbone(accelerator, base, base)) == 64
+    assert len(fingerprinted(base, base)) == 64
     tiny_transformer(seed=5).save_pretrained(folder)
-    with pytest.raises(InputError, match=r"not those that its c2r.json names"):
-        fingerprint_backbone(accelerator, folder, base)
+    with pytest.raises(InputError, match=r"^--dit_path .*not those that its c2r.json names"):
+        fingerprinted(folder, base)
     (folder / "c2r.json").write_text(
         json.dumps(contract | dict.fromkeys(("backbone", "dinov3"), "x") | {"phase": 2, "backbone_sha256": "0"})
     )
-    with pytest.raises(InputError, match="a model of phase 2; give best/ or final/ of phase 1"):
-        fingerprint_backbone(accelerator, folder, base)
+    with pytest.raises(InputError, match=r"^--dit_path .*a model of phase 2; give best/ or final/ of phase 1"):
+        fingerprinted(folder, base)
 
 
 def test_existing_parent_is_the_nearest_folder_that_exists(tmp_path):

@@ -17,7 +17,7 @@ from c2r.data import workers
 from c2r.data.workers import usable_workers
 from c2r.sampler import MixedCGRealSampler
 from c2r.training.batches import TrainBatches
-from c2r.training.engine import failing_together
+from c2r.training.failing_together import failing_together
 from tests.helpers.commands import ENVIRONMENT, ROOT
 from tests.helpers.options import options
 from tests.helpers.runs import run_of

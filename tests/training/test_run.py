@@ -1,9 +1,12 @@
 """The steps at which a run validates, samples and saves."""
 
+import errno
 from types import SimpleNamespace
 
 import pytest
 
+from c2r import InputError
+from c2r.training import run as run_module
 from tests.helpers.options import options
 from tests.helpers.runs import run_of
 
@@ -29,6 +32,17 @@ def test_neighbours_that_share_clips_are_one_group(run):
     run.accelerator = SimpleNamespace(num_processes=6, process_index=3)
     assert (run.num_groups, run.group_index) == (3, 1)
     assert run.samples_per_step == 2 * 2 * 3
+
+
+@pytest.mark.parametrize("failing", ["start_logs", "write_start"])
+def test_logs_that_cannot_be_started_end_every_process_in_one_line(failing, tmp_path, monkeypatch):
+    def fail(*values):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(run_module, "start_logs", lambda *values: None)
+    monkeypatch.setattr(run_module, failing, fail)
+    with pytest.raises(InputError, match=f"{tmp_path}: cannot be written"):
+        run_of(options(["--output_dir", str(tmp_path)])).start_training()
 
 
 def test_validation_is_due_at_its_interval_and_at_the_last_step(run):
