@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 from transformers import DINOv3ViTConfig, DINOv3ViTModel, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from c2r import flow_matching
+from c2r.models.vae import encode_frames
 from c2r.toy import city
 from c2r.toy.layout import PeopleFinder
 
@@ -115,7 +117,7 @@ def fit(
             line = f"{name} step {step + 1}/{steps} loss {total / log_every:.4f} {time.time() - started:.0f} s"
             logger.info(line + (f" {on_log()}" if on_log else ""))
             total = 0.0
-            parts = {"module": module, "optimizer": optimizer, "schedule": schedule}
+            parts: dict[str, Any] = {"module": module, "optimizer": optimizer, "schedule": schedule}
             contents = {content: part.state_dict() for content, part in parts.items()}
             torch.save(contents | {"step": step + 1}, path.with_suffix(".new"))
             path.with_suffix(".new").replace(path)
@@ -160,11 +162,11 @@ def train_vae(folder: Path, clips: np.ndarray, kinds: np.ndarray, work_dir: Path
     def on_log():
         found = []
         for look in range(len(city.LOOKS)):
-            held_out = to_pixel_values(clips[-8:, look])
+            held_out = to_pixel_values(clips[-4:, look])
             found.append(psnr(vae.decode(vae.encode(held_out).latent_dist.mean).sample, held_out))
         return "held-out PSNR " + ", ".join(f"{look} {value:.2f} dB" for look, value in zip(city.LOOKS, found))
 
-    fit("vae", vae, draw_loss, steps, 2e-3, work_dir, on_log, log_every=50)
+    fit("vae", vae, draw_loss, steps, 2e-3, work_dir, on_log, log_every=100)
     with torch.no_grad():
         batches = (to_pixel_values(clips[i : i + 4, 2]) for i in range(0, 120, 4))
         latents = torch.cat([vae.encode(pixel_values).latent_dist.mean for pixel_values in batches])
@@ -311,8 +313,7 @@ def encode_scenes(
     """
     path = work_dir / f"latents_{len(clips)}.safetensors"
     if not path.exists():
-        mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
-        rows = [(vae.encode(to_pixel_values(clip)).latent_dist.mean - mean) / std for clip in clips]
+        rows = [encode_frames(vae, torch.from_numpy(clip.copy()).movedim(-1, 2))[0] for clip in clips]
         save_file({"latents": torch.stack(rows).half()}, path)
     latents = load_file(path)["latents"]
 
@@ -348,14 +349,14 @@ def train_base(
     """
     torch.manual_seed(0)
     transformer = WanTransformer3DModel(
-        num_attention_heads=6,
-        attention_head_dim=32,
+        num_attention_heads=4,
+        attention_head_dim=40,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         text_dim=TEXT_DIM,
         freq_dim=64,
-        ffn_dim=576,
-        num_layers=10,
+        ffn_dim=480,
+        num_layers=8,
         rope_max_seq_len=64,
     )
     train = len(latents) - HELD_OUT
@@ -390,7 +391,7 @@ def train_base(
     transformer.half().save_pretrained(folder)
 
 
-def train(folder: Path, work_dir: Path, num_scenes: int = 3000, base_scenes: int = 3000):
+def train(folder: Path, work_dir: Path, num_scenes: int = 3000, base_scenes: int = 2000):
     """Train the models that are missing.
 
     Args:
@@ -403,7 +404,7 @@ def train(folder: Path, work_dir: Path, num_scenes: int = 3000, base_scenes: int
     model, dinov3 = folder / "model", folder / "dinov3"
     clips, kinds, seeds = render_scenes(work_dir, num_scenes)
     if not (model / "vae/config.json").exists():
-        train_vae(model / "vae", clips, kinds, work_dir, steps=6000)
+        train_vae(model / "vae", clips, kinds, work_dir, steps=4500)
     if not (model / "tokenizer/tokenizer.json").exists():
         make_text_encoder(model)
     if not (dinov3 / "config.json").exists():
