@@ -57,4 +57,4 @@ def gradient_energy(videos: Sequence[torch.Tensor]) -> float:
         in squared units of the range; blur lowers it.
     """
     energies = [video.diff(dim=-1).square().mean() + video.diff(dim=-2).square().mean() for video in videos]
-    return (sum(energies) / len(energies)).item()
+    return torch.stack(energies).mean().item()
