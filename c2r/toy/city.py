@@ -4,7 +4,7 @@ A camera moves along a street between box buildings; one to three people walk in
 
 - *coarse*: flat grey boxes and orange capsules, as a user would block a scene out in a 3D tool;
 - *CG*: a fine rendering with clean colours and flat light;
-- *real*: stands for real video: material texture, sun and shadow, weather, haze, vignette, lens blur, grain.
+- *real*: stands for real video: material texture, sun and shadow, weather, haze, vignette, grain.
 
 World axes in metres: x to the right, y up, z along the street; the ground is y = 0.
 """
@@ -327,14 +327,19 @@ def _shade_real(scene, g, times):
     return image * (1 - haze) + horizon * haze
 
 
-def _camera(image, rng):
-    """Add the marks of a lens and a sensor: a slight blur, a vignette and grain."""
+def _filter_pixels(image):
+    """Weight each pixel with its neighbours by a tent, 1/4, 1/2, 1/4 in both directions, as renderers and lenses do."""
     for axis in (1, 2):
         edge = [(0, 0)] * 4
         edge[axis] = (1, 1)
         padded = np.pad(image, edge, mode="edge")
         n = image.shape[axis]
         image = 0.25 * padded.take(range(n), axis) + 0.5 * image + 0.25 * padded.take(range(2, n + 2), axis)
+    return image
+
+
+def _camera(image, rng):
+    """Add the marks of a lens and a sensor: a vignette and grain."""
     _, height, width, _ = image.shape
     radius = np.linspace(-1, 1, width)[None, :] ** 2 + np.linspace(-1, 1, height)[:, None] ** 2
     return image * (1 - 0.11 * radius)[None, ..., None] + rng.normal(0, 0.012, image.shape)
@@ -366,9 +371,11 @@ def render(
         "cg": lambda g: _shade_cg(scene, g),
         "real": lambda g: _shade_real(scene, g, times),
     }
-    # Against jagged edges, two rays for each pixel: an edge along a row or a column has a step between its colours.
+    # Against jagged edges, two rays for each pixel (an edge along a row or a column has a step between its colours),
+    # and a filter.
     rays = [_trace(scene, times, height, width, offset) for offset in (-0.25, 0.25)]
     images = {look: sum(np.clip(shaders[look](g), 0, 1) for g in rays) / len(rays) for look in looks}
+    images = {look: _filter_pixels(image) for look, image in images.items()}
     if "real" in images:
         images["real"] = np.clip(_camera(images["real"], np.random.default_rng(scene.noise_seed)), 0, 1)
     clips = {look: (image * 255 + 0.5).astype(np.uint8) for look, image in images.items()}
