@@ -78,9 +78,9 @@ def test_edges_correlate_most_within_their_own_scene():
         clip = city.render(city.make_scene(seed), (look,), num_frames=2)[look]
         return edge_map(torch.from_numpy(clip).permute(0, 3, 1, 2).float())
 
-    own, other = correlations([edges(s, "real") for s in range(3)], [edges(s, "coarse") for s in range(3)])
+    own, other = correlations([edges(s, "real") for s in range(6)], [edges(s, "coarse") for s in range(6)])
     assert edges(0, "real").shape == (2, 12, 20)
-    assert own > other + 0.2
+    assert own > other + 0.15
 
 
 def test_weather_and_walls_are_recognised_from_pixels():
