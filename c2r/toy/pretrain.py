@@ -385,7 +385,7 @@ def train_base(
         losses = [loss_of(*clip, u, torch.Generator().manual_seed(1)).item() for clip in held_out]
         return "held-out " + ", ".join(f"{look} {loss:.4f}" for look, loss in zip(city.LOOKS, losses))
 
-    fit("base", transformer, draw_loss, steps, 1e-3, work_dir, on_log, log_every=100)
+    fit("base", transformer, draw_loss, steps, 2e-3, work_dir, on_log, log_every=100)
     without_real = partial(draw_loss, num_looks=city.LOOKS.index("real"))
     fit("base_without_real", transformer, without_real, steps_without_real, 1e-3, work_dir, on_log, log_every=50)
     transformer.half().save_pretrained(folder)
