@@ -95,7 +95,8 @@ def choose_clips(run: Run, plan: Plan) -> ChosenClips:
         batch_size=args.train_batch_size,
         conditioning_scale=args.conditioning_scale,
     )
-    sample_plan = plan_samples(plan.real, plan.cg, plan.scenes, real, cg, args.num_samples, quiet=args.dry_run)
+    quiet = args.dry_run and run.checkpoint is not None  # the first leg has warned
+    sample_plan = plan_samples(plan.real, plan.cg, plan.scenes, real, cg, args.num_samples, quiet)
     return ChosenClips(real, cg, conditions, sample_plan)
 
 
@@ -144,6 +145,7 @@ def train(run: Run) -> Plan:
             feature_dim=plan.feature_dim,
             empty=empty,
             injection=args.injection,
+            causal_control=args.causal_control,
         )
     # One module, because an engine such as DeepSpeed wraps one.
     joined = C2RTransformer(backbone, controlnet)

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 import torch
 
 #: Diffusers' names. `logit_normal` and `mode` change the density of the sigmas; `sigma_sqrt` and `cosmap` change the
-#: weight of the loss (`diffusers.training_utils.compute_loss_weighting_for_sd3`).
+#: weight of the loss, see `loss_weights`.
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 
-#: The lowest noise level of Wan's 1000-step schedule before its shift. It bounds `sigma_sqrt`'s weight, σ⁻².
+#: The lowest noise level of Wan's 1000-step schedule before its shift.
 MIN_SIGMA = 1e-3
+
+#: Cap of `sigma_sqrt`'s weight, σ⁻². Without it, at shift 3 the 1 % of the samples with the least noise carry 94 % of
+#: the weight (computed). Source: γ of Min-SNR (Hang et al. 2023), Diffusers' `--snr_gamma 5.0`, which caps a weight
+#: that grows in the same way towards low noise
+MAX_WEIGHT = 5.0
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,24 @@ def velocity_loss(velocity_pred: torch.Tensor, velocity_target: torch.Tensor) ->
     return squared_error.flatten(1).mean(1)
 
 
+# w = σ⁻², w = 2 / (π·(1 − 2σ + 2σ²)). Source: Diffusers' `compute_loss_weighting_for_sd3`; cosmap: SD3, section 3.1
+def loss_weights(sigmas: torch.Tensor, weighting_scheme: str) -> torch.Tensor:
+    """Return the weights of samples' losses: Diffusers' weights, but `sigma_sqrt`'s are at most MAX_WEIGHT.
+
+    Args:
+        sigmas: any shape, in (0, 1], shifted.
+        weighting_scheme: one of WEIGHTING_SCHEMES; all but `sigma_sqrt` and `cosmap` weigh every sample 1.
+
+    Returns:
+        like `sigmas`, above 0.
+    """
+    if weighting_scheme == "sigma_sqrt":
+        return (sigmas**-2).clamp(max=MAX_WEIGHT)
+    if weighting_scheme == "cosmap":
+        return 2 / (torch.pi * (1 - 2 * sigmas + 2 * sigmas**2))
+    return torch.ones_like(sigmas)
+
+
 def timesteps_from_sigmas(sigmas: torch.Tensor) -> torch.Tensor:
     """Return the timesteps 1000·σ, in which the model takes its noise levels.
 
@@ -214,6 +237,31 @@ def sample_sigmas(count: int, density: SigmaDensity, generator: torch.Generator)
     """
     sigmas = density_from_uniform(stratified_uniform(count, generator), density)
     return shift_sigmas(sigmas.clamp(MIN_SIGMA, 1), density.shift).float()
+
+
+def level_weights(levels: torch.Tensor, density: SigmaDensity) -> torch.Tensor:
+    """Return weights that turn losses at a few noise levels into the expectation of the training loss.
+
+    Σ weights·losses is E[w(σ)·L(σ)] over the density of training with its weight w, exactly so if L is linear between
+    the levels as a function of the unshifted σ, and constant below the lowest and above the highest one.
+
+    Args:
+        levels: (S,) ascending sigmas, shifted; at least two.
+        density: see `SigmaDensity`.
+
+    Returns:
+        (S,) float64, at least 0. Their sum is the mean weight of a sample.
+    """
+    count = 2**16
+    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    sigmas = density_from_uniform(uniform, density).clamp(MIN_SIGMA, 1)
+    sample_weights = loss_weights(shift_sigmas(sigmas, density.shift), density.weighting_scheme) / count
+    nodes = shift_sigmas(levels.double(), 1 / density.shift)
+    right = torch.searchsorted(nodes, sigmas).clamp(1, len(nodes) - 1)
+    place = ((sigmas - nodes[right - 1]) / (nodes[right] - nodes[right - 1])).clamp(0, 1)
+    weights = torch.zeros_like(nodes)
+    weights.index_add_(0, right - 1, sample_weights * (1 - place))
+    return weights.index_add_(0, right, sample_weights * place)
 
 
 def _at_least_fp32(tensor):

@@ -290,12 +290,19 @@ def find_model(args: Namespace, device: str, with_control: bool) -> "tuple[Phase
     contract = with_moved_models(read_contract(model), args.model, **moved)
     args.model = str(model)
     complete_options(args, contract)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype or ("fp32" if device == "cpu" else "bf16")]
+    dtype = weight_dtype(args.dtype, device)
     if args.attention_backend is not None:
         backbone = args.backbone if contract.has_backbone else args.model
         head_dim = read_transformer_config(backbone, contract.base_model)["attention_head_dim"]
         try_attention_backend(args.attention_backend, head_dim, torch.device(device), dtype, backward=False)
     return contract, dtype
+
+
+def weight_dtype(name: str | None, device: str) -> "torch.dtype":
+    """Return the dtype of the weights by the value of --dtype; None is bf16 on a GPU, else fp32."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name or ("fp32" if device == "cpu" else "bf16")]
 
 
 def load_models(

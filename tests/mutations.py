@@ -62,8 +62,10 @@ ENCODE = "tests/encoding/test_encode.py"
 VALIDATION = "tests/evaluation/test_validation.py"
 CONDITIONS = "tests/evaluation/test_conditions.py"
 MONITOR = "tests/evaluation/test_monitor.py"
+REFERENCE = "tests/evaluation/test_monitor_reference.py"
 DISCRIMINANTS = "tests/evaluation/test_discriminants.py"
 CONTROLLER = "tests/evaluation/test_ratio_controller.py"
+SAMPLES = "tests/evaluation/test_samples.py"
 CG_MEASURES = "tests/evaluation/test_cg_measures.py"
 TOY = "tests/toy/test_toy.py"
 
@@ -468,8 +470,8 @@ TRAINING = [
     Mutation(
         "the-weighting-scheme-is-ignored",
         "c2r/training/step.py",
-        "compute_loss_weighting_for_sd3(settings.density.weighting_scheme, sigmas)",
-        'compute_loss_weighting_for_sd3("none", sigmas)',
+        "loss_weights(sigmas, settings.density.weighting_scheme)",
+        'loss_weights(sigmas, "none")',
         STEP,
     ),
     Mutation(
@@ -625,8 +627,8 @@ MODELS = [
     Mutation(
         "frames-are-summed-not-averaged",
         "c2r/models/control_adapter.py",
-        "nn.init.constant_(self.conv.weight, 1 / self.conv.kernel_size[0])",
-        "nn.init.constant_(self.conv.weight, 1)",
+        "last + 1], 1 / stride)",
+        "last + 1], 1)",
         ADAPTER,
     ),
     Mutation(
@@ -1216,23 +1218,114 @@ EVALUATION = [
     Mutation(
         "an-interval-around-the-bound-counts",
         "c2r/evaluation/ratio_controller.py",
-        "elif look.low > self.bound:",
-        "elif look.high > self.bound:",
+        "look.interval(ACTING_CONFIDENCE)[0] > self.bound",
+        "look.interval(ACTING_CONFIDENCE)[1] > self.bound",
+        CONTROLLER,
+    ),
+    Mutation(
+        "the-controller-acts-on-the-interval-that-is-printed",
+        "c2r/evaluation/ratio_controller.py",
+        "look.interval(ACTING_CONFIDENCE)[0] > self.bound",
+        "look.low > self.bound",
+        CONTROLLER,
+    ),
+    Mutation(
+        "videos-of-one-name-are-one-file",
+        "c2r/evaluation/monitor_reference.py",
+        "{clip.target_file.path for clip in clips}",
+        "{clip.name for clip in clips}",
+        f"{REFERENCE}::test_videos_of_one_name_in_two_folders_are_two_files",
+    ),
+    Mutation(
+        "features-of-another-dtype-are-reused",
+        "c2r/evaluation/monitor_reference.py",
+        "str(pipeline.dinov3.model.dtype), files]",
+        "files]",
+        f"{REFERENCE}::test_features_of_another_dtype_are_measured_again",
+    ),
+    Mutation(
+        "the-monitor-is-built-at-every-sampling",
+        "c2r/evaluation/evaluate_run.py",
+        "if sample_plan.monitor is None:",
+        "if True:",
+        f"{RESUME}::test_one_cg_monitor_judges_all_samplings",
+    ),
+    Mutation(
+        "an-entry-that-an-old-config-lacks-is-refused",
+        "c2r/training/resume.py",
+        "saved_config = config_defaults(model_class) | read_json",
+        "saved_config = read_json",
+        f"{RESUME}::test_a_checkpoint_from_before_an_entry_of_the_config_existed_is_resumed",
+    ),
+    Mutation(
+        "the-controller-acts-on-few-scenes",
+        "c2r/evaluation/ratio_controller.py",
+        "if look.count >= MIN_SCENES:",
+        "if look.count > 0:",
+        CONTROLLER,
+    ),
+    Mutation(
+        "advice-is-given-on-few-scenes",
+        "c2r/evaluation/ratio_controller.py",
+        "or look.count < MIN_SCENES:",
+        "or look.count < 1:",
         CONTROLLER,
     ),
     Mutation(
         "the-interval-has-confidence-80-percent",
         "c2r/evaluation/monitor.py",
-        "tail = (1 - CONFIDENCE) / 2",
-        "tail = 1 - CONFIDENCE",
+        "stdtrit(self.freedom, (1 + confidence) / 2)",
+        "stdtrit(self.freedom, confidence)",
         MONITOR,
     ),
     Mutation(
-        "the-probe-is-placed-by-the-clips-of-its-fit",
+        "the-interval-is-normal",
         "c2r/evaluation/monitor.py",
-        "rescale(fit(real, cg), *held_out) if fit is fit_probe else fit(real, cg)",
+        "stdtrit(self.freedom, (1 + confidence) / 2)",
+        "stdtrit(inf, (1 + confidence) / 2)",
+        MONITOR,
+    ),
+    Mutation(
+        "the-reference-has-no-error",
+        "c2r/evaluation/monitor.py",
+        "len(part) - 1) for part in parts]",
+        "len(part) - 1) for part in parts[:1]]",
+        MONITOR,
+    ),
+    Mutation(
+        "scores-are-placed-by-the-clips-of-their-fit",
+        "c2r/evaluation/monitor.py",
+        "held_out.rescale(fit(real, cg))",
         "fit(real, cg)",
         MONITOR,
+    ),
+    Mutation(
+        "a-measure-counts-by-chance",
+        "c2r/evaluation/monitor.py",
+        " and exceeds_chance(held_out.accuracy, fit, real, cg, *files):",
+        ":",
+        MONITOR,
+    ),
+    Mutation(
+        "windows-of-one-video-count-as-scenes",
+        "c2r/evaluation/monitor.py",
+        "scenes = [file or str(number) for",
+        "scenes = [str(number) for",
+        MONITOR,
+    ),
+    Mutation(
+        "an-accuracy-that-a-permutation-reaches-exceeds-chance",
+        "c2r/evaluation/discriminants.py",
+        "*names_of).accuracy >= accuracy:",
+        "*names_of).accuracy > accuracy:",
+        DISCRIMINANTS,
+    ),
+    Mutation(
+        "a-run-with-too-few-files-says-nothing",
+        "c2r/evaluation/sample_plan.py",
+        "            logger.info(line)",
+        "            logger.debug(line)",
+        f"{SAMPLES}::test_a_plan_without_enough_files_turns_the_monitor_off",
     ),
     Mutation(
         "a-samples-own-coarse-version-counts",
@@ -1420,6 +1513,320 @@ LONG_VIDEOS_AND_FOLDERS = [
     ),
 ]
 
+METRICS = "tests/metrics"
+MEASURES = [
+    Mutation(
+        "edges-need-no-tolerance",
+        "c2r/metrics/structure.py",
+        "TOLERANCE = 1",
+        "TOLERANCE = 0",
+        f"{METRICS}/test_structure.py",
+    ),
+    Mutation(
+        "contrast-counts-in-ssim",
+        "c2r/metrics/structure.py",
+        "/ deviation * CONTRAST + 0.5",
+        "+ 0.5",
+        f"{METRICS}/test_structure.py",
+    ),
+    Mutation(
+        "hidden-pixels-count-as-flicker",
+        "c2r/metrics/consistency.py",
+        "        visible &= ((forward + back) ** 2).sum(-1) <= 0.01 * lengths + 0.5\n",
+        "",
+        f"{METRICS}/test_consistency.py",
+    ),
+    Mutation(
+        "a-reversed-depth-is-fitted",
+        "c2r/metrics/depth.py",
+        "(estimate @ true / product).clamp(0, 1)",
+        "(estimate @ true / product).clamp(-1, 1)",
+        f"{METRICS}/test_depth.py",
+    ),
+    Mutation(
+        "metric-depth-is-taken-for-inverse-depth",
+        "c2r/metrics/depth.py",
+        "(1 / depth.clamp(min=1e-3) if self.is_metric else depth)",
+        "depth",
+        f"{METRICS}/test_depth.py",
+    ),
+    Mutation(
+        "objects-of-one-class-are-one",
+        "c2r/metrics/segmentation.py",
+        "        maps = [classes, _parts(classes)]\n",
+        "        maps = [classes]\n",
+        f"{METRICS}/test_segmentation.py",
+    ),
+    Mutation(
+        "a-class-of-one-video-is-not-missed",
+        "c2r/metrics/segmentation.py",
+        "table.sum(1)[:count] + table.sum(0)[:count] - both",
+        "table.sum(1)[:count]",
+        f"{METRICS}/test_segmentation.py",
+    ),
+    Mutation(
+        "videos-of-one-scene-are-compared",
+        "c2r/metrics/distances.py",
+        "[[one != other for other in scenes] for one in scenes]",
+        "[[i != j for j in range(len(scenes))] for i in range(len(scenes))]",
+        f"{METRICS}/test_distances.py",
+    ),
+    Mutation(
+        "the-covariances-are-left-out",
+        "c2r/metrics/distances.py",
+        "a.square().sum() + b.square().sum() - 2 * root",
+        "0 * root",
+        f"{METRICS}/test_distances.py",
+    ),
+    Mutation(
+        "the-last-windows-weigh-as-much",
+        "c2r/metrics/features.py",
+        "mean * (length / total)",
+        "mean * (1 / len(patches))",
+        f"{METRICS}/test_features.py",
+    ),
+    Mutation(
+        "lpips-weighs-all-channels-alike",
+        "c2r/metrics/perceptual.py",
+        "(weight * (a - b).square())",
+        "(a - b).square()",
+        f"{METRICS}/test_perceptual.py",
+    ),
+    Mutation(
+        "a-folder-may-name-code",
+        "c2r/metrics/networks.py",
+        "        refuse_entries(path, config)\n        for entry",
+        "        for entry",
+        f"{METRICS}/test_registry.py",
+    ),
+    Mutation(
+        "the-hole-of-a-rejected-segment-is-an-object",
+        "c2r/metrics/segmentation.py",
+        "np.where(np.isin(labels, accepted), labels, np.int16(-1))",
+        "labels",
+        f"{METRICS}/test_segmentation.py::test_the_hole_of_a_rejected_segment_is_no_object",
+    ),
+    Mutation(
+        "an-antialiased-pass-is-taken-for-objects",
+        "c2r/metrics/segmentation.py",
+        "MAX_IDS = 5000",
+        "MAX_IDS = 500_000_000",
+        f"{METRICS}/test_segmentation.py",
+    ),
+    Mutation(
+        "a-padding-may-be-of-any-size",
+        "c2r/metrics/networks.py",
+        "    _check_numbers(path, config)\n    return config",
+        "    return config",
+        f"{METRICS}/test_registry.py::test_hostile_and_unfit_folders_are_refused_in_one_line",
+    ),
+    Mutation(
+        "new-references-are-not-noticed",
+        "c2r/metrics/distances.py",
+        "        self._of_references = None\n\n    def _with_truth",
+        "\n    def _with_truth",
+        f"{METRICS}/test_distances.py::test_what_the_references_need_is_computed_once_for_all_sources",
+    ),
+    Mutation(
+        "the-kernel-of-references-is-computed-for-each-source",
+        "c2r/metrics/distances.py",
+        "            if self._of_references is None:\n",
+        "            if True:\n",
+        f"{METRICS}/test_distances.py::test_what_the_references_need_is_computed_once_for_all_sources",
+    ),
+    Mutation(
+        "an-empty-prompt-is-measured",
+        "c2r/metrics/prompt.py",
+        "        if not clip.prompt.strip():\n            return None\n",
+        "",
+        f"{METRICS}/test_features.py::test_an_empty_prompt_has_no_similarity",
+    ),
+]
+
+STATISTICS, MEASURING = "tests/scoring/test_statistics.py", "tests/scoring/test_measuring.py"
+RESULTS = "tests/scoring/test_results.py"
+SCORING = [
+    Mutation(
+        "resamples-without-spread-are-in-the-middle",
+        "c2r/scoring/statistics.py",
+        "np.where(shifts > 0, math.inf, np.where(shifts < 0, -math.inf, 0.0))",
+        "np.zeros(len(shifts))",
+        STATISTICS,
+    ),
+    Mutation(
+        "nearly-equal-clips-have-an-interval",
+        "c2r/scoring/statistics.py",
+        "MIN_DIFFERENT = 3",
+        "MIN_DIFFERENT = 1",
+        STATISTICS,
+    ),
+    Mutation(
+        "the-bootstrap-is-not-mirrored",
+        "c2r/scoring/statistics.py",
+        "return Interval(mean, mean - high * error, mean - low * error)",
+        "return Interval(mean, mean + low * error, mean + high * error)",
+        STATISTICS,
+    ),
+    Mutation(
+        "all-groups-of-the-jackknife-weigh-the-same",
+        "c2r/scoring/statistics.py",
+        "sum(sizes) / np.asarray(sizes)",
+        "np.full(groups, float(groups))",
+        STATISTICS,
+    ),
+    Mutation(
+        "holm-does-not-remember-the-largest",
+        "c2r/scoring/statistics.py",
+        "largest = max(largest, min(",
+        "largest = max(0.0, min(",
+        STATISTICS,
+    ),
+    Mutation(
+        "holm-is-left-out",
+        "c2r/scoring/measuring.py",
+        "holm([difference.p_value for difference in differences])",
+        "[difference.p_value for difference in differences]",
+        MEASURING,
+    ),
+    Mutation(
+        "seeds-are-not-averaged",
+        "c2r/scoring/measuring.py",
+        "means[scene] = sum(present) / len(present)",
+        "means[scene] = present[0]",
+        MEASURING,
+    ),
+    Mutation(
+        "a-difference-is-first-minus-second",
+        "c2r/scoring/measuring.py",
+        "[after[scene] - before[scene] for",
+        "[before[scene] - after[scene] for",
+        MEASURING,
+    ),
+    Mutation(
+        "the-sizes-of-the-groups-are-in-another-order",
+        "c2r/scoring/measuring.py",
+        "for group in range(count)]\n    return",
+        "for group in reversed(range(count))]\n    return",
+        MEASURING,
+    ),
+    Mutation(
+        "groups-of-the-jackknife-are-of-one-size",
+        "c2r/scoring/measuring.py",
+        "sizes = [len(positions[group::count])",
+        "sizes = [1",
+        MEASURING,
+    ),
+    Mutation(
+        "an-interval-leaves-the-range-of-its-measure",
+        "c2r/scoring/measuring.py",
+        "return interval.within(self.measures[measure].bounds)",
+        "return interval",
+        MEASURING,
+    ),
+    Mutation(
+        "the-cg-look-has-the-interval-of-the-clips",
+        "c2r/scoring/measuring.py",
+        "        elif measure == CG_LOOK and source in self.looks:\n",
+        "        elif False:\n",
+        MEASURING,
+    ),
+    Mutation(
+        "the-number-of-scenes-is-taken-for-that-of-values",
+        "c2r/scoring/results.py",
+        "min((scores.num_clips(source, name) for source in scores.values), default=count)",
+        "count",
+        RESULTS,
+    ),
+]
+
+EVALUATE, PASSES = "tests/test_evaluate.py", "tests/scoring/test_passes.py"
+EVALUATIONS = [
+    Mutation(
+        "half-floats-are-converted",
+        "c2r/scoring/passes.py",
+        'FLOATS = re.compile(r"(gray|ya|gbrp|gbrap)f(16|32)[lb]e")',
+        'FLOATS = re.compile(r"(gray|gbrp)f32le")',
+        PASSES,
+    ),
+    Mutation(
+        "red-and-blue-are-swapped-in-ids",
+        "c2r/scoring/passes.py",
+        "red << 16 | green << 8 | blue",
+        "blue << 16 | green << 8 | red",
+        PASSES,
+    ),
+    Mutation(
+        "grey-with-alpha-is-read-alternately",
+        "c2r/scoring/passes.py",
+        "stored[:, ::interleaved]",
+        "stored[:, : frame.width]",
+        PASSES,
+    ),
+    Mutation(
+        "a-video-does-not-depend-on-its-control",
+        "c2r/scoring/videos.py",
+        "[*common, dinov3, scene.prompt, file, seed]",
+        "[*common, dinov3, scene.prompt, seed]",
+        f"{EVALUATE}::test_videos_are_made_again_only_if_what_they_depend_on_has_changed",
+    ),
+    Mutation(
+        "a-video-does-not-depend-on-tiles",
+        "c2r/scoring/videos.py",
+        ", args.attention_backend, args.vae_tiling]",
+        ", args.attention_backend]",
+        f"{EVALUATE}::test_each_option_that_decides_a_video_is_in_its_key",
+    ),
+    Mutation(
+        "a-video-does-not-depend-on-the-backbone",
+        "c2r/scoring/videos.py",
+        "encoder_fingerprint(Path(args.model)), other_backbone, str(dtype)",
+        "encoder_fingerprint(Path(args.model)), str(dtype)",
+        f"{EVALUATE}::test_the_scheduler_and_another_backbone_are_in_the_key",
+    ),
+    Mutation(
+        "a-single-seed-is-not-named",
+        "c2r/scoring/videos.py",
+        'f"{scene.name}-seed{seed}.mp4"',
+        "f\"{scene.name}{f'-seed{seed}' * (args.num_seeds > 1)}.mp4\"",
+        f"{EVALUATE}::test_other_models_controls_and_seeds_make_no_video_again",
+    ),
+    Mutation(
+        "every-control-is-the-scene-s-own",
+        "c2r/scoring/videos.py",
+        'scenes if control == "own" else other_controls(scenes)',
+        "scenes",
+        f"{EVALUATE}::test_the_cg_look_of_a_video_leaves_out_the_clip_whose_layout_it_has",
+    ),
+    Mutation(
+        "the-clip-of-the-prompt-is-left-out",
+        "c2r/scoring/videos.py",
+        "task.scene.name: task.control or task.scene for",
+        "task.scene.name: task.scene for",
+        f"{EVALUATE}::test_the_cg_look_of_a_video_leaves_out_the_clip_whose_layout_it_has",
+    ),
+    Mutation(
+        "validation-uses-the-shift-of-the-videos",
+        "c2r/evaluate.py",
+        "shift = 3.0 if contract.flow_shift is None else contract.flow_shift",
+        "shift = model.args.flow_shift",
+        f"{EVALUATE}::test_a_model_has_the_validation_numbers_of_its_run",
+    ),
+    Mutation(
+        "another-format-is-validated",
+        "c2r/evaluate.py",
+        "if model.form != trained:",
+        "if False:",
+        f"{EVALUATE}::test_a_model_that_is_not_validated_as_in_its_training_is_named",
+    ),
+    Mutation(
+        "given-videos-keep-a-length-that-is-not-encoded",
+        "c2r/scoring/scenes.py",
+        "return replace(form, num_frames=whole)",
+        "return form",
+        f"{EVALUATE}::test_given_videos_are_cut_to_what_clips_of_datasets_can_have",
+    ),
+]
+
 MUTATIONS = [
     *SCRIPTS,
     *FLOW_MATCHING,
@@ -1431,6 +1838,9 @@ MUTATIONS = [
     *DATA,
     *ENCODING,
     *EVALUATION,
+    *MEASURES,
+    *EVALUATIONS,
+    *SCORING,
     *COMMANDS,
     *THE_TOY,
 ]

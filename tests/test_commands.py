@@ -45,6 +45,8 @@ def test_phase1_logs_its_numbers(first):
     assert len(logged["validation/prompt_gain"]) == len(logged["validation/loss_sigma_0.30"]) == 3
     assert len(logged["train/loss"]) == 4
     assert len(logged["validation/loss"]) == 3  # before the first step, at 2 and at 4
+    # One domain, uniform noise levels, no control: the shares of training are those of `loss`.
+    assert logged["validation/loss_as_trained"] == pytest.approx(logged["validation/loss"])
     assert logged["train/learning_rate"][:3] == pytest.approx([5e-4, 1e-3, 1e-3])  # a warm-up of 2
     assert {"train/grad_norm", "train/samples_per_second", "train/loss_real"} <= logged.keys()
     assert "train/loss_cg" not in logged
@@ -78,6 +80,8 @@ def test_phase2_trains_and_exports(second, first):
     # The new control blocks add zeros: before the first step, any control gives the backbone's own loss.
     assert logged["validation/control_gain"][0] == 0
     assert logged["validation/loss_no_control"][0] == logged["validation/loss"][0]
+    real, cg = logged["validation/loss_real"][0], logged["validation/loss_cg"][0]
+    assert logged["validation/loss_as_trained"][0] == pytest.approx(0.75 * real + 0.25 * cg)
     assert logged["validation/loss_no_control"][-1] != logged["validation/loss"][-1]
     assert {"validation/prompt_gain", "validation/control_gain_sigma_0.30"} <= logged.keys()
     # The same holds for an altered look of the control, which is measured on real clips alone.

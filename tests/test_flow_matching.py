@@ -1,9 +1,10 @@
 """Flow matching: identities of the path, agreement with Diffusers, and stratified noise levels."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-from diffusers.training_utils import compute_density_for_timestep_sampling
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -150,6 +151,50 @@ def test_positive_logit_mean_means_more_noise():
 def test_sigmas_never_fall_below_the_trained_schedule(shift):
     lowest = fm.sample_sigmas(20000, SigmaDensity(shift=shift), step_generator()).min().item()
     assert lowest == pytest.approx(shift * 1e-3 / (1 + (shift - 1) * 1e-3))
+
+
+@pytest.mark.parametrize("scheme", fm.WEIGHTING_SCHEMES)
+def test_weights_are_those_of_diffusers_up_to_the_cap(scheme):
+    sigmas = torch.linspace(0.003, 1, 500)
+    theirs = compute_loss_weighting_for_sd3(scheme, sigmas)
+    ours = fm.loss_weights(sigmas, scheme)
+    torch.testing.assert_close(ours, theirs.clamp(max=5) if scheme == "sigma_sqrt" else theirs)
+    assert (ours == 5).any() == (scheme == "sigma_sqrt")
+
+
+@pytest.mark.parametrize(("shift", "before", "after"), [(1, 0.950, 0.014), (3, 0.940, 0.020), (5, 0.927, 0.024)])
+def test_the_cap_takes_the_weight_from_the_least_noisy_samples(shift, before, after):
+    """Share of `sigma_sqrt`'s weight that the 1 % of the samples with the least noise carry."""
+
+    def share(weights):
+        return (weights[:1000].sum() / weights.sum()).item()
+
+    sigmas = fm.shift_sigmas(((torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000).clamp(1e-3), shift)
+    assert share(compute_loss_weighting_for_sd3("sigma_sqrt", sigmas).double()) == pytest.approx(before, abs=6e-4)
+    assert share(fm.loss_weights(sigmas, "sigma_sqrt")) == pytest.approx(after, abs=6e-4)
+
+
+QUARTERS = torch.tensor([0.125, 0.375, 0.625, 0.875], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("scheme", fm.WEIGHTING_SCHEMES)
+def test_level_weights_give_the_expectation_of_a_loss_that_is_linear_between_levels(scheme, shift):
+    density, losses = SigmaDensity(scheme, 0.0, 1.0, 1.29, shift), torch.tensor([0.9, 0.2, 0.4, 1.7]).double()
+    weights = fm.level_weights(fm.shift_sigmas(QUARTERS, shift), density)
+    assert (weights >= 0).all()
+    # Diffusers draws the density; it is symmetric at a mean of 0.
+    drawn = compute_density_for_timestep_sampling(scheme, 400_000, 0.0, 1.0, 1.29, generator=step_generator()).double()
+    sigmas = fm.shift_sigmas(drawn.clamp(1e-3, 1), shift)
+    values = torch.from_numpy(np.interp(drawn.numpy(), QUARTERS.numpy(), losses.numpy()))
+    samples = compute_loss_weighting_for_sd3(scheme, sigmas).clamp(max=5) * values
+    error = samples.std() / len(samples) ** 0.5
+    assert abs(weights @ losses - samples.mean()) < 4 * error
+
+
+def test_the_default_density_weighs_its_quantiles_alike():
+    weights = fm.level_weights(fm.shift_sigmas(QUARTERS, 3.0), SigmaDensity())
+    torch.testing.assert_close(weights, torch.full_like(weights, 0.25), rtol=0, atol=1e-12)
 
 
 def test_half_precision_latents_are_noised_in_full_precision():

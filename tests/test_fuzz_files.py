@@ -237,7 +237,7 @@ def targets(folder):
         load_controlnet(path / "model")
         built = build_run(folder / "resumed", "--ema_decay=0.9", checkpoint=path)
         config = {"injection_layers": [0, 1]}
-        require_resumable(path, built.run.accelerator, built.run.args, config, {"backbone": "a"})
+        require_resumable(path, built.run.accelerator, built.run.args, C2RControlNet, config, {"backbone": "a"})
         changed_options(path, built.run.args)
         load(built)
 

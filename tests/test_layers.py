@@ -14,16 +14,16 @@ LAYERS = (
     ("c2r.panel",),  # makes command lines of c2r.generate and runs them: it knows parsed options
     (
         *("train_phase1", "train_phase2"),
-        *("c2r.__main__", "c2r.encode", "c2r.estimate", "c2r.export", "c2r.generate"),
+        *("c2r.__main__", "c2r.encode", "c2r.estimate", "c2r.evaluate", "c2r.export", "c2r.generate"),
         *("c2r.prepare", "c2r.quickstart", "c2r.report", "c2r.study"),
     ),
-    ("c2r.toy", "c2r.reporting"),
+    ("c2r.toy", "c2r.reporting", "c2r.scoring"),
     ("c2r.evaluation",),
     ("c2r.training", "c2r.estimation"),
     ("c2r.cli",),
     ("c2r.options",),
     ("c2r.preparation",),
-    ("c2r.encoding",),
+    ("c2r.encoding", "c2r.metrics"),
     ("c2r.pipeline", "c2r.pipeline_folder"),
     ("c2r.data",),
     ("c2r.models",),
@@ -35,12 +35,12 @@ LAYERS = (
 SCRIPTS = ("train_phase1", "train_phase2")
 #: Rooms whose functions take values by name, never the parsed options of a command.
 WITHOUT_OPTIONS = (
-    *("c2r.data", "c2r.encoding", "c2r.flow_matching", "c2r.guidance", "c2r.models", "c2r.pipeline"),
+    *("c2r.data", "c2r.encoding", "c2r.flow_matching", "c2r.guidance", "c2r.metrics", "c2r.models", "c2r.pipeline"),
     *("c2r.pipeline_folder", "c2r.preparation", "c2r.sampler", "c2r.windows"),
 )
 #: Imported before a command has answered --help: they must load within a moment.
 LIGHT = (
-    *("c2r", "c2r.cli", "c2r.data.buckets", "c2r.data.settings", "c2r.models.injections"),
+    *("c2r", "c2r.cli", "c2r.data.buckets", "c2r.data.settings", "c2r.metrics.catalogue", "c2r.models.injections"),
     *("c2r.options", "c2r.options.option", "c2r.options.presets", "c2r.options.shared", "c2r.options.tools"),
     *("c2r.options.training", "c2r.options.types"),
 )

@@ -141,7 +141,7 @@ def test_a_slot_of_unknown_end_is_refused(monkeypatch):
     ("argument", "answer"),
     [
         ("--real_datasets=x", "--real_datasets: no such option; did you mean --real_dataset?"),
-        ("--cg_dataset=x", "--cg_dataset: is an option of train_phase2.py; leave it out here, see --help-all"),
+        ("--cg_ratio=x", "--cg_ratio: is an option of train_phase2.py; leave it out here, see --help-all"),
         ("--xyzzy", "--xyzzy: no such option; see --help-all"),
         ("--seed", "--seed: has no value; give a whole number from 0 to 2,147,483,647"),
         ("--dry_run=3", "--dry_run: ignored explicit argument '3'; see --help"),

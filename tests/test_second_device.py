@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from c2r.data.video import read_window
 from tests.helpers.commands import SIZE, launch, phase1, phase2, same, scalars, succeed, weights
-from tests.helpers.datasets import flat_video, write_dataset
+from tests.helpers.datasets import write_monitored_datasets
 from tests.helpers.device_mistakes import EXPRESSIONS, MISTAKES, RUN, refuses
 from tests.helpers.forks import fork
 from tests.helpers.sample_videos import difference, row_of
@@ -66,12 +66,8 @@ def test_phase_2_trains_and_samples_as_the_cpu_does(first, second, tiny_models, 
 
 
 @pytest.fixture(scope="module")
-def monitored_datasets(small_datasets, tmp_path_factory):
-    """Enough CG pairs for the CG monitor."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "real").symlink_to(small_datasets / "real")
-    fine, coarse = ([f"{kind}{i}.mp4" for i in range(5)] for kind in "fc")
-    return write_dataset(folder / "cg", fine, ["a street"] * 5, coarse, video=flat_video).parent
+def monitored_datasets(tmp_path_factory):
+    return write_monitored_datasets(tmp_path_factory.mktemp("data"))
 
 
 #: Everything in phase 2 that may be switched on with the others.
@@ -86,6 +82,8 @@ EVERYTHING = [
     "--monitor_bound=-9",
     "--monitor_patience=1",
     "--sample_steps=2",
+    "--num_samples=4",
+    "--num_inference_steps=1",
     "--num_validation_clips=1",
     "--control_guidance_scale=1.5",
     "--weighting_scheme=cosmap",
@@ -107,7 +105,7 @@ def test_a_run_with_everything_on_resumes_bit_for_bit(first, tiny_models, monito
         )
         return succeed(*command, by=fork).stdout
 
-    assert "CG look" in run(tmp_path / "whole", *offloaded)
+    assert "step 2: cg_ratio lowered from 0.5 to 0.25" in run(tmp_path / "whole", *offloaded)
     shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "halves/checkpoint-2")
     assert "checkpoint-2 at step 2" in run(tmp_path / "halves", "--resume_from_checkpoint=latest")
     assert same(weights(tmp_path / "halves/final"), weights(tmp_path / "whole/final"))
@@ -187,6 +185,17 @@ def test_generate_in_bf16_without_control(first, tmp_path):
     output = tmp_path / "out.mp4"
     succeed(ON_DEVICE, "c2r/generate.py", *generate_options(first[0] / "final", output), "--guidance=cfg", by=fork)
     assert video(output).shape == (SIZE["num_frames"], 3, SIZE["height"], SIZE["width"])
+
+
+def test_evaluate_in_bf16_with_validation_and_cg_look(second, monitored_datasets, cache, tmp_path):
+    real, cg = monitored_datasets / "real", monitored_datasets / "cg"
+    options = ["--model", second[0] / "final", "--dataset", cg, "--control", "own", "none", "--max_clips=2"]
+    options += ["--real_dataset", real, "--cg_dataset", cg, "--num_validation_clips=1", cache]
+    options += ["--metrics", "edge_f1", "--num_inference_steps=1", f"--output_dir={tmp_path}"]
+    succeed(ON_DEVICE, "c2r/evaluate.py", *options, by=fork)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [*found["measures"]] == ["edge_f1", "cg_look"]
+    assert found["validation"]["phase2/final"]["numbers"]["loss"] > 0
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes

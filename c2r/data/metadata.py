@@ -14,7 +14,7 @@ from c2r.data.folders import DatasetFolder
 from c2r.data.table_checks import check_csv, check_jsonl, check_parquet
 from c2r.files import UNWRITABLE, digest
 
-COLUMNS = ("file_name", "text", "control_name", "start", "end", "fps")
+COLUMNS = ("file_name", "text", "control_name", "start", "end", "fps", "id_name", "depth_name")
 
 READERS = {
     # Captions such as "NA" and "007" stay text.
@@ -74,6 +74,8 @@ class Row(NamedTuple):
     start: str
     end: str
     fps: str
+    id_name: str
+    depth_name: str
 
 
 def rows_of(table: Dataset, address: str) -> Iterator[Row]:

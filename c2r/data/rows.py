@@ -97,13 +97,13 @@ def locate_rows(
         for row in rows_of(rows, f"{folder.address}/{metadata_folder}".rstrip("/")):
             name, text, control_name = row[:3]
             try:
-                fps, part = row.fps or sequence_fps, _part(row.start, row.end)
-                files = [_locate(folder, bases, name, fps)]
+                fps, part = row.fps or sequence_fps, part_of(row.start, row.end)
+                files = [locate(folder, bases, name, fps)]
                 if not text.strip():
                     raise DropRow(DropReason.EMPTY_CAPTION)
                 if domain == "cg" or control_name:
                     try:
-                        files.append(_locate(folder, bases, control_name, fps))
+                        files.append(locate(folder, bases, control_name, fps))
                     except DropRow as drop:
                         if domain == "cg":
                             raise
@@ -117,8 +117,12 @@ def locate_rows(
     return table, dropped, without_coarse, row_count
 
 
-def _locate(folder: DatasetFolder, bases: list[str], name: str, fps: str | float | None) -> DatasetFile:
-    """Return the file or image sequence that a row names, relative to the first base that has it."""
+def locate(folder: DatasetFolder, bases: list[str], name: str, fps: str | float | None) -> DatasetFile:
+    """Return the file or image sequence that a row names, relative to the first base that has it.
+
+    Raises:
+        DropRow: the row names none, or there is none in the folder.
+    """
     if not name:
         raise DropRow(DropReason.MISSING_FILE, "the row names none")
     for base in bases:
@@ -148,7 +152,7 @@ def _difference(name, found):
     return "the way in which accents are stored" if composed[0] == composed[1] else "upper and lower case"
 
 
-def _part(start: str, end: str) -> Part | None:
+def part_of(start: str, end: str) -> Part | None:
     """Return the part of a file that a row names, in seconds; None: the whole file.
 
     Raises:

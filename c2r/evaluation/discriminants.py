@@ -1,11 +1,15 @@
 """Scores fitted on features of real and of CG clips: 0 = like the real clips, 1 = like the CG clips."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import nan
 
 import torch
 
 FOLDS = 5
+
+#: Permutations that an accuracy must exceed: it does by chance in 1 of 80 cases.
+PERMUTATIONS = 79
 
 #: Ridge penalty of the probe, relative to the mean squared length of a standardised feature vector.
 RIDGE = 0.03
@@ -66,10 +70,34 @@ def fit_probe(real: torch.Tensor, cg: torch.Tensor) -> Scorer:
     return lambda x: (((x.double() - centre) / scale) @ weights / 2 + 0.5).float()
 
 
-def rescale(scorer: Scorer, held_out_real: torch.Tensor, held_out_cg: torch.Tensor) -> Scorer:
-    """Rescale a scorer so that the means of its held-out scores become 0 and 1; NaN if they are in the wrong order."""
-    zero, one = held_out_real.mean(), held_out_cg.mean()
-    return lambda clips: (scorer(clips) - zero) / (one - zero if one > zero else nan)
+@dataclass(frozen=True)
+class HeldOut:
+    """Scores of clips by scorers that were fitted without the clips of their files' fold: (n,) and (m,)."""
+
+    real: torch.Tensor
+    cg: torch.Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """The share of scores on the right side of 0.5, the mean over both sets. NaN counts as half right."""
+        correct = (
+            (self.real < 0.5) + 0.5 * self.real.isnan(),
+            (self.cg > 0.5) + 0.5 * self.cg.isnan(),
+        )
+        return sum(values.float().mean().item() for values in correct) / 2
+
+    def rescale(self, scorer: Scorer) -> Scorer:
+        """Rescale a scorer so that the means of these scores become 0 and 1; NaN if they are in the wrong order.
+
+        Its values for the clips that it was fitted on are too good to place other clips by.
+        """
+        zero, one = self.real.mean(), self.cg.mean()
+        return lambda clips: (scorer(clips) - zero) / (one - zero if one > zero else nan)
+
+    def rescaled(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the scores of both sets, rescaled."""
+        scorer = self.rescale(lambda scores: scores)
+        return scorer(self.real), scorer(self.cg)
 
 
 def folds_of(files: Sequence[str]) -> torch.Tensor:
@@ -78,26 +106,60 @@ def folds_of(files: Sequence[str]) -> torch.Tensor:
     return torch.tensor([names.index(file) % min(FOLDS, len(names)) for file in files])
 
 
-def held_out_scores(
+def cross_validate(
     fit: Callable[[torch.Tensor, torch.Tensor], Scorer],
     real: torch.Tensor,
     cg: torch.Tensor,
-    real_folds: torch.Tensor,
-    cg_folds: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score each clip by a scorer that was fitted without the clips of its fold: (n,) and (m,)."""
+    real_files: Sequence[str],
+    cg_files: Sequence[str],
+) -> HeldOut:
+    """Score each clip by a scorer that was fitted without the clips of its fold.
+
+    Args:
+        fit: `fit_discriminant` or `fit_probe`.
+        real, cg: (n, k) and (m, k).
+        real_files, cg_files: the file of each clip. The clips of one file are in one fold; there are at most FOLDS.
+    """
+    real_folds, cg_folds = folds_of(real_files), folds_of(cg_files)
     real_scores, cg_scores = torch.empty(len(real)), torch.empty(len(cg))
     for fold in range(FOLDS):
         scorer = fit(real[real_folds != fold], cg[cg_folds != fold])
         real_scores[real_folds == fold] = scorer(real[real_folds == fold])
         cg_scores[cg_folds == fold] = scorer(cg[cg_folds == fold])
-    return real_scores, cg_scores
+    return HeldOut(real_scores, cg_scores)
 
 
-def accuracy_of(real_scores: torch.Tensor, cg_scores: torch.Tensor) -> float:
-    """Return the share of scores on the right side of 0.5, the mean over both sets. NaN counts as half right."""
-    correct = (
-        (real_scores < 0.5) + 0.5 * real_scores.isnan(),
-        (cg_scores > 0.5) + 0.5 * cg_scores.isnan(),
-    )
-    return sum(values.float().mean().item() for values in correct) / 2
+def exceeds_chance(
+    accuracy: float,
+    fit: Callable[[torch.Tensor, torch.Tensor], Scorer],
+    real: torch.Tensor,
+    cg: torch.Tensor,
+    real_files: Sequence[str],
+    cg_files: Sequence[str],
+) -> bool:
+    """Return True if no permutation of the files reaches this accuracy: a test at level 1 / (PERMUTATIONS + 1).
+
+    Whole files change their domain. The same files are permuted in the same way each time.
+
+    Args:
+        accuracy: the held-out accuracy.
+        fit, real, cg, real_files, cg_files: see `cross_validate`.
+    """
+    clips = torch.cat([real, cg])
+    files = [f"real {file}" for file in real_files] + [f"cg {file}" for file in cg_files]
+    names = sorted(set(files))
+    num_real = len(set(real_files))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(PERMUTATIONS):
+        chosen = {names[i] for i in torch.randperm(len(names), generator=generator)[:num_real].tolist()}
+        rows = [[i for i, file in enumerate(files) if (file in chosen) == is_real] for is_real in (True, False)]
+        (first, second), names_of = (clips[r] for r in rows), [[files[i] for i in r] for r in rows]
+        if cross_validate(fit, first, second, *names_of).accuracy >= accuracy:
+            return False
+    return True
+
+
+def file_means(values: torch.Tensor, files: Sequence[str]) -> torch.Tensor:
+    """Return the mean of the (n,) values of each file's clips, in the order of the files' names."""
+    rows = [[i for i, other in enumerate(files) if other == file] for file in sorted(set(files))]
+    return torch.stack([values[r].mean() for r in rows])

@@ -12,7 +12,7 @@ from c2r.evaluation.monitor_reference import judge_samples, reference_of
 from c2r.evaluation.ratio_controller import RatioController
 from c2r.evaluation.sample_plan import SamplePlan
 from c2r.evaluation.samples import SampleRows, make_samples, sampling_pipeline
-from c2r.evaluation.validation import noise_levels, validation_metrics
+from c2r.evaluation.validation import loss_as_trained, noise_levels, validation_metrics
 from c2r.evaluation.validation_plot import write_history
 from c2r.files import digest
 from c2r.models.dinov3 import DINOv3FeatureExtractor
@@ -22,6 +22,7 @@ from c2r.training.ema import averaged_weights
 from c2r.training.failing_together import failing_together
 from c2r.training.plan import Plan
 from c2r.training.run import Run, TrainState
+from c2r.training.step import NoiseSettings
 from c2r.training.trackers import record_of
 
 
@@ -60,6 +61,10 @@ def record_validation(
     if losses is None:
         return None
     metrics = validation_metrics(losses, conditions.domains, run.args.flow_shift) | numbers
+    noise = NoiseSettings.of(run)
+    metrics["loss_as_trained"] = loss_as_trained(
+        losses, conditions.domains, noise.density, noise.control_dropout, run.progress.cg_ratio or 0.0
+    )
     if run.progress.start_baseline(conditions.setting):
         run.info("other validation clips or noise levels than before, so a new baseline of validation starts")
     metrics["loss_at_start"] = run.progress.metrics.get("loss_at_start", metrics["loss"])
@@ -153,16 +158,18 @@ def sample_and_judge(
         )
         if rows is None or not sample_plan.monitored:
             return rows, None
-        reference = reference_of(
-            sample_plan.reference_clips,
-            pipeline,
-            plan.inputs["DINOv3"],
-            run.settings,
-            accelerator,
-            plan.cg.cache_dir,
-            run.watchdog.beat,
-        )
-        return rows, judge_samples(rows, samples, CGMonitor(reference), dinov3, accelerator)
+        if sample_plan.monitor is None:
+            reference = reference_of(
+                sample_plan.reference_clips,
+                pipeline,
+                plan.inputs["DINOv3"],
+                run.settings,
+                accelerator,
+                plan.cg.cache_dir,
+                run.watchdog.beat,
+            )
+            sample_plan.monitor = CGMonitor(reference)
+        return rows, judge_samples(rows, samples, sample_plan.monitor, dinov3, accelerator)
 
 
 def record_cg_look(run: Run, cg_look: CGLook, controller: RatioController, sampler: MixedCGRealSampler) -> None:

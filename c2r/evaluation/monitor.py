@@ -11,38 +11,42 @@ latents, not read from the videos.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite, nan
+from math import inf, isfinite, nan
 from pathlib import Path
 
 import torch
+from scipy.special import stdtrit
 from torch.nn import functional as F
 from typing_extensions import TypedDict
 
 from c2r import InputError
 from c2r.evaluation.cg_measures import geometry, lighting, texture
 from c2r.evaluation.discriminants import (
-    accuracy_of,
+    cross_validate,
+    exceeds_chance,
+    file_means,
     fit_discriminant,
     fit_probe,
-    folds_of,
-    held_out_scores,
-    rescale,
 )
 from c2r.files import damaged_cache_error, load_tensors, save_tensors
 
 MEASURES = ("texture", "lighting", "geometry", "dinov3")
 
-#: A measure counts for the CG look if its held-out accuracy is above this; chance is 0.5.
+#: A measure counts for the CG look if its held-out accuracy is above this (chance is 0.5) and exceeds chance.
 MIN_ACCURACY = 0.75
 
 #: Files of each domain in a reference: with fewer, differences of single scenes look like differences of domains.
-MIN_FILES = 3
+MIN_FILES = 8
+
+#: Scenes among the samples from which the CG share is changed and advice is given. The interval of fewer is so wide
+#: that chance decides.
+MIN_SCENES = 4
 
 #: The score of a clip is clamped to this range, so that one outlier does not decide.
 SCORE_RANGE = (-1.0, 2.0)
 
-#: Bootstrap of the mean score: number of resamples, and confidence of the interval.
-RESAMPLES, CONFIDENCE = 1000, 0.9
+#: Confidence of the intervals that are printed and logged.
+PRINTED_CONFIDENCE = 0.9
 
 
 class _ReferenceFiles(TypedDict):
@@ -125,20 +129,38 @@ class Reference:
 
 @dataclass
 class Score:
-    """A score of some clips: 0 = like the real clips, 1 = like the CG clips; NaN if it cannot be computed.
+    """A score of some scenes: 0 = like the real clips, 1 = like the CG clips; NaN if it cannot be computed.
 
     Attributes:
-        mean: the mean over the clips.
-        low, high: bootstrap interval of the mean, with confidence CONFIDENCE.
+        mean: the mean over the scenes.
+        error: standard error of the mean, NaN for a single scene.
+        freedom: degrees of freedom of the error.
+        count: number of scenes.
         accuracy: held-out accuracy of separating real from CG clips by this measure; NaN for the mean of several.
     """
 
     mean: float
-    low: float
-    high: float
+    error: float
+    freedom: float
+    count: int
     accuracy: float = nan
 
+    def interval(self, confidence: float = PRINTED_CONFIDENCE) -> tuple[float, float]:
+        """Return the bounds of the t interval of the mean, NaN for a single scene."""
+        half = float(stdtrit(self.freedom, (1 + confidence) / 2)) * self.error
+        return self.mean - half, self.mean + half
+
+    @property
+    def low(self) -> float:
+        return self.interval()[0]
+
+    @property
+    def high(self) -> float:
+        return self.interval()[1]
+
     def __str__(self):
+        if isfinite(self.mean) and not isfinite(self.error):
+            return f"{self.mean:.2f} (one scene, so no interval)"
         return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
@@ -185,7 +207,8 @@ class CGMonitor:
 
     Attributes:
         accuracy: {measure: held-out accuracy}, the mean of both domains' accuracies, cross-validated by file.
-        informative, uninformative: names of the measures above and not above MIN_ACCURACY.
+        informative: the measures whose accuracy is above MIN_ACCURACY and exceeds chance.
+        uninformative: the others.
 
     Raises:
         InputError: too few files.
@@ -206,16 +229,28 @@ class CGMonitor:
         self._coarse_files = reference.files.get("coarse", ())
 
         tables = {d: self._tables(reference.features[d], reference.files[d]) for d in ("real", "cg")}
-        folds = {d: folds_of(reference.files[d]) for d in ("real", "cg")}
         self._scorers, self.accuracy = {}, {}
+        # {measure: (files,)}: by how much the held-out scores of a file's clips differ from the mean of its domain
+        self._real_deviations: dict[str, torch.Tensor] = {}
+        self._cg_deviations: dict[str, torch.Tensor] = {}
+        informative = []
         for measure in MEASURES:
-            real, cg = tables["real"][measure], tables["cg"][measure]
             fit = fit_probe if measure == "dinov3" else fit_discriminant
-            held_out = held_out_scores(fit, real, cg, folds["real"], folds["cg"])
-            self.accuracy[measure] = accuracy_of(*held_out)
-            self._scorers[measure] = rescale(fit(real, cg), *held_out) if fit is fit_probe else fit(real, cg)
-        self.informative = tuple(m for m in MEASURES if self.accuracy[m] > MIN_ACCURACY)
-        self.uninformative = tuple(m for m in MEASURES if m not in self.informative)
+            real, cg = tables["real"][measure], tables["cg"][measure]
+            files = reference.files["real"], reference.files["cg"]
+            held_out = cross_validate(fit, real, cg, *files)
+            self.accuracy[measure] = held_out.accuracy
+            self._scorers[measure] = held_out.rescale(fit(real, cg))
+            for deviations, scores, names in zip(
+                (self._real_deviations, self._cg_deviations), held_out.rescaled(), files
+            ):
+                means = file_means(scores, names)
+                deviations[measure] = means - means.mean()
+            # At level 1/80 each, so that of four measures that know nothing, at most 5 % count.
+            if held_out.accuracy > MIN_ACCURACY and exceeds_chance(held_out.accuracy, fit, real, cg, *files):
+                informative.append(measure)
+        self.informative = tuple(informative)
+        self.uninformative = tuple(m for m in MEASURES if m not in informative)
 
     def _tables(self, features, files):
         """Return {measure: (n, k)}: the features, those of geometry with one more column.
@@ -239,20 +274,34 @@ class CGMonitor:
         Args:
             samples: `clip_features` of each generated clip.
             files: for each sample, the name of the CG clip whose coarse rendering controlled it; None if unknown.
+                Samples of one file are alike, so that they count as one scene, by their mean.
         """
         features = {measure: torch.stack([sample[measure] for sample in samples]) for measure in MEASURES}
         tables = self._tables(features, files or [None] * len(samples))
-        scores = {m: self._scorers[m](tables[m]).clamp(*SCORE_RANGE) for m in MEASURES}
-        measures = {m: _score(scores[m], self.accuracy[m]) for m in MEASURES}
-        informative = [scores[m] for m in self.informative]
-        look = torch.stack(informative).mean(0) if informative else torch.full((len(samples),), nan)
-        return CGLook(_score(look), measures, self.uninformative)
+        scenes = [file or str(number) for number, file in enumerate(files or [None] * len(samples))]
+        scores = {m: file_means(self._scorers[m](tables[m]).clamp(*SCORE_RANGE), scenes) for m in MEASURES}
+        measures = {m: self._score({m: scores[m]}, self.accuracy[m]) for m in MEASURES}
+        look = self._score({m: scores[m] for m in self.informative})
+        return CGLook(look, measures, self.uninformative)
 
-
-def _score(values, accuracy=nan):
-    """Return the mean of (n,) and its bootstrap interval."""
-    draws = torch.randint(len(values), (RESAMPLES, len(values)), generator=torch.Generator().manual_seed(0))
-    means = values[draws].mean(1)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = means.quantile(tail).item(), means.quantile(1 - tail).item()
-    return Score(values.mean().item(), low, high, accuracy)
+    # With the scores s = (raw - zero) / (one - zero) and their mean L, an error of zero or one moves L by
+    #     dL = -((1 - L) * dzero + L * done) / (one - zero),
+    # so that its variance is the sum of that of the scenes' mean and those of both domains' means over files.
+    def _score(self, scores, accuracy=nan):
+        """Return the mean over measures of {measure: (scenes,)} as a score, the reference's error included."""
+        if not scores:
+            return Score(nan, nan, nan, 0)
+        looks = torch.stack([*scores.values()])  # (measures, scenes)
+        means = looks.mean(1, keepdim=True)
+        parts = [
+            looks.mean(0),
+            ((1 - means) * torch.stack([self._real_deviations[m] for m in scores])).mean(0),
+            (means * torch.stack([self._cg_deviations[m] for m in scores])).mean(0),
+        ]
+        # Source of the degrees of freedom: Welch 1947, Satterthwaite 1946.
+        if looks.shape[1] == 1:
+            return Score(looks.mean().item(), nan, nan, 1, accuracy)
+        variances = [(part.double().var().item() / len(part), len(part) - 1) for part in parts]
+        variance = sum(v for v, _ in variances)
+        freedom = variance**2 / sum(v**2 / f for v, f in variances) if variance > 0 else inf
+        return Score(looks.mean().item(), variance**0.5, freedom, looks.shape[1], accuracy)

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 CLIPS_PER_DOMAIN = 32
 
 #: Part of the name of a kept reference: increase it whenever the measures change.
-VERSION = 1
+VERSION = 2
 
 
 def choose_reference_clips(real_clips: Clips, cg_clips: Clips, bucket: Bucket | None) -> dict[str, list[Clip]]:
@@ -50,7 +50,12 @@ def choose_reference_clips(real_clips: Clips, cg_clips: Clips, bucket: Bucket | 
 
 def can_monitor(reference_clips: dict[str, list[Clip]]) -> bool:
     """Return True if both domains have enough files to find out how the domains differ."""
-    return all(len({clip.name for clip in clips}) >= MIN_FILES for clips in reference_clips.values())
+    return all(count_files(clips) >= MIN_FILES for clips in reference_clips.values())
+
+
+def count_files(clips: list[Clip]) -> int:
+    """Return the number of files that clips are of."""
+    return len({clip.target_file.path for clip in clips})
 
 
 @torch.no_grad()
@@ -85,21 +90,24 @@ def reference_of(
     Raises:
         InputError: the reference cannot be written.
     """
-    name = [VERSION, dinov3_sha256, *(clips_fingerprint(clips) for clips in reference_clips.values())]
+    # Folders, since files of one name in two folders are different files.
+    files = {domain: [clip.target_file.path for clip in clips] for domain, clips in reference_clips.items()}
+    name = [VERSION, dinov3_sha256, str(pipeline.dinov3.model.dtype), files]
+    name += [clips_fingerprint(clips) for clips in reference_clips.values()]
     name += vars(CacheSettings.of(settings)).values()
     path = Path(cache_dir) / "monitor" / f"{digest(name)}.safetensors"
     if all(gather_object([path.exists()])):
         return Reference.load(path)
 
-    logger.info("CG monitor: measuring the clips that samples are compared with, once for these datasets")
-    datasets = {domain: ClipDataset(clips, settings) for domain, clips in reference_clips.items()}
     tasks = [(domain, i) for domain, clips in reference_clips.items() for i in range(len(clips))]
+    logger.info("CG monitor: measuring %d clips to compare the samples with, once for these datasets", len(tasks))
+    datasets = {domain: ClipDataset(clips, settings) for domain, clips in reference_clips.items()}
     measured = []  # (domain, position, file, features)
     mine = tasks[accelerator.process_index :: accelerator.num_processes]
     with progress_bar(len(mine), "CG monitor", "clip", accelerator.process_index == 0) as bar:
         for domain, i in mine:
             beat("measuring the clips that the CG monitor compares with")
-            file = reference_clips[domain][i].name
+            file = files[domain][i]
             frames = decode_frames(pipeline.vae, datasets[domain][i]["latents_mean"])
             measured.append((domain, i, file, measure_frames(frames, pipeline.dinov3, accelerator.device)))
             if domain == "cg":
@@ -144,4 +152,4 @@ def judge_samples(
     if accelerator.num_processes > 1:
         measured = gather_object(measured)
     features = [features for _, features in sorted(measured, key=lambda entry: entry[0])]
-    return monitor.judge(features, files=[sample.scene.name for sample in samples])
+    return monitor.judge(features, files=[sample.scene.target_file.path for sample in samples])

@@ -62,14 +62,18 @@ def choose_samples(scenes: Clips, captions: Clips | None, count: int) -> list[Sa
 
 @contextmanager
 def sampling_pipeline(
-    base_model: str, flow_shift: float, transformer: nn.Module, dinov3: DINOv3FeatureExtractor, device: torch.device
+    base_model: str,
+    flow_shift: float,
+    transformer: nn.Module | None,
+    dinov3: DINOv3FeatureExtractor,
+    device: torch.device,
 ) -> Iterator[C2RPipeline]:
     """Yield a `C2RPipeline` of the models in training and of a VAE, which is freed at the end.
 
     Args:
         base_model: the Wan pipeline, a folder or hub name, that gives VAE and scheduler.
         flow_shift: shift of the scheduler's noise levels.
-        transformer: the prepared `C2RTransformer`, unwrapped.
+        transformer: the prepared `C2RTransformer`, unwrapped; None: the pipeline only decodes.
         dinov3: encodes the control.
         device: the run's device.
     """

@@ -168,6 +168,37 @@ def validation_metrics(losses: dict[str, torch.Tensor], domains: list[str], flow
     return metrics
 
 
+def loss_as_trained(
+    losses: dict[str, torch.Tensor],
+    domains: list[str],
+    density: flow_matching.SigmaDensity,
+    control_dropout: float = 0.0,
+    cg_ratio: float = 0.0,
+) -> float:
+    """Estimate the expectation that `train/loss` has on the validation clips.
+
+    `loss` is the mean over noise levels and domains, so that it does not depend on how a run weighs them. This number
+    has the density and weight of the noise levels, the share of CG and the control dropout of training. It lacks the
+    dropout of prompts, the augmentation of controls and the spread of the sampled latents about `latents_mean`; a run
+    that averages its weights validates the average.
+
+    Args:
+        losses: {condition: (n, S)} of `PromptConditions` or `ControlConditions`, S levels of `noise_levels`.
+        domains: "real" or "cg" for each of the n clips.
+        density: of the noise levels of training.
+        control_dropout: share of samples trained without control.
+        cg_ratio: share of CG samples.
+    """
+    table = losses["right"].double()
+    if "no_control" in losses:
+        table = (1 - control_dropout) * table + control_dropout * losses["no_control"].double()
+    by_clip = table @ flow_matching.level_weights(noise_levels(density.shift), density)  # (n,)
+    shares = {"real": 1 - cg_ratio, "cg": cg_ratio}
+    # One domain's share is divided among its clips, however many they are.
+    weights = torch.tensor([shares[domain] / domains.count(domain) for domain in domains], dtype=torch.float64)
+    return (by_clip @ weights / weights.sum()).item()
+
+
 def _mean_over_domains(table, groups):
     """(n, S) -> (S,) fp64: the mean over the clips of each domain, then over the domains."""
     return sum(table[rows].double().mean(0) for rows in groups.values()) / len(groups)

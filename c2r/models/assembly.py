@@ -55,6 +55,7 @@ class _ControlNetConfig(BlockConfig):
     feature_dim: Width
     temporal_stride: NotRequired[Count]
     injection: NotRequired[Injection]
+    causal_control: NotRequired[bool]
 
 
 def load_for_generation(

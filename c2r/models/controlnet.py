@@ -101,6 +101,7 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         temporal_stride: pixel frames per latent frame of the VAE.
         injection: "blocks", or "latent" as in the released C2R: no control blocks, the adapter's tokens times its gate
             are added once to the patch-embedded latents.
+        causal_control: see `ControlAdapter`.
 
     Raises:
         ValueError: if `injection_layers` are not ascending indices of backbone blocks, or do not fit the injection.
@@ -129,6 +130,7 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         feature_dim: int = 768,
         temporal_stride: int = 4,
         injection: str = "blocks",
+        causal_control: bool = False,
     ):
         super().__init__()
         if injection not in INJECTIONS or (injection == "latent") != (not injection_layers):
@@ -136,7 +138,8 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         if injection_layers != sorted(set(injection_layers)) or not set(injection_layers) <= set(range(num_layers)):
             raise ValueError(f"injection_layers are {injection_layers}: not ascending indices below {num_layers}")
         dim = num_attention_heads * attention_head_dim
-        self.control_adapter = ControlAdapter(feature_dim, dim, temporal_stride, gated=injection == "latent")
+        gated = injection == "latent"
+        self.control_adapter = ControlAdapter(feature_dim, dim, temporal_stride, gated, causal_control)
         self.control_blocks = nn.ModuleList(
             C2RControlBlock(dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps) for _ in injection_layers
         )
@@ -151,6 +154,7 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         temporal_stride: int = 4,
         empty: bool = False,
         injection: str = "blocks",
+        causal_control: bool = False,
     ) -> "C2RControlNet":
         """Create a control branch with zero residuals from clones of the backbone's first blocks.
 
@@ -161,6 +165,7 @@ class C2RControlNet(ModelMixin, ConfigMixin):
             temporal_stride: pixel frames per latent frame of the VAE.
             empty: leave all values undefined; see `load_transformer`.
             injection: see the class; "latent" has no blocks, and its adapter's gate starts at 0.01.
+            causal_control: see the class.
 
         Returns:
             trainable branch in fp32 on the backbone's device. The adapter and the projectors' first layers are drawn
@@ -174,6 +179,7 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         # By keyword: Diffusers treats positional arguments as defaults, and drops them in `from_config`.
         own_config: dict[str, Any] = {"injection_layers": layers, "injection": injection}
         own_config |= {"feature_dim": feature_dim, "temporal_stride": temporal_stride}
+        own_config["causal_control"] = causal_control
         with torch.device("meta"):  # skips the random weights of the clones, 5 billion at 14B
             controlnet = cls(**own_config, **shared)
         controlnet.to_empty(device=transformer.device)

@@ -25,6 +25,8 @@ _MARKER = "scaled_fp8"
 _SCALES = (".scale_weight", ".weight_scale")
 _UNUSED = (".scale_input", ".input_scale")
 _DESCRIPTION = ".comfy_quant"
+#: Buffers of models of transformers that are whole numbers, not weights.
+_WHOLE_NUMBERS = ("num_batches_tracked", "position_ids")
 #: Entries of a description that do not change what the weight is.
 _HARMLESS = ("format", "full_precision_matrix_mult")
 _MAX_DESCRIPTION_BYTES = 10_000
@@ -94,6 +96,8 @@ def split_scales(
                 "bf16, fp16 or fp8_scaled file of this model"
             )
     for key in weights:
+        if dtype_of(key) == "I64" and key.endswith(_WHOLE_NUMBERS):
+            continue
         if dtype_of(key) not in (*FLOATS, *FLOAT8):
             raise InputError(
                 f"{where}: {key} is stored as {dtype_of(key)}, which is not supported; give the bf16, fp16 or "

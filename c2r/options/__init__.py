@@ -3,16 +3,29 @@
 `python -m c2r.options` prints all of them as Markdown: docs/options.md.
 """
 
-from c2r.options.tools import APP, ENCODE, ESTIMATE, EXPORT, GENERATE, PREPARE, QUICKSTART, REPORT, STUDY, TOY
+from c2r.options.tools import (
+    APP,
+    ENCODE,
+    ESTIMATE,
+    EVALUATE,
+    EXPORT,
+    GENERATE,
+    PREPARE,
+    QUICKSTART,
+    REPORT,
+    STUDY,
+    TOY,
+)
 from c2r.options.training import PHASE1, PHASE2
 
-COMMANDS = (PHASE1, PHASE2, PREPARE, ENCODE, GENERATE, APP, EXPORT, REPORT, ESTIMATE, QUICKSTART, STUDY, TOY)
+COMMANDS = (PHASE1, PHASE2, PREPARE, ENCODE, GENERATE, EVALUATE, APP, EXPORT, REPORT, ESTIMATE, QUICKSTART, STUDY, TOY)
 
 __all__ = [
     "APP",
     "COMMANDS",
     "ENCODE",
     "ESTIMATE",
+    "EVALUATE",
     "EXPORT",
     "GENERATE",
     "PHASE1",

@@ -1,8 +1,10 @@
 """Options of all commands but the training scripts."""
 
+import os
 from dataclasses import replace
 
 from c2r import InputError
+from c2r.metrics.catalogue import MEASURES, ROLES
 from c2r.options.option import Command, Option
 from c2r.options.presets import PRESETS, preset_options
 from c2r.options.shared import (
@@ -32,6 +34,7 @@ from c2r.options.types import (
     POSITIVE,
     SEED,
     SHARE,
+    Checked,
     Choice,
     Flag,
     OrWord,
@@ -173,6 +176,133 @@ GENERATE = Command(
             ),
         ],
     },
+)
+
+
+def _network(text):
+    """Return (role, folder or hub name)."""
+    role, equals, name = text.partition("=")
+    if not (equals and name and role in ROLES):
+        raise ValueError(f"not ROLE=NETWORK; give one of {', '.join(f'{role}=…' for role in ROLES)}")
+    return role, name
+
+
+def _check_evaluate(args):
+    if not args.model and not args.videos:
+        raise InputError("--model: missing; give a trained model, or --videos that were made elsewhere")
+    if not args.model and args.control != ["own"]:
+        raise InputError(f"--control {' '.join(args.control)}: no video is generated; give a --model, or leave it out")
+    for name in ("control", "metrics"):
+        values = getattr(args, name) or []
+        for value in values:
+            if values.count(value) > 1:
+                raise InputError(f"--{name} {value}: named twice; name it once")
+    folders = set()
+    for name in ("model", "videos"):
+        for value in getattr(args, name) or []:
+            folder = os.path.realpath(value)
+            if folder in folders:
+                raise InputError(f"--{name} {value}: named twice; name it once")
+            folders.add(folder)
+    roles = [role for role, _ in args.networks or []]
+    for role in roles:
+        if roles.count(role) > 1:
+            raise InputError(f"--networks {role}: named twice; name one network for it")
+
+
+_OF_MODELS = (
+    "backbone",
+    "pretrained_model_name_or_path",
+    "dinov3",
+    "dtype",
+    "cpu_offload",
+    "vae_tiling",
+    "attention_backend",
+)
+_OF_VIDEOS = ("negative_prompt", "height", "width", "window_frames", "window_overlap")
+#: Kinds of control that c2r.evaluate generates with.
+CONTROLS = ("own", "shuffled", "none")
+EVALUATE = Command(
+    "python -m c2r.evaluate",
+    "Measure how well models follow their control and how real their videos look, on the same scenes and seeds.",
+    {
+        "what is measured": _all_common(
+            Option(
+                "dataset",
+                "folder with a metadata.csv: prompts (text), coarse videos (control_name), true videos (file_name) "
+                "and perhaps passes of the renderer (id_name, depth_name)",
+                FOLDER,
+                required=True,
+            ),
+            Option(
+                "model",
+                "one or several trained models: best/ or final/ of phase 2 or 1, folders that save_pretrained wrote, "
+                "or hub names",
+                MODEL,
+                several=True,
+            ),
+            Option(
+                "videos",
+                "one or several folders of videos made elsewhere, named as the scenes' true or coarse videos",
+                Text("folders"),
+                several=True,
+            ),
+            Option(
+                "control",
+                "one or several kinds of control: own: the scene's; shuffled: another scene's; none: no control",
+                Choice(CONTROLS),
+                ["own"],
+                several=True,
+            ),
+            Option("num_seeds", "videos that a model generates of each scene, with seeds from --seed on", COUNT, 1),
+            Option("seed", "first seed", SEED, 0),
+            Option("max_clips", "number of scenes to measure, from the first row on; default: all", COUNT),
+            Option("output_dir", "folder for everything that is written", FOLDER, "evaluation"),
+        ),
+        "measures": [
+            *_all_common(
+                Option(
+                    "metrics",
+                    "measures to compute; default: all whose network is given",
+                    Choice(tuple(measure.name for measure in MEASURES)),
+                    several=True,
+                ),
+                Option(
+                    "networks",
+                    "networks of measures, such as clip=openai/clip-vit-large-patch14; roles: " + ", ".join(ROLES),
+                    Checked(_network, "ROLE=NETWORK"),
+                    metavar="ROLE=NETWORK",
+                    several=True,
+                ),
+                Option(
+                    "real_dataset",
+                    "real clips of the training, for its validation numbers and the CG look",
+                    Text("folders"),
+                    several=True,
+                ),
+                Option(
+                    "cg_dataset",
+                    "CG pairs of the training, for its validation numbers and the CG look",
+                    Text("folders"),
+                    several=True,
+                ),
+                replace(
+                    PHASE2.options["num_validation_clips"],
+                    help="held-out clips of each of these datasets that a model is validated on",
+                ),
+            ),
+            *(option for option in CLIP_OPTIONS if option.name == "cache_dir"),
+        ],
+        "models": [GENERATE.options[name] for name in _OF_MODELS],
+        "videos": [
+            *(GENERATE.options[name] for name in _OF_VIDEOS),
+            Option("num_frames", "frames of a clip, 4k + 1; default: as trained", FRAMES, common=True),
+            Option("fps", "frames per second; default: as trained", FRAME_RATE, common=True),
+            Option("sequence_fps", "frames per second of image sequences whose row has no fps", FRAME_RATE),
+        ],
+        "sampling": GENERATE.groups["sampling"],
+    },
+    _check_evaluate,
 )
 
 APP = Command(

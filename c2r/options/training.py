@@ -232,7 +232,8 @@ def _training_groups(phase, before_data, after_data, **defaults):
             ),
             Option(
                 "weighting_scheme",
-                "density of the noise levels and weight of the loss, as in diffusers.training_utils",
+                "density of the noise levels and weight of the loss, as in diffusers.training_utils; the weight of "
+                "sigma_sqrt is at most 5",
                 Choice(WEIGHTING_SCHEMES),
                 "none",
             ),
@@ -541,6 +542,13 @@ PHASE2 = Command(
                 1,
                 on_resume=MUST_NOT_CHANGE,
             ),
+            Option(
+                "causal_control",
+                "each latent frame sees the control of its own and earlier frames, never of later ones",
+                Flag(),
+                False,
+                on_resume=MUST_NOT_CHANGE,
+            ),
             Option("conditioning_scale", "factor of the control residuals", NOT_NEGATIVE, 1.0),
             Option("control_dropout", "share of samples trained with a blank control", SHARE, 0.1),
             Option(
@@ -583,7 +591,7 @@ PHASE2 = Command(
         "sample videos and CG monitor": [
             Option(
                 "num_samples",
-                "videos made at each sampling; 0: no samples and no CG monitor",
+                "videos made at each sampling; below 4 the CG monitor only reports; 0: no samples and no CG monitor",
                 COUNT_OR_ZERO,
                 4,
                 common=True,
@@ -601,7 +609,7 @@ PHASE2 = Command(
             ),
             Option(
                 "monitor_patience",
-                "samplings above --monitor_bound after which the run advises, or lowers --cg_ratio",
+                "samplings in a row above --monitor_bound after which the run advises, or lowers --cg_ratio",
                 COUNT,
                 3,
             ),

@@ -1,15 +1,11 @@
 """The page of one or several runs: HTML with everything in it, so that it can be mailed and opened offline."""
 
-import base64
 import math
 from collections.abc import Iterator, Sequence
-from datetime import datetime
 from html import escape
-from importlib.resources import files
-from pathlib import Path
 
-from c2r import __version__
 from c2r.reporting.curves import Line, chart, four_decimals, number_text, points_of, smoothed
+from c2r.reporting.html import data_address, html_page, table
 from c2r.reporting.pairs import Difference, common_steps, difference, paired_clips
 from c2r.reporting.run_folder import RunFolder
 from c2r.training.output_files import SAMPLE_COLUMNS
@@ -63,22 +59,7 @@ def report_page(runs: Sequence[RunFolder]) -> str:
         ("Versions and commands", _environment(runs)),
         ("Not on this page", _missing(runs)),
     ]
-    shown = [(heading, body) for heading, body in sections if body]
-    links = "".join(f'<a href="#{_anchor(heading)}">{escape(heading)}</a>' for heading, _ in shown)
-    body = "".join(f'<section id="{_anchor(h)}"><h2>{escape(h)}</h2>{content}</section>' for h, content in shown)
-    style, script = (files("c2r.reporting").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
-    made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)} – C2R</title><style>{style}</style></head><body>"
-        f"<header><h1>{escape(title)}</h1><p>C2R {escape(__version__)}, {escape(made)}</p><nav>{links}</nav></header>"
-        f"<main>{body}</main><script>{script}</script></body></html>\n"
-    )
-
-
-def _anchor(heading):
-    return heading.lower().replace(" ", "-")
+    return html_page(title, sections)
 
 
 def _color(runs, run):
@@ -88,17 +69,6 @@ def _color(runs, run):
 def _key(runs, run):
     """Return a run's name with its colour."""
     return f'<span class="key" style="--c:{_color(runs, run)}">{escape(run.name)}</span>'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """Return a table of HTML cells, which scrolls on a narrow page."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join(
-        f"<tr><th>{row[0]}</th>" + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows
-    )
-    return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------- summary
@@ -118,7 +88,7 @@ def _summary(runs):
     if any(clips):
         rows.append(["validation clips", *(text or "–" for text in clips)])
     note = "Numbers are those of the last validation, or of the last step."
-    return f"<p>{note}</p>" + _table(["", *(_key(runs, run) for run in runs)], rows, "summary")
+    return f"<p>{note}</p>" + table(["", *(_key(runs, run) for run in runs)], rows, "summary")
 
 
 def _best_cell(run):
@@ -173,7 +143,7 @@ def _comparison(a, b, runs):
         found = difference(first, second, **arguments)
         if found is not None:
             rows.append([escape(label), *_difference_cells(found), str(found.clips), _reading(found)])
-    table = _table(["", "difference", "± standard error", "clips", ""], rows, "numbers")
+    differences = table(["", "difference", "± standard error", "clips", ""], rows, "numbers")
     curve = [(step, difference(a.validations[step], b.validations[step])) for step in steps]
     gain = [(step, difference(a.validations[step], b.validations[step], "other_control", "right")) for step in steps]
     color = _color(runs, b)
@@ -196,8 +166,8 @@ def _comparison(a, b, runs):
         "before they are averaged; domains have the same weight. The standard error is that of the mean over the "
         f"clips: it does not include what another --seed would change.{only}{_wrong_conditions_note(first, second)}"
     )
-    table += f'<p class="small">{note}</p>'
-    return f'{heading}{body}<div class="compared"><div>{table}</div><div class="charts">{charts}</div></div>'
+    differences += f'<p class="small">{note}</p>'
+    return f'{heading}{body}<div class="compared"><div>{differences}</div><div class="charts">{charts}</div></div>'
 
 
 def _verdict(a, b, loss, step):
@@ -333,7 +303,13 @@ def _training_loss(runs):
             lines.append(Line("each step", points_of(series), ONE_RUN_COLORS[0], faint=True))
         label = f"mean of {window} steps" if window > 1 else "loss"
         lines.append(Line(label if len(runs) == 1 else f"{run.name}, {label}", points, _color(runs, run)))
-    return chart("Training loss", lines, "It varies with the noise levels drawn; compare validations.")
+        if held_out := run.numbers.get("validation/loss_as_trained"):
+            label = "held-out clips" if len(runs) == 1 else f"{run.name}, held-out clips"
+            lines.append(
+                Line(label, points_of(held_out), ONE_RUN_COLORS[1] if len(runs) == 1 else _color(runs, run), STYLES[1])
+            )
+    note = "It varies with the noise levels drawn; compare validations. Dashed: what it would be on held-out clips."
+    return chart("Training loss", lines, note)
 
 
 def _gain_by_level(runs, run):
@@ -370,7 +346,7 @@ def _cg_measures(runs, run):
         label = measure if accuracy is None else f"{measure} (separates {100 * accuracy:.0f} %)"
         lines.append(Line(label, points_of(series), ONE_RUN_COLORS[i], STYLES[i]))
     title = "CG look by measure" + ("" if len(runs) == 1 else f", {run.name}")
-    return chart(title, lines, "A measure at 75 % or less does not count.", include=(0, 1))
+    return chart(title, lines, "A measure at 75 % or less, or that chance explains, does not count.", include=(0, 1))
 
 
 # ------------------------------------------------------------------------------------------------------------- samples
@@ -404,11 +380,6 @@ def chosen_videos(runs: Sequence[RunFolder], room: int = MAX_VIDEO_BYTES) -> tup
     return kept, f"All videos would take {size_text(_bytes(chosen))}, so {left_out}."
 
 
-def _data_address(path: Path, kind: str) -> str:
-    """Return the content of a file as a data: address, such as of `video/mp4`."""
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
 def _bytes(chosen):
     return sum(path.stat().st_size for videos in chosen for row in videos.values() for path in row.values())
 
@@ -434,7 +405,7 @@ def _samples(runs):
                 label = f"step {step:,}" if len(runs) == 1 else f"{_key(runs, run)}, step {step:,}"
                 video = (
                     '<video controls loop muted playsinline preload="metadata" '
-                    f'src="{_data_address(path, "video/mp4")}"></video>'
+                    f'src="{data_address(path, "video/mp4")}"></video>'
                 )
                 figures.append(
                     f'<figure class="sample" data-step="{step}"><figcaption>{label}</figcaption><div class="scroll">'
@@ -462,11 +433,11 @@ def _options(runs):
     if len(known) > 1:
         if differing:
             parts.append("<h3>What differs</h3>")
-            parts.append(_table(head, [[_code(name), *values] for name, values in differing.items()], "options"))
+            parts.append(table(head, [[_code(name), *values] for name, values in differing.items()], "options"))
         else:
             parts.append("<p>All options are equal.</p>")
-    table = _table(head, [[_code(name), *values] for name, values in rows.items()], "options")
-    parts.append(f"<details><summary>All {len(rows)} options</summary>{table}</details>")
+    all_options = table(head, [[_code(name), *values] for name, values in rows.items()], "options")
+    parts.append(f"<details><summary>All {len(rows)} options</summary>{all_options}</details>")
     return "".join(parts)
 
 
@@ -491,7 +462,7 @@ def _environment(runs):
     rows.append(["started", *(escape(run.start["started"]) for run in known)])
     rows += [[escape(name), *(escape(run.start["environment"].get(name, "–")) for run in known)] for name in names]
     rows.append(["folder", *(f"<code>{escape(str(run.path))}</code>" for run in known)])
-    parts = [_table(["", *(_key(runs, run) for run in known)], rows)]
+    parts = [table(["", *(_key(runs, run) for run in known)], rows)]
     for run in known:
         stopped = run.status.startswith("stopped")
         label = "to continue" if stopped else "how it was started"

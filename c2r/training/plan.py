@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import ModelMixin, WanTransformer3DModel
 
 from c2r import InputError
 from c2r.data.clips import Clip, Clips
@@ -30,7 +30,7 @@ from c2r.training.preflight import (
     require_access,
     require_splittable,
 )
-from c2r.training.resume import require_resumable
+from c2r.training.resume import config_defaults, require_resumable
 from c2r.training.run import Run
 
 
@@ -39,7 +39,8 @@ class Plan:
     """The datasets and models of a run."""
 
     backbone: str  #: folder, hub name or file that the backbone is loaded from
-    config: dict[str, Any]  #: config of the model that trains
+    model_class: type[ModelMixin]  #: of the model that trains
+    config: dict[str, Any]  #: of the model that trains
     real: Mixture
     cg: Mixture | None = None
     scenes: Mixture | None = None  #: the clips of --sample_dataset
@@ -66,10 +67,11 @@ def check_phase1(run: Run) -> Plan:
     backbone = args.dit_path or base_model
     config = read_transformer_config(backbone, base_model)
     _check_attention(run, config)
-    plan = Plan(backbone, config, *_read_mixtures(run))
+    plan = Plan(backbone, WanTransformer3DModel, config, *_read_mixtures(run))
     plan.num_trainable, num_frozen = count_parameters(WanTransformer3DModel, config), 0
     if args.lora_rank is not None:
-        plan.config, num_frozen = LoraWeights.config_of(config, args.lora_rank), plan.num_trainable
+        plan.model_class, plan.config = LoraWeights, LoraWeights.config_of(config, args.lora_rank)
+        num_frozen = plan.num_trainable
         plan.num_trainable = count_parameters(LoraWeights, plan.config)
     preflight(run, plan.mixtures, ModelConfigs(config), plan.num_trainable, num_frozen)
     _check_inputs(run, plan)
@@ -97,10 +99,11 @@ def check_phase2(run: Run) -> Plan:
     feature_dim, num_dinov3 = check_dinov3(args.dinov3, [bucket[1:] for bucket in run.settings.buckets])
     config = {name: backbone_config[name] for name in SHARED_CONFIG}
     config |= {"injection_layers": layers, "injection": args.injection, "feature_dim": feature_dim}
+    config["causal_control"] = args.causal_control
     if args.resume_controlnet_from is not None and run.checkpoint is None:
         _require_control_start(args.resume_controlnet_from, config, backbone_config)
     real, cg, scenes = _read_mixtures(run)
-    plan = Plan(args.resume_backbone_from, config, real, cg, scenes, feature_dim=feature_dim)
+    plan = Plan(args.resume_backbone_from, C2RControlNet, config, real, cg, scenes, feature_dim=feature_dim)
     plan.num_trainable = count_parameters(C2RControlNet, config)
     num_frozen = count_parameters(WanTransformer3DModel, backbone_config) + num_dinov3
     dinov3_config = dict(read_dinov3_config(resolve_model_folder(args.dinov3)))
@@ -119,11 +122,14 @@ def check_phase2(run: Run) -> Plan:
 
 def _require_control_start(name_or_path, config, backbone_config):
     """Check that the weights to start from have the shape that the options describe."""
-    given = control_start_config(name_or_path, backbone_config)
+    given = config_defaults(C2RControlNet) | control_start_config(name_or_path, backbone_config)
     option = f"--resume_controlnet_from {name_or_path}"
-    injection, layers = given.get("injection", "blocks"), given["injection_layers"]
+    injection, layers = given["injection"], given["injection_layers"]
     if injection != config["injection"]:
         raise InputError(f"{option}: has injection {injection}; give --injection {injection}")
+    if given["causal_control"] != config["causal_control"]:
+        remedy = "leave --causal_control out" if config["causal_control"] else "give --causal_control"
+        raise InputError(f"{option}: its adapter is {'not ' * config['causal_control']}causal; {remedy}")
     if layers != config["injection_layers"]:
         stride = layers[1] - layers[0] if len(layers) > 1 else 1
         raise InputError(
@@ -166,7 +172,7 @@ def _check_inputs(run, plan):
     """Add the datasets' fingerprints to the plan, and check that the checkpoint was written with the same inputs."""
     plan.inputs |= {f"{mixture.domain} dataset": mixture.fingerprint for mixture in plan.mixtures}
     if run.checkpoint is not None:
-        require_resumable(run.checkpoint, run.accelerator, run.args, plan.config, plan.inputs)
+        require_resumable(run.checkpoint, run.accelerator, run.args, plan.model_class, plan.config, plan.inputs)
 
 
 class ChosenClips(Protocol):

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import inspect
 import logging
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any, TextIO
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from diffusers import ModelMixin
 
 from c2r import InputError
 from c2r.files import read_json
@@ -165,15 +167,30 @@ def lock_output_dir(accelerator: Accelerator, output_dir: str | Path) -> TextIO 
     return lock
 
 
+def config_defaults(model_class: type[ModelMixin]) -> dict[str, Any]:
+    """Return the defaults of a model's config, as JSON holds them.
+
+    A model saved before an entry existed was built without it, so with its default.
+    """
+    parameters = inspect.signature(model_class.__init__).parameters
+    defaults = {name: given.default for name, given in parameters.items() if given.default is not given.empty}
+    return {name: [*value] if isinstance(value, tuple) else value for name, value in defaults.items()}
+
+
 def require_resumable(
-    path: Path, accelerator: Accelerator, args: Namespace, config: dict, inputs: dict[str, str]
+    path: Path,
+    accelerator: Accelerator,
+    args: Namespace,
+    model_class: type[ModelMixin],
+    config: dict[str, Any],
+    inputs: dict[str, str],
 ) -> None:
     """Check, before any weight is read, that a run can resume from a checkpoint.
 
     Args:
         path: a complete checkpoint.
         accelerator, args: the run's.
-        config: config of the model that trains.
+        model_class, config: class and config of the model that trains.
         inputs: {name: fingerprint} of datasets and frozen models.
 
     Raises:
@@ -189,7 +206,7 @@ def require_resumable(
                 raise InputError(f"--{name}: {path} was written with it; give it again")
             written = "without it; leave it out" if before in (None, False) else f"with {before}; give that one"
             raise InputError(f"--{name} {now}: {path} was written {written}")
-    saved_config = read_json(path / "model/config.json")
+    saved_config = config_defaults(model_class) | read_json(path / "model/config.json")
     for name, value in config.items():
         if not name.startswith("_") and saved_config.get(name) != value:
             raise InputError(

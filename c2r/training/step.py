@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import compute_loss_weighting_for_sd3
 
 from c2r import flow_matching
 from c2r.flow_matching import SigmaDensity
@@ -93,7 +92,7 @@ def make_noisy_batch(
         timesteps=flow_matching.timesteps_from_sigmas(sigmas),
         prompt_embeds=to_device(prompt_embeds, device),
         velocity_target=flow_matching.velocity_target(latents, noise),
-        weights=compute_loss_weighting_for_sd3(settings.density.weighting_scheme, sigmas),
+        weights=flow_matching.loss_weights(sigmas, settings.density.weighting_scheme),
         sigmas=sigmas,
         dropped_control=to_device(control_draws < settings.control_dropout, device),
     )

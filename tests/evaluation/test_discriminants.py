@@ -5,12 +5,13 @@ import torch
 
 from c2r.evaluation.discriminants import (
     MAX_DEVIATIONS,
-    accuracy_of,
+    HeldOut,
+    cross_validate,
+    exceeds_chance,
+    file_means,
     fit_discriminant,
     fit_probe,
     folds_of,
-    held_out_scores,
-    rescale,
 )
 
 
@@ -48,9 +49,11 @@ def test_a_feature_without_variance_is_bounded():
 
 
 def test_rescaled_scores_place_the_held_out_means_at_zero_and_one():
-    scorer = rescale(lambda clips: clips[:, 0], torch.tensor([0.1, 0.3]), torch.tensor([0.5, 0.7]))
+    held_out = HeldOut(torch.tensor([0.1, 0.3]), torch.tensor([0.5, 0.7]))
+    scorer = held_out.rescale(lambda clips: clips[:, 0])
     torch.testing.assert_close(scorer(torch.tensor([[0.2], [0.6], [0.4], [1.0]])), torch.tensor([0.0, 1.0, 0.5, 2.0]))
-    reversed_order = rescale(lambda clips: clips[:, 0], torch.tensor([0.6]), torch.tensor([0.2]))
+    assert [scores.mean().item() for scores in held_out.rescaled()] == pytest.approx([0, 1], abs=1e-6)
+    reversed_order = HeldOut(torch.tensor([0.6]), torch.tensor([0.2])).rescale(lambda clips: clips[:, 0])
     assert reversed_order(torch.ones(1, 1)).isnan().all()
 
 
@@ -65,15 +68,33 @@ def test_clips_of_a_file_are_in_one_fold():
 def test_held_out_scores_do_not_depend_on_the_own_fold(fit):
     generator = torch.Generator().manual_seed(0)
     real, cg = torch.randn(10, 3, generator=generator), 1 + torch.randn(10, 3, generator=generator)
-    folds = torch.arange(10) % 5
-    before, _ = held_out_scores(fit, real, cg, folds, folds)
+    files, folds = [*"abcdefghij"], torch.arange(10) % 5
+    before = cross_validate(fit, real, cg, files, files).real
     real[folds == 2] += 5
-    after, _ = held_out_scores(fit, real, cg, folds, folds)
+    after = cross_validate(fit, real, cg, files, files).real
     scorer = fit(real[folds != 2], cg[folds != 2])
     assert torch.equal(after[folds == 2], scorer(real[folds == 2]))
     assert not torch.equal(after[folds != 2], before[folds != 2])
 
 
 def test_accuracy_weighs_the_domains_alike_and_counts_nan_as_half_right():
-    assert accuracy_of(torch.tensor([0.1, 0.2, 0.9, 0.3]), torch.tensor([0.8])) == pytest.approx((0.75 + 1) / 2)
-    assert accuracy_of(torch.tensor([torch.nan]), torch.tensor([torch.nan])) == 0.5
+    scores = HeldOut(torch.tensor([0.1, 0.2, 0.9, 0.3]), torch.tensor([0.8]))
+    assert scores.accuracy == pytest.approx((0.75 + 1) / 2)
+    assert HeldOut(torch.tensor([torch.nan]), torch.tensor([torch.nan])).accuracy == 0.5
+
+
+def test_an_accuracy_exceeds_chance_if_files_without_domain_do_not_reach_it():
+    """Two clips a file that are alike: only the number of files counts."""
+    generator = torch.Generator().manual_seed(0)
+    files = [f"{i // 2}" for i in range(16)]
+    table = torch.randn(16, 1, generator=generator).repeat_interleave(2, 0)
+    apart = torch.cat([table[:16], table[16:] + 100])
+    assert not exceeds_chance(0.75, fit_discriminant, table[:16], table[16:], files, files)
+    assert not exceeds_chance(0.75, fit_discriminant, apart[:16], apart[16:], files, files)
+    assert exceeds_chance(1.0, fit_discriminant, apart[:16], apart[16:], files, files)
+    # Three files a domain have 20 splits only: a permutation is the true one, and reaches its accuracy.
+    assert not exceeds_chance(1.0, fit_discriminant, apart[:6], apart[16:22], files[:6], files[:6])
+
+
+def test_the_mean_of_a_file_is_that_of_its_clips():
+    assert file_means(torch.tensor([1.0, 5.0, 3.0]), ["b", "a", "b"]).tolist() == [5, 2]

@@ -1,13 +1,13 @@
 """The CG monitor: scores from real to CG, uninformative measures, and a reference that can be saved."""
 
-from math import isnan
+from math import inf, isnan, nan
 
 import pytest
 import torch
 
 from c2r import InputError
-from c2r.evaluation.discriminants import fit_probe, folds_of, held_out_scores
-from c2r.evaluation.monitor import MEASURES, MIN_ACCURACY, SCORE_RANGE, CGMonitor, Reference, _score, clip_features
+from c2r.evaluation.discriminants import cross_validate, file_means, fit_discriminant, fit_probe
+from c2r.evaluation.monitor import MEASURES, MIN_ACCURACY, SCORE_RANGE, CGMonitor, Reference, Score, clip_features
 from tests.helpers.tiny import FEATURE_DIM
 
 SIZES = {"texture": 4, "lighting": 4, "geometry": 3, "dinov3": 48}
@@ -57,27 +57,47 @@ def test_scores_run_from_the_real_clips_to_the_cg_clips():
         assert look.low <= look.mean <= look.high
 
 
-def test_the_probe_is_placed_by_the_held_out_clips():
-    """Its values for the clips that it was fitted on are too good: placed by them, samples would look half as CG."""
-    reference = reference_of(0.5)
-    monitor = CGMonitor(reference)
-    real, cg = (reference.features[domain]["dinov3"] for domain in ("real", "cg"))
-    folds = [folds_of(reference.files[domain]) for domain in ("real", "cg")]
-    zero, one = (scores.mean() for scores in held_out_scores(fit_probe, real, cg, *folds))
+@pytest.mark.parametrize(("measure", "fit"), [("dinov3", fit_probe), ("texture", fit_discriminant)])
+def test_both_kinds_of_scores_are_placed_by_the_held_out_clips(measure, fit):
+    """Values for the clips that a scorer was fitted on are too good to place other clips by."""
+    reference = reference_of(0.7)
+    real, cg = (reference.features[domain][measure] for domain in ("real", "cg"))
+    held_out = cross_validate(fit, real, cg, reference.files["real"], reference.files["cg"])
+    zero, one = held_out.real.mean(), held_out.cg.mean()
     samples = [values for _, values in clips_of(8, 0.3, 77, "s")]
-    raw = fit_probe(real, cg)(torch.stack([values["dinov3"] for values in samples]))
+    raw = fit(real, cg)(torch.stack([values[measure] for values in samples]))
     expected = ((raw - zero) / (one - zero)).clamp(*SCORE_RANGE)
     assert (expected.abs() < 1).any()
-    assert monitor.judge(samples).measures["dinov3"].mean == pytest.approx(expected.mean().item(), abs=1e-5)
+    assert CGMonitor(reference).judge(samples).measures[measure].mean == pytest.approx(
+        expected.mean().item(), abs=1e-5
+    )
 
 
-def test_the_interval_is_that_of_a_mean_with_confidence_90_percent():
-    values = torch.tensor([0.0, 1.0]).repeat(200)
-    score = _score(values)
-    assert score.mean == 0.5
-    half_width = 1.645 * 0.5 / len(values) ** 0.5
-    assert score.low == pytest.approx(0.5 - half_width, abs=0.1 * half_width)
-    assert score.high == pytest.approx(0.5 + half_width, abs=0.1 * half_width)
+def test_the_interval_is_students_with_confidence_90_percent():
+    score = Score(0.5, 0.1, 7, 8)
+    assert score.high - 0.5 == pytest.approx(0.1 * 1.894579, abs=1e-6)  # quantile 0.95, 7 degrees, from a table
+    assert score.low == pytest.approx(1 - score.high)
+    assert str(Score(0.5, nan, nan, 1)) == "0.50 (one scene, so no interval)"
+
+
+def test_the_error_has_the_samples_and_both_domains_in_it():
+    """Against the three written-out terms, for one measure."""
+    reference = reference_of(1.5)
+    monitor, (real, cg) = CGMonitor(reference), (reference.features[d]["texture"] for d in ("real", "cg"))
+    held_out = cross_validate(fit_discriminant, real, cg, reference.files["real"], reference.files["cg"])
+    span = held_out.cg.mean() - held_out.real.mean()
+    samples = [values for _, values in clips_of(8, 0.75, 77, "s")]
+    table = torch.stack([values["texture"] for values in samples])
+    scores = (fit_discriminant(real, cg)(table) - held_out.real.mean()) / span
+    parts = [
+        scores.var() / 8,
+        (1 - scores.mean()) ** 2 * file_means(held_out.real / span, reference.files["real"]).var() / 12,
+        scores.mean() ** 2 * file_means(held_out.cg / span, reference.files["cg"]).var() / 12,
+    ]
+    score = monitor.judge(samples).measures["texture"]
+    assert score.error == pytest.approx(sum(parts).item() ** 0.5, rel=1e-4)
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / 7 + parts[1] ** 2 / 11 + parts[2] ** 2 / 11)
+    assert score.freedom == pytest.approx(freedom.item(), rel=1e-4)
 
 
 def test_the_same_samples_give_the_same_numbers():
@@ -113,6 +133,32 @@ def test_an_uninformative_measure_is_left_out_and_named():
     assert look.look.mean == pytest.approx(1, abs=0.2)
     assert "texture" in str(look)
     assert str(look).count("uninformative") == 1
+
+
+def test_a_high_accuracy_that_chance_reaches_does_not_count():
+    """Domains that do not differ, of few files whose clips are equal: dinov3's 0.81 is luck."""
+
+    def twins(prefix, seed):
+        return [clip for clip in clips_of(16, 0, seed, prefix)[::2] for _ in range(2)]
+
+    monitor = CGMonitor(Reference.from_clips(real=twins("r", 12), cg=twins("c", 1012)))
+    assert monitor.accuracy["dinov3"] > MIN_ACCURACY
+    assert monitor.uninformative == MEASURES
+
+
+def test_samples_of_one_video_count_as_one_scene():
+    monitor, samples = CGMonitor(reference_of(1.5)), [values for _, values in clips_of(5, 0.75, 77, "s")]
+    files = ["a.mp4", "b.mp4", "a.mp4", "c.mp4", None]
+    scores = torch.tensor([monitor.judge([sample]).look.mean for sample in samples])
+    by_scene = torch.tensor([(scores[0] + scores[2]) / 2, scores[1], scores[3], scores[4]])
+    look = monitor.judge(samples, files).look
+    assert look.count == 4
+    assert look.mean == pytest.approx(by_scene.mean().item(), abs=1e-5)
+    assert look.error > by_scene.std().item() / 2
+
+
+def test_scores_that_do_not_vary_have_an_interval_without_width():
+    assert Score(0.5, 0.0, inf, 4).interval() == (0.5, 0.5)
 
 
 def test_the_score_of_an_outlier_is_clamped():
@@ -151,8 +197,8 @@ def test_similarity_leaves_out_the_own_coarse_rendering():
 
 def test_too_few_files_are_refused():
     two_files = clips_of(4, 0, 0, "r")
-    with pytest.raises(InputError, match="at least 3 real videos"):
-        CGMonitor(Reference.from_clips(real=two_files, cg=clips_of(8, 1, 1, "c")))
+    with pytest.raises(InputError, match="at least 8 real videos"):
+        CGMonitor(Reference.from_clips(real=two_files, cg=clips_of(16, 1, 1, "c")))
 
 
 def test_a_saved_reference_can_be_loaded(tmp_path):

@@ -7,22 +7,20 @@ import shutil
 import pytest
 
 from tests.helpers.commands import phase2, same, scalars, succeed, weights
-from tests.helpers.datasets import flat_video, write_dataset
+from tests.helpers.datasets import write_monitored_datasets
 from tests.helpers.forks import fork, forked_twice, statuses
 from tests.helpers.sample_videos import difference, row_of
 
 # Every CG look is above this bound: the controller acts at every sampling.
 ALWAYS = ["--monitor_bound=-9", "--monitor_patience=1", "--cg_ratio=0.5", "--cg_ratio_min=0.2"]
 OPTIONS = ["--max_train_steps=4", "--sample_steps=1", "--dataloader_num_workers=2"]
+OPTIONS += ["--num_samples=4", "--num_inference_steps=1"]
 
 
 @pytest.fixture(scope="module")
-def datasets(small_datasets, tmp_path_factory):
-    """The small real dataset, and CG pairs with another look."""
-    folder = tmp_path_factory.mktemp("data")
-    shutil.copytree(small_datasets / "real", folder / "real")
-    fine, coarse = ([f"{kind}{i}.mp4" for i in range(5)] for kind in "fc")
-    return write_dataset(folder / "cg", fine, ["a street"] * 5, coarse, video=flat_video).parent
+def datasets(tmp_path_factory):
+    """Real videos, and CG pairs with another look."""
+    return write_monitored_datasets(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +67,6 @@ def test_two_processes_make_the_same_videos_and_lower_the_share_alike(lowered, f
     processes = forked_twice(phase2(tiny_models, datasets, first[0] / "final", out, *options), tmp_path)
     assert statuses(processes) == [0, 0], (tmp_path / "0/stderr").read_text()[-3000:]
     assert scalars(out)["monitor/cg_ratio"] == pytest.approx([0.25, 0.2, 0.2, 0.2])
-    for number in range(2):
+    for number in range(4):
         ours, theirs = (row_of(run / f"samples/step-2/{number}.mp4") for run in (out, lowered[0]))
         assert difference(ours, theirs) < 1  # sums are computed in another order

@@ -46,15 +46,15 @@ def plan(real, cg=None, scenes=None, **options):
 
 
 def test_a_plan_takes_held_out_clips_and_compares_with_clips_to_train_on():
-    real, cg = mixture("r0", "r1", "r2", "r3"), mixture("c0", "c1", "c2", "c3", domain="cg")
+    real, cg = (mixture(*(f"{d[0]}{i}" for i in range(9)), domain=d) for d in ("real", "cg"))
     planned = plan(real, cg)
     assert [(s.scene.name, s.caption.name) for s in planned.samples] == [("c0", "r0")]
     assert [c.name for c in planned.to_encode] == ["c0", "r0"]
     assert {sample.scene.bucket for sample in planned.samples} == {TALL}
     assert planned.monitored
     assert {d: [c.name for c in clips] for d, clips in planned.reference_clips.items()} == {
-        "real": ["r1", "r2", "r3"],
-        "cg": ["c1", "c2", "c3"],
+        "real": [f"r{i}" for i in range(1, 9)],
+        "cg": [f"c{i}" for i in range(1, 9)],
     }
     scenes = mixture("s0", "s1", domain="cg")
     assert [s.scene.name for s in plan(real, cg, scenes).samples] == ["s0", "s1"]
@@ -63,15 +63,33 @@ def test_a_plan_takes_held_out_clips_and_compares_with_clips_to_train_on():
 
 def test_a_plan_without_enough_files_turns_the_monitor_off(caplog):
     caplog.set_level(logging.INFO)
-    real, cg = mixture("r0", "r1", "r2", "r3"), mixture("c0", "c1", "c2", domain="cg")
+    real, cg = mixture(*"rstuvwxyz"), mixture("c0", "c1", "c2", domain="cg")
     assert not plan(real, cg, quiet=True).monitored
     assert not plan(real, cg, count=0).monitored
     assert plan(real, cg, count=0).samples == []
+    assert not plan(real).monitored
     assert not caplog.messages
     assert not plan(real, cg).monitored
     assert caplog.messages == [
-        "CG monitor: off, it needs clips of at least 3 real and 3 CG videos to train on, of the samples' bucket "
-        "5x48x32"
+        "CG monitor: off, so this run measures no CG look and never lowers --cg_ratio; it compares with training "
+        "videos of the samples' size 5x48x32 and needs 8 real and 8 CG ones, but there are 8 and 2; add videos"
+    ]
+
+
+def test_a_plan_with_samples_of_too_few_videos_says_that_the_monitor_only_reports(caplog):
+    caplog.set_level(logging.INFO)
+    real, cg = (mixture(*(f"{d[0]}{i}" for i in range(9)), domain=d) for d in ("real", "cg"))
+    scenes = mixture("s0", "s1", "s2", "s3", domain="cg")
+    said = (
+        "CG monitor: only reports, so this run gives no advice and never lowers --cg_ratio; its samples are of {} of "
+        "the 4 videos that it needs; {}"
+    )
+    assert plan(real, cg, scenes, count=3).monitored
+    assert plan(real, cg, count=4).monitored
+    assert plan(real, cg, scenes, count=4).monitored
+    assert caplog.messages == [
+        said.format(3, "give --num_samples 4 or more"),
+        said.format(1, "hold out more CG videos (in a folder validation/) or give --sample_dataset"),
     ]
 
 

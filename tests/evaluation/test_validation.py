@@ -5,11 +5,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from torch.utils.data import default_collate
 
 from c2r import InputError, flow_matching
-from c2r.evaluation.validation import QUANTILES, clip_losses, leak_warning, noise_levels, validation_metrics
+from c2r.evaluation.validation import (
+    QUANTILES,
+    clip_losses,
+    leak_warning,
+    loss_as_trained,
+    noise_levels,
+    validation_metrics,
+)
+from c2r.flow_matching import WEIGHTING_SCHEMES, SigmaDensity
+from c2r.training.batches import Draw
 from c2r.training.seeds import seeded_generator
+from c2r.training.step import NoiseSettings, make_noisy_batch
 from tests.helpers.clips import clip
 
 
@@ -192,3 +203,94 @@ def test_there_is_no_leak_share_without_a_control_gain(gain):
     assert metrics["leak_augmented"] == 0.5
     assert not any(name.startswith("leak_share") for name in metrics)
     assert leak_warning(metrics, 0.0) is None
+
+
+# --------------------------------------------------------------------------------- training loss and validation loss
+
+#: Variances of the latents' channels: with real clips some directions are far larger than others.
+VARIANCES = torch.tensor([4.0, 1.0, 0.3, 0.1, 0.03, 0.01]).view(6, 1, 1, 1)
+#: Validation's four levels stand for all: the largest relative error for these variances, computed, is 0.011.
+QUADRATURE_ERROR = 0.012
+CG_RATIO, CG_SCALE, CONTROL_DROPOUT = 0.25, 1.5, 0.2
+
+
+class Spectrum(Latents):
+    """Half real and half CG clips; CG latents are larger."""
+
+    def __init__(self, count):
+        self.clips = [clip(str(i), domain="real" if i < count // 2 else "cg") for i in range(count)]
+
+    def __getitem__(self, index):
+        latents = draw_latents(index, is_cg=self.clips[index].domain == "cg")
+        return {"latents_mean": latents, "name": f"clip {index}", "index": index}
+
+
+def draw_latents(number, is_cg):
+    generator = torch.Generator().manual_seed(number)
+    return (CG_SCALE if is_cg else 1) * VARIANCES.sqrt() * torch.randn(6, 1, 4, 4, generator=generator)
+
+
+def ideal_velocity(noisy_latents, timesteps):
+    """E[noise - latents | noisy latents] for the real clips' Gaussian latents."""
+    sigmas = timesteps.view(-1, 1, 1, 1, 1) / 1000
+    return (sigmas - (1 - sigmas) * VARIANCES) / ((1 - sigmas) ** 2 * VARIANCES + sigmas**2) * noisy_latents
+
+
+def expected_loss(sigmas, scale):
+    """Loss of `ideal_velocity` on latents of `scale` times the standard deviation, (N,)."""
+    s, variances = sigmas.double()[:, None], VARIANCES.flatten().double()
+    slope = (s - (1 - s) * variances) / ((1 - s) ** 2 * variances + s**2)
+    on_latents, on_noise = -1 - slope * (1 - s), 1 - slope * s
+    return (scale**2 * variances * on_latents**2 + on_noise**2).mean(1)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("scheme", WEIGHTING_SCHEMES)
+def test_the_training_loss_has_the_expectation_that_validation_estimates(scheme, shift):
+    density, count = SigmaDensity(scheme, shift=shift), 1600
+
+    # The expectation: noise levels drawn by Diffusers, the loss of a Gaussian's best prediction in closed form.
+    drawn = compute_density_for_timestep_sampling(
+        scheme, 200_000, 0.0, 1.0, 1.29, generator=torch.Generator().manual_seed(0)
+    )
+    sigmas = flow_matching.shift_sigmas(drawn.clamp(1e-3, 1), shift)
+    by_domain = (1 - CG_RATIO) * expected_loss(sigmas, 1) + CG_RATIO * expected_loss(sigmas, CG_SCALE)
+    zero = 1 + VARIANCES.mean() * (1 - CG_RATIO + CG_RATIO * CG_SCALE**2)  # a dropped control predicts zero
+    samples = compute_loss_weighting_for_sd3(scheme, sigmas).double().clamp(max=5)
+    samples = samples * ((1 - CONTROL_DROPOUT) * by_domain + CONTROL_DROPOUT * zero)
+    expectation, error = samples.mean(), samples.std() / len(samples) ** 0.5
+
+    # Training: one large step of exactly CG_RATIO CG samples.
+    is_cg = [number % 4 == 0 for number in range(count)]
+    latents = torch.stack([draw_latents(number, cg) for number, cg in enumerate(is_cg)])
+    batch = {"latents_mean": latents, "latents_logvar": torch.full_like(latents, -1e4)}
+    batch["prompt_embeds"] = torch.zeros(count, 1, 1)
+    settings = NoiseSettings(0, density, control_dropout=CONTROL_DROPOUT)
+    draw = Draw(list(range(count)), 0, count)
+    noisy = make_noisy_batch(batch, settings, draw, torch.zeros(1, 1), torch.device("cpu"))
+    prediction = ideal_velocity(noisy.noisy_latents, noisy.timesteps)
+    prediction[noisy.dropped_control] = 0
+    losses = noisy.weights * flow_matching.velocity_loss(prediction, noisy.velocity_target)
+    training_error = losses.std() / count**0.5
+    assert abs(losses.mean() - expectation) < 4 * (training_error + error)
+
+    # Validation: other clips, their own noise, four levels, both domains alike.
+    def predictors_of(batch):
+        return {"right": ideal_velocity, "no_control": lambda noisy, timesteps: torch.zeros_like(noisy)}
+
+    dataset = Spectrum(160)
+    tables = clip_losses(dataset, predictors_of, Accelerator(cpu=True), shift, 160)
+    domains = [clip.domain for clip in dataset.clips]
+    estimate = loss_as_trained(tables, domains, density, CONTROL_DROPOUT, CG_RATIO)
+    by_clip = tables["right"].double() @ flow_matching.level_weights(noise_levels(shift), density)
+    validation_error = by_clip.std() / len(by_clip) ** 0.5
+    assert abs(estimate - expectation) < 4 * validation_error + QUADRATURE_ERROR * expectation
+
+
+def test_the_loss_as_trained_has_the_shares_of_training():
+    losses = losses_of(right=[1.0, 3.0, 5.0], no_control=[4.0, 4.0, 6.0])
+    domains = ["real", "real", "cg"]
+    assert loss_as_trained(losses, domains, SigmaDensity()) == pytest.approx(2)
+    assert loss_as_trained(losses, domains, SigmaDensity(), cg_ratio=0.2) == pytest.approx(0.8 * 2 + 0.2 * 5)
+    assert loss_as_trained(losses, domains, SigmaDensity(), 0.1) == pytest.approx(0.9 * 2 + 0.1 * 4)
+    assert loss_as_trained({"right": losses["right"][:2]}, domains[:2], SigmaDensity()) == pytest.approx(2)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.helpers.commands import ENVIRONMENT, ROOT
+from tests.helpers.commands import ENVIRONMENT, HANGS_AFTER, ROOT
 from tests.helpers.forks import forked
 
 
@@ -71,7 +71,7 @@ class Background:
         """Return True unless it has ended."""
         return self._forked.is_alive() if self._forked else self.process.poll() is None
 
-    def wait_until(self, condition, seconds=200):
+    def wait_until(self, condition, seconds=HANGS_AFTER):
         """Wait until `condition()` is true; fail if the command ends before."""
         until = time.monotonic() + seconds
         while not condition():
@@ -93,7 +93,7 @@ class Background:
                     return child
         raise LookupError(f"no process of rank {number}")
 
-    def end(self, seconds=200):
+    def end(self, seconds=HANGS_AFTER):
         """Wait for all its processes to end: they may outlive a launcher that was killed.
 
         Returns:
@@ -105,6 +105,18 @@ class Background:
             self._forked.join(seconds)
             return self._forked.exitcode
         return self.process.wait()
+
+    def suspend(self):
+        """Stop all its processes until `resume`."""
+        for member in self.family():
+            with suppress(psutil.NoSuchProcess):
+                member.suspend()
+
+    def resume(self):
+        """Continue after `suspend`."""
+        for member in self.family():
+            with suppress(psutil.NoSuchProcess):
+                member.resume()
 
     def kill(self):
         """Send SIGKILL to all its processes and wait for them to end.

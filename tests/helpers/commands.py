@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SIZE = {"height": 32, "width": 48, "num_frames": 5, "fps": 8}
+#: Seconds after which a command counts as hung: many times what it takes, since a machine may be busy.
+HANGS_AFTER = 600
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "accelerate_configs"
 ENVIRONMENT = os.environ | {
@@ -54,7 +56,7 @@ def start(*command, **environment):
         text=True,
         env=ENVIRONMENT | environment,
         cwd=ROOT,
-        timeout=300,
+        timeout=HANGS_AFTER,
     )
 
 

@@ -20,9 +20,10 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from c2r.evaluation.monitor import MIN_SCENES
 from tests.helpers.background import Background
 from tests.helpers.commands import TORCHRUN, phase1, phase2
-from tests.helpers.datasets import flat_video, write_dataset
+from tests.helpers.datasets import write_monitored_datasets
 from tests.helpers.tiny import save_tiny_dinov3, save_tiny_pipeline
 
 CHECKPOINTING_STEPS, VALIDATION_STEPS, SAMPLE_STEPS = 4, 6, 12
@@ -47,6 +48,8 @@ PHASE2_OPTIONS = {
     "adversarial_weight": 0.1,
     "real_weight": 2.0,
     "sample_steps": SAMPLE_STEPS,
+    "num_samples": MIN_SCENES,
+    "num_inference_steps": 1,
     "monitor_bound": -9,
     "monitor_patience": 1,
     "cg_ratio_min": 0.125,
@@ -164,6 +167,12 @@ def run_with_kills(command, out, moments, draw, fork):
         with ObservedRun(command, out, fork) as run:
             run.wait_until(lambda run=run, moment=moment: run.has_reached(moment))
             time.sleep(delay)
+            run.suspend()
+            # Before it samples, a run may save best/, which can take longer than the delay.
+            while moment == "sampling" and run.struck() == "saving best":
+                run.resume()
+                time.sleep(0.01)
+                run.suspend()
             assert run.is_running(), f"{moment}: ended {delay:.4f} s later: {run.text[-3000:]}"
             run.kill()
             log.append({"kill": len(log) + 1, "waited for": moment, "then s": f"{delay:.4f}", **_found(run)})
@@ -241,11 +250,7 @@ def crash_legs(folder, phase, processes, kills, seed, fork=False):
     """
     save_tiny_pipeline(folder / "models/pipeline")
     save_tiny_dinov3(folder / "models/dinov3")
-    words = ["a street", "the city at night", "red brick", "", "two people on a street", "a street"]
-    write_dataset(folder / "data/real", [f"r{i}.mp4" for i in range(6)], words)
-    fine, coarse = ([f"{kind}{i}.mp4" for i in range(5)] for kind in "fc")
-    # CG videos look unlike the real ones, so that the CG monitor can tell them apart.
-    write_dataset(folder / "data/cg", fine, words[:5], coarse, video=flat_video)
+    write_monitored_datasets(folder / "data")
     out, reference = folder / "killed", folder / "reference"
     draw, log, steps = random.Random(seed), [], 0
     for cg_ratio, moments in zip(CG_RATIOS, kills):

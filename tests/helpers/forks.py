@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from tests.helpers.commands import ENVIRONMENT, LAUNCH, ROOT
+from tests.helpers.commands import ENVIRONMENT, HANGS_AFTER, LAUNCH, ROOT
 
 _server = multiprocessing.get_context("forkserver")
 #: The commands import the latter two inside functions.
@@ -62,7 +62,7 @@ def forked_twice(command, folder, cwds=(ROOT, ROOT)):
     return processes
 
 
-def statuses(processes, seconds=300):
+def statuses(processes, seconds=HANGS_AFTER):
     """Wait for processes to end, and kill those that still run after `seconds`.
 
     Returns:

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from c2r.models.control_adapter import ControlAdapter
+from tests.helpers.tiny import tiny_vae
 
 
 @pytest.mark.parametrize("num_frames", [1, 5, 9, 81])
@@ -24,13 +25,77 @@ def test_other_frame_counts_are_refused(num_frames, latent_frames):
         adapter(torch.randn(1, num_frames, 2, 3, 6), (latent_frames, 2, 3))
 
 
-def test_initially_a_latent_frame_is_the_mean_of_nine_frames():
-    adapter = ControlAdapter(feature_dim=3, dim=8)
-    features = torch.randn(1, 17, 2, 2, 3)
-    downsampled = adapter.temporal_downsample(features)
-    assert downsampled.shape == (1, 5, 2, 2, 3)
-    torch.testing.assert_close(downsampled[:, 2], features[:, 4:13].mean(1))
-    torch.testing.assert_close(downsampled[:, 0], features[:, :5].sum(1) / 9)  # zeros beyond the ends
+def frames_seen(downsample, num_frames=17):
+    """Return {latent frame: pixel frames on which it depends}, by the gradients."""
+    features = torch.randn(1, num_frames, 1, 1, 3, dtype=torch.float64, requires_grad=True)
+    seen = {}
+    for latent_frame, output in enumerate(downsample(features).unbind(1)):
+        (gradient,) = torch.autograd.grad(output.sum(), features, retain_graph=True)
+        seen[latent_frame] = gradient.abs().sum((0, 2, 3, 4)).nonzero().flatten().tolist()
+    return seen
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_initially_a_latent_frame_sees_the_frames_that_the_vae_encodes_in_it(causal):
+    downsample = ControlAdapter(feature_dim=3, dim=8, causal=causal).double().temporal_downsample
+    groups = {0: [0]} | {t: list(range(4 * t - 3, 4 * t + 1)) for t in range(1, 5)}
+    assert frames_seen(downsample) == groups
+    features = torch.randn(1, 17, 2, 2, 3, dtype=torch.float64)
+    means = [features[:, frames].sum(1) / 4 for frames in groups.values()]  # frame 0: a quarter of it
+    torch.testing.assert_close(downsample(features), torch.stack(means, 1), rtol=0, atol=1e-15)
+
+
+def test_the_vae_encodes_these_frames():
+    """No latent frame depends on a frame after its group."""
+    vae = tiny_vae().double()
+    frames = torch.randn(1, 3, 9, 16, 16, dtype=torch.float64, requires_grad=True)
+    for latent_frame, output in enumerate(vae.encode(frames).latent_dist.mean.unbind(2)):
+        (gradient,) = torch.autograd.grad(output.square().sum(), frames, retain_graph=True)
+        seen = gradient.abs().sum((0, 1, 3, 4)).nonzero().flatten().tolist()
+        assert seen[-1] == 4 * latent_frame
+
+
+def test_what_a_trained_kernel_can_see():
+    """Four frames before and after every fourth one, or if causal the eight frames before."""
+    for causal, before, after in ((False, 4, 4), (True, 8, 0)):
+        downsample = ControlAdapter(feature_dim=3, dim=8, causal=causal).double().temporal_downsample
+        torch.nn.init.uniform_(downsample.conv.weight, 0.5, 1)
+        expected = {t: list(range(max(0, 4 * t - before), min(16, 4 * t + after) + 1)) for t in range(5)}
+        assert frames_seen(downsample) == expected
+
+
+def test_a_causal_adapter_gives_a_longer_video_the_same_first_tokens():
+    for causal in (False, True):
+        adapter = ControlAdapter(feature_dim=3, dim=8, causal=causal).double()
+        torch.nn.init.normal_(adapter.temporal_downsample.conv.weight)
+        features = torch.randn(1, 17, 2, 2, 3, dtype=torch.float64)
+        whole, start = adapter(features, (5, 2, 2)), adapter(features[:, :9], (3, 2, 2))
+        assert torch.equal(whole[:, : start.shape[1]], start) == causal
+
+
+def test_a_dot_that_moves_by_a_cell_a_frame_arrives_in_time():
+    """Mean position in a latent frame: with the released start values 1.5 cells ahead of the VAE's group."""
+
+    def positions(downsample):
+        dots = torch.eye(33, dtype=torch.float64).view(1, 33, 1, 33, 1)  # frame n: in column n
+        seen = downsample(dots)[0, 1:-1, 0, :, 0]  # (T, w); the first and last latent frame lack neighbours
+        return (seen * torch.arange(33)).sum(1) / seen.sum(1)
+
+    group_means = torch.tensor([4 * t - 1.5 for t in range(1, 8)], dtype=torch.float64)
+    for causal in (False, True):
+        downsample = ControlAdapter(feature_dim=1, dim=8, causal=causal).double().temporal_downsample
+        torch.testing.assert_close(positions(downsample), group_means)
+    released = ControlAdapter(feature_dim=1, dim=8).double().temporal_downsample
+    torch.nn.init.constant_(released.conv.weight, 1 / 9)
+    torch.testing.assert_close(positions(released), group_means + 1.5)
+
+
+def test_the_first_latent_frame_has_the_tokens_of_its_frame_in_a_group_of_equals():
+    """Its quarter is a scale, which the norm removes up to its epsilon."""
+    adapter = ControlAdapter(feature_dim=16, dim=8).double()
+    frame = torch.randn(1, 1, 2, 2, 16, dtype=torch.float64)
+    tokens = adapter(frame.expand(1, 5, 2, 2, 16), (2, 2, 2)).unflatten(1, (2, 4))
+    torch.testing.assert_close(tokens[:, 0], tokens[:, 1], rtol=1e-3, atol=1e-3)
 
 
 def test_downsampling_mixes_neither_channels_nor_places():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from c2r import InputError
+from c2r.models.assembly import load_controlnet
 from c2r.models.controlnet import C2RControlNet, injection_layers
 from c2r.models.transformer import C2RTransformer
 from tests.helpers.tiny import FEATURE_DIM, tiny_transformer
@@ -93,6 +94,22 @@ def test_a_saved_folder_loads_with_no_more_than_its_config(tmp_path):
     assert dict(loaded.config).items() >= {k: v for k, v in controlnet.config.items() if k[0] != "_"}.items()
     assert all(torch.equal(a, b) for a, b in zip(controlnet.parameters(), loaded.parameters(), strict=True))
     C2RTransformer(transformer, loaded)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_saved_folder_keeps_which_frames_its_adapter_sees(causal, tmp_path):
+    transformer = tiny_transformer()
+    controlnet = C2RControlNet.from_transformer(transformer, 1, 1, FEATURE_DIM, causal_control=causal)
+    torch.nn.init.normal_(controlnet.control_adapter.temporal_downsample.conv.weight)
+    controlnet.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["causal_control"] is causal
+    if not causal:  # folders of earlier versions do not have the entry
+        del config["causal_control"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    features = torch.randn(1, 9, 2, 2, FEATURE_DIM)
+    tokens = controlnet.control_adapter(features, (3, 2, 2))
+    assert torch.equal(load_controlnet(tmp_path).control_adapter(features, (3, 2, 2)), tokens)
 
 
 def test_bf16_loading_keeps_norms_and_modulation_in_fp32(tmp_path):

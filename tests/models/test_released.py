@@ -58,7 +58,7 @@ def test_its_tokens_are_added_to_the_patch_embedded_latents(file, num_frames):
     assert not torch.allclose(velocity, without, atol=1e-3)
 
 
-def test_a_new_adapter_starts_as_the_released_one_did():
+def test_a_new_adapter_starts_with_the_released_ones_gate():
     backbone = tiny.tiny_transformer()
     controlnet = C2RControlNet.from_transformer(backbone, feature_dim=tiny.FEATURE_DIM, injection="latent")
     assert (controlnet.control_adapter.gate == 0.01).all()

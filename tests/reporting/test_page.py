@@ -92,10 +92,9 @@ def test_the_page_has_every_sample_and_loads_nothing(runs):
     assert sorted(runs[0].captions) == ["samples/0", "samples/1"]
     assert all(prompt in elements.text for prompt in runs[0].captions.values())
     charts = [json.loads(attributes["data-chart"]) for _, attributes in elements.found if "data-chart" in attributes]
-    losses = next(chart for chart in charts if chart["lines"][0]["label"] == "a: right conditions")
-    assert losses["lines"][0]["points"] == [
-        [step, value] for step, value in runs[0].numbers["validation/loss"].items()
-    ]
+    lines = {line["label"]: line["points"] for chart in charts for line in chart["lines"]}
+    for label, name in (("a: right conditions", "loss"), ("a, held-out clips", "loss_as_trained")):
+        assert lines[label] == [[step, value] for step, value in runs[0].numbers[f"validation/{name}"].items()]
 
 
 def test_paired_differences_equal_a_direct_computation(runs):

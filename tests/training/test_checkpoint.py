@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from c2r import InputError, __version__
+from c2r.models.controlnet import C2RControlNet
 from c2r.training.checkpoint import checkpoint_bytes
 from c2r.training.resume import (
     STATE,
@@ -216,7 +217,8 @@ def test_a_second_run_may_not_write_into_the_same_folder(tmp_path):
 def resumable(run, checkpoint, inputs=None, config=None, **changed):
     config = {"injection_layers": [0, 1]} if config is None else config
     args = Namespace(**vars(run.run.args) | changed)
-    require_resumable(checkpoint, run.run.accelerator, args, config, {"backbone": "a"} if inputs is None else inputs)
+    inputs = {"backbone": "a"} if inputs is None else inputs
+    require_resumable(checkpoint, run.run.accelerator, args, C2RControlNet, config, inputs)
 
 
 @pytest.mark.parametrize(

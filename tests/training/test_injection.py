@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from c2r.generate import main
+from c2r.models.assembly import load_controlnet
 from tests.helpers.commands import ENGINES, phase2, same, scalars, succeed, weights
 from tests.helpers.forks import fork
 from tests.helpers.released import released_tensors, save_released
@@ -65,8 +66,17 @@ def test_it_generates(whole, small_datasets, tmp_path):
 def test_weights_of_another_shape_are_refused_with_the_options_that_fit(run, whole):
     _, errors = run("other", "--injection=blocks", f"--resume_controlnet_from={whole / 'final'}", fails=True)
     assert f"--resume_controlnet_from {whole / 'final'}: has injection latent; give --injection latent" in errors
+    _, errors = run("other", "--causal_control", f"--resume_controlnet_from={whole / 'final'}", fails=True)
+    assert f"{whole / 'final'}: its adapter is not causal; leave --causal_control out" in errors
     _, errors = run("absent", f"--resume_controlnet_from={whole / 'none'}", fails=True)
     assert "no such folder or file; give best/ or final/ of phase 2" in errors
+
+
+def test_causal_control_is_trained_and_saved(run):
+    out, _ = run("causal", "--causal_control", "--max_train_steps=1", "--num_samples=0")
+    assert load_controlnet(out / "final").control_adapter.temporal_downsample.past == 8
+    _, errors = run("other", f"--resume_controlnet_from={out / 'final'}", fails=True)
+    assert f"{out / 'final'}: its adapter is causal; give --causal_control" in errors
 
 
 @pytest.mark.slow

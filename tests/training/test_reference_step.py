@@ -150,7 +150,7 @@ def assert_same_gradients(found, expected):
 
 
 def test_a_step_of_phase_1(tiny_models, small_datasets, tmp_path):
-    """Weight σ⁻² of the loss: `--weighting_scheme sigma_sqrt`."""
+    """Weight σ⁻² of the loss, at most 5: `--weighting_scheme sigma_sqrt`."""
     argv = [*shared_options(tiny_models, small_datasets, tmp_path), "--weighting_scheme=sigma_sqrt"]
     args, steps = record_steps(train_phase1, PHASE1, argv)
     real = read_mixture(args.real_dataset, "real", clip_settings(args))
@@ -167,7 +167,7 @@ def test_a_step_of_phase_1(tiny_models, small_datasets, tmp_path):
             samples = noisy_samples(items, sigmas, numbers, dataset.empty_prompt_embeds)
             for sigma, (noisy, velocity, prompt, _) in zip(sigmas, samples):
                 predicted = transformer(noisy[None], 1000 * sigma[None], prompt[None], return_dict=False)[0][0]
-                loss = loss + sigma**-2 * (predicted - velocity).square().mean() / (BATCH * MICRO_STEPS)
+                loss = loss + min(sigma**-2, 5) * (predicted - velocity).square().mean() / (BATCH * MICRO_STEPS)
         assert_same_gradients(grads, clip_together(torch.autograd.grad(loss, parameters)))
 
 

@@ -13,15 +13,16 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train_phase1
 import train_phase2
+from c2r.evaluation.monitor import CGMonitor
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.transformer import C2RTransformer
 from c2r.options import PHASE1, PHASE2
 from tests.helpers.commands import phase1, phase2, same, weights
-from tests.helpers.datasets import flat_video, write_dataset
+from tests.helpers.datasets import write_monitored_datasets
 from tests.helpers.scripts import run_script
 
 STEPS = 4
-SAMPLING_PASSES = 4  # of each of two samples: with control, and with control and prompt
+SAMPLING_PASSES = 8  # of each of four samples: with control, and with control and prompt
 OPTIONS = [
     f"--max_train_steps={STEPS}",
     "--learning_rate=1e-2",
@@ -29,7 +30,7 @@ OPTIONS = [
     "--dataloader_num_workers=0",
     "--checkpointing_steps=1",
     "--sample_steps=1",
-    "--num_samples=2",
+    "--num_samples=4",
     "--num_inference_steps=1",
     "--guidance_scale=3",
     "--conditioning_scale=0.8",
@@ -44,12 +45,9 @@ OPTIONS = [
 
 
 @pytest.fixture(scope="module")
-def train(tiny_models, small_datasets, tmp_path_factory):
+def train(tiny_models, tmp_path_factory):
     """Return train(out, *options), which runs the script in this process."""
-    data = tmp_path_factory.mktemp("data")
-    shutil.copytree(small_datasets / "real", data / "real")
-    fine, coarse = ([f"{kind}{i}.mp4" for i in range(5)] for kind in "fc")
-    write_dataset(data / "cg", fine, ["a street"] * 5, coarse, video=flat_video)
+    data = write_monitored_datasets(tmp_path_factory.mktemp("data"))
 
     def run(out, *options):
         _, *argv = phase2(tiny_models, data, tiny_models / "pipeline", out, *OPTIONS, *options, launcher=())
@@ -60,8 +58,11 @@ def train(tiny_models, small_datasets, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(train, tmp_path_factory):
-    """Train without interruption; return the folder, and (projector's weights, inputs) of each evaluation by step."""
-    out, evaluated, done = tmp_path_factory.mktemp("run") / "whole", {}, []
+    """Train without interruption.
+
+    Return the folder, (projector's weights, inputs) of each evaluation by step, and the CG monitors of the samplings.
+    """
+    out, evaluated, done, monitors = tmp_path_factory.mktemp("run") / "whole", {}, [], []
 
     def look(module, args):
         if isinstance(module, C2RTransformer) and not module.training:
@@ -71,16 +72,23 @@ def whole(train, tmp_path_factory):
         if not optimizer.param_groups[0]["params"][0].is_meta:  # as in the preflight's estimate
             done.append(args)
 
+    def judge(monitor, *args, **options):
+        monitors.append(monitor)
+        return unwatched_judge(monitor, *args, **options)
+
+    unwatched_judge = CGMonitor.judge
     hooks = [
         register_module_forward_pre_hook(look),
         register_optimizer_step_post_hook(count),
     ]
     try:
-        train(out)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(CGMonitor, "judge", judge)
+            train(out)
     finally:
         for hook in hooks:
             hook.remove()
-    return SimpleNamespace(out=out, evaluated=evaluated)
+    return SimpleNamespace(out=out, evaluated=evaluated, monitors=monitors)
 
 
 def projector_weight(controlnet):
@@ -135,6 +143,11 @@ def test_the_number_of_a_sample_is_the_seed_of_its_noise(whole):
     for number, (noise, *_) in enumerate(inputs for _, inputs in whole.evaluated[3][::2]):
         generator = torch.Generator().manual_seed(number)
         assert torch.equal(noise, torch.randn(noise.shape, generator=generator))
+
+
+def test_one_cg_monitor_judges_all_samplings(whole):
+    assert len(whole.monitors) == STEPS
+    assert all(monitor is whole.monitors[0] for monitor in whole.monitors)
 
 
 def test_the_average_is_that_of_the_formula(whole):
@@ -193,6 +206,21 @@ def test_a_resumed_run_restores_the_adversarys_running_accuracies(whole, resumed
 
 def test_a_resumed_run_ends_in_the_same_state(whole, resumed):
     assert state_of(resumed / f"checkpoint-{STEPS}") == state_of(whole.out / f"checkpoint-{STEPS}")
+
+
+def test_a_checkpoint_from_before_an_entry_of_the_config_existed_is_resumed(whole, train, tmp_path):
+    """An entry that is missing has the default of the class, and an option that is missing its own."""
+    checkpoint = tmp_path / "checkpoint-3"
+    shutil.copytree(whole.out / "checkpoint-3", checkpoint)
+    added = ("injection", "causal_control")
+    for file, part in (("model/config.json", []), ("state.json", ["options"])):
+        content = json.loads((checkpoint / file).read_text())
+        for name in added:
+            del (content[part[0]] if part else content)[name]
+        # As long as before: a checkpoint's files are checked by their sizes.
+        (checkpoint / file).write_text(json.dumps(content).ljust((checkpoint / file).stat().st_size))
+    train(tmp_path, "--resume_from_checkpoint=latest", "--num_samples=0")
+    assert same(weights(tmp_path / "final"), weights(whole.out / "final"))
 
 
 def test_another_share_at_resume_takes_effect(whole, train, tmp_path):

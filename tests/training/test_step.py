@@ -109,8 +109,8 @@ def test_the_two_dropouts_are_independent():
 
 
 def test_weights_follow_from_the_sigmas():
-    noisy = draw(options(["--weighting_scheme=sigma_sqrt"]))
-    torch.testing.assert_close(noisy.weights, noisy.sigmas**-2)
+    noisy = draw(options(["--weighting_scheme=sigma_sqrt"]), range(24, 32))
+    torch.testing.assert_close(noisy.weights, (noisy.sigmas**-2).clamp(max=5))
     noisy = draw(options(["--weighting_scheme=cosmap"]))
     expected = 2 / (torch.pi * (1 - 2 * noisy.sigmas + 2 * noisy.sigmas**2))
     torch.testing.assert_close(noisy.weights, expected)
