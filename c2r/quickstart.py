@@ -3,7 +3,7 @@
     python -m c2r.quickstart
 
 Each step prints and runs a command that a user could type. An interrupted quickstart continues where it was when it is
-started again. It ends with report.png and a table, which report.json holds too.
+started again. It ends with report.png, report.webp and a table, which report.json holds too.
 """
 
 import shlex
@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None):
     toy_dir, phase1, phase2 = out / "toy", out / "outputs/phase1", out / "outputs/phase2"
 
     run_step("toy data", ["python", "-m", "c2r.toy", "--output_dir", str(toy_dir)], toy_dir / "toy.json")
+    from c2r.toy.city import caption
     from c2r.toy.folder import read_toy
 
     toy = read_toy(toy_dir)
@@ -51,24 +52,28 @@ def main(argv: list[str] | None = None):
     run_step("phase 2: ground the control", [*LAUNCH, str(PHASE2), *config, *RESUME], phase2 / "final/c2r.json")
     trained = cli.parse(options.PHASE2, config)
 
-    prompts = [f"--prompt={scene['prompt']}" for scene in toy["test"]]
-    controls = [f"--control_video={scene['control_video']}" for scene in toy["test"]]
+    from c2r.toy.report import scenes_of_looks, write_report
+
+    prompts = [scene["prompt"] for scene in toy["test"]]
+    controls = [scene["control_video"] for scene in toy["test"]]
+    looks = [caption(scene) for scene in scenes_of_looks(toy)]
     videos = {}
-    for name, model, control in (
-        ("before", phase1 / "best", []),
-        ("generated", phase2 / "best", [*controls, *given(CONTROL_SAMPLING, trained)]),
+    for title, name, model, texts, coarse in (
+        ("generate without control", "before", phase1 / "best", prompts, []),
+        ("generate with control", "generated", phase2 / "best", prompts, controls),
+        ("the first scene under other prompts", "looks", phase2 / "best", looks, controls[:1] * len(looks)),
     ):
-        videos[name] = [out / f"videos/{name}-{i}.mp4" for i in range(len(prompts))]
+        videos[name] = [out / f"videos/{name}-{i}.mp4" for i in range(len(texts))]
         generate = ["python", "-m", "c2r.generate", "--model", str(model), *given(SAMPLING, trained), "--seed=0"]
-        generate += [*prompts, *control, "--output", str(out / f"videos/{name}.mp4")]
-        run_step(f"generate with {model}", generate, videos[name][-1])
+        generate += [f"--prompt={text}" for text in texts] + [f"--control_video={path}" for path in coarse]
+        generate += given(CONTROL_SAMPLING, trained) if coarse else []
+        run_step(title, [*generate, "--output", str(out / f"videos/{name}.mp4")], videos[name][-1])
 
     print("\n== report", flush=True)
-    from c2r.toy.report import write_report
-
-    for name, value in write_report(out, toy, phase1, phase2, videos).items():
-        print(f"{name:52s} {value:8.4f}")
-    print(f"\n{out / 'report.png'} shows the clips; the quickstart took {time.time() - started:.0f} s")
+    for name, value in write_report(out, toy_dir, phase1, phase2, videos).items():
+        print(f"{name:60s} {value:8.4f}")
+    print(f"\n{out / 'report.png'} and {out / 'report.webp'} show the clips; ", end="")
+    print(f"the quickstart took {time.time() - started:.0f} s")
     page = ["python", "-m", "c2r.report", str(phase1), str(phase2), "--output", str(out / "report.html")]
     print(f"next: {shlex.join(page)}")
     print("      README.md, Use your own data")

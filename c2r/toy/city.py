@@ -4,7 +4,7 @@ A camera moves along a street between box buildings; one to three people walk in
 
 - *coarse*: flat grey boxes and orange capsules, as a user would block a scene out in a 3D tool;
 - *CG*: a fine rendering with clean colours and flat light;
-- *real*: stands for real video: material texture, sun and shadow, weather, haze, vignette, lens blur, grain.
+- *real*: stands for real video: material texture, sun and shadow, weather, haze, vignette, grain.
 
 World axes in metres: x to the right, y up, z along the street; the ground is y = 0.
 """
@@ -167,13 +167,13 @@ def _enter_and_leave(origin, inverse_direction, box):
     return enter, leave, axis
 
 
-def _trace(scene: Scene, times: np.ndarray, height: int, width: int) -> _Geometry:
-    """Cast one ray for each pixel of each frame."""
+def _trace(scene: Scene, times: np.ndarray, height: int, width: int, offset: float) -> _Geometry:
+    """Cast one ray through each pixel of each frame, `offset` pixels to the right of its centre and below it."""
     shape = (len(times), height, width)
     t = times[:, None, None]
     focal = width / 2 / np.tan(np.radians(36))
-    across = ((np.arange(width) + 0.5 - width / 2) / focal)[None, None]
-    up = (-(np.arange(height) + 0.5 - height * 0.48) / focal)[None, :, None]
+    across = ((np.arange(width) + 0.5 + offset - width / 2) / focal)[None, None]
+    up = (-(np.arange(height) + 0.5 + offset - height * 0.48) / focal)[None, :, None]
     yaw = scene.yaw + scene.yaw_rate * t
     directions = (across * np.cos(yaw) + np.sin(yaw), up, np.cos(yaw) - across * np.sin(yaw))
     ray = tuple(np.ascontiguousarray(np.broadcast_to(d, shape), np.float32) for d in directions)
@@ -217,17 +217,23 @@ def _paint(mask, colours, onto):
     onto[mask] = np.broadcast_to(colours, onto.shape)[mask]
 
 
-def _street_parts(g):
-    """Return masks of the carriageway, its centre dashes and the windows, and the coordinate along each facade."""
+def _street_parts(scene, g):
+    """Return masks of the carriageway, its centre dashes and the windows, and the distance along each facade."""
     x, y, z = g.position
-    along = np.where(g.face == 0, z, x)
-    windows = (np.mod(along, 3.4) > 0.9) & (np.mod(along, 3.4) < 2.6) & (np.mod(y, 3.6) > 1.3) & (np.mod(y, 3.6) < 3.0)
-    windows &= (g.face != 1) & (y > 0.8)
+    low, high = (scene.boxes[np.maximum(g.box, 0), k].astype(np.float32) for k in (0, 1))
+    along, length = (
+        np.where(g.face == 0, a[..., 2] - b[..., 2], a[..., 0] - b[..., 0])
+        for a, b in ((np.stack(g.position, -1), low), (high, low))
+    )
+    # Every window lies on its facade as a whole.
+    column, row = np.floor(along / 3.4) * 3.4, np.floor(y / 3.6) * 3.6
+    windows = (along > column + 0.9) & (along < column + 2.6) & (column + 2.6 < length - 0.3)
+    windows &= (y > row + 1.3) & (y < row + 3.0) & (row + 3.0 < high[..., 1] - 0.3) & (g.face != 1)
     return np.abs(x) < 3.2, (np.abs(x) < 0.14) & (np.mod(z, 3) < 1.5), windows, along
 
 
 def _shade_coarse(scene, g):
-    carriageway, _, _, _ = _street_parts(g)
+    carriageway, _, _, _ = _street_parts(scene, g)
     image = np.empty((*g.kind.shape, 3), np.float32)
     image[:] = (0.70, 0.75, 0.80)
     _paint(g.kind == GROUND, np.where(carriageway[..., None], 0.33, 0.45), image)
@@ -244,7 +250,7 @@ def _clothes(scene, g):
 
 
 def _shade_cg(scene, g):
-    carriageway, dashes, windows, _ = _street_parts(g)
+    carriageway, dashes, windows, _ = _street_parts(scene, g)
     up = np.clip(g.ray[1] / 0.5, 0, 1)[..., None]
     image = np.float32([0.45, 0.70, 1.0]) * up + np.float32([0.72, 0.86, 1.0]) * (1 - up)
     ground = np.where(carriageway[..., None], np.float32([0.40, 0.40, 0.44]), np.float32([0.64, 0.62, 0.60]))
@@ -283,7 +289,7 @@ def _shade_real(scene, g, times):
     zenith, horizon, tint, ambient, direct, visibility = SKIES[scene.sky]
     tint, horizon = np.float32(tint), np.float32(horizon)
     x, y, z = g.position
-    carriageway, dashes, windows, along = _street_parts(g)
+    carriageway, dashes, windows, along = _street_parts(scene, g)
     sun = np.float32([scene.sun_side * 0.8, 1.3, -0.5])
     sun /= np.linalg.norm(sun)
     up = np.clip(g.ray[1] / 0.5, 0, 1)[..., None]
@@ -318,18 +324,22 @@ def _shade_real(scene, g, times):
     _paint(g.person >= 0, np.clip(body, 0, 1), image)
 
     haze = (1 - np.exp(-np.minimum(g.depth, 200) / visibility))[..., None] * (g.depth < 1e3)[..., None]
-    image = image * (1 - haze) + horizon * haze
-    return _camera(image, np.random.default_rng(scene.noise_seed))
+    return image * (1 - haze) + horizon * haze
 
 
-def _camera(image, rng):
-    """Add the marks of a lens and a sensor: a slight blur, a vignette and grain."""
+def _filter_pixels(image):
+    """Weight each pixel with its neighbours by a tent, 1/4, 1/2, 1/4 in both directions, as renderers and lenses do."""
     for axis in (1, 2):
         edge = [(0, 0)] * 4
         edge[axis] = (1, 1)
         padded = np.pad(image, edge, mode="edge")
         n = image.shape[axis]
         image = 0.25 * padded.take(range(n), axis) + 0.5 * image + 0.25 * padded.take(range(2, n + 2), axis)
+    return image
+
+
+def _camera(image, rng):
+    """Add the marks of a lens and a sensor: a vignette and grain."""
     _, height, width, _ = image.shape
     radius = np.linspace(-1, 1, width)[None, :] ** 2 + np.linspace(-1, 1, height)[:, None] ** 2
     return image * (1 - 0.11 * radius)[None, ..., None] + rng.normal(0, 0.012, image.shape)
@@ -353,14 +363,21 @@ def render(
 
     Returns:
         each look as (F, H, W, 3) uint8 RGB, and `kinds`, (F, H, W) uint8: SKY, GROUND, BUILDING or PERSON for each
-        pixel of the CG and the real look.
+        pixel of the CG and the real look, the highest of these numbers where the pixel shows two kinds.
     """
     times = np.arange(num_frames, dtype=np.float32) / np.float32(fps)
-    g = _trace(scene, times, height, width)
     shaders = {
-        "coarse": lambda: _shade_coarse(scene, g),
-        "cg": lambda: _shade_cg(scene, g),
-        "real": lambda: _shade_real(scene, g, times),
+        "coarse": lambda g: _shade_coarse(scene, g),
+        "cg": lambda g: _shade_cg(scene, g),
+        "real": lambda g: _shade_real(scene, g, times),
     }
-    clips = {look: (np.clip(shaders[look](), 0, 1) * 255 + 0.5).astype(np.uint8) for look in looks}
-    return clips | {"kinds": np.where(g.person >= 0, PERSON, g.kind).astype(np.uint8)}
+    # Against jagged edges, two rays for each pixel (an edge along a row or a column has a step between its colours),
+    # and a filter.
+    rays = [_trace(scene, times, height, width, offset) for offset in (-0.25, 0.25)]
+    images = {look: sum(np.clip(shaders[look](g), 0, 1) for g in rays) / len(rays) for look in looks}
+    images = {look: _filter_pixels(image) for look, image in images.items()}
+    if "real" in images:
+        images["real"] = np.clip(_camera(images["real"], np.random.default_rng(scene.noise_seed)), 0, 1)
+    clips = {look: (image * 255 + 0.5).astype(np.uint8) for look, image in images.items()}
+    kinds = np.maximum(*(np.where(g.person >= 0, PERSON, g.kind) for g in rays))
+    return clips | {"kinds": kinds.astype(np.uint8)}
