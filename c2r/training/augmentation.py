@@ -99,21 +99,6 @@ def draw_colour(generator: torch.Generator) -> Alteration:
     return lambda frames: torch.einsum("ij,njhw->nihw", to_device(mix.to(frames.dtype), frames.device), frames)
 
 
-def draw_tones(generator: torch.Generator) -> Alteration:
-    """Draw a curve for each channel, through any values at 0, 1/3, 2/3 and 1: dark may become bright.
-
-    No brightness or colour can be relied on after it, only what differs from what.
-    """
-    values = _uniform(generator, 0.0, 1.0, (3, 4))
-
-    def alter(frames):
-        knots = to_device(values.to(frames.dtype), frames.device)[..., None, None]  # (3, 4, 1, 1)
-        # Linear interpolation: the weight of a knot falls to 0 at its neighbours.
-        return sum(knots[:, k] * F.relu(1 - (3 * frames.clamp(0, 1) - k).abs()) for k in range(4))
-
-    return alter
-
-
 def draw_gamma(generator: torch.Generator) -> Alteration:
     """Draw an exponent between 0.45 and 2.2."""
     gamma = _uniform(generator, -0.8, 0.8).exp().item()
@@ -151,7 +136,6 @@ def _uniform(generator, low, high, size=()):
 #: The kinds of alteration, in the order in which they are applied.
 KINDS: dict[str, Callable[[torch.Generator], Alteration]] = {
     "colour": draw_colour,
-    "tones": draw_tones,
     "gamma": draw_gamma,
     "flat light": draw_flat_light,
     "flat texture": draw_flat_texture,
