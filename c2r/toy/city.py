@@ -328,7 +328,7 @@ def _shade_real(scene, g, times):
 
 
 def _filter_pixels(image):
-    """Weight each pixel with its neighbours by a tent, 1/4, 1/2, 1/4 in both directions, as renderers and lenses do."""
+    """Mix each pixel with its neighbours, 1/4, 1/2, 1/4 in both directions, as renderers and lenses do."""
     for axis in (1, 2):
         edge = [(0, 0)] * 4
         edge[axis] = (1, 1)
