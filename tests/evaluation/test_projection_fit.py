@@ -212,6 +212,14 @@ def test_a_kind_of_looks_that_is_told_is_not_hidden_by_one_that_is_not():
     assert worst > 0.7
 
 
+def test_altered_frames_do_not_limit_the_number():
+    train, held_out = planted(0.0), planted(0.0, seed=1)
+    train[ALTERED], held_out[ALTERED] = planted(5.0)[ALTERED], planted(5.0, seed=1)[ALTERED]
+    certificate, worst = certify(train, held_out)
+    assert certificate["look"].mean > 0.7
+    assert worst <= MAX_ACCURACY
+
+
 @pytest.mark.parametrize("width", [4, 64, 256])
 def test_a_probe_finds_a_look_among_any_number_of_features(width):
     certificate, _ = certify(planted(5.0, width=width), planted(5.0, width=width, seed=1))
