@@ -11,17 +11,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import WanPipeline
-from torch.nn import functional as F
 
 from c2r import flow_matching
 from c2r.data.contact_sheet import draw_contact_sheet
 from c2r.models.dinov3 import DINOv3FeatureExtractor
-from c2r.models.vae import decode_latents, encode_frames
+from c2r.models.parts import max_sequence_length
+from c2r.models.vae import decode_frames, encode_frames
 from c2r.toy import city
-from c2r.toy.layout import WEIGHTS, PeopleFinder, correlation, people_map
-from c2r.toy.look import gradient_energy
-from c2r.toy.pretrain import HEIGHT, NUM_FRAMES, WIDTH, psnr, to_pixel_values
+from c2r.toy.appearance import gradient_energy
+from c2r.toy.layout import WEIGHTS, PeopleFinder, correlation, people_map, true_people_map
+from c2r.toy.pretrain import HEIGHT, NUM_FRAMES, WIDTH, psnr
 
+#: Scenes of these seeds are in no stage's training, and in no toy folder.
 FIRST_SEED = 4_000_000
 
 
@@ -40,37 +41,38 @@ def main():
 def measure(weights: Path, scenes: list[city.Scene], renderings: list[dict], picture: Path | None):
     """Print what each model does on the scenes, and draw the first generated videos."""
     pipeline = WanPipeline.from_pretrained(weights / "model", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
     for name in ("vae", "text_encoder", "transformer"):
         print(f"{name}: {sum(p.numel() for p in getattr(pipeline, name).parameters()):,} parameters")
 
-    frames = {look: [clip[look] for clip in renderings] for look in city.LOOKS}  # (F, H, W, 3) uint8
-    clips = {look: [to_pixel_values(clip) for clip in frames[look]] for look in city.LOOKS}  # (3, F, H, W)
-    latents = {look: [encode(pipeline.vae, clip) for clip in frames[look]] for look in city.LOOKS}
-    decoded = {look: [decode(pipeline.vae, latent) for latent in latents[look]] for look in city.LOOKS}
+    clips = {look: [to_frames(clip[look]) for clip in renderings] for look in city.LOOKS}  # (F, 3, H, W) uint8
+    latents = {look: [encode_frames(pipeline.vae, clip[None])[0][0] for clip in clips[look]] for look in city.LOOKS}
+    decoded = {
+        look: [to_frames(decode_frames(pipeline.vae, latent)) for latent in latents[look]] for look in city.LOOKS
+    }
     for look in city.LOOKS:
-        print(f"vae, {look}: {psnr(torch.stack(decoded[look]), torch.stack(clips[look])):.2f} dB")
+        found = psnr(*(pixel_values(torch.stack(x)) for x in (decoded[look], clips[look])))
+        print(f"vae, {look}: {found:.2f} dB")
 
     dinov3 = DINOv3FeatureExtractor.from_pretrained(weights / "dinov3")
     coarse, real = (
-        torch.stack([dinov3((clip[None, :, 0] + 1)[None] / 2).flatten() for clip in clips[look]])
-        for look in ("coarse", "real")
+        torch.stack([dinov3(clip[None, :1] / 255).flatten() for clip in clips[look]]) for look in ("coarse", "real")
     )
     own = (torch.cdist(coarse, real).argmin(1) == torch.arange(len(scenes))).sum()
     print(f"dinov3: {own} of {len(scenes)} coarse frames are nearest to the real frame of their own scene")
 
     finder = PeopleFinder.from_pretrained(weights / "people_finder", torch_dtype=torch.float32)
-    places = [
-        F.avg_pool2d(torch.from_numpy(clip["kinds"] == city.PERSON).float()[:, None], finder.cell)[:, 0]
-        for clip in renderings
-    ]
+    places = [true_people_map(clip["kinds"]) for clip in renderings]
     for name, videos in (("the true clips", clips["real"]), ("them through the VAE", decoded["real"])):
-        found = [people_map(finder, video.transpose(0, 1)) for video in videos]
+        found = [people_map(finder, pixel_values(video)) for video in videos]
         mean = np.mean([correlation(a, b) for a, b in zip(found, places)])
         print(f"people finder, {name}: correlation {mean:.3f}")
 
+    length = max_sequence_length(pipeline.tokenizer)  # that of the training; another one changes the velocity
     for look in city.LOOKS:
         prompts = [city.caption(scene, look) for scene in scenes]
-        print(f"transformer, {look}: flow-matching loss {transformer_loss(pipeline, latents[look], prompts):.4f}")
+        loss = transformer_loss(pipeline, latents[look], prompts, length)
+        print(f"transformer, {look}: flow-matching loss {loss:.4f}")
 
     generated = []
     for i, scene in enumerate(scenes):
@@ -81,41 +83,39 @@ def measure(weights: Path, scenes: list[city.Scene], renderings: list[dict], pic
             num_frames=NUM_FRAMES,
             num_inference_steps=20,
             guidance_scale=2.0,
+            max_sequence_length=length,
             generator=torch.Generator().manual_seed(i),
-            output_type="pt",
+            output_type="np",
         ).frames[0]
-        generated.append(frames.transpose(0, 1) * 2 - 1)
-    share = gradient_energy(generated) / gradient_energy(decoded["real"])
-    print(f"transformer, generated: gradient energy {share:.2f} of the real look's through the VAE")
-    people = [
-        np.mean([people_map(finder, v.transpose(0, 1)).mean() for v in videos])
-        for videos in (generated, decoded["real"])
-    ]
-    print(f"transformer, generated: people cover {people[0]:.3f} of the frames, {people[1]:.3f} of the true clips'")
+        generated.append(to_frames((frames * 255).round().astype(np.uint8)))
+    both = generated, decoded["real"]
+    energy, true_energy = (np.mean([gradient_energy(video.float()) for video in videos]) for videos in both)
+    print(f"transformer, generated: gradient energy {energy / true_energy:.2f} of the real look's through the VAE")
+    cover, true_cover = (np.mean([people_map(finder, pixel_values(v)).mean() for v in videos]) for videos in both)
+    print(f"transformer, generated: people cover {cover:.3f} of the frames, {true_cover:.3f} of the real look's")
     if picture:
-        rows = {
-            "generated from the caption alone": generated[:6],
-            "a true clip of this caption": list(clips["real"][:6]),
-        }
-        columns = {title: [to_uint8(video) for video in videos] for title, videos in rows.items()}
+        rows = {"generated from the caption alone": generated, "a true clip of this caption": clips["real"]}
+        columns = {title: [clip.permute(0, 2, 3, 1).numpy() for clip in clips[:6]] for title, clips in rows.items()}
         draw_contact_sheet(columns, [city.caption(scene) for scene in scenes[:6]]).save(picture)
 
 
-def encode(vae, frames):
-    """Return the normalised latents (C, T, h, w) of frames (F, H, W, 3) uint8."""
-    return encode_frames(vae, torch.from_numpy(frames).permute(0, 3, 1, 2)[None])[0][0]
+def to_frames(clip):
+    """Return (F, 3, H, W) uint8 of (F, H, W, 3) uint8."""
+    return torch.from_numpy(clip).permute(0, 3, 1, 2)
 
 
-def decode(vae, latents):
-    """Return pixel values (3, F, H, W) in [-1, 1] of normalised latents (C, T, h, w)."""
-    return decode_latents(vae, latents[None])[0].clamp(-1, 1)
+def pixel_values(frames):
+    """Return frames in [-1, 1]."""
+    return frames / 127.5 - 1
 
 
-def transformer_loss(pipeline, latents, prompts, shift=3.0):
+def transformer_loss(pipeline, latents, prompts, length, shift=3.0):
     """Return the mean loss over noise levels that the training draws, with the clips' captions."""
     losses = []
     for i, (latent, prompt) in enumerate(zip(latents, prompts)):
-        prompt_embeds, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=16)
+        prompt_embeds, _ = pipeline.encode_prompt(
+            prompt, do_classifier_free_guidance=False, max_sequence_length=length
+        )
         generator = torch.Generator().manual_seed(i)
         clean = latent.expand(4, *latent.shape)
         noise = torch.randn(clean.shape, generator=generator)
@@ -125,10 +125,6 @@ def transformer_loss(pipeline, latents, prompts, shift=3.0):
         velocity = pipeline.transformer(noisy_latents, timesteps, prompt_embeds.expand(4, -1, -1)).sample
         losses.append(flow_matching.velocity_loss(velocity, flow_matching.velocity_target(clean, noise)).mean())
     return torch.stack(losses).mean()
-
-
-def to_uint8(video):
-    return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
 
 
 if __name__ == "__main__":

@@ -52,28 +52,30 @@ def main(argv: list[str] | None = None):
     run_step("phase 2: ground the control", [*LAUNCH, str(PHASE2), *config, *RESUME], phase2 / "final/c2r.json")
     trained = cli.parse(options.PHASE2, config)
 
-    from c2r.toy.report import scenes_of_looks, write_report
+    from c2r.toy.report import scenes_under_other_prompts, write_report
 
     prompts = [scene["prompt"] for scene in toy["test"]]
     controls = [scene["control_video"] for scene in toy["test"]]
-    looks = [caption(scene) for scene in scenes_of_looks(toy)]
+    other_prompts = [caption(scene) for scene in scenes_under_other_prompts(toy)]
     videos = {}
+    same_control = controls[:1] * len(other_prompts)
     for title, name, model, texts, coarse in (
         ("generate without control", "before", phase1 / "best", prompts, []),
         ("generate with control", "generated", phase2 / "best", prompts, controls),
-        ("the first scene under other prompts", "looks", phase2 / "best", looks, controls[:1] * len(looks)),
+        ("the first scene under other prompts", "other prompts", phase2 / "best", other_prompts, same_control),
     ):
-        videos[name] = [out / f"videos/{name}-{i}.mp4" for i in range(len(texts))]
+        path = out / f"videos/{name.replace(' ', '-')}.mp4"
+        videos[name] = [path.with_stem(f"{path.stem}-{i}") for i in range(len(texts))]
         generate = ["python", "-m", "c2r.generate", "--model", str(model), *given(SAMPLING, trained), "--seed=0"]
-        generate += [f"--prompt={text}" for text in texts] + [f"--control_video={path}" for path in coarse]
+        generate += [f"--prompt={text}" for text in texts] + [f"--control_video={video}" for video in coarse]
         generate += given(CONTROL_SAMPLING, trained) if coarse else []
-        run_step(title, [*generate, "--output", str(out / f"videos/{name}.mp4")], videos[name][-1])
+        run_step(title, [*generate, "--output", str(path)], videos[name][-1])
 
     print("\n== report", flush=True)
     for name, value in write_report(out, toy_dir, phase1, phase2, videos).items():
         print(f"{name:60s} {value:8.4f}")
-    print(f"\n{out / 'report.png'} and {out / 'report.webp'} show the clips; ", end="")
-    print(f"the quickstart took {time.time() - started:.0f} s")
+    shown = f"{out / 'report.png'} and {out / 'report.webp'}"
+    print(f"\n{shown} show the clips; the quickstart took {time.time() - started:.0f} s")
     page = ["python", "-m", "c2r.report", str(phase1), str(phase2), "--output", str(out / "report.html")]
     print(f"next: {shlex.join(page)}")
     print("      README.md, Use your own data")

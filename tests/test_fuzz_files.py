@@ -39,7 +39,7 @@ from c2r.models.vae import decode_latents, encode_frames
 from c2r.options import ENCODE, GENERATE, PHASE1, PHASE2, QUICKSTART, STUDY, TOY
 from c2r.options.types import Choice, Number
 from c2r.pipeline import encode_prompts, with_flow_shift
-from c2r.toy.folder import Scene, Toy, read_toy
+from c2r.toy.folder import Scene, Toy, read_toy, toy_version
 from c2r.training.resume import changed_options, find_checkpoint, require_resumable
 from tests.helpers.commands import ENVIRONMENT, ROOT, SIZE
 from tests.helpers.datasets import write_dataset
@@ -179,7 +179,7 @@ def write_originals(folder):
         save_tensors(prompt_path(manifest.cache_dir, text, cache), tensors, {"max_sequence_length": 16})
     find_missing(manifest.clips, settings)
     scene = Scene(seed=0, prompt="a", control_video="a.mp4", truth="a.mp4")
-    write_atomic(folder / "toy/toy.json", json.dumps(Toy(**SIZE, test=[scene])).encode())
+    write_atomic(folder / "toy/toy.json", json.dumps(Toy(version=toy_version(), **SIZE, test=[scene])).encode())
     note = {"file": ["c.mp4", 1, 2], "reason": "unreadable", "detail": "c.mp4: broken", "settings": vars(cache)}
     write_atomic(manifest.cache_dir / "failures/a.json", json.dumps(note).encode())
     return folder

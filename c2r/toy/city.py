@@ -218,14 +218,16 @@ def _paint(mask, colours, onto):
 
 
 def _street_parts(scene, g):
-    """Return masks of the carriageway, its centre dashes and the windows, and the distance along each facade."""
+    """Return masks of the carriageway, its centre dashes and the windows, and the metres from the facade's corner.
+
+    All are (F, H, W). The windows start at the corner of their facade, and none is cut by its end.
+    """
     x, y, z = g.position
     low, high = (scene.boxes[np.maximum(g.box, 0), k].astype(np.float32) for k in (0, 1))
     along, length = (
         np.where(g.face == 0, a[..., 2] - b[..., 2], a[..., 0] - b[..., 0])
         for a, b in ((np.stack(g.position, -1), low), (high, low))
     )
-    # Every window lies on its facade as a whole.
     column, row = np.floor(along / 3.4) * 3.4, np.floor(y / 3.6) * 3.6
     windows = (along > column + 0.9) & (along < column + 2.6) & (column + 2.6 < length - 0.3)
     windows &= (y > row + 1.3) & (y < row + 3.0) & (row + 3.0 < high[..., 1] - 0.3) & (g.face != 1)
@@ -371,8 +373,8 @@ def render(
         "cg": lambda g: _shade_cg(scene, g),
         "real": lambda g: _shade_real(scene, g, times),
     }
-    # Against jagged edges, two rays for each pixel (an edge along a row or a column has a step between its colours),
-    # and a filter.
+    # Against jagged edges, two rays for each pixel, on one diagonal, and a filter: an edge along a row or a column has
+    # a step between its colours by the rays, one along that diagonal by the filter alone.
     rays = [_trace(scene, times, height, width, offset) for offset in (-0.25, 0.25)]
     images = {look: sum(np.clip(shaders[look](g), 0, 1) for g in rays) / len(rays) for look in looks}
     images = {look: _filter_pixels(image) for look, image in images.items()}

@@ -1,6 +1,8 @@
 """Write the toy's folder; `c2r.toy.__main__` lists its content."""
 
 import csv
+import functools
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -8,13 +10,14 @@ import shutil
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NotRequired
 
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
+from c2r import InputError
 from c2r.data.video_writer import write_video
 from c2r.files import read_json
 from c2r.toy import city
@@ -71,6 +74,7 @@ class Scene(TypedDict):
 class Toy(TypedDict):
     """The content of toy.json."""
 
+    version: NotRequired[str]  #: see `toy_version`; absent in old folders
     height: PositiveInt
     width: PositiveInt
     num_frames: PositiveInt
@@ -82,9 +86,23 @@ def read_toy(folder: str | Path) -> Toy:
     """Read toy.json of a complete toy folder.
 
     Raises:
-        InputError: it is missing or damaged.
+        InputError: it is missing, damaged, or of another version of the toy.
     """
-    return read_json(Path(folder) / "toy.json", Toy)
+    path = Path(folder) / "toy.json"
+    toy = read_json(path, Toy)
+    if toy.get("version") != toy_version():
+        raise InputError(f"{path}: is of another version of the toy; delete {folder}, or give another --output_dir")
+    return toy
+
+
+@functools.cache
+def toy_version() -> str:
+    """Return a hash of the base models and the renderer."""
+    content = hashlib.sha256(Path(city.__file__).read_bytes())
+    with resources.as_file(resources.files("c2r.toy") / "weights") as weights:
+        for path in sorted(weights.rglob("*.safetensors")):
+            content.update(path.read_bytes())
+    return content.hexdigest()[:16]
 
 
 def write_toy(folder: str | Path, num_real: int = 96, num_cg: int = 32):
@@ -99,6 +117,7 @@ def write_toy(folder: str | Path, num_real: int = 96, num_cg: int = 32):
     """
     folder = Path(folder)
     if (folder / "toy.json").exists():
+        read_toy(folder)
         logger.info("%s is complete already", folder)
         return
     with resources.as_file(resources.files("c2r.toy") / "weights") as weights:
@@ -127,7 +146,7 @@ def write_toy(folder: str | Path, num_real: int = 96, num_cg: int = 32):
         )
         for seed in test_seeds
     ]
-    toy = Toy(height=HEIGHT, width=WIDTH, num_frames=NUM_FRAMES, fps=FPS, test=scenes)
+    toy = Toy(version=toy_version(), height=HEIGHT, width=WIDTH, num_frames=NUM_FRAMES, fps=FPS, test=scenes)
     (folder / "toy.json").write_text(json.dumps(toy, indent=2) + "\n")
 
 

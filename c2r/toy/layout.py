@@ -6,6 +6,7 @@ They look at pixels alone and share nothing with the models that they judge.
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -45,6 +46,11 @@ class PeopleFinder(ModelMixin, ConfigMixin):
 def people_map(finder: PeopleFinder, video: torch.Tensor) -> torch.Tensor:
     """Return the share of each cell that shows a person: (F, 3, H, W) in [-1, 1] -> (F, H/8, W/8) in [0, 1]."""
     return finder(video).sigmoid()
+
+
+def true_people_map(kinds: np.ndarray) -> torch.Tensor:
+    """Return the share of each cell that is a person: (F, H, W) of `city.render` -> (F, H/8, W/8) in [0, 1]."""
+    return F.avg_pool2d(torch.from_numpy(kinds == city.PERSON).float()[:, None], PeopleFinder.cell)[:, 0]
 
 
 def edge_map(video: torch.Tensor, cell: int = 8) -> torch.Tensor:
@@ -97,7 +103,7 @@ def people_correlations(
     truths, found = [], []
     for scene, video in zip(scenes, videos):
         kinds = city.render(scene, (), len(video), fps, *video.shape[2:])["kinds"]
-        truths.append(F.avg_pool2d(torch.from_numpy(kinds == city.PERSON).float()[:, None], finder.cell)[:, 0])
+        truths.append(true_people_map(kinds))
         found.append(people_map(finder, video / 127.5 - 1))
     return correlations(found, truths)
 

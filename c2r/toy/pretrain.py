@@ -1,9 +1,10 @@
 """Train the toy's base models from scratch; they stand for the Wan and DINOv3 of a real run.
 
-`python -m c2r.toy --train` runs the stages in order and writes `weights/`; a stage whose weights exist is skipped.
-`weights/README.md` describes the shipped weights.
+`python -m c2r.toy --train` runs the stages in order and writes `weights/`. A stage whose weights exist is skipped, an
+interrupted one continues. `weights/README.md` describes the shipped weights.
 """
 
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -26,7 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import DINOv3ViTConfig, DINOv3ViTModel, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from c2r import flow_matching
+from c2r import InputError, flow_matching
 from c2r.models.vae import encode_frames
 from c2r.toy import city
 from c2r.toy.layout import PeopleFinder
@@ -47,13 +48,14 @@ def _render_one(seed):
 def render_scenes(
     work_dir: Path, num_scenes: int, first_seed: int = 10_000_000
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Render scenes once into memory-mapped files.
+    """Render scenes once into memory-mapped files, whose names change with the renderer.
 
     Returns:
         clips (n, 3 looks, F, H, W, 3) uint8, kinds (n, F, H, W) uint8, and the seeds of the scenes.
     """
     seeds = range(first_seed, first_seed + num_scenes)
-    clips_path, kinds_path = work_dir / f"clips_{num_scenes}.npy", work_dir / f"kinds_{num_scenes}.npy"
+    key = f"{num_scenes}_{_hash(Path(city.__file__))}"
+    clips_path, kinds_path = work_dir / f"clips_{key}.npy", work_dir / f"kinds_{key}.npy"
     if not kinds_path.exists():
         shape = (num_scenes, len(city.LOOKS), NUM_FRAMES, HEIGHT, WIDTH, 3)
         clips = np.lib.format.open_memmap(work_dir / "clips.part.npy", "w+", np.uint8, shape)
@@ -65,8 +67,13 @@ def render_scenes(
             pool.join()
         clips.flush()
         (work_dir / "clips.part.npy").rename(clips_path)
-        np.save(kinds_path, kinds)
+        np.save(work_dir / "kinds.part.npy", kinds)
+        (work_dir / "kinds.part.npy").rename(kinds_path)
     return np.load(clips_path, mmap_mode="r"), np.load(kinds_path), list(seeds)
+
+
+def _hash(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:8]
 
 
 def fit(
@@ -79,7 +86,7 @@ def fit(
     on_log: Callable[[], str] | None = None,
     log_every: int = 100,
 ):
-    """Minimise a loss by AdamW with warm-up and a cosine to zero, gradients clipped at norm 1.
+    """Minimise a loss by AdamW in one cycle of the learning rate and of beta 1, gradients clipped at norm 1.
 
     The state is saved in work_dir with every line of the log. An interrupted stage continues from it, and ends with
     the same weights.
@@ -93,13 +100,19 @@ def fit(
         work_dir: gets the state.
         on_log: returns text for the log.
         log_every: steps between two lines of the log.
+
+    Raises:
+        InputError: the state in work_dir is of another schedule.
+        RuntimeError: a gradient is not finite.
     """
     parameters = list(module.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.03)
-    path, first = work_dir / f"{name}.pt", 0
+    path, first, settings = work_dir / f"{name}.pt", 0, {"steps": steps, "learning_rate": learning_rate}
     if path.exists():
         state = torch.load(path, weights_only=True)
+        if state["settings"] != settings:
+            raise InputError(f"{path}: is of {state['settings']}, the stage now has {settings}; delete the file")
         first = state["step"]
         for part, content in ((module, "module"), (optimizer, "optimizer"), (schedule, "schedule")):
             part.load_state_dict(state[content])
@@ -109,17 +122,17 @@ def fit(
         loss = draw_loss(step)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
         optimizer.step()
         schedule.step()
         total += loss.item()
         if (step + 1) % log_every == 0:
-            line = f"{name} step {step + 1}/{steps} loss {total / log_every:.4f} {time.time() - started:.0f} s"
+            line = f"{name} step {step + 1}/{steps} loss {total / log_every:.4f}, {time.time() - started:.0f} s"
             logger.info(line + (f" {on_log()}" if on_log else ""))
             total = 0.0
             parts: dict[str, Any] = {"module": module, "optimizer": optimizer, "schedule": schedule}
             contents = {content: part.state_dict() for content, part in parts.items()}
-            torch.save(contents | {"step": step + 1}, path.with_suffix(".new"))
+            torch.save(contents | {"step": step + 1, "settings": settings}, path.with_suffix(".new"))
             path.with_suffix(".new").replace(path)
 
 
@@ -314,7 +327,8 @@ def encode_scenes(
     path = work_dir / f"latents_{len(clips)}.safetensors"
     if not path.exists():
         rows = [encode_frames(vae, torch.from_numpy(clip.copy()).movedim(-1, 2))[0] for clip in clips]
-        save_file({"latents": torch.stack(rows).half()}, path)
+        save_file({"latents": torch.stack(rows).half()}, work_dir / "latents.part")
+        (work_dir / "latents.part").rename(path)
     latents = load_file(path)["latents"]
 
     def embed(prompts):
@@ -359,7 +373,7 @@ def train_base(
         num_layers=8,
         rope_max_seq_len=64,
     )
-    transformer.compile(dynamic=False)  # a quarter faster, on two cores
+    transformer.compile(dynamic=False)  # by a C++ compiler; a quarter faster on two cores
     train = len(latents) - HELD_OUT
 
     def loss_of(clean, prompts, u, generator):
@@ -397,23 +411,36 @@ def train(folder: Path, work_dir: Path, num_scenes: int = 3000, base_scenes: int
 
     Args:
         folder: gets the models.
-        work_dir: keeps renderings and latents.
+        work_dir: keeps renderings, latents, and the state of the stage that is running.
         num_scenes: rendered for the VAE, DINOv3 and the people finder.
         base_scenes: the last of them, for the transformer.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
     model, dinov3 = folder / "model", folder / "dinov3"
+
+    def missing(part):
+        return not any(part.glob("*.safetensors"))
+
+    def finished(*stages):
+        for stage in stages:
+            (work_dir / f"{stage}.pt").unlink(missing_ok=True)
+
     clips, kinds, seeds = render_scenes(work_dir, num_scenes)
-    if not (model / "vae/config.json").exists():
+    if missing(model / "vae"):
+        for latents in work_dir.glob("latents_*"):  # of another VAE
+            latents.unlink()
         train_vae(model / "vae", clips, kinds, work_dir, steps=4500)
-    if not (model / "tokenizer/tokenizer.json").exists():
+        finished("vae")
+    if missing(model / "text_encoder"):
         make_text_encoder(model)
-    if not (dinov3 / "config.json").exists():
+    if missing(dinov3):
         train_dinov3(dinov3, clips, kinds, work_dir, steps=2500)
+        finished("dinov3")
     vae = AutoencoderKLWan.from_pretrained(model / "vae", torch_dtype=torch.float32)
-    if not (folder / "people_finder/config.json").exists():
+    if missing(folder / "people_finder"):
         train_people_finder(folder / "people_finder", clips, kinds, vae, work_dir, steps=500)
-    if not (model / "transformer/config.json").exists():
+        finished("people")
+    if missing(model / "transformer"):
         text_encoder = UMT5EncoderModel.from_pretrained(model / "text_encoder", dtype=torch.float32)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(model / "tokenizer")
         train_base(
@@ -423,6 +450,7 @@ def train(folder: Path, work_dir: Path, num_scenes: int = 3000, base_scenes: int
             steps=6000,
             steps_without_real=300,
         )
+        finished("base", "base_without_real")
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(model / "scheduler")
     index = {
         "_class_name": "WanPipeline",

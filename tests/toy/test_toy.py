@@ -11,13 +11,13 @@ from diffusers import AutoencoderKLWan
 from PIL import Image
 from torch.nn import functional as F
 
-from c2r import cli
+from c2r import InputError, cli
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.options import PHASE1, PHASE2
 from c2r.toy import city
+from c2r.toy.appearance import gradient_energy, recognise_weather_and_walls
 from c2r.toy.folder import write_toy
-from c2r.toy.layout import WEIGHTS, PeopleFinder, correlation, correlations, edge_map
-from c2r.toy.look import gradient_energy, recognise
+from c2r.toy.layout import WEIGHTS, PeopleFinder, correlation, correlations, edge_map, true_people_map
 from c2r.toy.pretrain import psnr, to_pixel_values
 from tests.helpers.commands import start
 
@@ -78,26 +78,38 @@ def test_edges_correlate_most_within_their_own_scene():
         clip = city.render(city.make_scene(seed), (look,), num_frames=2)[look]
         return edge_map(torch.from_numpy(clip).permute(0, 3, 1, 2).float())
 
+    # Streets resemble each other. Measured: 0.17 apart, and 0.14 if a scene's own map counted among the others.
     own, other = correlations([edges(s, "real") for s in range(6)], [edges(s, "coarse") for s in range(6)])
     assert edges(0, "real").shape == (2, 12, 20)
     assert own > other + 0.15
 
 
-def test_weather_and_walls_are_recognised_from_pixels():
+@pytest.mark.parametrize(
+    ("sky", "material"),
+    [
+        ("sunny", "brick"),
+        ("night", "blue"),
+        ("foggy", "blue"),
+        ("rainy", "stone"),
+        ("snowy", "stone"),
+        ("dusk", "yellow"),
+    ],
+)
+def test_weather_and_walls_are_recognised_from_pixels(sky, material):
     scene = city.make_scene(7)
-    for sky, material in (("sunny", "brick"), ("night", "stone"), ("foggy", "blue"), ("dusk", "yellow")):
-        clip = city.render(replace(scene, sky=sky, material=material), ("real",), num_frames=9)["real"]
-        video = torch.from_numpy(clip).permute(0, 3, 1, 2).float()
-        # The scene's own weather and walls do not matter, and neither does blur.
-        blurred = F.interpolate(F.avg_pool2d(video, 8), scale_factor=8)
-        assert recognise(scene, video, 8.0) == recognise(scene, blurred, 8.0) == (sky, material)
+    # The scene's own weather and walls do not matter, and neither does blur.
+    clip = city.render(replace(scene, sky=sky, material=material), ("real",), num_frames=17)["real"]
+    video = torch.from_numpy(clip).permute(0, 3, 1, 2).float()
+    blurred = F.interpolate(F.avg_pool2d(video, 8), scale_factor=8)
+    assert recognise_weather_and_walls(scene, blurred, 8.0) == (sky, material)
 
 
-def test_gradient_energy_is_of_neighbouring_pixels():
+def test_gradient_energy_is_of_neighbouring_pixels_in_both_directions():
     ramp = torch.arange(8.0).expand(2, 3, 4, 8)
-    assert gradient_energy([ramp]) == gradient_energy([ramp, ramp.flip(-1)]) == 1
-    assert gradient_energy([3 * ramp]) == 9
-    assert gradient_energy([torch.ones(2, 3, 4, 8)]) == 0
+    assert gradient_energy(ramp) == gradient_energy(ramp.flip(-1)) == 1
+    assert gradient_energy(3 * ramp) == 9
+    assert gradient_energy(ramp + 2 * torch.arange(4.0).view(4, 1)) == 5
+    assert gradient_energy(torch.ones(2, 3, 4, 8)) == 0
 
 
 def held_out(count, **options):
@@ -125,9 +137,8 @@ def test_shipped_people_finder_finds_people():
     found = []
     for clip in held_out(12, looks=("real",)):
         frames = torch.from_numpy(clip["real"]).permute(0, 3, 1, 2) / 127.5 - 1
-        truth = F.avg_pool2d(torch.from_numpy(clip["kinds"] == city.PERSON).float()[:, None], finder.cell)[:, 0]
         with torch.no_grad():
-            found.append(correlation(finder(frames).sigmoid(), truth))
+            found.append(correlation(finder(frames).sigmoid(), true_people_map(clip["kinds"])))
     assert np.mean(found) > 0.8
 
 
@@ -157,6 +168,9 @@ def test_toy_folder_is_complete_and_not_written_twice(tmp_path):
     before = (tmp_path / "data/real/train/metadata.csv").stat().st_mtime_ns
     write_toy(tmp_path, num_real=2, num_cg=1)
     assert (tmp_path / "data/real/train/metadata.csv").stat().st_mtime_ns == before
+    (tmp_path / "toy.json").write_text(json.dumps(toy | {"version": "0"}))
+    with pytest.raises(InputError, match="is of another version of the toy; delete"):
+        write_toy(tmp_path, num_real=2, num_cg=1)
 
 
 @pytest.mark.slow
@@ -179,8 +193,11 @@ def test_quickstart_runs_every_step_and_continues_where_it_was(tmp_path):
     table = json.loads((tmp_path / "report.json").read_text())
     assert all(np.isfinite(value) for value in table.values())
     assert table["people correlation of the true clips (ceiling)"] > 0.7
+    assert table["edge correlation of the true clips through the VAE (ceiling)"] > 0.7
+    assert all(0 <= value <= 1 for name, value in table.items() if "clips that show" in name)
     assert table["CG share of the samples in phase 2"] == pytest.approx(3 / 16)  # a fifth of 16 samples, rounded
     with Image.open(tmp_path / "report.png") as report:
         assert report.width > 4 * 3 * 160
     with Image.open(tmp_path / "report.webp") as film:
         assert film.n_frames == 9
+        assert film.width > 5 * 160
