@@ -1431,6 +1431,34 @@ THE_TOY = [
         "for j in range(len(table))]",
         f"{TOY}::test_edges_correlate_most_within_their_own_scene",
     ),
+    Mutation(
+        "edges-along-rows-have-no-energy",
+        "c2r/toy/appearance.py",
+        " + video.diff(dim=-2).square().mean()",
+        "",
+        f"{TOY}::test_gradient_energy_is_of_neighbouring_pixels_in_both_directions",
+    ),
+    Mutation(
+        "weather-is-told-from-other-moments",
+        "c2r/toy/appearance.py",
+        "size = (len(frames), fps / stride, ",
+        "size = (len(frames), 1e9, ",
+        f"{TOY}::test_weather_and_walls_are_recognised_from_pixels",
+    ),
+    Mutation(
+        "an-interrupted-stage-repeats-its-first-steps",
+        "c2r/toy/pretrain.py",
+        'first = state["step"]',
+        "first = 0",
+        "tests/toy/test_pretrain.py::test_an_interrupted_stage_ends_with_the_same_weights",
+    ),
+    Mutation(
+        "a-folder-of-another-toy-is-continued",
+        "c2r/toy/folder.py",
+        'if toy.get("version") != toy_version():',
+        "if False:",
+        f"{TOY}::test_toy_folder_is_complete_and_not_written_twice",
+    ),
 ]
 
 LONG_VIDEOS_AND_FOLDERS = [
