@@ -61,31 +61,31 @@ def planned_runs() -> list[StudyRun]:
         "sample_steps": 20,
     }
     # As many directions as the held-out figures choose; many of them, with a random tail dropped; both.
-    projections = {
+    projections: dict[str, dict[str, Any]] = {
         "projection": {"control_projection": "fit"},
         "64 directions, tail drop 0.5": _directions(64) | {"control_tail_drop": 0.5},
         "projection, tail drop 0.5": {"control_projection": "fit", "control_tail_drop": 0.5},
     }
-    half_cg = {
+    half_cg: dict[str, dict[str, Any]] = {
         "controller": controller,
         "real weight 4": {"real_weight": 4.0},
         "adversarial 0.1": {"adversarial_weight": 0.1},
     }
-    fifth_cg = {
+    fifth_cg: dict[str, dict[str, Any]] = {
         "augmentation 0.5": {"control_augmentation": 0.5},
         **projections,
         "1 control block": {"control_layers": 1},
         "every second block": {"control_stride": 2},
         "latent injection": {"injection": "latent"},
     }
-    leak = {
+    leak: dict[str, dict[str, Any]] = {
         "augmentation 0.5": {"control_augmentation": 0.5},
         "augmentation 1": {"control_augmentation": 1.0},
         **projections,
         **{f"{number} directions": _directions(number) for number in DIRECTIONS},
     }
     ordinary, no_cg, half, leaking = "cg 0.2", "cg 0", "cg 0.5", "leak: pixel features"
-    shares = {f"cg {ratio:g}": {"cg_ratio": ratio} for ratio in RATIOS}
+    shares: dict[str, dict[str, Any]] = {f"cg {ratio:g}": {"cg_ratio": ratio} for ratio in RATIOS}
     return [
         *(StudyRun(name, options, None if name == ordinary else ordinary) for name, options in shares.items()),
         *(StudyRun(f"{half}, {name}", shares[half] | options, half) for name, options in half_cg.items()),
