@@ -560,6 +560,13 @@ STUDY = _command_of_one_group(
     "python -m c2r.study",
     "Compare settings of phase 2 on the toy city by how well the control works and how strong the CG look is.",
     _output_dir("study"),
+    Option(
+        "only",
+        "settings to run: their whole names, or texts that are in the names of one or several; default: all; a text "
+        "that is in no name prints all names",
+        metavar="TEXT",
+        several=True,
+    ),
     Option("seeds", "runs of each setting", COUNT, 3),
     Option("workers", "runs at a time, one core each", COUNT, 2),
 )

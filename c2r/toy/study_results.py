@@ -1,15 +1,19 @@
-"""The results of the study: results.csv, two pictures and a table."""
+"""The results of the study: results.csv, two pictures and two tables."""
 
 import csv
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import t as student
 
 from c2r.files import write_atomic
+from c2r.scoring.statistics import Interval
 
 #: Columns of results.csv. The first four come from `measure_layout`, the others from the run's c2r.json.
 MEASURES = (
@@ -32,16 +36,19 @@ MEASURES = (
     "cg_dinov3",
     "cg_share",
 )
-#: Columns of the printed table.
-SHOWN_MEASURES = (
+#: Columns of both tables.
+COMPARED_MEASURES = (
     "people_own",
     "people_other",
     "edges_own",
     "control_gain",
     "leak_share_coarse",
     "cg_look",
-    "cg_share",
 )
+#: Columns of the table of means. The share of CG is set, and only the controller changes it.
+SHOWN_MEASURES = (*COMPARED_MEASURES, "cg_share")
+#: Confidence of the intervals of differences.
+CONFIDENCE = 0.9
 CG_LOOK_LABEL = "CG look (0 real clips, 1 CG clips)"
 
 
@@ -122,23 +129,32 @@ def _plot_seeds(axes: Axes, values: dict[float, list[float]], label: str, colour
 
 
 def draw_remedies(path: Path, results: Sequence[Result], runs: Sequence[str]):
-    """Draw each setting by its CG look and its control gain: the upper left is best.
+    """Draw control gain over CG look, and people correlation over leak for the planted leak: the upper left is best.
 
     Args:
         path: the PNG to write.
         results: of the finished runs.
-        runs: names of the settings; those without phase 1 are left out.
+        runs: names of the settings; probes and those without phase 1 are left out.
     """
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(9, 7.5), layout="constrained")
+    whole = [name for name in runs if "no phase 1" not in name and "probe" not in name]
+    honest = [name for name in whole if not name.startswith("leak")]
+    leaking = [name for name in whole if name.startswith("leak") or name == "cg 0"]
+    panels = (
+        (honest, ("cg_look", CG_LOOK_LABEL), ("control_gain", "control gain")),
+        (leaking, ("leak_share_coarse", "leak (coarse)"), ("people_own", "people correlation, own scene")),
+    )
     markers = "os^vD<>ph*XPd"
-    shown = [name for name in runs if values_of(results, name, "cg_look") and "no phase 1" not in name]
-    for i, name in enumerate(shown):
-        look, gain = values_of(results, name, "cg_look"), values_of(results, name, "control_gain")
-        axes.plot(look, gain, markers[i % len(markers)], color=f"C{i % 10}", label=name, alpha=0.8)
-    axes.set(xlabel=CG_LOOK_LABEL, ylabel="control gain")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    for axes, (names, (x, x_label), (y, y_label)) in zip(figure.subplots(len(panels)), panels):
+        values = {(result.run, result.seed): (result.values[x], result.values[y]) for result in results}
+        for i, name in enumerate(names):
+            points = [point for (run, _), point in values.items() if run == name and None not in point]
+            if points:
+                axes.plot(*zip(*points), markers[i % len(markers)], color=f"C{i % 10}", label=name, alpha=0.8)
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     _save(figure, path)
 
 
@@ -148,12 +164,87 @@ def _save(figure: Figure, path: Path):
     write_atomic(path, file.getvalue())
 
 
-def print_table(results: Sequence[Result], runs: Sequence[str]):
-    """Print the means over the seeds of each setting."""
-    print(f"{'mean over seeds':36s} seeds " + " ".join(f"{measure:>12s}" for measure in SHOWN_MEASURES))
-    for name in runs:
+def paired_difference(results: Sequence[Result], run: str, baseline: str, measure: str) -> Interval | None:
+    """Compare a setting with another one at the same seeds.
+
+    Args:
+        results: of the finished runs.
+        run, baseline: names of the settings.
+        measure: one of `MEASURES`.
+
+    Returns:
+        the mean of run − baseline with its Student's t interval over the seeds, without bounds for one seed; None if
+        there is no seed at which both have the measure.
+    """
+    values = {(result.run, result.seed): result.values[measure] for result in results}
+    differences = []
+    for seed in sorted({result.seed for result in results}):
+        first, second = values.get((run, seed)), values.get((baseline, seed))
+        if first is not None and second is not None:
+            differences.append(first - second)
+    if not differences:
+        return None
+    mean, count = fmean(differences), len(differences)
+    if count == 1:
+        return Interval(mean)
+    half = stdev(differences) / math.sqrt(count) * float(student.ppf((1 + CONFIDENCE) / 2, count - 1))
+    return Interval(mean, mean - half, mean + half)
+
+
+def is_beyond_chance(difference: Interval) -> bool:
+    """Return True if a difference has an interval, and this excludes 0."""
+    return difference.low > 0 or difference.high < 0
+
+
+def study_tables(results: Sequence[Result], baselines: Mapping[str, str | None]) -> str:
+    """Return two Markdown tables: the means over the seeds, and the differences from the baselines.
+
+    Args:
+        results: of the finished runs.
+        baselines: {setting: the setting that it is compared with, or None}, in the order of the rows; settings
+            without results are left out.
+    """
+    means, rows, tested, marked = [], [], 0, 0
+    for name, baseline in baselines.items():
         count = len(values_of(results, name, "loss"))
-        if count:
-            values = [values_of(results, name, measure) for measure in SHOWN_MEASURES]
-            means = [f"{sum(seeds) / len(seeds):12.3f}" if seeds else " " * 12 for seeds in values]
-            print(f"{name:36s} {count:5d} " + " ".join(means))
+        if count == 0:
+            continue
+        values = [values_of(results, name, measure) for measure in SHOWN_MEASURES]
+        means.append([name, str(count), *(_number(fmean(seeds)) if seeds else "–" for seeds in values)])
+        if baseline is not None:
+            found = [paired_difference(results, name, baseline, measure) for measure in COMPARED_MEASURES]
+            bounded = [difference for difference in found if difference and math.isfinite(difference.low)]
+            tested, marked = tested + len(bounded), marked + sum(map(is_beyond_chance, bounded))
+            rows.append([name, baseline, *map(_difference_text, found)])
+    remark = "With one seed there are no intervals."
+    if tested:
+        confidence, by_chance = f"{CONFIDENCE * 100:.0f} %", (1 - CONFIDENCE) * tested
+        remark = (
+            f"In brackets: Student's t interval of {confidence} over the seeds. Bold: it excludes 0. This holds for "
+            f"{marked} of {tested} intervals; if no setting changed anything, about {by_chance:.0f} would by chance."
+        )
+    return (
+        f"Means over the seeds:\n\n{markdown_table(['setting', 'seeds', *SHOWN_MEASURES], means)}\n"
+        f"Mean differences from the baseline at the same seeds. {remark}\n\n"
+        f"{markdown_table(['setting', 'baseline', *COMPARED_MEASURES], rows)}"
+    )
+
+
+def _difference_text(difference: Interval | None) -> str:
+    if difference is None:
+        return "–"
+    text = _number(difference.mean, "+")
+    if math.isfinite(difference.low):
+        text += f" [{_number(difference.low, '+')}, {_number(difference.high, '+')}]"
+    return f"**{text}**" if is_beyond_chance(difference) else text
+
+
+def _number(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.3f}".replace("-", "−")
+
+
+def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table with columns of equal width, so that it can be read in a terminal too."""
+    widths = [max(map(len, column)) for column in zip(titles, *rows)]
+    lines = [titles, ["-" * width for width in widths], *rows]
+    return "".join(f"| {' | '.join(map(str.ljust, line, widths))} |\n" for line in lines)

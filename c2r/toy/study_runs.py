@@ -23,7 +23,9 @@ from c2r.training.output_files import SAMPLE_COLUMNS
 
 RATIOS = (0.0, 0.1, 0.2, 0.5, 1.0)
 #: Numbers of directions of the control's projection, for the trade-off between leak and control.
-DIRECTIONS = (2, 4, 8, 16, 32, 64)
+DIRECTIONS = (4, 16, 64)
+#: Steps of a probe: a run that is cut short, to see if it foretells the whole one.
+PROBE_STEPS = 30
 #: Options of every run, over those of the toy's phase2.yaml.
 OPTIONS = {
     "max_train_steps": 100,
@@ -43,6 +45,7 @@ class StudyRun:
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)  #: of phase 2, over `OPTIONS`
+    baseline: str | None = None  #: name of the setting that it is compared with
     adapted: bool = True  #: starts from phase 1; else from the toy's base model
     leaking: bool = False  #: control features are the pixels themselves
 
@@ -57,35 +60,75 @@ def planned_runs() -> list[StudyRun]:
         "monitor_patience": 1,
         "sample_steps": 20,
     }
-    augmented_leak = {"cg_ratio": 0.0, "control_augmentation": 0.5}
     # As many directions as the held-out figures choose; many of them, with a random tail dropped; both.
-    projections = {
+    projections: dict[str, dict[str, Any]] = {
         "projection": {"control_projection": "fit"},
         "64 directions, tail drop 0.5": _directions(64) | {"control_tail_drop": 0.5},
         "projection, tail drop 0.5": {"control_projection": "fit", "control_tail_drop": 0.5},
     }
-    leak_directions = {f"{number} directions": _directions(number) for number in DIRECTIONS}
+    half_cg: dict[str, dict[str, Any]] = {
+        "controller": controller,
+        "real weight 4": {"real_weight": 4.0},
+        "adversarial 0.1": {"adversarial_weight": 0.1},
+    }
+    fifth_cg: dict[str, dict[str, Any]] = {
+        "augmentation 0.5": {"control_augmentation": 0.5},
+        **projections,
+        "1 control block": {"control_layers": 1},
+        "every second block": {"control_stride": 2},
+        "latent injection": {"injection": "latent"},
+    }
+    leak: dict[str, dict[str, Any]] = {
+        "augmentation 0.5": {"control_augmentation": 0.5},
+        "augmentation 1": {"control_augmentation": 1.0},
+        **projections,
+        **{f"{number} directions": _directions(number) for number in DIRECTIONS},
+    }
+    ordinary, no_cg, half, leaking = "cg 0.2", "cg 0", "cg 0.5", "leak: pixel features"
+    shares: dict[str, dict[str, Any]] = {f"cg {ratio:g}": {"cg_ratio": ratio} for ratio in RATIOS}
     return [
-        *(StudyRun(f"cg {ratio:g}", {"cg_ratio": ratio}) for ratio in RATIOS),
-        StudyRun("cg 0.5, controller", controller),
-        StudyRun("cg 0.5, real weight 4", {"cg_ratio": 0.5, "real_weight": 4.0}),
-        StudyRun("cg 0.5, adversarial 0.1", {"cg_ratio": 0.5, "adversarial_weight": 0.1}),
-        StudyRun("cg 0.2, augmentation 0.5", {"cg_ratio": 0.2, "control_augmentation": 0.5}),
-        *(StudyRun(f"cg 0.2, {name}", {"cg_ratio": 0.2} | options) for name, options in projections.items()),
-        StudyRun("leak: pixel features", {"cg_ratio": 0.0}, leaking=True),
-        StudyRun("leak: pixel features, augmentation 0.5", augmented_leak, leaking=True),
+        *(StudyRun(name, options, None if name == ordinary else ordinary) for name, options in shares.items()),
+        *(StudyRun(f"{half}, {name}", shares[half] | options, half) for name, options in half_cg.items()),
+        *(StudyRun(f"{ordinary}, {name}", shares[ordinary] | options, ordinary) for name, options in fifth_cg.items()),
+        StudyRun(leaking, shares[no_cg], no_cg, leaking=True),
         *(
-            StudyRun(f"leak: pixel features, {name}", {"cg_ratio": 0.0} | options, leaking=True)
-            for name, options in (projections | leak_directions).items()
+            StudyRun(f"{leaking}, {name}", shares[no_cg] | options, leaking, leaking=True)
+            for name, options in leak.items()
         ),
-        *(StudyRun(f"cg {ratio:g}, no phase 1", {"cg_ratio": ratio}, adapted=False) for ratio in RATIOS),
-        StudyRun("cg 0.2, 1 control block", {"cg_ratio": 0.2, "control_layers": 1}),
-        StudyRun("cg 0.2, every second block", {"cg_ratio": 0.2, "control_stride": 2}),
+        *(StudyRun(f"{name}, no phase 1", options, name, adapted=False) for name, options in shares.items()),
+        # A probe of CG alone is left out: nobody trains on it.
+        *(
+            StudyRun(f"probe {name}", options | {"max_train_steps": PROBE_STEPS}, name)
+            for name, options in shares.items()
+            if options["cg_ratio"] < 1
+        ),
     ]
 
 
 def _directions(number):
     return {"control_projection": "fit", "control_directions": number}
+
+
+def select_runs(runs: Sequence[StudyRun], texts: Sequence[str] | None) -> list[StudyRun]:
+    """Return the settings that --only names.
+
+    Args:
+        runs: to choose from.
+        texts: each the whole name of a setting, which selects it alone, or a part of names; None for all settings.
+
+    Raises:
+        InputError: a text is in no name.
+    """
+    if texts is None:
+        return list(runs)
+    selected: set[str] = set()
+    for text in texts:
+        names = [run.name for run in runs if text == run.name] or [run.name for run in runs if text in run.name]
+        if not names:
+            known = "; ".join(run.name for run in runs)
+            raise InputError(f"--only {text}: in the name of no setting; give a part of one of these: {known}")
+        selected.update(names)
+    return [run for run in runs if run.name in selected]
 
 
 # -------------------------------------------------------------------------------------------------------- preparation
@@ -159,7 +202,8 @@ def run_phase2(out: Path, run: StudyRun, seed: int) -> Result:
         options = ["--config", str(config), "--seed", str(seed), "--output_dir", str(folder)]
         _train(PHASE2, out / f"logs/{folder.name}.log", options)
     measured = read_contract(folder / "final").metrics
-    measured |= measure_layout(out / "toy", folder / f"samples/step-{OPTIONS['max_train_steps']}")
+    steps = (OPTIONS | run.options)["max_train_steps"]
+    measured |= measure_layout(out / "toy", folder / f"samples/step-{steps}")
     values = {measure: measured.get(measure) for measure in MEASURES}
     return Result(run.name, seed, values, seconds=round(time.time() - started))
 
