@@ -51,8 +51,8 @@ def measure(weights: Path, scenes: list[city.Scene], renderings: list[dict], pic
         look: [to_frames(decode_frames(pipeline.vae, latent)) for latent in latents[look]] for look in city.LOOKS
     }
     for look in city.LOOKS:
-        found = psnr(*(pixel_values(torch.stack(x)) for x in (decoded[look], clips[look])))
-        print(f"vae, {look}: {found:.2f} dB")
+        decibels = psnr(*(pixel_values(torch.stack(x)) for x in (decoded[look], clips[look])))
+        print(f"vae, {look}: {decibels:.2f} dB")
 
     dinov3 = DINOv3FeatureExtractor.from_pretrained(weights / "dinov3")
     coarse, real = (
@@ -64,8 +64,7 @@ def measure(weights: Path, scenes: list[city.Scene], renderings: list[dict], pic
     finder = PeopleFinder.from_pretrained(weights / "people_finder", torch_dtype=torch.float32)
     places = [true_people_map(clip["kinds"]) for clip in renderings]
     for name, videos in (("the true clips", clips["real"]), ("them through the VAE", decoded["real"])):
-        found = [people_map(finder, pixel_values(video)) for video in videos]
-        mean = np.mean([correlation(a, b) for a, b in zip(found, places)])
+        mean = np.mean([correlation(people_map(finder, pixel_values(v)), place) for v, place in zip(videos, places)])
         print(f"people finder, {name}: correlation {mean:.3f}")
 
     length = max_sequence_length(pipeline.tokenizer)  # that of the training; another one changes the velocity

@@ -14,7 +14,7 @@ MIN_FITTED = 3
 
 @dataclass(frozen=True)
 class Prediction:
-    """How well probes predict a measure of the whole runs.
+    """The errors of probes that predict a measure of the whole runs.
 
     Attributes:
         measure: one of `PREDICTED_MEASURES`.

@@ -35,7 +35,7 @@ def test_an_interrupted_stage_ends_with_the_same_weights(tmp_path):
         trained(tmp_path / "parts", stop=13)
     assert torch.equal(trained(tmp_path / "parts"), whole)
     assert torch.equal(trained(tmp_path / "whole", stop=0), whole)  # no step is left
-    assert (whole - torch.eye(2, 3)).abs().max() < 0.2
+    assert (whole - torch.eye(2, 3)).abs().max() < 0.3  # it starts at up to 1.5
 
 
 @pytest.mark.parametrize("changed", [{"steps": 40}, {"learning_rate": 0.2}])

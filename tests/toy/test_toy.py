@@ -123,7 +123,7 @@ def test_shipped_weights_are_small_and_safe():
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".md"}
 
 
-@pytest.mark.parametrize(("look", "decibels"), [("real", 29), ("cg", 25), ("coarse", 29)])
+@pytest.mark.parametrize(("look", "decibels"), [("real", 28), ("cg", 24), ("coarse", 29)])
 def test_shipped_vae_reconstructs_each_look(look, decibels):
     vae = AutoencoderKLWan.from_pretrained(WEIGHTS / "model/vae", torch_dtype=torch.float32)
     clips = torch.stack([to_pixel_values(clip[look]) for clip in held_out(8, looks=(look,))])
