@@ -576,5 +576,10 @@ TOY = _command_of_one_group(
     _output_dir("toy"),
     Option("num_real", "real videos, two clips each", COUNT, 96),
     Option("num_cg", "CG pairs, two clips each", COUNT, 32),
-    Option("train", "train the base models from scratch (hours; continues where it was) instead of writing the shipped ones", Flag(), False),
+    Option(
+        "train",
+        "train the base models from scratch (hours; continues where it was) instead of writing the shipped ones",
+        Flag(),
+        False,
+    ),
 )

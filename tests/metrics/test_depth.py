@@ -13,7 +13,7 @@ from tests.helpers.metric_networks import save_depth_anything
 
 def depth_of_scene(seed):
     times = np.arange(3, dtype=np.float32) / 8
-    depth = torch.from_numpy(city._trace(city.make_scene(seed), times, 96, 160).depth)
+    depth = torch.from_numpy(city._trace(city.make_scene(seed), times, 96, 160, offset=0.0).depth)
     return torch.where(depth < 1e3, depth, torch.inf)
 
 
