@@ -27,11 +27,12 @@ def recognise_weather_and_walls(scene: city.Scene, video: torch.Tensor, fps: flo
     stride = max(1, round(fps))  # a frame a second is enough
     frames = video[::stride]
     size = (len(frames), fps / stride, *frames.shape[2:])
-    kinds = city.render(scene, (), *size)["kinds"]
+    rays = city.trace(scene, *size)
+    kinds = city.render(scene, (), *size, rays)["kinds"]
     colours = _mean_colours(frames.movedim(1, -1).numpy(), kinds)
     distances = {}
     for pair in product(city.SKIES, city.MATERIALS):
-        rendering = city.render(replace(scene, sky=pair[0], material=pair[1]), ("real",), *size)["real"]
+        rendering = city.render(replace(scene, sky=pair[0], material=pair[1]), ("real",), *size, rays)["real"]
         distances[pair] = np.linalg.norm(_mean_colours(rendering, kinds) - colours)
     return min(distances, key=distances.__getitem__)
 

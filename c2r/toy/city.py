@@ -347,6 +347,18 @@ def _camera(image, rng):
     return image * (1 - 0.11 * radius)[None, ..., None] + rng.normal(0, 0.012, image.shape)
 
 
+def _times(num_frames, fps):
+    return np.arange(num_frames, dtype=np.float32) / np.float32(fps)
+
+
+def trace(scene: Scene, num_frames: int, fps: float, height: int, width: int) -> list[_Geometry]:
+    """Cast the rays of `render`, for the arguments see there."""
+    times = _times(num_frames, fps)
+    # Against jagged edges, two rays for each pixel, on one diagonal, and a filter: an edge along a row or a column has
+    # a step between its colours by the rays, one along that diagonal by the filter alone.
+    return [_trace(scene, times, height, width, offset) for offset in (-0.25, 0.25)]
+
+
 def render(
     scene: Scene,
     looks: Sequence[str] = LOOKS,
@@ -354,6 +366,7 @@ def render(
     fps: float = 8.0,
     height: int = 96,
     width: int = 160,
+    rays: list[_Geometry] | None = None,
 ) -> dict[str, np.ndarray]:
     """Render a scene.
 
@@ -362,20 +375,19 @@ def render(
         looks: those of `LOOKS` to render.
         num_frames, fps: frame k is taken at k / fps seconds.
         height, width: in pixels.
+        rays: `trace` of a scene of the same layout, whose weather and material may be others; None: traced here.
 
     Returns:
         each look as (F, H, W, 3) uint8 RGB, and `kinds`, (F, H, W) uint8: SKY, GROUND, BUILDING or PERSON for each
         pixel of the CG and the real look, the highest of these numbers where the pixel shows two kinds.
     """
-    times = np.arange(num_frames, dtype=np.float32) / np.float32(fps)
+    times = _times(num_frames, fps)
     shaders = {
         "coarse": lambda g: _shade_coarse(scene, g),
         "cg": lambda g: _shade_cg(scene, g),
         "real": lambda g: _shade_real(scene, g, times),
     }
-    # Against jagged edges, two rays for each pixel, on one diagonal, and a filter: an edge along a row or a column has
-    # a step between its colours by the rays, one along that diagonal by the filter alone.
-    rays = [_trace(scene, times, height, width, offset) for offset in (-0.25, 0.25)]
+    rays = rays or trace(scene, num_frames, fps, height, width)
     images = {look: sum(np.clip(shaders[look](g), 0, 1) for g in rays) / len(rays) for look in looks}
     images = {look: _filter_pixels(image) for look, image in images.items()}
     if "real" in images:

@@ -47,6 +47,7 @@ PHASE1_OPTIONS = SHARED_OPTIONS | {"learning_rate": 5e-4, "max_train_steps": 100
 PHASE2_OPTIONS = SHARED_OPTIONS | {
     "learning_rate": 1e-3,
     "max_train_steps": 300,
+    "validation_steps": 150,
     "num_validation_clips": 4,
     "control_layers": 4,
     "control_stride": 1,
