@@ -28,11 +28,11 @@ def recognise_weather_and_walls(scene: city.Scene, video: torch.Tensor, fps: flo
     frames = video[::stride]
     size = (len(frames), fps / stride, *frames.shape[2:])
     rays = city.trace(scene, *size)
-    kinds = city.render(scene, (), *size, rays)["kinds"]
+    kinds = city.render(scene, (), *size, rays=rays)["kinds"]
     colours = _mean_colours(frames.movedim(1, -1).numpy(), kinds)
     distances = {}
     for pair in product(city.SKIES, city.MATERIALS):
-        rendering = city.render(replace(scene, sky=pair[0], material=pair[1]), ("real",), *size, rays)["real"]
+        rendering = city.render(replace(scene, sky=pair[0], material=pair[1]), ("real",), *size, rays=rays)["real"]
         distances[pair] = np.linalg.norm(_mean_colours(rendering, kinds) - colours)
     return min(distances, key=distances.__getitem__)
 
