@@ -1441,8 +1441,8 @@ THE_TOY = [
     Mutation(
         "weather-is-told-from-other-moments",
         "c2r/toy/appearance.py",
-        "size = (len(frames), fps / stride, ",
-        "size = (len(frames), 1e9, ",
+        "rays = city.trace(scene, num_frames, fps / stride,",
+        "rays = city.trace(scene, num_frames, 1e9,",
         f"{TOY}::test_weather_and_walls_are_recognised_from_pixels",
     ),
     Mutation(

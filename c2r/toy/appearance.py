@@ -26,13 +26,17 @@ def recognise_weather_and_walls(scene: city.Scene, video: torch.Tensor, fps: flo
     """
     stride = max(1, round(fps))  # a frame a second is enough
     frames = video[::stride]
-    size = (len(frames), fps / stride, *frames.shape[2:])
-    rays = city.trace(scene, *size)
-    kinds = city.render(scene, (), *size, rays=rays)["kinds"]
+    num_frames, _, height, width = frames.shape
+    rays = city.trace(scene, num_frames, fps / stride, height, width)
+
+    def render(scene, looks):
+        return city.render(scene, looks, num_frames, fps / stride, height, width, rays)
+
+    kinds = render(scene, ())["kinds"]
     colours = _mean_colours(frames.movedim(1, -1).numpy(), kinds)
     distances = {}
     for pair in product(city.SKIES, city.MATERIALS):
-        rendering = city.render(replace(scene, sky=pair[0], material=pair[1]), ("real",), *size, rays=rays)["real"]
+        rendering = render(replace(scene, sky=pair[0], material=pair[1]), ("real",))["real"]
         distances[pair] = np.linalg.norm(_mean_colours(rendering, kinds) - colours)
     return min(distances, key=distances.__getitem__)
 
