@@ -191,7 +191,7 @@ def paired_difference(results: Sequence[Result], run: str, baseline: str, measur
     return Interval(mean, mean - half, mean + half)
 
 
-def is_beyond_chance(difference: Interval) -> bool:
+def excludes_zero(difference: Interval) -> bool:
     """Return True if a difference has an interval, and this excludes 0."""
     return difference.low > 0 or difference.high < 0
 
@@ -214,7 +214,7 @@ def study_tables(results: Sequence[Result], baselines: Mapping[str, str | None])
         if baseline is not None:
             found = [paired_difference(results, name, baseline, measure) for measure in COMPARED_MEASURES]
             bounded = [difference for difference in found if difference and math.isfinite(difference.low)]
-            tested, marked = tested + len(bounded), marked + sum(map(is_beyond_chance, bounded))
+            tested, marked = tested + len(bounded), marked + sum(map(excludes_zero, bounded))
             rows.append([name, baseline, *map(_difference_text, found)])
     remark = "With one seed there are no intervals."
     if tested:
@@ -236,7 +236,7 @@ def _difference_text(difference: Interval | None) -> str:
     text = _number(difference.mean, "+")
     if math.isfinite(difference.low):
         text += f" [{_number(difference.low, '+')}, {_number(difference.high, '+')}]"
-    return f"**{text}**" if is_beyond_chance(difference) else text
+    return f"**{text}**" if excludes_zero(difference) else text
 
 
 def _number(value: float, sign: str = "") -> str:

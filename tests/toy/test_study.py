@@ -18,7 +18,7 @@ from c2r.toy.study_results import (
     Result,
     draw_control,
     draw_remedies,
-    is_beyond_chance,
+    excludes_zero,
     paired_difference,
     read_results,
     study_tables,
@@ -135,7 +135,7 @@ def test_paired_intervals_are_those_of_scipy():
         expected = stats.ttest_rel(first, second).confidence_interval(CONFIDENCE)
         np.testing.assert_allclose((difference.low, difference.high), expected, rtol=1e-9)
         np.testing.assert_allclose(difference.mean, (first - second).mean())
-        assert is_beyond_chance(difference) == (expected.low > 0 or expected.high < 0)
+        assert excludes_zero(difference) == (expected.low > 0 or expected.high < 0)
 
 
 def test_a_missing_measure_and_a_single_seed_give_no_interval():
@@ -144,7 +144,7 @@ def test_a_missing_measure_and_a_single_seed_give_no_interval():
     assert single.mean == 0.25
     assert math.isnan(single.low)
     assert math.isnan(single.high)
-    assert not is_beyond_chance(single)
+    assert not excludes_zero(single)
     assert paired_difference(results, "a", "c", "loss") is None
     assert paired_difference(results, "a", "b", "cg_texture") is None
     assert "With one seed there are no intervals." in study_tables(
