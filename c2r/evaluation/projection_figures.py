@@ -1,4 +1,4 @@
-"""Figures of the control's projection: what probes tell on held-out files, by the features that the branch would see."""
+"""Figures of the control's projection: what probes tell on held-out files, by features that the branch sees."""
 
 from collections import defaultdict
 from collections.abc import Sequence
