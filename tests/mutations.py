@@ -44,6 +44,7 @@ OPTIONS = "tests/test_options.py"
 FILES = "tests/test_files.py"
 ADAPTER = "tests/models/test_control_adapter.py"
 CONTROLNET = "tests/models/test_controlnet.py"
+PROJECTION = "tests/models/test_control_projection.py"
 CONTEXT_PARALLEL = "tests/models/test_context_parallel.py"
 TRANSFORMER = "tests/models/test_transformer.py"
 SWITCHES = "tests/models/test_switches.py"
@@ -56,6 +57,8 @@ WEIGHT_FORMS = "tests/models/test_weight_forms.py"
 BUCKETS = "tests/data/test_buckets.py"
 MANIFEST = "tests/data/test_manifest.py"
 VIDEO = "tests/data/test_video.py"
+PROJECTION_FIGURES = "tests/evaluation/test_projection_figures.py"
+PROJECTION_FIT = "tests/evaluation/test_projection_fit.py"
 CACHE = "tests/encoding/test_cache.py"
 DATASET = "tests/encoding/test_dataset.py"
 ENCODE = "tests/encoding/test_encode.py"
@@ -1855,6 +1858,135 @@ EVALUATIONS = [
     ),
 ]
 
+PROJECTIONS = [
+    Mutation(
+        "a-blank-control-is-projected",
+        "c2r/models/control_projection.py",
+        "return coordinates * features.any(-1, keepdim=True)",
+        "return coordinates",
+        f"{PROJECTION}::test_it_projects_and_a_blank_control_stays_blank",
+    ),
+    Mutation(
+        "the-projection-follows-autocast",
+        "c2r/models/control_projection.py",
+        "with torch.autocast(features.device.type, enabled=False):",
+        "with torch.autocast(features.device.type, torch.bfloat16):",
+        f"{PROJECTION}::test_it_computes_in_fp32_under_autocast_and_needs_no_gradient",
+    ),
+    Mutation(
+        "the-projection-is-trained",
+        "c2r/models/control_projection.py",
+        "torch.zeros(directions, feature_dim), requires_grad=False",
+        "torch.zeros(directions, feature_dim)",
+        f"{PROJECTION}::test_it_computes_in_fp32_under_autocast_and_needs_no_gradient",
+    ),
+    Mutation(
+        "the-first-directions-are-dropped",
+        "c2r/models/control_projection.py",
+        "(numbers < kept[:, None])",
+        "(numbers >= kept[:, None])",
+        f"{PROJECTION}::test_a_dropped_tail_is_zero",
+    ),
+    Mutation(
+        "means-of-looks-are-kept",
+        "c2r/models/control_projection.py",
+        "allowed[:, erased.shape[1] : len(mean)]",
+        "allowed[:, : len(mean)]",
+        f"{PROJECTION}::test_the_means_of_all_looks_coincide",
+    ),
+    Mutation(
+        "the-worst-directions-come-first",
+        "c2r/models/control_projection.py",
+        "vectors.flip(1), upper=True",
+        "vectors, upper=True",
+        f"{PROJECTION}::test_directions_solve_the_generalised_eigenproblem",
+    ),
+    Mutation(
+        "coordinates-differ-in-scale",
+        "c2r/models/control_projection.py",
+        "variance.clamp(min=1e-300).sqrt()",
+        "variance.clamp(min=1e-300)",
+        f"{PROJECTION}::test_coordinates_have_variance_one",
+    ),
+    Mutation(
+        "a-frame-s-look-counts-as-a-place",
+        "c2r/models/control_projection.py",
+        "middle.mean(1, keepdim=True)",
+        "middle.mean((0, 1))",
+        f"{PROJECTION}::test_a_look_that_both_looks_of_a_frame_share_is_no_place",
+    ),
+    Mutation(
+        "more-pairs-weigh-more",
+        "c2r/models/control_projection.py",
+        "looks += (sums.looks / sums.pairs - torch.outer(half, half)) / len(kinds)",
+        "looks += sums.looks",
+        f"{PROJECTION}::test_all_kinds_of_pairs_weigh_the_same",
+    ),
+    Mutation(
+        "the-certificate-is-of-all-directions",
+        "c2r/models/control_projection.py",
+        "self.projected[self.num_directions]",
+        "self.projected[max(self.projected)]",
+        f"{PROJECTION}::test_another_number_of_directions_has_figures_of_its_own",
+    ),
+    Mutation(
+        "altered-frames-limit-the-number",
+        "c2r/evaluation/projection_figures.py",
+        "for kind in kinds if kind != ALTERED)",
+        "for kind in kinds)",
+        f"{PROJECTION_FIGURES}::test_altered_frames_do_not_limit_the_number",
+    ),
+    Mutation(
+        "the-kind-that-is-told-least-counts",
+        "c2r/evaluation/projection_figures.py",
+        "look=max(figure for",
+        "look=min(figure for",
+        f"{PROJECTION_FIGURES}::test_a_kind_of_looks_that_is_told_is_not_hidden_by_one_that_is_not",
+    ),
+    Mutation(
+        "texture-tells-nothing",
+        "c2r/evaluation/projection_figures.py",
+        "torch.cat([rows, rows.square()], 1)",
+        "torch.cat([rows, rows], 1)",
+        f"{PROJECTION_FIGURES}::test_figures_find_a_planted_look_and_are_at_chance_without_one",
+    ),
+    Mutation(
+        "a-tie-counts-as-right",
+        "c2r/evaluation/projection_figures.py",
+        "0.5 * (own == wrong)",
+        "(own == wrong)",
+        f"{PROJECTION_FIGURES}::test_places_are_told_by_features_that_agree",
+    ),
+    Mutation(
+        "fewer-directions-tell-more",
+        "c2r/evaluation/projection_figures.py",
+        "found = worst[number] = max(worst[number], found)",
+        "found = worst[number]",
+        PROJECTION_FIGURES,
+    ),
+    Mutation(
+        "a-number-after-one-that-fails",
+        "c2r/evaluation/projection_fit.py",
+        "            break\n        chosen = number",
+        "            continue\n        chosen = number",
+        f"{PROJECTION_FIT}::test_the_number_is_the_last_before_the_first_that_fails",
+    ),
+    Mutation(
+        "the-number-is-chosen-on-the-fitted-files",
+        "c2r/evaluation/projection_fit.py",
+        "[clip for clip in train if _file_of(clip) not in to_choose]",
+        "train",
+        PROJECTION_FIT,
+    ),
+    Mutation(
+        "each-tail-drop-is-the-same",
+        "c2r/training/step.py",
+        'seeded_generator(seed, "tail drop", number)',
+        'seeded_generator(seed, "tail drop")',
+        f"{PROJECTION_FIT}::test_the_tail_is_dropped_by_the_samples_numbers",
+    ),
+]
+
 MUTATIONS = [
     *SCRIPTS,
     *FLOW_MATCHING,
@@ -1866,6 +1998,7 @@ MUTATIONS = [
     *DATA,
     *ENCODING,
     *EVALUATION,
+    *PROJECTIONS,
     *MEASURES,
     *EVALUATIONS,
     *SCORING,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from c2r.evaluation.projection_figures import ALTERED, COARSE, PAIR, Pair, certify, place_accuracy
+from c2r.evaluation.projection_figures import ALTERED, COARSE, PAIR, Pair, certify, figures_of, place_accuracy
 from c2r.evaluation.projection_fit import MAX_ACCURACY
 
 
@@ -55,6 +55,17 @@ def test_altered_frames_do_not_limit_the_number():
 def test_a_probe_finds_a_look_among_any_number_of_features(width):
     certificate, _ = certify(planted(5.0, width=width), planted(5.0, width=width, seed=1))
     assert certificate["cg_or_real"].mean > 0.65
+
+
+def test_more_directions_tell_at_least_as_much():
+    """A probe of more directions may be worse by chance, but a network could use the fewer."""
+    numbers, width = [1, 2, 4, 8], 12
+    samples = planted(0.0), planted(0.0, seed=1)
+    certificates, worst = figures_of(torch.zeros(width), torch.eye(width), numbers, *samples)
+    assert sorted(worst.values()) == [worst[number] for number in (*numbers, None)]
+    for name in ("cg_or_real", "cg_or_real_clip", "look"):
+        found = [certificates[number][name] for number in (*numbers, None)]
+        assert found == sorted(found), name
 
 
 def test_places_are_told_by_features_that_agree():

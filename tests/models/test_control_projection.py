@@ -125,10 +125,10 @@ def test_nothing_to_fit_on_is_refused():
 def test_a_look_that_both_looks_of_a_frame_share_is_no_place():
     """Such as the weather: it differs between clips, and survives an alteration."""
     scatter = LookScatter(WIDTH)
-    for frame in range(200):
-        places = draw(1, 20, WIDTH, seed=2 * frame)
-        places[..., 0] = 3 * draw(1, 1, seed=2 * frame + 1) + 0.1 * places[..., 0]
-        scatter.add("a", places, places + 0.3 * draw(1, 20, WIDTH, seed=1000 + frame))
+    for clip in range(50):
+        places = draw(4, 20, WIDTH, seed=2 * clip)
+        places[..., 0] = 3 * draw(4, 1, seed=2 * clip + 1) + 0.1 * places[..., 0]
+        scatter.add("a", places, places + 0.3 * draw(4, 20, WIDTH, seed=1000 + clip))
     _, directions = scatter.solve()
     shares = directions[:, 0].abs() / directions.norm(dim=1)
     assert shares.argmax() == len(directions) - 1
