@@ -179,7 +179,7 @@ def find_model_to_evaluate(args: Namespace, path: str, name: str, device: str) -
         InputError: see `c2r.generate.find_model`; or --backbone cannot be read.
     """
     from c2r.generate import find_model
-    from c2r.models.assembly import fingerprint_transformer
+    from c2r.models.backbone import fingerprint_transformer
     from c2r.models.contract import fetch_model, read_contract
 
     # A whole model of phase 1 has no other backbone.

@@ -278,8 +278,8 @@ def find_model(args: Namespace, device: str, with_control: bool) -> "tuple[Phase
     """
     import torch
 
-    from c2r.models.assembly import read_transformer_config
     from c2r.models.attention import try_attention_backend
+    from c2r.models.backbone import read_transformer_config
     from c2r.models.contract import fetch_model, read_contract, with_moved_models
 
     if args.cpu_offload and device == "cpu":

@@ -942,7 +942,7 @@ MODELS = [
     ),
     Mutation(
         "the-inner-lora-is-lost",
-        "c2r/models/assembly.py",
+        "c2r/models/backbone.py",
         "[*map(LoraFile, below), *loras]",
         "[*map(LoraFile, below[-1:]), *loras]",
         f"{PIPELINE_LORA}::test_a_lora_over_a_lora_adds_both",

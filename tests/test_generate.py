@@ -15,7 +15,7 @@ from c2r.data.control_video import read_control
 from c2r.data.video import probe, read_window
 from c2r.data.video_writer import write_video
 from c2r.generate import check_files, complete_options, follow_control, main
-from c2r.models.assembly import fingerprint_transformer
+from c2r.models.backbone import fingerprint_transformer
 from c2r.models.contract import read_contract, save_phase
 from c2r.options import GENERATE
 from c2r.pipeline import encode_prompts

@@ -17,16 +17,11 @@ import c2r
 from c2r import InputError
 from c2r.files import atomic_folder, complete_folder, fingerprint
 from c2r.models import hub, parts
-from c2r.models.assembly import (
-    check_transformer,
-    fingerprint_transformer,
-    load_controlnet,
-    load_for_generation,
-    load_transformer,
-    read_transformer_config,
-)
+from c2r.models.assembly import load_for_generation
+from c2r.models.backbone import check_transformer, fingerprint_transformer, load_transformer, read_transformer_config
 from c2r.models.contract import PhaseContract, read_contract, save_phase
 from c2r.models.controlnet import C2RControlNet
+from c2r.models.controlnet_files import load_controlnet
 from c2r.models.hub import fingerprint_files, resolve_model_folder
 from c2r.models.parts import freeze, load_pipeline_part
 from c2r.models.transformer import C2RTransformer
