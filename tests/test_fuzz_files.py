@@ -29,7 +29,8 @@ from c2r.encoding.cache import CacheSettings, clip_path, prompt_path
 from c2r.encoding.dataset import ClipDataset
 from c2r.encoding.missing import find_missing
 from c2r.files import save_tensors, write_atomic
-from c2r.generate import check_files, complete_options
+from c2r.generation.models import check_files
+from c2r.generation.options import complete_options
 from c2r.models.assembly import load_for_generation
 from c2r.models.backbone import load_transformer
 from c2r.models.contract import PhaseContract, read_contract, save_phase
