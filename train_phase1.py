@@ -24,7 +24,7 @@ from c2r.data.clips import Clip, Clips
 from c2r.encoding.dataset import ClipDataset
 from c2r.evaluation.conditions import PromptConditions, choose_validation_clips
 from c2r.evaluation.evaluate_run import evaluating, record_validation
-from c2r.models.assembly import load_transformer
+from c2r.models.backbone import load_transformer
 from c2r.models.lora import LoraWeights
 from c2r.models.offloading import store_blocks
 from c2r.sampler import MixedCGRealSampler

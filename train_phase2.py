@@ -33,8 +33,9 @@ from c2r.evaluation.sample_plan import SamplePlan, plan_samples
 from c2r.evaluation.samples import write_samples
 from c2r.evaluation.validation import leak_warning
 from c2r.models.adversary import DomainClassifier, WithAdversary, domain_loss
-from c2r.models.assembly import find_lora, load_control_start, load_controlnet, load_transformer
+from c2r.models.backbone import find_lora, load_transformer
 from c2r.models.controlnet import C2RControlNet
+from c2r.models.controlnet_files import load_control_start, load_controlnet
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.offloading import store_blocks
 from c2r.models.transformer import C2RTransformer

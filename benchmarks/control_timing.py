@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from c2r import InputError, cli
 from c2r.data.video import read_window
 from c2r.data.video_writer import write_video
-from c2r.models.assembly import load_transformer
+from c2r.models.backbone import load_transformer
 from c2r.models.contract import read_contract
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.dinov3 import read_dinov3_config

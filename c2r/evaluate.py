@@ -176,10 +176,10 @@ def find_model_to_evaluate(args: Namespace, path: str, name: str, device: str) -
     """Find a model and complete its options from its contract.
 
     Raises:
-        InputError: see `c2r.generate.find_model`; or --backbone cannot be read.
+        InputError: see `c2r.generation.models.find_model`; or --backbone cannot be read.
     """
-    from c2r.generate import find_model
-    from c2r.models.assembly import fingerprint_transformer
+    from c2r.generation.models import find_model
+    from c2r.models.backbone import fingerprint_transformer
     from c2r.models.contract import fetch_model, read_contract
 
     # A whole model of phase 1 has no other backbone.
@@ -297,7 +297,7 @@ def loaded_pipeline(model: Model, device: str) -> Iterator[Any]:
     """Yield the pipeline of a model without its text encoder, and free the device's memory at the end."""
     from accelerate.utils.memory import clear_device_cache
 
-    from c2r.generate import load_models
+    from c2r.generation.models import load_models
 
     dinov3 = model.args.dinov3 if model.contract.phase == 2 else None
     pipeline = load_models(model.args, device, model.dtype, [], dinov3=dinov3, tokenizer=None, text_encoder=None)
@@ -322,7 +322,8 @@ def make_videos(
         embeds: {prompt: embeddings}, the negative prompt's too.
     """
     from c2r.bars import progress_bar
-    from c2r.generate import Length, generate
+    from c2r.generation.control import Length
+    from c2r.generation.video import generate
 
     length = Length(form.num_frames, form.fps)
     pipeline.set_progress_bar_config(disable=True)
@@ -410,7 +411,7 @@ def read_run_datasets(
 
 def dinov3_of(args: Namespace, models: Sequence[Model], device: str) -> "tuple[str | None, torch.dtype]":
     """Return the DINOv3 that measures the CG look, that of the first model that has one, and its dtype."""
-    from c2r.generate import weight_dtype
+    from c2r.generation.models import weight_dtype
 
     for model in models:
         if model.args.dinov3 is not None:

@@ -55,7 +55,7 @@ def require_phase1(args: Namespace, contract: "PhaseContract"):
 
 def export_original(args: Namespace, contract: "PhaseContract") -> str:
     """Write phase 1's weights as one file in Wan's original layout; return a line on how to use it."""
-    from c2r.models.assembly import fingerprint_transformer, index_weights
+    from c2r.models.backbone import fingerprint_transformer, index_weights
     from c2r.models.original_layout import save_original
 
     require_phase1(args, contract)

@@ -17,8 +17,9 @@ from c2r import InputError
 from c2r.files import atomic_folder, complete_folder, read_json
 from c2r.models import released
 from c2r.models.adversary import takes_control
-from c2r.models.assembly import load_control_start, load_controlnet, load_for_generation, load_transformer
+from c2r.models.assembly import load_for_generation
 from c2r.models.attention import use_lean_attention
+from c2r.models.backbone import load_transformer
 from c2r.models.card import SAMPLES, find_samples, model_card
 from c2r.models.contract import (
     CONTRACT,
@@ -30,6 +31,7 @@ from c2r.models.contract import (
     with_moved_models,
     write_contract,
 )
+from c2r.models.controlnet_files import load_control_start, load_controlnet
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.hub import fingerprint_files
 from c2r.models.lora_file import LoraFile

@@ -38,6 +38,7 @@ PIPELINE = "tests/test_pipeline.py"
 PIPELINE_LORA = "tests/test_pipeline_lora.py"
 EXPORT = "tests/test_export.py"
 GENERATE = "tests/test_generate.py"
+GENERATE_OPTIONS = "tests/generation/test_options.py"
 WINDOWS = "tests/test_windows.py"
 AS_DIFFUSERS = "tests/test_pipeline_as_diffusers.py"
 OPTIONS = "tests/test_options.py"
@@ -371,10 +372,10 @@ THE_PIPELINE = [
     ),
     Mutation(
         "generate-ignores-the-shift-of-training",
-        "c2r/generate.py",
+        "c2r/generation/options.py",
         '(*DEFAULT_FORMAT, "flow_shift", "conditioning_scale")',
         '(*DEFAULT_FORMAT, "conditioning_scale")',
-        f"{GENERATE}::test_options_not_given_are_those_of_training",
+        f"{GENERATE_OPTIONS}::test_options_not_given_are_those_of_training",
     ),
     Mutation(
         "generate-ignores-the-negative-prompt",
@@ -385,28 +386,28 @@ THE_PIPELINE = [
     ),
     Mutation(
         "generate-ignores-the-scale-of-the-control",
-        "c2r/generate.py",
+        "c2r/generation/video.py",
         "control_guidance_scale=args.control_guidance_scale,",
         "",
         f"{GENERATE}::test_each_sampling_option_reaches_the_video",
     ),
     Mutation(
         "generate-ignores-the-end-of-the-control",
-        "c2r/generate.py",
+        "c2r/generation/video.py",
         "control_guidance_end=args.control_guidance_end,",
         "",
         f"{GENERATE}::test_each_sampling_option_reaches_the_video",
     ),
     Mutation(
         "generate-ignores-the-seed",
-        "c2r/generate.py",
+        "c2r/generation/video.py",
         "manual_seed(args.seed)",
         "manual_seed(0)",
         f"{GENERATE}::test_seed_control_and_scales_determine_the_video",
     ),
     Mutation(
         "generate-writes-frames-that-are-not-finite",
-        "c2r/generate.py",
+        "c2r/generation/video.py",
         "if not np.isfinite(frames).all():",
         "if False:",
         f"{GENERATE}::test_a_video_that_is_not_finite_is_not_written",
@@ -945,7 +946,7 @@ MODELS = [
     ),
     Mutation(
         "the-inner-lora-is-lost",
-        "c2r/models/assembly.py",
+        "c2r/models/backbone.py",
         "[*map(LoraFile, below), *loras]",
         "[*map(LoraFile, below[-1:]), *loras]",
         f"{PIPELINE_LORA}::test_a_lora_over_a_lora_adds_both",

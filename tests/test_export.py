@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from c2r import InputError, cli
 from c2r.export import FORMATS, main
 from c2r.files import fingerprint
-from c2r.models.assembly import fingerprint_transformer, load_for_generation, load_transformer
+from c2r.models.assembly import load_for_generation
+from c2r.models.backbone import fingerprint_transformer, load_transformer
 from c2r.models.contract import PhaseContract, save_phase
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.hub import WeightIndex

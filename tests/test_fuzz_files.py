@@ -29,10 +29,13 @@ from c2r.encoding.cache import CacheSettings, clip_path, prompt_path
 from c2r.encoding.dataset import ClipDataset
 from c2r.encoding.missing import find_missing
 from c2r.files import save_tensors, write_atomic
-from c2r.generate import check_files, complete_options
-from c2r.models.assembly import load_controlnet, load_for_generation, load_transformer
+from c2r.generation.models import check_files
+from c2r.generation.options import complete_options
+from c2r.models.assembly import load_for_generation
+from c2r.models.backbone import load_transformer
 from c2r.models.contract import PhaseContract, read_contract, save_phase
 from c2r.models.controlnet import C2RControlNet
+from c2r.models.controlnet_files import load_controlnet
 from c2r.models.dinov3 import DINOv3FeatureExtractor, check_dinov3
 from c2r.models.parts import ENCODERS, check_pipeline_parts, load_pipeline_part
 from c2r.models.vae import decode_latents, encode_frames

@@ -11,13 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from c2r import InputError, cli
-from c2r.data.control_video import read_control
 from c2r.data.video import probe, read_window
 from c2r.data.video_writer import write_video
-from c2r.generate import check_files, complete_options, follow_control, main
-from c2r.models.assembly import fingerprint_transformer
+from c2r.generate import main
+from c2r.models.backbone import fingerprint_transformer
 from c2r.models.contract import read_contract, save_phase
-from c2r.options import GENERATE
 from c2r.pipeline import encode_prompts
 from tests.helpers import tiny
 from tests.helpers.attention import recorded_backends
@@ -61,12 +59,6 @@ def generated(folder, output, **changed):
     num_frames = info.frames_at(changed.get("fps", FPS))
     height, width = changed.get("height", HEIGHT), changed.get("width", WIDTH)
     return torch.as_tensor(read_window(output, 0.0, num_frames, changed.get("fps", FPS), height, width)).float()
-
-
-def parsed(folder, **changed):
-    args = cli.parse(GENERATE, options(folder, output="out.mp4", **changed))
-    complete_options(args, read_contract(args.model))
-    return args
 
 
 @pytest.fixture(scope="module")
@@ -121,16 +113,6 @@ def test_the_attention_backend_computes_the_same_video(folder, tmp_path):
     assert distance(*videos) < 0.1
 
 
-def test_the_control_is_the_start_of_the_video_at_the_given_rate(folder):
-    size = {"num_frames": 9, "height": HEIGHT, "width": WIDTH}
-    control = read_control(folder / "coarse0.mp4", fps=FPS, **size)
-    assert control.shape == (9, 3, HEIGHT, WIDTH)
-    assert 0 <= control.min() < 0.2 < 0.8 < control.max() <= 1
-    assert distance(control[0], control[1]) > 0.1
-    half_rate = read_control(folder / "coarse0.mp4", fps=FPS / 2, **size | {"num_frames": 5})
-    assert torch.equal(half_rate, control[::2])
-
-
 def test_several_videos_agree_with_single_ones(folder, tmp_path):
     prompts, controls = ["rain", "dusk"], [folder / "coarse0.mp4", folder / "coarse1.mp4"]
     main(options(folder, output=tmp_path / "all.mp4", prompt=prompts, control_video=controls))
@@ -147,13 +129,6 @@ def test_one_prompt_or_one_control_applies_to_all_videos(folder, tmp_path, many)
     main(options(folder, output=tmp_path / "all.mp4", **{many: values[many]}))
     frames = [np.asarray(read_window(tmp_path / f"all-{i}.mp4", 0.0, FRAMES, FPS, HEIGHT, WIDTH)) for i in range(2)]
     assert (frames[0] != frames[1]).any()
-
-
-def test_options_not_given_are_those_of_training(folder):
-    trained = {"height": HEIGHT, "width": WIDTH, "fps": FPS, "flow_shift": 2.0, "conditioning_scale": 0.9}
-    assert vars(parsed(folder)).items() >= trained.items()
-    given = {"height": 64, "width": 64, "fps": 4.0, "flow_shift": 5.0, "conditioning_scale": 0.0}
-    assert vars(parsed(folder, **given)).items() >= given.items()
 
 
 def test_size_options_override_the_models(folder, tmp_path):
@@ -265,22 +240,6 @@ def test_bad_input_is_one_line_before_any_weight_is_read(unreadable, tmp_path, c
     assert "\n" not in str(error.value)
 
 
-def test_a_control_of_another_shape_is_named_or_followed(folder, tmp_path, caplog):
-    write_video(tmp_path / "tall.mp4", np.zeros((12, 64, 32, 3), np.uint8), FPS)
-    args = parsed(folder, control_video=tmp_path / "tall.mp4")
-    with caplog.at_level("WARNING"):
-        check_files(args, read_contract(args.model))
-    assert f"67 % of its picture is cropped away at {HEIGHT}x{WIDTH}; to keep it, give --height" in caplog.text
-    caplog.clear()
-    args = parsed(folder, control_video=tmp_path / "tall.mp4", follow_control=True)
-    follow_control(args)
-    assert args.width / args.height < 1
-    check_files(args, read_contract(args.model))
-    assert caplog.text == ""
-    with pytest.raises(InputError, match="--follow_control: needs the shape of a --control_video"):
-        follow_control(parsed(folder, control=False, follow_control=True))
-
-
 def test_a_prompt_that_is_cut_off_is_named(folder, caplog):
     long = "a rainy street at dusk with three people " * 100
     with caplog.at_level("WARNING"):
@@ -352,32 +311,9 @@ def test_a_model_of_single_pictures_generates_a_video_in_one_window(folder, tmp_
         main(options(folder, control=False, window_frames=1, output=tmp_path / "out.mp4"))
 
 
-def test_the_contracts_length_is_checked_as_a_window_too(folder, tmp_path, contract_with):
-    model = contract_with(num_frames=6)
-    with pytest.raises(InputError, match=r"its contract has num_frames 6: .*4k \+ 1"):
-        main(options(folder, control=False, model=model, num_frames=5, output=tmp_path / "out.mp4"))
-    given = parsed(folder, control=False, model=model, num_frames=5, window_frames=9)
-    assert (given.num_frames, given.window_frames) == (5, 9)
-
-
 def test_the_rate_may_be_the_controls(folder, tmp_path):
     write_noise(tmp_path / "fast.mp4", seed=5, fps=24)
     main(options(folder, output=tmp_path / "out.mp4", control_video=tmp_path / "fast.mp4", fps="control"))
     assert probe(tmp_path / "out.mp4").rate == pytest.approx(24)
     main(options(folder, output=tmp_path / "all.mp4", control_video=tmp_path / "fast.mp4", fps=12, num_frames="all"))
     assert probe(tmp_path / "all.mp4").native_frames == 6
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"control": False, "num_frames": "all"}, "--num_frames all: needs a --control_video"),
-        ({"control": False, "fps": "control"}, "--fps control: needs the rate of a --control_video"),
-        ({"num_frames": "some"}, "--num_frames some: "),
-        ({"num_frames": 9, "window_overlap": 5}, "--window_overlap 5: not below --window_frames 5; lower it"),
-        ({"window_frames": 6}, "--window_frames 6: "),
-    ],
-)
-def test_lengths_that_cannot_be_are_one_line(folder, tmp_path, changed, message):
-    with pytest.raises(InputError, match=message):
-        main(options(folder, output=tmp_path / "out.mp4", **changed))

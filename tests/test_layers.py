@@ -10,14 +10,13 @@ from tests.helpers.source import ROOT, require_none
 
 #: From the top down. A module imports from its own layer and from those below. A package stands for all its modules.
 LAYERS = (
-    ("c2r.app",),
-    ("c2r.panel",),  # makes command lines of c2r.generate and runs them: it knows parsed options
     (
         *("train_phase1", "train_phase2"),
-        *("c2r.__main__", "c2r.encode", "c2r.estimate", "c2r.evaluate", "c2r.export", "c2r.generate"),
+        *("c2r.__main__", "c2r.app", "c2r.encode", "c2r.estimate", "c2r.evaluate", "c2r.export", "c2r.generate"),
         *("c2r.prepare", "c2r.quickstart", "c2r.report", "c2r.study"),
     ),
-    ("c2r.toy", "c2r.reporting", "c2r.scoring"),
+    ("c2r.toy", "c2r.reporting", "c2r.scoring", "c2r.panel"),
+    ("c2r.generation",),  # takes the parsed options of c2r.generate: c2r.panel makes such ones too
     ("c2r.evaluation",),
     ("c2r.training", "c2r.estimation"),
     ("c2r.cli",),
@@ -41,6 +40,8 @@ WITHOUT_OPTIONS = (
 #: Imported before a command has answered --help: they must load within a moment.
 LIGHT = (
     *("c2r", "c2r.cli", "c2r.data.buckets", "c2r.data.settings", "c2r.metrics.catalogue", "c2r.models.injections"),
+    *("c2r.generation", "c2r.generation.control", "c2r.generation.models", "c2r.generation.options"),
+    "c2r.generation.video",
     *("c2r.options", "c2r.options.option", "c2r.options.presets", "c2r.options.shared", "c2r.options.tools"),
     *("c2r.options.training", "c2r.options.types"),
 )

@@ -23,7 +23,7 @@ from c2r.data.control_video import as_control_frames
 from c2r.data.video_writer import write_video
 from c2r.generate import main
 from c2r.models import hub
-from c2r.models.assembly import fingerprint_transformer
+from c2r.models.backbone import fingerprint_transformer
 from c2r.models.contract import read_contract
 from c2r.models.hub import fingerprint_files
 from c2r.models.transformer import C2RTransformer

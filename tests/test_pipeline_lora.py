@@ -11,12 +11,8 @@ from safetensors.torch import load_file
 from c2r import InputError
 from c2r.export import main as export_main
 from c2r.generate import main
-from c2r.models.assembly import (
-    fingerprint_transformer,
-    load_for_generation,
-    load_transformer,
-    read_transformer_config,
-)
+from c2r.models.assembly import load_for_generation
+from c2r.models.backbone import fingerprint_transformer, load_transformer, read_transformer_config
 from c2r.models.contract import PhaseContract, save_phase
 from c2r.models.lora import LoraWeights, save_lora
 from c2r.models.lora_file import LoraFile

@@ -25,7 +25,7 @@ from c2r.files import (
     save_tensors,
 )
 from c2r.generate import output_paths
-from c2r.models.assembly import read_transformer_config
+from c2r.models.backbone import read_transformer_config
 from c2r.models.contract import read_contract
 from c2r.models.dinov3 import check_dinov3
 from c2r.models.hub import REFUSED_ENTRIES, WeightIndex

@@ -8,8 +8,9 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import DINOv3ViTConfig, DINOv3ViTModel, UMT5Config, UMT5EncoderModel
 
-from c2r.models.assembly import read_transformer_config, stored_dtype
+from c2r.models.backbone import read_transformer_config
 from c2r.models.controlnet import C2RControlNet
+from c2r.models.diffusers_layout import stored_dtype
 from c2r.models.dinov3 import DINOv3FeatureExtractor, read_dinov3_config
 from c2r.models.gguf_weights import quantise_modules
 from c2r.models.parts import freeze, read_text_encoder_config, read_vae_config

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from c2r import InputError
-from c2r.generate import generate as generate_video
+from c2r.generation.video import generate as generate_video
 from c2r.options import GENERATE
 from c2r.panel.grid import arrange, grid_columns, labelled
 from c2r.panel.jobs import Job, control_pixels
@@ -37,7 +37,7 @@ def generate(panel: Panel, job: Job, report: Report, **changed: float) -> "np.nd
         changed: options with other values than the job's.
 
     Raises:
-        InputError: see `c2r.generate.generate`.
+        InputError: see `c2r.generation.video.generate`.
     """
     args = Namespace(**vars(job.args) | changed)
     steps = args.num_inference_steps

@@ -9,16 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from c2r import InputError, cli
-from c2r.generate import (
-    Length,
-    check_files,
-    check_options,
-    complete_options,
-    follow_control,
-    length_of,
-    name_controls,
-    read_padded,
-)
+from c2r.generation.control import Length, follow_control, length_of, name_controls, read_padded
+from c2r.generation.models import check_files
+from c2r.generation.options import check_options, complete_options
 from c2r.options import GENERATE
 from c2r.options.shared import GUIDANCE_SCALES
 from c2r.panel.model import Panel

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from c2r import InputError
-from c2r.generate import check_files, find_model, load_models
+from c2r.generation.models import check_files, find_model, load_models
 from c2r.panel.loras import find_loras
 
 if TYPE_CHECKING:

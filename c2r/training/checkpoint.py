@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 from c2r import InputError, __version__
 from c2r.files import remove_tree, replace_folder, start_folder, sync_file, sync_tree, temporary_folder
 from c2r.models.adversary import DomainClassifier, DomainClassifierConfig
-from c2r.models.assembly import load_own_model
 from c2r.models.contract import with_weights
+from c2r.models.diffusers_layout import load_own_model
 from c2r.sampler import MixedCGRealSampler
 from c2r.training.background import BackgroundWrite
 from c2r.training.engine import sharding

@@ -15,14 +15,8 @@ from c2r.encoding.cache import current_encoders, encoder_fingerprint
 from c2r.encoding.encoding_pass import encode_control, encode_missing
 from c2r.encoding.missing import find_missing, find_missing_control
 from c2r.estimation.configs import ModelConfigs
-from c2r.models.assembly import (
-    check_transformer,
-    control_start_config,
-    quantised_types,
-    read_controlnet_config,
-    read_transformer_config,
-)
 from c2r.models.attention import try_attention_backend
+from c2r.models.backbone import check_transformer, quantised_types, read_transformer_config
 from c2r.models.control_projection import (
     FIT,
     MAX_DIRECTIONS,
@@ -31,6 +25,7 @@ from c2r.models.control_projection import (
     require_same_dinov3,
 )
 from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet, layers_of
+from c2r.models.controlnet_files import control_start_config, read_controlnet_config
 from c2r.models.dinov3 import check_dinov3, read_dinov3_config
 from c2r.models.hub import resolve_model_folder
 from c2r.models.lora import LoraWeights, require_peft

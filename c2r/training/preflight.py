@@ -23,7 +23,7 @@ from c2r.data.mixture import Mixture
 from c2r.estimation.configs import ModelConfigs
 from c2r.estimation.report import estimate_run
 from c2r.files import complete_folder, existing_parent
-from c2r.models.assembly import fingerprint_transformer
+from c2r.models.backbone import fingerprint_transformer
 from c2r.models.contract import CONTRACT, read_contract
 from c2r.models.hub import resolve_model_folder
 from c2r.training.checkpoint import checkpoint_bytes

@@ -18,7 +18,7 @@ from c2r.data.manifest import read_manifest
 from c2r.data.sequences import find_sequence, is_pattern, split_rate
 from c2r.data.video import UnusableVideo, probe, read_window
 from c2r.data.video_writer import write_video
-from c2r.generate import name_controls
+from c2r.generation.control import name_controls
 from c2r.options import GENERATE
 from tests.helpers.settings import clip_settings
 from tests.helpers.videos import counter_frames, read_counter

@@ -15,8 +15,8 @@ from c2r.estimation.step import EightBitStates, build_models
 from c2r.estimation.tracker import LINEAR, TEMPORARY
 from c2r.flow_matching import SigmaDensity
 from c2r.models.adversary import DomainClassifier, WithAdversary, domain_loss
-from c2r.models.assembly import stored_dtype
 from c2r.models.controlnet import C2RControlNet
+from c2r.models.diffusers_layout import stored_dtype
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.lora import LoraWeights
 from c2r.models.transformer import C2RTransformer

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from c2r.models.assembly import load_transformer
+from c2r.models.backbone import load_transformer
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.transformer import C2RTransformer
 from c2r.training.engine import prepare, reads_weights

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from c2r.models.assembly import fingerprint_transformer
+from c2r.models.backbone import fingerprint_transformer
 from c2r.models.contract import PhaseContract, save_phase
 from c2r.models.controlnet import C2RControlNet
 from tests.helpers import tiny

@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import save_file
 
 from c2r import InputError
-from c2r.models.assembly import load_control_start, load_controlnet
 from c2r.models.control_projection import (
     Certificate,
     ControlProjection,
@@ -22,6 +21,7 @@ from c2r.models.control_projection import (
     save_projection,
 )
 from c2r.models.controlnet import C2RControlNet
+from c2r.models.controlnet_files import load_control_start, load_controlnet
 from c2r.models.transformer import C2RTransformer
 from tests.helpers.tiny import FEATURE_DIM, tiny_inputs, tiny_transformer
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from c2r import InputError
-from c2r.models.assembly import load_controlnet
 from c2r.models.controlnet import C2RControlNet, injection_layers
+from c2r.models.controlnet_files import load_controlnet
 from c2r.models.transformer import C2RTransformer
 from tests.helpers.tiny import FEATURE_DIM, tiny_transformer
 

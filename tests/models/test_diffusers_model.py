@@ -14,6 +14,7 @@ from safetensors import safe_open
 from c2r.models.adversary import DomainClassifier, WithAdversary
 from c2r.models.controlnet import C2RControlNet
 from c2r.models.transformer import C2RTransformer
+from tests.helpers.checks import equal_weights
 from tests.helpers.tiny import LATENT_CHANNELS, tiny_c2r_transformer, tiny_inputs
 
 
@@ -29,11 +30,6 @@ def predict(model, inputs=None, **options):
 
 def files_of(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-
-
-def same_weights(one, other):
-    first, second = one.state_dict(), other.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_joined_model_is_a_model_of_diffusers(model):
@@ -55,14 +51,14 @@ def test_the_joined_model_is_saved_as_two_stock_folders(model, tmp_path):
     # The names of the stock model: joining must not add any, nor rename one.
     with safe_open(tmp_path / "transformer" / weights, "pt") as file:
         assert set(file.keys()) == set(WanTransformer3DModel.from_config(model.config).state_dict())
-    assert same_weights(WanTransformer3DModel.from_pretrained(tmp_path, subfolder="transformer"), model.transformer)
-    assert same_weights(C2RControlNet.from_pretrained(tmp_path, subfolder="controlnet"), model.controlnet)
+    assert equal_weights(WanTransformer3DModel.from_pretrained(tmp_path, subfolder="transformer"), model.transformer)
+    assert equal_weights(C2RControlNet.from_pretrained(tmp_path, subfolder="controlnet"), model.controlnet)
 
     loaded = C2RTransformer.from_pretrained(tmp_path)
     assert not loaded.training
     assert torch.equal(predict(loaded), predict(model))
     inner = C2RTransformer.from_pretrained(tmp_path.parent, subfolder=tmp_path.name)
-    assert same_weights(inner, model)
+    assert equal_weights(inner, model)
 
 
 @pytest.mark.parametrize("options", [{"variant": "fp16"}, {"max_shard_size": "20KB"}, {"safe_serialization": False}])

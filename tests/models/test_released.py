@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 
 from c2r import InputError
 from c2r.models import hub
-from c2r.models.assembly import control_start_config, load_control_start
 from c2r.models.contract import read_contract
 from c2r.models.controlnet import C2RControlNet
+from c2r.models.controlnet_files import control_start_config, load_control_start
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.released import read_released
 from c2r.models.transformer import C2RTransformer

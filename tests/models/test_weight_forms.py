@@ -26,17 +26,17 @@ from c2r.data.buckets import Bucket
 from c2r.estimation.configs import ModelConfigs, build_joined
 from c2r.estimation.report import estimate_run
 from c2r.files import fingerprint
-from c2r.models.assembly import (
+from c2r.models.assembly import load_for_generation
+from c2r.models.backbone import (
     check_transformer,
     fingerprint_transformer,
-    load_controlnet,
-    load_for_generation,
     load_transformer,
     quantised_types,
     read_transformer_config,
 )
 from c2r.models.contract import PhaseContract, save_phase
 from c2r.models.controlnet import C2RControlNet
+from c2r.models.controlnet_files import load_controlnet
 from c2r.models.dinov3 import DINOv3FeatureExtractor
 from c2r.models.float8 import Rounding
 from c2r.models.gguf_weights import dequantised, whole_state_dict

@@ -7,7 +7,7 @@ import torch
 
 from c2r import cli
 from c2r.data.video_writer import write_video
-from c2r.models.assembly import load_transformer
+from c2r.models.backbone import load_transformer
 from c2r.models.lora import LoraWeights, save_lora
 from c2r.options import APP, GENERATE
 from c2r.panel.model import check_model, load_panel

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from c2r.generate import main
-from c2r.models.assembly import load_controlnet
+from c2r.models.controlnet_files import load_controlnet
 from tests.helpers.commands import ENGINES, phase2, same, scalars, succeed, weights
 from tests.helpers.forks import fork
 from tests.helpers.released import released_tensors, save_released

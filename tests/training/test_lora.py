@@ -8,7 +8,8 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
 from c2r import InputError, cli
-from c2r.models.assembly import fingerprint_transformer, load_for_generation, load_transformer
+from c2r.models.assembly import load_for_generation
+from c2r.models.backbone import fingerprint_transformer, load_transformer
 from c2r.models.contract import read_contract
 from c2r.models.lora_file import WEIGHTS
 from c2r.options import ESTIMATE, PHASE1

@@ -1,0 +1,65 @@
+"""Options of `c2r.generate`: checks of those that must fit each other, and defaults from the contract of a model."""
+
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+from c2r import InputError
+from c2r.options import GENERATE
+
+if TYPE_CHECKING:
+    from c2r.models.contract import PhaseContract
+
+
+def check_options(args: Namespace):
+    """Raise InputError for options that do not fit each other."""
+    if not args.control_guidance_start < args.control_guidance_end:
+        raise InputError(
+            f"--control_guidance_start {args.control_guidance_start}: not below --control_guidance_end "
+            f"{args.control_guidance_end}; lower it, or raise the end"
+        )
+    if not args.control_video:
+        if args.num_frames == "all":
+            raise InputError("--num_frames all: needs a --control_video; give one, or a number")
+        if args.fps == "control":
+            raise InputError("--fps control: needs the rate of a --control_video; give one, or a number")
+    counts = {len(args.prompt), len(args.control_video or [None])}
+    if len(counts - {1}) > 1:
+        raise InputError(
+            f"--control_video: given {len(args.control_video)} times, --prompt {len(args.prompt)} times; "
+            "give equally many, or one of either for all"
+        )
+
+
+def complete_options(args: Namespace, contract: "PhaseContract"):
+    """Take options that were not given from the model's contract. Changes `args` in place.
+
+    Raises:
+        InputError: the contract has a value that the option would refuse, or windows would not overlap.
+    """
+    from c2r.models.contract import DEFAULT_FORMAT
+    from c2r.windows import trained_window
+
+    for name in (*DEFAULT_FORMAT, "flow_shift", "conditioning_scale"):
+        value, is_given = getattr(contract, name), getattr(args, name) is not None
+        is_window = name == "num_frames" and args.window_frames is None
+        if value is None or (is_given and not is_window):
+            continue
+        try:
+            value = GENERATE.options[name].type(str(value))
+        except ValueError as error:
+            raise InputError(f"--model {args.model}: its contract has {name} {value}: {error}") from None
+        if not is_given:
+            setattr(args, name, value)
+    for name, default in (DEFAULT_FORMAT | {"flow_shift": 3.0, "conditioning_scale": 1.0}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    args.window_frames = args.window_frames or trained_window(contract.format["num_frames"])
+    if args.window_frames == 1 != args.num_frames:
+        raise InputError("--window_frames 1: windows of a longer video overlap; give at least 5, or leave it out")
+    if None not in (args.window_frames, args.window_overlap) and args.window_overlap >= args.window_frames:
+        raise InputError(
+            f"--window_overlap {args.window_overlap}: not below --window_frames {args.window_frames}; lower it"
+        )
+    args.pretrained_model_name_or_path = args.pretrained_model_name_or_path or contract.base_model
+    args.backbone = args.backbone or contract.backbone
+    args.dinov3 = args.dinov3 or contract.dinov3
