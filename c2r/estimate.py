@@ -16,7 +16,7 @@ from c2r import InputError, cli
 from c2r.data.buckets import Bucket
 from c2r.options import ESTIMATE, PHASE1, PHASE2
 from c2r.options.presets import option_words
-from c2r.options.training import check_modes, require_frozen_backbone
+from c2r.options.training_checks import check_modes, require_frozen_backbone
 from c2r.units import GIB
 
 

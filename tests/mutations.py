@@ -1392,14 +1392,14 @@ COMMANDS = [
     ),
     Mutation(
         "a-share-of-cg-is-allowed-without-pairs",
-        "c2r/options/training.py",
+        "c2r/options/training_checks.py",
         "if args.cg_ratio > 0 and args.cg_dataset is None:",
         "if False:",
         f"{OPTIONS}::test_a_share_of_cg_needs_cg_pairs",
     ),
     Mutation(
         "an-adversary-is-allowed-with-one-domain",
-        "c2r/options/training.py",
+        "c2r/options/training_checks.py",
         "if args.adversarial_weight > 0 and not 0 < args.cg_ratio < 1:",
         "if args.adversarial_weight > 0 and not 0 <= args.cg_ratio <= 1:",
         "tests/test_commands.py::test_an_adversary_needs_both_domains",

@@ -43,7 +43,7 @@ LIGHT = (
     *("c2r.generation", "c2r.generation.control", "c2r.generation.models", "c2r.generation.options"),
     "c2r.generation.video",
     *("c2r.options", "c2r.options.option", "c2r.options.presets", "c2r.options.shared", "c2r.options.tools"),
-    *("c2r.options.training", "c2r.options.types"),
+    *("c2r.options.training", "c2r.options.training_checks", "c2r.options.types"),
 )
 HEAVY = {"torch", "numpy", "diffusers", "transformers", "accelerate", "datasets", "av", "pyarrow", "matplotlib"}
 

@@ -10,7 +10,7 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel, UMT5Config, UMT5Encode
 
 from c2r.models.backbone import read_transformer_config
 from c2r.models.controlnet import C2RControlNet
-from c2r.models.diffusers_layout import stored_dtype
+from c2r.models.diffusers_layout import with_stored_dtypes
 from c2r.models.dinov3 import DINOv3FeatureExtractor, read_dinov3_config
 from c2r.models.gguf_weights import quantise_modules
 from c2r.models.parts import freeze, read_text_encoder_config, read_vae_config
@@ -138,10 +138,3 @@ def build_text_encoder(config: dict[str, Any], dtype: torch.dtype) -> UMT5Encode
     """Return the frozen text encoder."""
     with torch.device("meta"):
         return freeze(UMT5EncoderModel(UMT5Config(**config)).to(dtype))
-
-
-def with_stored_dtypes(model: torch.nn.Module, dtype: torch.dtype):
-    """Give a model's parameters the dtypes that `from_pretrained(torch_dtype=dtype)` gives them; return the model."""
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(stored_dtype(model, name, dtype))
-    return model

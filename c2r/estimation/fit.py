@@ -7,7 +7,7 @@ from typing import Any
 
 from c2r import InputError
 from c2r.estimation.report import Estimate
-from c2r.options.training import has_frozen_backbone
+from c2r.options.training_checks import has_frozen_backbone
 from c2r.units import GIB
 
 #: Bytes of a device that tensors cannot have: CUDA's context, its libraries' workspaces and gaps between tensors.

@@ -19,7 +19,6 @@ from c2r.estimation.configs import (
     build_joined,
     build_text_encoder,
     build_vae,
-    with_stored_dtypes,
 )
 from c2r.estimation.fake_device import DEVICE, fake_device, put_on_device
 from c2r.estimation.step import (
@@ -32,6 +31,7 @@ from c2r.estimation.step import (
     record_step,
 )
 from c2r.estimation.tracker import TEMPORARY, Recording, Summary, Tracker
+from c2r.models.diffusers_layout import with_stored_dtypes
 from c2r.models.parts import freeze, stream_text_encoder
 from c2r.models.vae import decode_latents, encode_frames
 from c2r.training.optimizer import merge_weight

@@ -9,7 +9,7 @@ from pydantic import Field, FiniteFloat
 from c2r import InputError
 from c2r.files import complete_folder
 from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet
-from c2r.models.diffusers_layout import check_own_model, load_own_model, stored_dtype
+from c2r.models.diffusers_layout import check_own_model, load_own_model, with_stored_dtypes
 from c2r.models.hub import Count, Width, read_config
 from c2r.models.injections import Injection
 from c2r.models.released import load_released, read_released, released_config
@@ -104,10 +104,7 @@ def load_control_start(
         return _empty_controlnet(control_start_config(path, backbone_config))
     if not path.is_file():
         return load_controlnet(path, torch_dtype)
-    controlnet = load_released(path, backbone_config)
-    for name, parameter in controlnet.named_parameters():
-        parameter.data = parameter.data.to(stored_dtype(controlnet, name, torch_dtype or torch.float32))
-    return controlnet
+    return with_stored_dtypes(load_released(path, backbone_config), torch_dtype or torch.float32)
 
 
 def _controlnet_folder(folder):

@@ -10,6 +10,7 @@ from c2r.files import library_errors_as_input
 from c2r.models.hub import WeightIndex, read_config
 
 Model = TypeVar("Model", bound=ModelMixin)
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 def check_own_model(folder: Path, model_class: type[ModelMixin], kind: type) -> None:
@@ -54,3 +55,10 @@ def stored_dtype(model: torch.nn.Module, name: str, torch_dtype: torch.dtype) ->
     """Return the dtype that `from_pretrained(torch_dtype=…)` gives a parameter: fp32 for those the model keeps so."""
     keep = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     return torch.float32 if keep.intersection(name.split(".")) else torch_dtype
+
+
+def with_stored_dtypes(model: Module, dtype: torch.dtype) -> Module:
+    """Give a model's parameters the dtypes that `from_pretrained(torch_dtype=dtype)` gives them; return the model."""
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(stored_dtype(model, name, dtype))
+    return model

@@ -22,7 +22,7 @@ from c2r.bars import bar_settings
 from c2r.data.settings import ClipSettings
 from c2r.models.adversary import DomainClassifier
 from c2r.models.context_parallel import ContextParallel
-from c2r.options.training import chosen_trackers
+from c2r.options.training_checks import chosen_trackers
 from c2r.training.background import BackgroundWrite
 from c2r.training.backward_step import StepInBackward
 from c2r.training.failing_together import failing_together

@@ -21,7 +21,7 @@ from torch.utils.tensorboard.summary import hparams
 from c2r import InputError
 from c2r.data.contact_sheet import image_bytes
 from c2r.files import read_json, write_atomic
-from c2r.options.training import chosen_trackers
+from c2r.options.training_checks import chosen_trackers
 from c2r.training.record import RecordTracker
 
 #: Width of a video in TensorBoard, in pixels.
