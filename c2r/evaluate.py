@@ -10,6 +10,7 @@ its model, prompt, control or settings have changed. --videos takes videos that 
 Modules that take seconds to import are imported inside functions: --help and bad options are then answered at once.
 """
 
+import logging
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 from c2r import InputError, cli
 from c2r.metrics.catalogue import MEASURES
 from c2r.options import EVALUATE
+
+logger = logging.getLogger("c2r.evaluate")  # under python -m, __name__ is "__main__"
 
 if TYPE_CHECKING:
     import torch
@@ -107,8 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     check_scenes(scenes, form)
     check_given_videos(given, form)
+    require_measurable(args, scenes)
     check_models(args, models, scenes, form)
-    make_measures(args, "cpu")  # networks that cannot be loaded are named before videos are made
 
     # 2. The datasets of the training: their clips are encoded unless they are in the cache.
     accelerator = Accelerator(cpu=device == "cpu")
@@ -125,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
         if remark is not None:
             remarks[f"validation of {model.name}"] = remark
         run_model(model, tasks, form, device, datasets if validated else None, losses)
-        sources += sources_of(model.source_names, tasks, scenes)
+        sources += sources_of(model.name, model.source_names, tasks, scenes)
         followed |= {model.source_names[control]: of_one for control, of_one in followed_scenes(tasks).items()}
     sources += given
     followed |= {source.name: {scene.name: scene for scene in scenes} for source in given}
@@ -280,6 +283,12 @@ def run_model(
     every = [task for of_control in tasks.values() for task in of_control]
     missing = [task for task in every if not task.is_done()]
     print(f"{model.name}: {len(every) - len(missing)} of {len(every)} videos are there", flush=True)
+    if outdated := sum(task.path.exists() for task in missing):
+        print(
+            f"{model.name}: others are of other weights, prompts, controls or settings, or incomplete, and are made "
+            f"again: {outdated}",
+            flush=True,
+        )
     if not missing and datasets is None:
         return
     args, embeds = model.args, {}
@@ -370,6 +379,38 @@ def make_measures(args: Namespace, device: str) -> "tuple[list[Metric], list[Set
             skipped[", ".join(without)] = "not computed, as --networks names none for them"
     metrics, set_metrics, missing = make_metrics(names, networks, device)
     return metrics, set_metrics, skipped | {entry.name: entry.reason for entry in missing}
+
+
+def require_measurable(args: Namespace, scenes: "Sequence[Scene]") -> None:
+    """Find out which measures will have no value, before a video is made.
+
+    Raises:
+        InputError: a network cannot be loaded, or none of --metrics can be computed.
+    """
+    from c2r.scoring.measuring import WITHOUT
+
+    metrics, set_metrics, skipped = make_measures(args, "cpu")
+    if args.metrics is None:
+        return
+    there = {
+        "truth": any(scene.truth is not None for scene in scenes),
+        "control": any(scene.control is not None for scene in scenes),
+        "passes": any(scene.ids is not None or scene.depth is not None for scene in scenes),
+        "prompt": any(scene.prompt.strip() for scene in scenes),
+    }
+    reasons = {name: f": {reason}" for name, reason in skipped.items()}
+    for metric in metrics:
+        if not there.get(metric.against, True):
+            reasons[metric.name] = WITHOUT[metric.against]
+        elif metric.against == "control" and not (args.real_dataset and args.cg_dataset):
+            reasons[metric.name] = ": the CG look must be known too; give --real_dataset and --cg_dataset"
+    if len(reasons) == len(metrics) + len(set_metrics) + len(skipped):
+        raise InputError(
+            f"--metrics {' '.join(args.metrics)}: nothing can be measured: "
+            + "; ".join(name + reason for name, reason in reasons.items())
+        )
+    for name, reason in reasons.items():
+        logger.warning("%s will be missing%s", name, reason)
 
 
 def read_run_datasets(

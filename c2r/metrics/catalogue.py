@@ -62,3 +62,30 @@ MEASURES = (
     Measure("kd", "image_features", of_set=True),
     Measure("kd_video", "video_features", of_set=True),
 )
+
+#: The question that a measure answers, by the start of its name.
+QUESTIONS = {
+    "edge_f1": "are outlines where they should be, within one pixel?",
+    "blur_ssim": "are large light and dark areas where they should be?",
+    "lpips": "how far are the frames from the true ones for the eye, layout and look together?",
+    "depth_rmse": "is the depth of the scene right? 1: no better than a flat wall",
+    "mask_miou": "do the areas of each class agree?",
+    "mask_miou_passes": "is each object of the renderer one segment of the video?",
+    "trajectory_error": "how far are objects from where the renderer has them, as a share of the diagonal?",
+    "warp_error": "how much does it flicker? A still video has 0",
+    "frame_similarity": "do neighbouring frames show the same things? A still video has 1",
+    "clip_similarity": "do the frames show what the prompt says?",
+    "quality": "how good do the frames look, without any reference?",
+    "fd": "how far are the frames, as a set, from the true ones? Biased upwards with few clips",
+    "kd": "how far are the frames, or whole videos, as a set, from the true ones? Without bias",
+    "cg_look": "is the look that of the training's real clips (0) or of its CG clips (1)?",
+}
+
+
+def question_of(name: str) -> str:
+    """Return the question that a result answers.
+
+    Args:
+        name: of a measure, also with that of its network, such as fd_dinov2.
+    """
+    return QUESTIONS[max((start for start in QUESTIONS if f"{name}_".startswith(f"{start}_")), key=len)]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,14 @@ if TYPE_CHECKING:
 #: Groups that a distance of sets is computed without, for its interval; each costs one distance.
 JACKKNIFE_GROUPS = 20
 
+#: Why a measure has no value for any clip, by what it is measured against.
+WITHOUT = {
+    "truth": ": the dataset has no true videos (file_name)",
+    "control": ": the dataset has no coarse videos (control_name)",
+    "passes": ": the dataset has no such passes (id_name, depth_name), or nothing in them can be measured",
+    "prompt": ": the dataset has no prompts (text)",
+}
+
 #: Name of the CG look among the measures.
 CG_LOOK = "cg_look"
 
@@ -43,11 +52,15 @@ class Source:
         name: for tables.
         videos: {scene: one file for each seed}.
         seeds: those of a scene's videos; None where a video was made elsewhere.
+        model: name of the model; None where the videos were made elsewhere.
+        control: kind of control, as the values of --control; None where the videos were made elsewhere.
     """
 
     name: str
     videos: dict[str, list[Path]]
     seeds: tuple[int | None, ...] = (None,)
+    model: str | None = None
+    control: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,7 @@ class Scores:
         looks: {source: the monitor's judgement of its videos}; empty if there is none.
         skipped: {measure: why it is missing}.
         seeds: {source: see `Source`}.
+        pairs: of sources that are compared, see `pairs_to_compare`.
     """
 
     scenes: list[str]
@@ -105,6 +119,7 @@ class Scores:
     looks: dict[str, CGLook] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     seeds: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
+    pairs: list[tuple[str, str]] = field(default_factory=list)
 
     def of_clips(self, source: str, measure: str) -> dict[str, float]:
         """Return {scene: mean over the seeds}, without the scenes that have no value."""
@@ -138,23 +153,38 @@ class Scores:
         return interval.within(self.measures[measure].bounds)
 
     def differences(self) -> list[Difference]:
-        """Compare every two sources by every measure of clips, on the clips that both have."""
+        """Compare the sources of each pair by every measure of clips, on the clips that both have."""
         differences = []
-        names = [*self.values]
         for measure, description in self.measures.items():
             if measure in self.distances:
                 continue
             largest = description.bounds[1] - description.bounds[0]
-            for i, first in enumerate(names):
-                for second in names[i + 1 :]:
-                    before, after = self.of_clips(first, measure), self.of_clips(second, measure)
-                    paired = [after[scene] - before[scene] for scene in before if scene in after]
-                    if paired:
-                        p_value = sign_test(paired)
-                        interval = bootstrap_interval(paired).within((-largest, largest))
-                        differences.append(Difference(measure, first, second, interval, len(paired), p_value))
+            for first, second in self.pairs:
+                before, after = self.of_clips(first, measure), self.of_clips(second, measure)
+                paired = [after[scene] - before[scene] for scene in before if scene in after]
+                if paired:
+                    p_value = sign_test(paired)
+                    interval = bootstrap_interval(paired).within((-largest, largest))
+                    differences.append(Difference(measure, first, second, interval, len(paired), p_value))
         corrected = holm([difference.p_value for difference in differences])
         return [replace(difference, p_value=p_value) for difference, p_value in zip(differences, corrected)]
+
+
+def pairs_to_compare(sources: Sequence[Source]) -> list[tuple[str, str]]:
+    """Return the names (first, second) of the sources whose differences answer a question.
+
+    Within a model: its own control against each other kind of control. Between models, and videos made elsewhere:
+    those with their own control, or else of the first kind. Other pairs, such as two models without control, would
+    only raise the number of clips that it takes to find any difference beyond chance.
+    """
+    makers: dict[str, list[Source]] = {}
+    for source in sources:
+        makers.setdefault(source.name if source.model is None else source.model, []).append(source)
+    chief = [next((one for one in made if one.control == "own"), made[0]) for made in makers.values()]
+    within = [
+        (other.name, one.name) for one, made in zip(chief, makers.values()) for other in made if other is not one
+    ]
+    return within + [(first.name, second.name) for first, second in combinations(chief, 2)]
 
 
 def measure_videos(
@@ -179,7 +209,11 @@ def measure_videos(
     Raises:
         InputError: a file cannot be read.
     """
-    scores = Scores([scene.name for scene in scenes], seeds={source.name: source.seeds for source in sources})
+    scores = Scores(
+        [scene.name for scene in scenes],
+        seeds={source.name: source.seeds for source in sources},
+        pairs=pairs_to_compare(sources),
+    )
     measures = [Description.of(metric) for metric in metrics]
     if looks is not None:
         measures.append(Description(CG_LOOK, None, "itself", "0 real, 1 CG", SCORE_RANGE))
@@ -217,8 +251,7 @@ def measure_videos(
         if any(scores.of_clips(source.name, measure.name) for source in sources):
             scores.measures[measure.name] = measure
         else:
-            needs = "" if measure.against == "itself" else f": it is measured against the {measure.against}"
-            scores.skipped[measure.name] = "has no value for any clip" + needs
+            scores.skipped[measure.name] = "has no value for any clip" + WITHOUT.get(measure.against, "")
     if looks is not None:
         scores.looks = {source.name: looks.of_source(source.name) for source in sources}
     for set_metric in set_metrics:

@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 
 from c2r.files import write_atomic
+from c2r.metrics.catalogue import question_of
 from c2r.reporting.curves import Line, chart, four_decimals
 from c2r.reporting.html import data_address, html_page, table
 from c2r.reporting.page import MAX_VIDEO_BYTES, RUN_COLORS, STYLES
@@ -16,11 +17,16 @@ from c2r.scoring.scenes import Scene
 from c2r.scoring.side_by_side import write_side_by_side
 from c2r.units import size_text
 
+#: A click stops a video, and starts it again: a player's buttons would cover the street.
+PAUSE = "this.paused ? this.play() : this.pause()"
+
 BETTER = {True: "higher is better", False: "lower is better", None: ""}
 
 #: Rows of the table of validations: what a number is called, and where it stands.
 VALIDATION = {
     "loss with the right conditions": "loss",
+    "of real clips": "loss_real",
+    "of CG clips": "loss_cg",
     "with another clip's control": "loss_other_control",
     "with no control": "loss_no_control",
     "with another clip's prompt": "loss_other_prompt",
@@ -83,7 +89,8 @@ def _measures(evaluation, picture):
         against = "" if measure.against == "itself" else f"against {measure.against}"
         notes = ", ".join(filter(None, (against, BETTER[measure.higher_is_better])))
         heading = f'{escape(name)}<br><span class="small">{escape(notes or measure.unit)}</span>'
-        rows.append([heading, *(escape(interval_text(scores.interval(source, name))) for source in scores.values)])
+        heading += f'<br><span class="small">{escape(question_of(name))}</span>'
+        rows.append([heading, *(_interval_cell(scores.interval(source, name)) for source in scores.values)])
     body = table(["", *(_key(evaluation, source) for source in scores.values)], rows, "summary")
     seeds = f", {evaluation.num_seeds} seeds each, which are averaged" if evaluation.num_seeds > 1 else ""
     note = (
@@ -104,31 +111,36 @@ def _measures(evaluation, picture):
     return f'{body}<div class="scroll"><img {width} alt="Measures of all sources with intervals" src="{image}"></div>'
 
 
+def _interval_cell(interval):
+    mean, bracket, bounds = interval_text(interval).partition(" [")
+    return escape(mean) + (f'<br><span class="small">{escape(bracket.strip() + bounds)}</span>' if bracket else "")
+
+
 def _differences(evaluation):
     if not evaluation.differences:
         return ""
     rows = []
     for d in evaluation.differences:
-        measure = evaluation.scores.measures[d.measure]
-        reading = "within chance"
+        verdict = evaluation.verdict(d)
         if is_beyond_chance(d):
-            good = measure.higher_is_better is not None and (d.interval.mean > 0) == measure.higher_is_better
-            reading = (
-                "<b>beyond chance</b>"
-                if measure.higher_is_better is None
-                else (f"<b>{'better' if good else 'worse'}</b>")
-            )
-        pair = f"{_key(evaluation, d.second)} − {_key(evaluation, d.first)}"
+            verdict = f"<b>{verdict}</b>"
+        pair = f"{_key(evaluation, d.second)}<br>− {_key(evaluation, d.first)}"
         difference = escape(interval_text(d.interval, sign=True))
-        rows.append([escape(d.measure), difference, f"{d.p_value:.2g}", str(d.clips), pair, reading])
+        rows.append([escape(d.measure), difference, f"{d.p_value:.2g}", str(d.clips), verdict, pair])
     found = sum(map(is_beyond_chance, evaluation.differences))
     verdict = f"{found} of {len(rows)} differences {'is' if found == 1 else 'are'} beyond chance."
+    undecided = sum(evaluation.verdict(d) == "too few clips to tell" for d in evaluation.differences)
+    if undecided:
+        verdict += (
+            f" {undecided} cannot be: with {len(rows)} differences it takes {evaluation.clips_needed} clips to tell."
+        )
     note = (
         "Both sources are measured on the same clips, so the values of each clip are subtracted before they are "
         "averaged. p: permutation of the signs of these differences, corrected by Holm for all rows of the table; at "
-        "most 0.05 is beyond chance. Another training with another seed is not in it."
+        "most 0.05 is beyond chance. The intervals are of one difference each and not corrected: of many rows, some "
+        "exclude 0 by chance. Another training with another seed is not in it."
     )
-    body = table(["", "difference", "p", "clips", "pair", ""], rows, "numbers")
+    body = table(["", "difference", "p", "clips", "", "pair"], rows, "numbers")
     return f'<p class="verdict">{verdict}</p>{body}<p class="small">{note}</p>'
 
 
@@ -182,15 +194,16 @@ def _clips(videos, columns, prompts):
             continue
         room -= size
         address = data_address(path, "video/mp4")
-        video = f'<video controls loop muted playsinline preload="auto" src="{address}"></video>'
-        width = f"min-width: {160 * len(columns)}px"
+        video = f'<video autoplay loop muted playsinline onclick="{PAUSE}" src="{address}"></video>'
+        width = f"min-width: {130 * len(columns)}px"
         parts.append(
             f'<h3>{escape(scene)}</h3><p>{escape(prompts[scene])}</p><figure class="sample"><div class="scroll">'
             f'<div class="row" style="{width}"><div class="columns" {grid}>{heads}</div>{video}'
             "</div></div></figure>"
         )
+    note = "<p>A click stops a video, another one lets it run.</p>" if parts else ""
     more = f"<p>{left_out} more would make the page larger than {size_text(MAX_VIDEO_BYTES)}.</p>" if left_out else ""
-    return "".join(parts) + more
+    return note + "".join(parts) + more
 
 
 def _settings(evaluation):

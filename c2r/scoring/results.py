@@ -45,18 +45,31 @@ class Evaluation:
         self.differences = self.scores.differences()
 
     @property
+    def clips_needed(self) -> int:
+        """Clips that it takes for a difference beyond chance; 0 if there are no differences."""
+        return clips_needed(len(self.differences)) if self.differences else 0
+
+    def verdict(self, difference: Difference) -> str:
+        """Return what follows from a difference, second − first: "better", "worse" and so on, of the second."""
+        if difference.p_value <= SIGNIFICANCE:
+            better = self.scores.measures[difference.measure].higher_is_better
+            if better is None:
+                return "beyond chance"
+            return "better" if (difference.interval.mean > 0) == better else "worse"
+        return "too few clips to tell" if difference.clips < self.clips_needed else "within chance"
+
+    @property
     def remarks(self) -> list[str]:
         """Sentences on what is missing, or does not follow from these clips."""
         scores, count = self.scores, len(self.scores.scenes)
         lines = [f"{name}: {reason}" for name, reason in scores.skipped.items()]
         if count < MIN_CLIPS:
             lines.append(f"{count} clips are too few for intervals; give at least {MIN_CLIPS}")
-        tests = len(self.differences)
-        needed = clips_needed(tests) if tests else 0
+        tests, needed = len(self.differences), self.clips_needed
         if needed > count:
             lines.append(
                 f"no difference can be beyond chance: with {tests} of them it takes {needed} clips, and there are "
-                f"{count}; give more clips, or fewer --metrics or models"
+                f"{count}; give more clips, or fewer --metrics, models or kinds of --control"
             )
         # A measure may have values for a part of the clips only.
         for name in scores.measures:
@@ -111,6 +124,7 @@ class Evaluation:
                     "clips": d.clips,
                     "p_value": d.p_value,
                     "beyond_chance": is_beyond_chance(d),
+                    "verdict": self.verdict(d),
                 }
                 for d in self.differences
             ],
@@ -155,9 +169,11 @@ class Evaluation:
                 yield f"  {source}: {interval_text(self.scores.interval(source, name))}"
         for difference in self.differences:
             if is_beyond_chance(difference):
+                verdict = self.verdict(difference)
                 yield (
                     f"beyond chance: {difference.measure} of {difference.second} − {difference.first}: "
                     f"{interval_text(difference.interval, sign=True)}, p {difference.p_value:.2g}"
+                    + (f", {verdict}" if verdict in ("better", "worse") else "")
                 )
         for source, look in self.cg_looks.items():
             yield f"{source}: {look}"
@@ -165,7 +181,13 @@ class Evaluation:
             numbers = losses.numbers
             gain = f", control gain {numbers['control_gain']:.4f}" if "control_gain" in numbers else ""
             leak = f", leak {numbers['leak_share_coarse']:.2f}" if "leak_share_coarse" in numbers else ""
-            yield f"{model}: validation loss {numbers['loss']:.4f}{gain}{leak}"
+            domains = [
+                f"{numbers[f'loss_{domain}']:.4f} of {count} {name} clips"
+                for domain, name in (("real", "real"), ("cg", "CG"))
+                if f"loss_{domain}" in numbers and (count := losses.clips.get(domain))
+            ]
+            of_domains = f" ({', '.join(domains)})" if domains else ""
+            yield f"{model}: validation loss {numbers['loss']:.4f}{of_domains}{gain}{leak}"
         yield from self.remarks
 
 

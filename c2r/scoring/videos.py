@@ -117,11 +117,12 @@ def _folder_name(model: str) -> str:
 
 
 def sources_of(
-    names: Mapping[str, str], tasks: Mapping[str, Sequence[Task]], scenes: Sequence[Scene]
+    model: str, names: Mapping[str, str], tasks: Mapping[str, Sequence[Task]], scenes: Sequence[Scene]
 ) -> Iterator[Source]:
     """Yield a model's videos, those of each kind of control as a source.
 
     Args:
+        model: its name.
         names: {kind of control: name of the source}.
         tasks: from `tasks_of`.
         scenes: of the dataset.
@@ -131,7 +132,7 @@ def sources_of(
         for task in of_control:
             paths[task.scene.name].append(task.path)
         seeds = tuple(task.seed for task in of_control if task.scene is of_control[0].scene)
-        yield Source(names[control], paths, seeds)
+        yield Source(names[control], paths, seeds, model, control)
 
 
 def followed_scenes(tasks: Mapping[str, Sequence[Task]]) -> dict[str, dict[str, Scene]]:

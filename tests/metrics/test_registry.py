@@ -7,7 +7,7 @@ import pytest
 
 from c2r import InputError
 from c2r.metrics import registry
-from c2r.metrics.catalogue import MEASURES, ROLES
+from c2r.metrics.catalogue import MEASURES, QUESTIONS, ROLES, question_of
 from c2r.metrics.networks import Remembering
 
 NAMES = [measure.name for measure in MEASURES]
@@ -115,3 +115,10 @@ def test_quality_needs_a_measure_without_reference(tmp_path):
     assert "musiq" in pyiqa.list_models(metric_mode="NR")
     with pytest.raises(InputError, match="psnr: pyiqa has no such measure without a reference"):
         registry.make_metrics(["quality"], {"quality": "psnr"}, "cpu")
+
+
+def test_every_result_has_the_question_of_its_measure():
+    assert {question_of(measure.name) for measure in MEASURES} | {question_of("cg_look")} == {*QUESTIONS.values()}
+    for name, start in {"fd_dinov2": "fd", "kd_vjepa2": "kd", "mask_miou_control": "mask_miou"}.items():
+        assert question_of(name) == QUESTIONS[start]
+    assert question_of("mask_miou_passes") == QUESTIONS["mask_miou_passes"]

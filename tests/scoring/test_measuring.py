@@ -1,5 +1,7 @@
 """Measures of several sources: seeds, pairs, groups of the jackknife, and the one interval of the CG look."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from c2r.evaluation.monitor import SCORE_RANGE, CGLook, Score
 from c2r.metrics.clip import EvaluatedClip
 from c2r.metrics.distances import KernelDistance
 from c2r.metrics.structure import EdgeF1, edge_f1
-from c2r.scoring.measuring import CG_LOOK, Description, Scores, Source, _distance, measure_videos
+from c2r.scoring.measuring import CG_LOOK, Description, Scores, Source, _distance, measure_videos, pairs_to_compare
 from c2r.scoring.scenes import ClipFormat, read_scenes
 from c2r.scoring.statistics import bootstrap_interval, holm, jackknife_interval, sign_test
 from tests.helpers.datasets import noise_video, write_dataset
@@ -23,7 +25,7 @@ def scores_of(values, measure=None, **more):
     measure = measure or Description("edge_f1", True, "truth", "share", (0.0, 1.0))
     scenes = [f"f{i}" for i in range(len(next(iter(values.values()))))]
     by_source = {source: {measure.name: dict(zip(scenes, clips))} for source, clips in values.items()}
-    return Scores(scenes, {measure.name: measure}, by_source, **more)
+    return Scores(scenes, {measure.name: measure}, by_source, pairs=[*combinations(values, 2)], **more)
 
 
 def test_seeds_of_a_clip_are_averaged_before_clips_are(tmp_path):
@@ -41,7 +43,9 @@ def test_seeds_of_a_clip_are_averaged_before_clips_are(tmp_path):
         expected = [edge_f1(video, truth) for video in made]
         assert scores.values["a"]["edge_f1"][scene.name] == pytest.approx(expected)
         assert scores.of_clips("a", "edge_f1")[scene.name] == pytest.approx(np.mean(expected))
-    assert scores.skipped == {"edge_f1_control": "has no value for any clip: it is measured against the control"}
+    assert scores.skipped == {
+        "edge_f1_control": "has no value for any clip: the dataset has no coarse videos (control_name)"
+    }
     assert [*scores.measures] == ["edge_f1"]
 
 
@@ -63,6 +67,20 @@ def test_differences_are_second_minus_first_of_shared_clips_and_corrected():
         plain[first, second] = sign_test(differences)
     assert [d.p_value for d in found.values()] == holm([*plain.values()])
     assert found["a", "c"].p_value > plain["a", "c"]
+
+
+def test_pairs_that_answer_a_question_are_compared():
+    def sources(model, *controls):
+        return [Source(f"{model}, {control}", {}, (0,), model, control) for control in controls]
+
+    two = [*sources("a", "none", "own", "shuffled"), *sources("b", "own", "none")]
+    within = [("a, none", "a, own"), ("a, shuffled", "a, own"), ("b, none", "b, own")]
+    assert pairs_to_compare(two) == [*within, ("a, own", "b, own")]
+    others = [*sources("a", "own"), *sources("phase 1", "none"), Source("elsewhere", {})]
+    names = [source.name for source in others]
+    assert pairs_to_compare(others) == [*combinations(names, 2)]
+    assert pairs_to_compare(sources("a", "shuffled", "none")) == [("a, none", "a, shuffled")]
+    assert pairs_to_compare(sources("a", "own")) == []
 
 
 def test_intervals_are_cut_to_the_range_of_their_measure():

@@ -1,12 +1,14 @@
 """Tests of the files and lines that an evaluation writes: numbers, intervals, differences and remarks."""
 
 import json
+from itertools import combinations
 
 import pytest
 from PIL import Image
 
 from c2r.evaluation.monitor import SCORE_RANGE, CGLook, Score
 from c2r.scoring.measuring import CG_LOOK, Description, Scores
+from c2r.scoring.page import evaluation_page
 from c2r.scoring.picture import draw_scores
 from c2r.scoring.results import Evaluation, interval_text
 from c2r.scoring.scenes import ClipFormat
@@ -26,7 +28,14 @@ def evaluation_of(values, measures=(EDGES,), looks=None):
         for source, of_source in values.items()
     }
     seeds = dict.fromkeys(values, (None,))
-    scores = Scores(names, {measure.name: measure for measure in measures}, rows, looks=looks or {}, seeds=seeds)
+    scores = Scores(
+        names,
+        {measure.name: measure for measure in measures},
+        rows,
+        looks=looks or {},
+        seeds=seeds,
+        pairs=[*combinations(values, 2)],
+    )
     return Evaluation(FORMAT, 1, scores)
 
 
@@ -41,6 +50,25 @@ def test_a_measure_with_values_for_few_clips_is_remarked():
     assert evaluation_of({"a": {"edge_f1": clips[:4]}}).remarks == [
         "4 clips are too few for intervals; give at least 6"
     ]
+
+
+@pytest.mark.parametrize(
+    ("clips", "shift", "verdict"),
+    [(8, 0.2, "better"), (8, -0.2, "worse"), (8, 0.0, "within chance"), (4, 0.2, "too few clips to tell")],
+)
+def test_the_verdict_tells_few_clips_from_no_difference(clips, shift, verdict, tmp_path):
+    one = [0.3 + 0.01 * i for i in range(clips)]
+    other = [value + shift + 0.002 * (-1) ** i for i, value in enumerate(one)]
+    evaluation = evaluation_of({"a": {"edge_f1": one}, "b": {"edge_f1": other}})
+    [difference] = evaluation.differences
+    assert evaluation.verdict(difference) == verdict
+    lines = [line for line in evaluation.lines() if line.startswith("beyond chance: edge_f1 of b − a")]
+    assert [line.endswith(verdict) for line in lines] == [True] * (verdict in ("better", "worse"))
+    page = evaluation_page(evaluation, b"", {}, [], {})
+    assert verdict in page
+    assert ("1 cannot be: with 1 differences it takes 6 clips" in page) == (clips == 4)
+    evaluation.write(tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["differences"][0]["verdict"] == verdict
 
 
 def test_the_cg_look_has_one_interval_wherever_it_is_written(tmp_path):
