@@ -20,9 +20,11 @@ class Background:
     Args:
         command: list of arguments for Python.
         fork: start it by `tests.helpers.forks`, without its imports and without a launcher.
+        python: the interpreter; `tests.helpers.forks.warm_python` makes one that has imported everything. A signal to
+            such a process reaches it, but not its process group.
     """
 
-    def __init__(self, command, fork=False):
+    def __init__(self, command, fork=False, python=sys.executable):
         self._folder = tempfile.TemporaryDirectory()
         self._outputs = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
         self._forked = forked(command, self._folder.name) if fork else None
@@ -31,7 +33,7 @@ class Background:
         else:
             with self._outputs[0].open("wb") as output:
                 self.process = psutil.Popen(
-                    [sys.executable, *map(str, command)],
+                    [python, *map(str, command)],
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     env=ENVIRONMENT,

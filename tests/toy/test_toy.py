@@ -19,7 +19,7 @@ from c2r.toy.appearance import gradient_energy, recognise_weather_and_walls
 from c2r.toy.folder import write_toy
 from c2r.toy.layout import WEIGHTS, PeopleFinder, correlation, correlations, edge_map, true_people_map
 from c2r.toy.pretrain import psnr, to_pixel_values
-from tests.helpers.commands import start
+from tests.helpers.forks import start_warm
 
 
 def test_a_seed_always_gives_the_same_scene():
@@ -187,7 +187,7 @@ def test_quickstart_runs_every_step_and_continues_where_it_was(tmp_path):
     (tmp_path / "toy/toy.json").write_text(json.dumps(toy | {"test": toy["test"][:2]}))
     command = ["-m", "c2r.quickstart", "--output_dir", str(tmp_path)]
     for expected in ("$ accelerate launch", "done already"):
-        done = start(*command)
+        done = start_warm(*command)
         assert done.returncode == 0, done.stderr[-3000:]
         assert expected in done.stdout
     table = json.loads((tmp_path / "report.json").read_text())
