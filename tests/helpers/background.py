@@ -20,23 +20,22 @@ class Background:
     Args:
         command: list of arguments for Python.
         fork: start it by `tests.helpers.forks`, without its imports and without a launcher.
-        python: the interpreter; `tests.helpers.forks.warm_python` makes one that has imported everything. A signal to
-            such a process reaches it, but not its process group.
+        environment: more environment variables.
     """
 
-    def __init__(self, command, fork=False, python=sys.executable):
+    def __init__(self, command, fork=False, **environment):
         self._folder = tempfile.TemporaryDirectory()
         self._outputs = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
-        self._forked = forked(command, self._folder.name) if fork else None
+        self._forked = forked(command, self._folder.name, **environment) if fork else None
         if fork:
             self.process = psutil.Process(self._forked.pid)
         else:
             with self._outputs[0].open("wb") as output:
                 self.process = psutil.Popen(
-                    [python, *map(str, command)],
+                    [sys.executable, *map(str, command)],
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env=ENVIRONMENT,
+                    env=ENVIRONMENT | environment,
                     cwd=ROOT,
                     start_new_session=True,
                 )

@@ -7,6 +7,7 @@ launcher starts included, but all of them are forks.
 import atexit
 import ctypes
 import functools
+import gc
 import importlib.util
 import json
 import multiprocessing
@@ -19,8 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from unittest import mock
+
+import psutil
 
 from tests.helpers.commands import ENVIRONMENT, HANGS_AFTER, LAUNCH, ROOT, start
 
@@ -93,8 +97,8 @@ def statuses(processes, seconds=HANGS_AFTER):
 def start_warm(*command, **environment):
     """Run one Python command to its end, like `start`; it and all Python commands that it starts are forks.
 
-    Such a process differs from one that is started by its imports alone: it is of no use where they, or how the
-    process is stopped or suspended, are tested.
+    With PYTHON_EXEC=`warm_python()`, a torchrun that is started in another way starts forks. They are of no use where
+    imports are tested, or signals to a process group.
     """
     return start(*command, python=warm_python(), **environment)
 
@@ -153,10 +157,17 @@ def _attend(connection):
     process = os.pidfd_open(pid)
     while process not in select.select([connection, process], [], [])[0]:
         numbers = connection.recv(16)
-        for number in numbers or [signal.SIGKILL]:
+        if not numbers:
+            killed = psutil.Process(pid)
+            for member in [killed, *killed.children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):  # it has ended
+                    member.kill()
+            break
+        for number in numbers:
             signal.pidfd_send_signal(process, number)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    connection.sendall(status.to_bytes(4, "big", signed=True))
+    with suppress(BrokenPipeError):  # the client has been killed
+        connection.sendall(status.to_bytes(4, "big", signed=True))
 
 
 def _run(command, folder, cwd, environment):
@@ -168,6 +179,7 @@ def _run(command, folder, cwd, environment):
 
 def _execute(command, cwd):
     """Run a command line of Python in this process, and end it."""
+    gc.freeze()  # what has been imported stays: no need to search it for garbage again and again
     os.setsid()  # a test may signal the command's process group
     multiprocessing.set_start_method("fork", force=True)  # for data workers: a forkserver would import again
     os.chdir(cwd)

@@ -174,7 +174,7 @@ def test_two_processes_stop_together_and_a_dead_or_hung_one_is_named(resume_comm
     command = resume_command(out, "--distributed_timeout_minutes=0.2", "--validation_steps=1000", launcher=TORCHRUN)
 
     # A signal to one process.
-    with Background(command, python=warm_python()) as done:
+    with Background(command, PYTHON_EXEC=warm_python()) as done:
         done.wait_until(done.trained)
         done.rank(1).terminate()
         assert done.end() != 0

@@ -117,7 +117,7 @@ def test_processes_that_cannot_connect_are_told_what_to_check(monkeypatch):
 def start(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    return lambda *arguments: Background([*TORCHRUN, script, *arguments], python=warm_python())
+    return lambda *arguments: Background([*TORCHRUN, script, *arguments], PYTHON_EXEC=warm_python())
 
 
 @pytest.mark.slow
