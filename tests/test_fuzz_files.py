@@ -12,9 +12,9 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import traceback
+import warnings
 from contextlib import suppress
 from functools import partial
 from itertools import islice
@@ -44,8 +44,9 @@ from c2r.options.types import Choice, Number
 from c2r.pipeline import encode_prompts, with_flow_shift
 from c2r.toy.folder import Scene, Toy, read_toy, toy_version
 from c2r.training.resume import changed_options, find_checkpoint, require_resumable
-from tests.helpers.commands import ENVIRONMENT, ROOT, SIZE
+from tests.helpers.commands import SIZE
 from tests.helpers.datasets import write_dataset
+from tests.helpers.forks import fork
 from tests.helpers.runs import build_run, load, save, train_one_step
 from tests.helpers.settings import clip_settings as tiny_settings
 from tests.helpers.tiny import FEATURE_DIM, LATENT_CHANNELS, TEXT_DIM, save_tiny_dinov3, save_tiny_pipeline
@@ -469,14 +470,7 @@ def run_in_fork(main, argv):
 
 def test_mutated_files_and_random_command_lines_end_in_success_or_one_line(tmp_path):
     counts = [os.environ.get("FUZZ_FILES", "60"), os.environ.get("FUZZ_LINES", "4")]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.test_fuzz_files", tmp_path, *counts],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        env=ENVIRONMENT,
-        cwd=ROOT,
-    )
+    done = fork("-m", "tests.test_fuzz_files", tmp_path, *counts)
     last = (done.stdout.splitlines() or ["nothing"])[-1]
     assert done.returncode == 0, f"ended with {done.returncode} at {last}: {done.stderr[-3000:]}"
     print(done.stdout[-300:])
@@ -484,6 +478,7 @@ def test_mutated_files_and_random_command_lines_end_in_success_or_one_line(tmp_p
 
 if __name__ == "__main__":
     place, files, lines = sys.argv[1:]
+    warnings.simplefilter("ignore")
     os.chdir(place)
     originals = write_originals(Path(place) / "originals")
     found = read_files(originals, int(files)) + run_lines(originals, int(lines))

@@ -11,7 +11,7 @@ from c2r.data.video import read_window
 from tests.helpers.commands import SIZE, launch, phase1, phase2, same, scalars, succeed, weights
 from tests.helpers.datasets import write_monitored_datasets
 from tests.helpers.device_mistakes import EXPRESSIONS, MISTAKES, RUN, refuses
-from tests.helpers.forks import fork
+from tests.helpers.forks import fork, start_warm
 from tests.helpers.sample_videos import difference, row_of
 
 ON_DEVICE = "tests/helpers/on_simulated_device.py"
@@ -47,7 +47,8 @@ def first_on_device(tiny_models, small_datasets, cache, tmp_path_factory):
     """The run `first`, launched as on a machine with one GPU."""
     out = tmp_path_factory.mktemp("run") / "phase1"
     launcher = [*launch("single_gpu.yaml", 1), ON_DEVICE]
-    succeed(*phase1(tiny_models, small_datasets, out, "--max_train_steps=4", cache, launcher=launcher))
+    command = phase1(tiny_models, small_datasets, out, "--max_train_steps=4", cache, launcher=launcher)
+    succeed(*command, by=start_warm)
     return out
 
 

@@ -7,7 +7,6 @@ import csv
 import random
 import resource
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from c2r import InputError
 from c2r.data.drop_reasons import DropReason
 from c2r.data.manifest import read_manifest
 from c2r.data.video import UnusableVideo, probe, read_window
-from tests.helpers.commands import ENVIRONMENT, ROOT
+from tests.helpers.forks import fork
 from tests.helpers.settings import clip_settings
 from tests.helpers.videos import encode_video
 
@@ -188,14 +187,7 @@ def read_metadata_tables(folder, count):
 
 def run(reader, folder, count):
     """Run one of the readers above in a subprocess and return its output; a failure names the last input."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.data.test_fuzz", reader, str(folder), str(count)],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        cwd=ROOT,
-        timeout=200,
-    )
+    done = fork("-m", "tests.data.test_fuzz", reader, folder, count)
     last = (done.stdout.splitlines() or ["nothing"])[-1]
     assert done.returncode == 0, f"ended with {done.returncode} at {last} in {folder}: {done.stderr[-3000:]}"
     return done.stdout

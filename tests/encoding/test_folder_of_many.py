@@ -5,7 +5,6 @@ import os
 import random
 import re
 import subprocess
-import sys
 
 import av
 import numpy as np
@@ -14,7 +13,7 @@ from PIL import Image
 
 from c2r.data.video_writer import write_video
 from tests.helpers.commands import ENVIRONMENT, ROOT, succeed
-from tests.helpers.forks import fork, forked_twice, statuses
+from tests.helpers.forks import fork, forked_twice, statuses, warm_python
 from tests.helpers.videos import counter_frames, encode_video
 
 SIZE = ["--buckets", "5x32x48", "5x48x32", "1x32x48", "--fps=8", "--dataloader_num_workers=1"]
@@ -165,7 +164,7 @@ def test_two_passes_killed_eight_times_leave_the_same_cache(by_one, folder, tiny
     for seed in (0, 1):
         rng = random.Random(seed)
         moments = ",".join(f"{rng.randrange(7)}:{rng.uniform(0, 0.1):.3f}" for _ in range(8))
-        call = [sys.executable, "-m", "tests.helpers.encode_server", moments, *arguments]
+        call = [warm_python(), "-m", "tests.helpers.encode_server", moments, *arguments]
         environment = ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}
         passes.append(subprocess.Popen(call, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True))
     for process in passes:

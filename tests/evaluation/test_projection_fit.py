@@ -17,9 +17,9 @@ from c2r.models.control_projection import load_projection
 from c2r.options import PHASE2
 from c2r.training.batches import Draw
 from c2r.training.step import kept_directions
-from tests.helpers.commands import ENGINES, SIZE, phase2, same, scalars, start, succeed, weights
+from tests.helpers.commands import ENGINES, SIZE, phase2, same, scalars, succeed, weights
 from tests.helpers.datasets import write_monitored_datasets
-from tests.helpers.forks import fork
+from tests.helpers.forks import fork, start_warm
 from tests.helpers.settings import clip_settings
 from tests.helpers.tiny import FEATURE_DIM
 
@@ -109,8 +109,10 @@ def test_fitted_again_it_has_the_same_bits_and_its_file_serves_another_run(run, 
 @pytest.mark.slow
 def test_fsdp2_shards_it(run, whole):
     options = ("--train_batch_size=1", "--control_tail_drop=0.5", "--ema_decay=0.9")
-    run("fsdp2", *options, "--max_train_steps=2", by=start, launcher=ENGINES["fsdp2"])
-    out, output = run(*("fsdp2", *options, "--resume_from_checkpoint=latest"), by=start, launcher=ENGINES["fsdp2"])
+    run("fsdp2", *options, "--max_train_steps=2", by=start_warm, launcher=ENGINES["fsdp2"])
+    out, output = run(
+        *("fsdp2", *options, "--resume_from_checkpoint=latest"), by=start_warm, launcher=ENGINES["fsdp2"]
+    )
     assert "at step 2" in output
     assert scalars(out)["train/loss"] == pytest.approx(scalars(whole[0])["train/loss"], rel=1e-4)
     ours, alone = weights(out / "final"), weights(whole[0] / "final")
@@ -137,7 +139,7 @@ def test_a_fit_that_fails_ends_all_processes_in_one_line(tiny_models, small_data
     command = phase2(
         *(tiny_models, small_datasets, tiny_models / "pipeline", tmp_path), *options, launcher=ENGINES["ddp"]
     )
-    failed = start(*command)
+    failed = start_warm(*command)
     assert failed.returncode != 0
     assert failed.stderr.count("cg files to train on") == 1
 

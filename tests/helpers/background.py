@@ -20,12 +20,13 @@ class Background:
     Args:
         command: list of arguments for Python.
         fork: start it by `tests.helpers.forks`, without its imports and without a launcher.
+        environment: more environment variables.
     """
 
-    def __init__(self, command, fork=False):
+    def __init__(self, command, fork=False, **environment):
         self._folder = tempfile.TemporaryDirectory()
         self._outputs = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
-        self._forked = forked(command, self._folder.name) if fork else None
+        self._forked = forked(command, self._folder.name, **environment) if fork else None
         if fork:
             self.process = psutil.Process(self._forked.pid)
         else:
@@ -34,7 +35,7 @@ class Background:
                     [sys.executable, *map(str, command)],
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env=ENVIRONMENT,
+                    env=ENVIRONMENT | environment,
                     cwd=ROOT,
                     start_new_session=True,
                 )

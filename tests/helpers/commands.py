@@ -48,10 +48,10 @@ ENGINES = {
 }
 
 
-def start(*command, **environment):
+def start(*command, python=sys.executable, **environment):
     """Run one Python command to its end; return its exit status, output and errors."""
     return subprocess.run(
-        [sys.executable, *map(str, command)],
+        [python, *map(str, command)],
         capture_output=True,
         text=True,
         env=ENVIRONMENT | environment,

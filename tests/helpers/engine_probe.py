@@ -1,5 +1,6 @@
 """Measure how much of a phase 2 model each process of an engine holds. Used by engine_runs.py."""
 
+import ctypes
 import gc
 import json
 import re
@@ -36,6 +37,9 @@ def gradients_between_micro_steps(accelerator: Accelerator, model: torch.nn.Modu
 
 def measure(accelerator: Accelerator, backbone_folder: str, output: str):
     """Prepare a model on the engine and write report-RANK.json: numbers of parameters, and bytes of memory."""
+    m_mmap_threshold = -3
+    # Else glibc keeps freed blocks of a few MB, which would count as memory here. Weights at 14B are larger.
+    ctypes.CDLL(None).mallopt(m_mmap_threshold, 100_000)
     before = peak_bytes()
     empty = not reads_weights(accelerator)
     backbone = load_transformer(backbone_folder, torch_dtype=torch.float32, empty=empty)
@@ -56,3 +60,4 @@ def measure(accelerator: Accelerator, backbone_folder: str, output: str):
     del backbone, controlnet, optimizer, model
     accelerator.free_memory()
     gc.collect()
+    ctypes.CDLL(None).mallopt(m_mmap_threshold, 32 * 2**20)  # the largest: the runs to come need no such care

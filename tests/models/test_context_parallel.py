@@ -7,9 +7,9 @@ import socket
 import pytest
 import torch
 
-from tests.helpers.commands import TORCHRUN, phase1, scalars, start, weights
+from tests.helpers.commands import TORCHRUN, phase1, scalars, weights
 from tests.helpers.context_parallel import BATCH, CASES, TOKENS, WIDTH
-from tests.helpers.forks import fork, forked, forked_twice, statuses
+from tests.helpers.forks import fork, forked, forked_twice, start_warm, statuses
 
 PROCESSES = 4
 LAYERS = 4  # of the backbone, and two of the control branch
@@ -73,7 +73,7 @@ def test_a_run_trains_and_resumes_with_shared_clips_as_without(first, tiny_model
     def command(name, *more, launcher=()):
         return phase1(tiny_models, small_datasets, tmp_path / name, "--max_train_steps=4", *more, launcher=launcher)
 
-    done = start(*command("shared", degree, launcher=TORCHRUN))
+    done = start_warm(*command("shared", degree, launcher=TORCHRUN))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 clips x 2 micro-steps x 1 groups of 2 processes = 4 clips a step" in done.stdout
     assert "Warning" not in done.stderr

@@ -13,6 +13,7 @@ from c2r.models.adversary import DomainClassifier, WithAdversary
 from c2r.training import setup
 from c2r.training.compilation import compile_blocks, require_compiler
 from tests.helpers.commands import phase2, scalars, succeed, weights
+from tests.helpers.forks import fork
 from tests.helpers.options import options, phase2_options
 from tests.helpers.runs import run_of
 from tests.helpers.tiny import LATENT_CHANNELS, tiny_c2r_transformer, tiny_inputs, tiny_transformer
@@ -74,7 +75,7 @@ def test_compiled_blocks_train_alike_and_no_bucket_compiles_twice(phase, checkpo
 @pytest.mark.slow
 def test_a_compiled_run_has_the_losses_and_names_of_a_plain_one(first, second, tiny_models, small_datasets, tmp_path):
     options = ["--compile", "--max_train_steps=4", "--num_samples=0"]
-    succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, *options))
+    succeed(*phase2(tiny_models, small_datasets, first[0] / "final", tmp_path, *options), by=fork)
     for tag in ("train/loss", "train/grad_norm", "validation/loss"):
         assert scalars(tmp_path)[tag] == pytest.approx(scalars(second[0])[tag], rel=1e-4)
     assert weights(tmp_path / "final").keys() == weights(second[0] / "final").keys()

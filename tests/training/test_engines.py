@@ -30,15 +30,15 @@ from c2r.models.lora_file import WEIGHTS as LORA_WEIGHTS
 from c2r.training.engine import require_supported
 from c2r.training.split_weights import local_fingerprint
 from c2r.training.watchdog import Watchdog
-from tests.helpers.commands import CONFIGS, ENGINES, SIZE, TORCHRUN, phase1, phase2, scalars, start, succeed, weights
+from tests.helpers.commands import CONFIGS, ENGINES, SIZE, TORCHRUN, phase1, phase2, scalars, succeed, weights
 from tests.helpers.datasets import noise_video, write_dataset
-from tests.helpers.forks import fork, forked_twice, statuses
+from tests.helpers.forks import fork, forked_twice, start_warm, statuses
 from tests.helpers.options import options, phase2_options
 from tests.helpers.settings import clip_settings
 from tests.helpers.tiny import tiny_transformer
 
-STEPS, SAVED = 10, 8  # of a run, and of the checkpoint to resume from
-BAD_CLIP = "r1.mp4#3"
+STEPS, SAVED = 8, 6  # of a run, and of the checkpoint to resume from
+BAD_CLIP = "r2.mp4#11"  # drawn in steps 4 and 9 of phase 1, and 6 and 11 of phase 2
 SAVES_MEMORY = {
     "fsdp2": ["--optimizer=adamw8bit"],
     "zero3": ["--optimizer=adamw8bit"],
@@ -63,7 +63,15 @@ WEIGHT = {"rtol": 0, "atol": 1e-4}
 
 
 @pytest.fixture(scope="session")
-def datasets(tiny_models, tmp_path_factory):
+def models(tiny_models, tmp_path_factory):
+    """Return the folder of tiny models, with a backbone of three blocks: control enters the first and the last."""
+    folder = shutil.copytree(tiny_models, tmp_path_factory.mktemp("models"), dirs_exist_ok=True)
+    tiny_transformer(num_layers=3).save_pretrained(folder / "pipeline/transformer")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def datasets(models, tmp_path_factory):
     """Write real/ (26 clips to train on, 13 held out) and cg/, encode them, and make BAD_CLIP's latents NaN."""
     folder = tmp_path_factory.mktemp("long")
     texts = ["a street", "the city at night", "red brick"]
@@ -71,7 +79,7 @@ def datasets(tiny_models, tmp_path_factory):
     for i in range(3):
         write_video(folder / f"real/r{i}.mp4", noise_video(i, 65), SIZE["fps"])
     write_dataset(folder / "cg", [f"f{i}.mp4" for i in range(3)], texts, [f"c{i}.mp4" for i in range(3)])
-    settings, accelerator = clip_settings(base_model=str(tiny_models / "pipeline")), Accelerator(cpu=True)
+    settings, accelerator = clip_settings(base_model=str(models / "pipeline")), Accelerator(cpu=True)
     manifests = [read_manifest(folder / domain, domain, settings) for domain in ("real", "cg")]
     clips = [clip for manifest in manifests for clip in manifest.clips]
     encode_missing(clips, settings, accelerator, Watchdog(accelerator, 60))
@@ -84,7 +92,7 @@ def datasets(tiny_models, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def command(tiny_models, datasets):
+def command(models, datasets):
     """Return command(phase, engine, out, *options) of 4 samples a step, without its launcher."""
 
     def command(phase, engine, out, *options):
@@ -98,15 +106,16 @@ def command(tiny_models, datasets):
             *options,
         ]
         if phase == 1:
-            return phase1(tiny_models, datasets, out, *options, launcher=())
+            return phase1(models, datasets, out, *options, launcher=())
         # One validation clip of each domain: ZeRO-3 takes seconds for each.
         options += [
             "--num_validation_clips=1",
             f"--sample_steps={STEPS}",
+            "--num_inference_steps=1",
             "--real_weight=2",
             "--adversarial_weight=0.1",
         ]
-        return phase2(tiny_models, datasets, tiny_models / "pipeline/transformer", out, *options, launcher=())
+        return phase2(models, datasets, models / "pipeline/transformer", out, *options, launcher=())
 
     return command
 
@@ -184,8 +193,7 @@ def launched(engine, *command, folder):
         codes = statuses(forked_twice(command, folder))
         texts = [(folder / "0" / name).read_text() for name in ("stdout", "stderr")]
         return subprocess.CompletedProcess(command, max(codes), *texts)
-    # glibc keeps freed blocks of a few MB, which would count as memory of the probe. Weights at 14B are larger.
-    return start(*ENGINES[engine], *command, MALLOC_MMAP_THRESHOLD_="100000")
+    return start_warm(*ENGINES[engine], *command)
 
 
 def state_of(file):

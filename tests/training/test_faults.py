@@ -24,7 +24,7 @@ from c2r.training.resume import find_damage, list_checkpoints
 from c2r.training.watchdog import EXIT_HUNG
 from tests.helpers.background import Background
 from tests.helpers.commands import LAUNCH, SIZE, TORCHRUN, phase1, phase2, same, scalars, succeed, weights
-from tests.helpers.forks import fork, forked_twice, statuses
+from tests.helpers.forks import fork, forked_twice, statuses, warm_python
 from tests.helpers.runs import build_run, save, train_one_step
 
 STEPS = 24
@@ -174,7 +174,7 @@ def test_two_processes_stop_together_and_a_dead_or_hung_one_is_named(resume_comm
     command = resume_command(out, "--distributed_timeout_minutes=0.2", "--validation_steps=1000", launcher=TORCHRUN)
 
     # A signal to one process.
-    with Background(command) as done:
+    with Background(command, PYTHON_EXEC=warm_python()) as done:
         done.wait_until(done.trained)
         done.rank(1).terminate()
         assert done.end() != 0

@@ -9,7 +9,7 @@ import torch
 from c2r.generate import main
 from c2r.models.controlnet_files import load_controlnet
 from tests.helpers.commands import ENGINES, phase2, same, scalars, succeed, weights
-from tests.helpers.forks import fork
+from tests.helpers.forks import fork, start_warm
 from tests.helpers.released import released_tensors, save_released
 
 
@@ -92,8 +92,8 @@ def test_engines_train_it_as_one_process_does(engine, run, whole, tiny_models, s
     ]
     options += [f"--resume_controlnet_from={run.released}", f"--cache_dir={whole.with_name('cache')}"]
     options.append("--train_batch_size=1")  # of each of two processes
-    launcher = ENGINES[engine]
-    succeed(*phase2(tiny_models, small_datasets, tiny_models / "pipeline", out, *options, launcher=launcher))
+    command = phase2(tiny_models, small_datasets, tiny_models / "pipeline", out, *options, launcher=ENGINES[engine])
+    succeed(*command, by=start_warm)
     assert scalars(out)["train/loss"] == pytest.approx(scalars(whole)["train/loss"], rel=1e-4)
     trained, expected = weights(out / "final"), weights(whole / "final")
     assert trained.keys() == expected.keys()

@@ -8,6 +8,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 from c2r import InputError
 from c2r.training.engine import _override_deepspeed_config, build_accelerator, require_known_settings
 from tests.helpers.commands import CONFIGS, TORCHRUN, start
+from tests.helpers.forks import start_warm
 from tests.helpers.options import options
 
 
@@ -136,7 +137,7 @@ def test_torchrun_starts_two_processes_where_accelerate_launch_starts_one(tmp_pa
         f"args = options(['--output_dir={tmp_path}'])\n"
         "cli.run(lambda: print(f'{build_accelerator(args).num_processes} joined', flush=True))\n"
     )
-    assert start(*TORCHRUN, script).stdout.count("2 joined") == 2
+    assert start_warm(*TORCHRUN, script).stdout.count("2 joined") == 2
     done = start("-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", script)
     assert "joined" not in done.stdout
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))

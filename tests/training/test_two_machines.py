@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ import pytest
 from c2r.training.resume import list_checkpoints
 from c2r.training.watchdog import EXIT_HUNG
 from tests.helpers.commands import CONFIGS, ENVIRONMENT, ROOT, phase1, phase2, scalars
+from tests.helpers.forks import warm_python
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +49,7 @@ class Machine:
             *("--main_process_ip=10.77.0.1", f"--machine_rank={self.number}"),
         ]
         rename = f'hostname machine{self.number} && exec "$@"'
-        inside = ["ip", "netns", "exec", self.name, "unshare", "--uts", "sh", "-c", rename, "sh", sys.executable]
+        inside = ["ip", "netns", "exec", self.name, "unshare", "--uts", "sh", "-c", rename, "sh", warm_python()]
         self.output = folder / f"machine{self.number}"
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(

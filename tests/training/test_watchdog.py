@@ -9,7 +9,7 @@ from c2r import InputError
 from c2r.training.watchdog import EXIT_HUNG, Watchdog, hang_report, joining
 from tests.helpers.background import Background
 from tests.helpers.commands import TORCHRUN
-from tests.helpers.forks import fork
+from tests.helpers.forks import fork, warm_python
 
 # One rank sleeps, stops, or is slow in step 3.
 SCRIPT = """
@@ -117,7 +117,7 @@ def test_processes_that_cannot_connect_are_told_what_to_check(monkeypatch):
 def start(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    return lambda *arguments: Background([*TORCHRUN, script, *arguments])
+    return lambda *arguments: Background([*TORCHRUN, script, *arguments], PYTHON_EXEC=warm_python())
 
 
 @pytest.mark.slow
