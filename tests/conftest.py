@@ -74,7 +74,7 @@ def small_datasets(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def first(tiny_models, small_datasets, tmp_path_factory):
-    """Train phase 1 for four steps, launched as a user does; return its folder and the finished process."""
+    """Train phase 1 for four steps, by its launcher; return its folder and the finished process."""
     out = tmp_path_factory.mktemp("run") / "phase1"
     done = succeed(*phase1(tiny_models, small_datasets, out, "--max_train_steps=4"), by=start_warm)
     return out, done

@@ -7,7 +7,7 @@ from c2r.training.dry_run import limit_to_dry_run, projection
 from c2r.training.timings import Timings
 from tests.helpers.clips import BUCKET, clip, clips_of
 from tests.helpers.commands import ENGINES, phase1, phase2, succeed
-from tests.helpers.forks import fork, start_warm
+from tests.helpers.forks import fork
 from tests.helpers.options import options
 from tests.helpers.runs import run_of
 
@@ -35,7 +35,8 @@ def test_a_dry_run_of_phase_2_trains_resumes_and_leaves_no_files(first, tiny_mod
 @pytest.mark.slow
 def test_a_dry_run_of_phase_1_works_on_split_weights(tiny_models, small_datasets, tmp_path):
     command = phase1(tiny_models, small_datasets, tmp_path / "out", "--dry_run", launcher=ENGINES["zero3"])
-    assert "dry run: passed" in succeed(*command, by=start_warm).stdout
+    # Not by `start_warm`: the one test that starts DeepSpeed as a user does.
+    assert "dry run: passed" in succeed(*command).stdout
     assert not files(tmp_path)
 
 
