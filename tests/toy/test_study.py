@@ -29,14 +29,7 @@ from c2r.toy.study_runs import OPTIONS, RATIOS, caption_cg_like_real, planned_ru
 
 PUBLISHED = Path(__file__).parents[2] / "docs/study/results.csv"
 #: Settings that the published study does not have yet.
-UNPUBLISHED = {
-    *(f"cg 0.2, {name}" for name in ("projection", "projection, tail drop 0.5", "64 directions, tail drop 0.5")),
-    "cg 0.2, latent injection",
-    *(f"leak: pixel features, {name}" for name in ("projection", "projection, tail drop 0.5", "augmentation 1")),
-    *(f"leak: pixel features, {name}" for name in ("4 directions", "16 directions", "64 directions")),
-    "leak: pixel features, 64 directions, tail drop 0.5",
-    *(f"probe cg {ratio}" for ratio in ("0", "0.1", "0.2", "0.5")),
-}
+UNPUBLISHED = {f"cg {ratio:g}, no phase 1" for ratio in RATIOS}
 
 
 def result(name, seed, **values):
@@ -84,6 +77,8 @@ def test_each_setting_has_differences_in_the_published_results():
     for run in planned_runs():
         if run.name in published and run.baseline is not None:
             for measure in COMPARED_MEASURES:
+                if measure == "leak_share_coarse" and not values_of(results, run.name, measure):
+                    continue  # a share of hardly any control gain
                 assert math.isfinite(paired_difference(results, run.name, run.baseline, measure).low), run.name
 
 
