@@ -15,7 +15,7 @@ from hypothesis import settings
 from c2r.cli import log_to_stdout
 from tests.helpers.commands import SIZE, phase1, phase2, succeed
 from tests.helpers.datasets import noise_video, write_dataset
-from tests.helpers.forks import fork, start_warm
+from tests.helpers.forks import fork
 from tests.helpers.tiny import save_tiny_dinov3, save_tiny_pipeline
 from tests.helpers.videos import encode_video
 
@@ -74,9 +74,9 @@ def small_datasets(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def first(tiny_models, small_datasets, tmp_path_factory):
-    """Train phase 1 for four steps, by its launcher; return its folder and the finished process."""
+    """Train phase 1 for four steps, launched as a user does; return its folder and the finished process."""
     out = tmp_path_factory.mktemp("run") / "phase1"
-    done = succeed(*phase1(tiny_models, small_datasets, out, "--max_train_steps=4"), by=start_warm)
+    done = succeed(*phase1(tiny_models, small_datasets, out, "--max_train_steps=4"))
     return out, done
 
 

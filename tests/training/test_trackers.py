@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from c2r import InputError
-from c2r.options import training
+from c2r.options import training_checks
 from tests.helpers.commands import images, phase1, phase2, scalars, succeed
 from tests.helpers.forks import fork
 from tests.helpers.options import options
@@ -142,11 +142,11 @@ def test_trackio_has_the_same_numbers(tracked):
 
 
 def test_a_missing_package_is_refused_before_anything_loads(monkeypatch):
-    find_spec = training.find_spec
-    monkeypatch.setattr(training, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    find_spec = training_checks.find_spec
+    monkeypatch.setattr(training_checks, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
     with pytest.raises(InputError, match=r"--report_to tensorboard wandb: needs wandb; pip install wandb=="):
         options(["--report_to", "tensorboard", "wandb"])
-    assert training.chosen_trackers(["all"]) == ["tensorboard", "trackio"]
+    assert training_checks.chosen_trackers(["all"]) == ["tensorboard", "trackio"]
 
 
 def test_a_missing_login_is_refused_before_anything_is_encoded(tiny_models, small_datasets, tmp_path):
@@ -163,4 +163,4 @@ def test_a_missing_login_is_refused_before_anything_is_encoded(tiny_models, smal
 def test_none_excludes_the_other_trackers():
     with pytest.raises(InputError, match="--report_to none wandb: none excludes the others"):
         options(["--report_to", "none", "wandb"])
-    assert training.chosen_trackers(options(["--report_to", "none"]).report_to) == []
+    assert training_checks.chosen_trackers(options(["--report_to", "none"]).report_to) == []
