@@ -285,8 +285,8 @@ def run_model(
     print(f"{model.name}: {len(every) - len(missing)} of {len(every)} videos are there", flush=True)
     if outdated := sum(task.path.exists() for task in missing):
         print(
-            f"{model.name}: others are of other weights, prompts, controls or settings, or incomplete, and are made "
-            f"again: {outdated}",
+            f"{model.name}: makes again those of other weights, prompts, controls or settings, or incomplete: "
+            f"{outdated}",
             flush=True,
         )
     if not missing and datasets is None:

@@ -179,7 +179,7 @@ def test_videos_are_made_again_only_if_what_they_depend_on_has_changed(models, s
     metadata = scenes / "metadata.csv"
     metadata.write_text(metadata.read_text().replace("rain", "a red brick street"))
     assert changed() == {"own/f1-seed0.mp4"}
-    assert "are made again: 1" in capsys.readouterr().out
+    assert "or settings, or incomplete: 1" in capsys.readouterr().out
     write_video(scenes / "c0.mp4", noise_video(7), SIZE["fps"])
     assert changed() == {"own/f0-seed0.mp4"}
     (path,) = (out / "videos").rglob("f1-seed0.mp4")

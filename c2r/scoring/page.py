@@ -12,7 +12,7 @@ from c2r.reporting.html import data_address, html_page, table
 from c2r.reporting.page import MAX_VIDEO_BYTES, RUN_COLORS, STYLES
 from c2r.scoring.measuring import Source
 from c2r.scoring.picture import draw_scores
-from c2r.scoring.results import PAGE, PICTURE, Evaluation, interval_text, is_beyond_chance
+from c2r.scoring.results import PAGE, PICTURE, TOO_FEW, Evaluation, interval_text, is_beyond_chance
 from c2r.scoring.scenes import Scene
 from c2r.scoring.side_by_side import write_side_by_side
 from c2r.units import size_text
@@ -129,7 +129,7 @@ def _differences(evaluation):
         rows.append([escape(d.measure), difference, f"{d.p_value:.2g}", str(d.clips), verdict, pair])
     found = sum(map(is_beyond_chance, evaluation.differences))
     verdict = f"{found} of {len(rows)} differences {'is' if found == 1 else 'are'} beyond chance."
-    undecided = sum(evaluation.verdict(d) == "too few clips to tell" for d in evaluation.differences)
+    undecided = sum(evaluation.verdict(d) == TOO_FEW for d in evaluation.differences)
     if undecided:
         verdict += (
             f" {undecided} cannot be: with {len(rows)} differences it takes {evaluation.clips_needed} clips to tell."

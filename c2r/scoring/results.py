@@ -19,6 +19,9 @@ from c2r.scoring.statistics import CONFIDENCE, MIN_CLIPS, SIGNIFICANCE, Interval
 
 RESULTS, CLIPS, PICTURE, PAGE = "results.json", "clips.csv", "plot.png", "report.html"
 
+#: The verdict on a difference whose clips could not show it: no sign that two sources are alike.
+TOO_FEW = "too few clips to tell"
+
 
 @dataclass
 class Evaluation:
@@ -50,13 +53,18 @@ class Evaluation:
         return clips_needed(len(self.differences)) if self.differences else 0
 
     def verdict(self, difference: Difference) -> str:
-        """Return what follows from a difference, second − first: "better", "worse" and so on, of the second."""
-        if difference.p_value <= SIGNIFICANCE:
+        """Return what follows from a difference, second − first.
+
+        Returns:
+            "better" or "worse", the second one; "beyond chance" where neither direction is better; "within chance"; or
+            TOO_FEW.
+        """
+        if is_beyond_chance(difference):
             better = self.scores.measures[difference.measure].higher_is_better
             if better is None:
                 return "beyond chance"
             return "better" if (difference.interval.mean > 0) == better else "worse"
-        return "too few clips to tell" if difference.clips < self.clips_needed else "within chance"
+        return TOO_FEW if difference.clips < self.clips_needed else "within chance"
 
     @property
     def remarks(self) -> list[str]:
