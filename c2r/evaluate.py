@@ -10,7 +10,6 @@ its model, prompt, control or settings have changed. --videos takes videos that 
 Modules that take seconds to import are imported inside functions: --help and bad options are then answered at once.
 """
 
-import logging
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,15 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from c2r import InputError, cli
-from c2r.metrics.catalogue import MEASURES
 from c2r.options import EVALUATE
-
-logger = logging.getLogger("c2r.evaluate")  # under python -m, __name__ is "__main__"
 
 if TYPE_CHECKING:
     import torch
 
-    from c2r.metrics.metric import Metric, SetMetric
     from c2r.models.contract import PhaseContract
     from c2r.scoring.measuring import Source
     from c2r.scoring.run_datasets import ModelLosses, RunDatasets
@@ -89,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     from accelerate import Accelerator
     from diffusers.utils.torch_utils import get_device
 
+    from c2r.scoring.chosen_measures import make_measures, require_measurable
     from c2r.scoring.measuring import measure_videos
     from c2r.scoring.page import write_results
     from c2r.scoring.results import Evaluation
@@ -356,61 +352,7 @@ def validate(model: Model, pipeline: Any, datasets: "RunDatasets") -> "ModelLoss
     return model_losses(pipeline, contract.phase, datasets, shift, scale, model.dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------- measure
-
-
-def make_measures(args: Namespace, device: str) -> "tuple[list[Metric], list[SetMetric], dict[str, str]]":
-    """Make the measures that the options name.
-
-    Returns:
-        measures of clips, of sets, and {names: why they are missing}.
-
-    Raises:
-        InputError: a network cannot be loaded.
-    """
-    from c2r.metrics.registry import make_metrics
-
-    networks = dict(args.networks or [])
-    names, skipped = args.metrics, {}
-    if names is None:
-        names = [measure.name for measure in MEASURES if measure.role is None or measure.role in networks]
-        without = [measure.name for measure in MEASURES if measure.name not in names]
-        if without:
-            skipped[", ".join(without)] = "not computed, as --networks names none for them"
-    metrics, set_metrics, missing = make_metrics(names, networks, device)
-    return metrics, set_metrics, skipped | {entry.name: entry.reason for entry in missing}
-
-
-def require_measurable(args: Namespace, scenes: "Sequence[Scene]") -> None:
-    """Find out which measures will have no value, before a video is made.
-
-    Raises:
-        InputError: a network cannot be loaded, or none of --metrics can be computed.
-    """
-    from c2r.scoring.measuring import WITHOUT
-
-    metrics, set_metrics, skipped = make_measures(args, "cpu")
-    if args.metrics is None:
-        return
-    there = {
-        "truth": any(scene.truth is not None for scene in scenes),
-        "control": any(scene.control is not None for scene in scenes),
-        "passes": any(scene.ids is not None or scene.depth is not None for scene in scenes),
-        "prompt": any(scene.prompt.strip() for scene in scenes),
-    }
-    reasons = {name: f": {reason}" for name, reason in skipped.items()}
-    for metric in metrics:
-        if not there.get(metric.against, True):
-            reasons[metric.name] = WITHOUT[metric.against]
-        elif metric.against == "control" and not (args.real_dataset and args.cg_dataset):
-            reasons[metric.name] = ": the CG look must be known too; give --real_dataset and --cg_dataset"
-    if len(reasons) == len(metrics) + len(set_metrics) + len(skipped):
-        raise InputError(
-            f"--metrics {' '.join(args.metrics)}: nothing can be measured: "
-            + "; ".join(name + reason for name, reason in reasons.items())
-        )
-    for name, reason in reasons.items():
-        logger.warning("%s will be missing%s", name, reason)
+# ------------------------------------------------------------------------------------------- datasets of the training
 
 
 def read_run_datasets(
