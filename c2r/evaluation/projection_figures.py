@@ -1,7 +1,7 @@
 """Figures of the control's projection: what probes tell on held-out files, by features that the branch sees."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ from scipy.stats import t as student
 
 from c2r import InputError
 from c2r.evaluation.discriminants import FOLDS, Scorer, fit_probe, fit_probes, folds_of
-from c2r.models.control_projection import FIT, Certificate, Figure, project
+from c2r.models.control_projection import FIT, Certificate, Figure, coordinates_of
 
 #: Ridge penalties of the probes, see `fit_probes`, and the features of one more probe, those whose means differ most.
 #: The best probe on folds of files counts: with one penalty for all, a probe of many directions would fit the clips,
@@ -41,30 +41,36 @@ class _Classes(NamedTuple):
     files: tuple[list[str], list[str]]
 
 
-def figures_of(mean, directions, numbers, chosen_by: Pairs, held_out: Pairs):
-    """Return {number of directions or None for the features as they are: certificate} and {…: worst accuracy}."""
+def figures_of(
+    mean: torch.Tensor, directions: torch.Tensor, numbers: Sequence[int], chosen_by: Pairs, held_out: Pairs
+) -> dict[int | None, Certificate]:
+    """Return the certificate of each number of directions, and of the features as they are as that of None.
 
-    def projected(pairs):
-        return {
-            kind: [Pair(p.file, *(project(look, mean, directions) for look in (p.one, p.other))) for p in of_kind]
-            for kind, of_kind in pairs.items()
-        }
-
-    coordinates = projected(chosen_by), projected(held_out)
+    Args:
+        mean, directions: (Dd,) and (n, Dd), of the projection.
+        numbers: of directions, rising.
+        chosen_by: pairs that the probes are fitted on.
+        held_out: pairs of other files.
+    """
+    coordinates = [projected(pairs, mean, directions) for pairs in (chosen_by, held_out)]
     certificates: dict[int | None, Certificate] = {}
-    worst: dict[int | None, float] = {}
-    for number in (None, *numbers):
-        samples = (chosen_by, held_out) if number is None else (_first(pairs, number) for pairs in coordinates)
-        certificates[number], worst[number] = certify(*samples)
-    # Directions hold those of fewer, and the features as they are hold all: what a probe finds there is here too.
-    below, found = None, 0.0
+    below: Certificate | None = None
     for number in (*numbers, None):
-        found = worst[number] = max(worst[number], found)
-        if below is not None:
-            for name in ("cg_or_real", "cg_or_real_clip", "look"):
-                certificates[number][name] = max(certificates[number][name], below[name])
-        below = certificates[number]
-    return certificates, worst
+        samples = (chosen_by, held_out) if number is None else (_first(pairs, number) for pairs in coordinates)
+        certificate = certificates[number] = certify(*samples)
+        # Directions hold those of fewer, and the features as they are hold all: what a probe finds there is here too.
+        for name in ("cg_or_real", "cg_or_real_clip", "look") if below is not None else ():
+            certificate[name] = max(certificate[name], below[name])
+        below = certificate
+    return certificates
+
+
+def projected(pairs: Pairs, mean: torch.Tensor, directions: torch.Tensor) -> Pairs:
+    """Return the pairs with their coordinates, see `coordinates_of`, in place of their features."""
+    return {
+        kind: [Pair(p.file, *(coordinates_of(look, mean, directions) for look in (p.one, p.other))) for p in of_kind]
+        for kind, of_kind in pairs.items()
+    }
 
 
 def _first(pairs, number):
@@ -74,35 +80,55 @@ def _first(pairs, number):
     }
 
 
-def certify(chosen_by: Pairs, held_out: Pairs) -> tuple[Certificate, float]:
-    """Return the figures on held-out files, and the highest accuracy of a probe on folds of the other files.
+def agreement(pairs: Pairs) -> list[Figure]:
+    """Return for each feature the correlation of a place in one look with itself in another, at least 0.
 
-    That accuracy leaves altered frames out: any feature of fine detail tells a blurred or posterised frame from its
-    original, and no such frame is a look that the model could copy. The certificate's `look` has them.
+    It is the share of the feature's variance that both looks have in common. Of the kinds of looks the one that agrees
+    least counts. Altered frames are left out: fine detail of a blurred frame does not agree with its original, and no
+    such frame is a look that the model could copy.
+    """
+    of_kinds = [_agreement(of_kind) for kind, of_kind in pairs.items() if kind != ALTERED]
+    return [min(figures) for figures in zip(*of_kinds)]
+
+
+def _agreement(pairs):
+    files, *looks = zip(*pairs)
+    one, other = (_standardised([features.flatten(0, 1).double() for features in look]) for look in looks)
+    products = torch.stack([(a * b).mean(0) for a, b in zip(one, other)])  # (clips, k)
+    return [_figure([_file_means(of_feature.tolist(), files)]) for of_feature in products.T]
+
+
+def _standardised(rows):
+    """Standardise the features of (rows, k) of each clip over all clips; one without variance becomes 0."""
+    everything = torch.cat(rows)
+    mean, deviation = everything.mean(0), everything.std(0, correction=0)
+    return [(x - mean) / deviation.clamp(min=1e-12) for x in rows]
+
+
+def certify(chosen_by: Pairs, held_out: Pairs) -> Certificate:
+    """Return the figures of features on held-out files.
 
     Args:
         chosen_by: pairs that the probes are fitted on.
         held_out: pairs of other files.
     """
     kinds = [kind for kind, pairs in chosen_by.items() if _num_files(pairs) > 1 and held_out.get(kind)]
+    require_pairs(kinds)
+    return Certificate(
+        cg_or_real=_probe(*(_domains(pairs, _of_places) for pairs in (chosen_by, held_out))),
+        cg_or_real_clip=_probe(*(_domains(pairs, _of_clip) for pairs in (chosen_by, held_out))),
+        look=max(_probe(*(_looks(pairs[kind]) for pairs in (chosen_by, held_out))) for kind in kinds),
+        place=_place_figure([pair for kind in kinds for pair in held_out[kind]]),
+        agreement=min(agreement({kind: held_out[kind] for kind in kinds})),
+    )
+
+
+def require_pairs(kinds: Iterable[str]):
+    """Raise InputError if pairs of a kind are missing that every run has."""
     if not {ALTERED, PAIR} <= set(kinds):
         raise InputError(
             f"--control_projection {FIT}: too few clips could be read; restore the files that are named above"
         )
-    place, place_worst = _probe(*(_domains(pairs, _of_places) for pairs in (chosen_by, held_out)))
-    clip, clip_worst = _probe(*(_domains(pairs, _of_clip) for pairs in (chosen_by, held_out)))
-    looks = {kind: _probe(*(_looks(pairs[kind]) for pairs in (chosen_by, held_out))) for kind in kinds}
-    num_clips = min(len(chosen_by[kind]) for kind in (ALTERED, PAIR))
-    # Accuracies of few clips are coarse: a whole clip's counts only where it is beyond chance, at a level of 5 %.
-    if clip_worst < 0.5 + 1.645 * 0.5 / (2 * num_clips) ** 0.5:
-        clip_worst = 0.5
-    certificate = Certificate(
-        cg_or_real=place,
-        cg_or_real_clip=clip,
-        look=max(figure for figure, _ in looks.values()),
-        place=_place_figure([pair for kind in kinds for pair in held_out[kind]]),
-    )
-    return certificate, max(place_worst, clip_worst, *(looks[kind][1] for kind in kinds if kind != ALTERED))
 
 
 def _num_files(pairs):
@@ -133,8 +159,8 @@ def _looks(pairs):
     return _Classes(([_of_places(p.one) for p in pairs], [_of_places(p.other) for p in pairs]), (files, files))
 
 
-def _probe(train: _Classes, held_out: _Classes) -> tuple[Figure, float]:
-    """Return the held-out accuracy of the best probe, and that on folds of the files that it is fitted on."""
+def _probe(train: _Classes, held_out: _Classes) -> Figure:
+    """Return the held-out accuracy of the probe that is best on folds of the files that it is fitted on."""
     by_class = list(zip(train.rows, (folds_of(files).tolist() for files in train.files)))
     right: list[list[list[float]]] = []  # of each clip: by probe and class
     for fold in range(FOLDS):
@@ -154,7 +180,7 @@ def _probe(train: _Classes, held_out: _Classes) -> tuple[Figure, float]:
         _file_means([_right(scorer, x, c) for x in rows], files)
         for c, (rows, files) in enumerate(zip(held_out.rows, held_out.files))
     ]
-    return _figure(held_out_right, paired=held_out.files[0] == held_out.files[1]), accuracies[best]
+    return _figure(held_out_right, paired=held_out.files[0] == held_out.files[1])
 
 
 def fit_all_probes(zero: torch.Tensor, one: torch.Tensor) -> list[Scorer]:
@@ -199,18 +225,18 @@ def _file_means(values, files):
     return np.array([np.mean(of_file) for of_file in by_file.values()])
 
 
-def _figure(accuracies: Sequence[np.ndarray], paired: bool = False) -> Figure:
-    """Return the mean of the classes' accuracies with its t interval over files.
+def _figure(values: Sequence[np.ndarray], paired: bool = False) -> Figure:
+    """Return the mean of the classes' accuracies, or of correlations, with its t interval over files.
 
     Args:
-        accuracies: (files,) of each class.
+        values: (files,) of each class.
         paired: the classes are two looks of the same files.
     """
     if paired:
-        accuracies = [np.mean(accuracies, axis=0)]
-    mean = float(np.mean([of_class.mean() for of_class in accuracies]))
-    if min(map(len, accuracies)) < 2:
-        return Figure(mean)
-    error = np.sqrt(sum(x.var(ddof=1) / len(x) for x in accuracies)) / len(accuracies)
-    half = float(error * student.ppf((1 + CONFIDENCE) / 2, min(map(len, accuracies)) - 1))
-    return Figure(mean, max(0.0, mean - half), min(1.0, mean + half))
+        values = [np.mean(values, axis=0)]
+    mean = float(np.mean([of_class.mean() for of_class in values]))
+    half = 1.0
+    if min(map(len, values)) > 1:
+        error = np.sqrt(sum(x.var(ddof=1) / len(x) for x in values)) / len(values)
+        half = float(error * student.ppf((1 + CONFIDENCE) / 2, min(map(len, values)) - 1))
+    return Figure(*(min(1.0, max(0.0, value)) for value in (mean, mean - half, mean + half)))

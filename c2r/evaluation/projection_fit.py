@@ -6,7 +6,7 @@ half, and the held-out files, which neither has seen, give the certificate.
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,13 +20,24 @@ from c2r.data.settings import ClipSettings
 from c2r.data.video_info import UnusableVideo
 from c2r.data.workers import Heartbeat
 from c2r.encoding.dataset import ClipDataset
-from c2r.evaluation.projection_figures import ALTERED, COARSE, PAIR, Pair, Pairs, figures_of
+from c2r.evaluation.projection_figures import (
+    ALTERED,
+    COARSE,
+    PAIR,
+    Pair,
+    Pairs,
+    agreement,
+    figures_of,
+    projected,
+    require_pairs,
+)
 from c2r.models.control_projection import (
     FIT,
     MAX_DIRECTIONS,
     FittedProjection,
     LookScatter,
     load_projection,
+    orthonormal,
     save_projection,
 )
 from c2r.training.augmentation import augment_control_frames
@@ -43,9 +54,9 @@ NUM_TRAIN, NUM_HELD_OUT, NUM_FRAMES, NUM_PLACES = 96, 32, 4, 64
 NUM_PROBED = 1000
 #: Training files of a domain that are needed, and files of each set below which the figures are worth little.
 MIN_FILES, FEW_FILES = 4, 8
-#: The largest number of directions is taken up to which a probe's accuracy in telling CG from real, and two rendered
-#: looks, is at most this.
-MAX_ACCURACY = 0.6
+#: Directions are taken up to the first whose looks of a place agree less than this, as a correlation: of its variance
+#: less is common to both looks than differs between them.
+MIN_AGREEMENT = 0.5
 #: (F, 3, H, W) in [0, 1] -> (F, places, Dd)
 Features = Callable[[torch.Tensor], torch.Tensor]
 
@@ -135,13 +146,24 @@ def fit_projection(
                 f"{error}; check --dinov3 and the videos"
             ) from error
         mean, directions = mean.float(), directions[:MAX_DIRECTIONS].float()
-        numbers = numbers_to_try(len(directions), num_directions)
-        figures, worst = figures_of(mean, directions, numbers, chosen_by, held_out)
-        unprojected, _ = figures.pop(None), worst.pop(None)
-        used = num_directions or choose_number(worst)
-        _log_figures(unprojected, figures, worst, used, num_directions)
+        require_pairs(chosen_by)
+        agreements = [figure.mean for figure in agreement(projected(chosen_by, mean, directions))]
+        used = num_directions or choose_number(agreements)
+        numbers = numbers_to_try(len(directions), used)
+        figures = figures_of(mean, directions, numbers, chosen_by, held_out)
+        unprojected = figures.pop(None)
+        _log_figures(unprojected, figures, agreements, used)
+        held_out_agreement = figures[used]["agreement"].mean
+        if held_out_agreement < MIN_AGREEMENT:
+            logger.warning(
+                "the control's projection: on held-out files a direction's correlation between looks is only %.2f, so "
+                "that the look can leak; watch leak_share_coarse, or give a lower --control_directions",
+                held_out_agreement,
+            )
+        directions = orthonormal(directions)
+        shares = scatter.shares(directions).clamp(min=0).float()
     datasets = [dataset.folder for mixture in (real, cg) for dataset in mixture.datasets]
-    return FittedProjection(mean, directions, used, figures, unprojected, dinov3, datasets)
+    return FittedProjection(mean, directions, shares, used, figures, unprojected, dinov3, datasets)
 
 
 def _split_by_file(real: Mixture, cg: Mixture) -> dict[str, dict[str, list[Clip]]]:
@@ -231,46 +253,47 @@ def _some_frames(frames):
 # -------------------------------------------------------------------------------------------------------------- choice
 
 
-def numbers_to_try(available: int, given: int | None) -> list[int]:
-    """Return the numbers of directions that figures are computed for: powers of two, all, and the given one.
+def numbers_to_try(available: int, used: int) -> list[int]:
+    """Return the numbers of directions that figures are computed for: powers of two, all, and the one that is used.
 
     Raises:
-        InputError: fewer are available than given.
+        InputError: fewer are available.
     """
-    if given is not None and given > available:
-        raise InputError(f"--control_directions {given}: the projection has {available}; give at most {available}")
-    powers = {2**power for power in range(1, 20) if 2**power < available}
-    return sorted(powers | {available} | ({given} if given is not None else set()))
+    if used > available:
+        raise InputError(f"--control_directions {used}: the projection has {available}; give at most {available}")
+    powers = {2**power for power in range(20) if 2**power < available}
+    return sorted(powers | {available, used})
 
 
-def choose_number(worst: dict[int, float]) -> int:
-    """Return the last number of directions before the first at which a probe tells too much; the fewest if all do.
+def choose_number(agreements: Sequence[float]) -> int:
+    """Return how many of the first directions agree between looks.
 
     Args:
-        worst: {number: accuracy of the best probe}, by rising number.
+        agreements: of each direction.
+
+    Raises:
+        InputError: the first one does not.
     """
-    chosen = next(iter(worst))
-    for number, accuracy in worst.items():
-        if accuracy > MAX_ACCURACY:
-            break
-        chosen = number
-    return chosen
+    number = next((k for k, value in enumerate(agreements) if value < MIN_AGREEMENT), len(agreements))
+    if number == 0:
+        raise InputError(
+            f"--control_projection {FIT}: in two looks DINOv3's features of a place have little in common (the best "
+            f"direction's correlation is {agreements[0]:.2f}, {MIN_AGREEMENT:g} is needed), so that no projection "
+            "shows the place alone; leave it out, or give --control_directions to try all the same"
+        )
+    return number
 
 
-def _log_figures(unprojected, figures, worst, used, given):
+def _log_figures(unprojected, figures, agreements, used):
     logger.info(
-        "accuracy on held-out files (0.5 is chance, 90 % intervals) by the number of the control's directions:"
+        "the control's directions: agreement of the last one (correlation between looks, by which their number is "
+        "chosen), and accuracy on held-out files (0.5 is chance, 90 % intervals):"
     )
     titles = ("CG or real", "CG or real clip", "which look", "place in the frame")
-    logger.info("  %11s %9s" + " %20s" * len(titles), "directions", "chosen by", *titles)
+    logger.info("  %11s %9s" + " %20s" * len(titles), "directions", "agreement", *titles)
     for number, row in {"unprojected": unprojected, **figures}.items():
-        cells = [f"{figure.mean:.3f} [{figure.low:.2f}, {figure.high:.2f}]" for figure in row.values()]
-        accuracy = f"{worst[number]:.3f}" if number in worst else ""
+        shown = [row[name] for name in ("cg_or_real", "cg_or_real_clip", "look", "place")]
+        cells = [f"{figure.mean:.3f} [{figure.low:.2f}, {figure.high:.2f}]" for figure in shown]
+        value = f"{agreements[number - 1]:.3f}" if number in figures else ""
         mark = "  <- used" if number == used else ""
-        logger.info("  %11s %9s" + " %20s" * len(cells) + "%s", number, accuracy, *cells, mark)
-    if given is None and worst[used] > MAX_ACCURACY:
-        logger.warning(
-            "no number of directions hides CG from real and one look from another (accuracy at most %g): the fewest "
-            "are taken; give --control_directions to take more",
-            MAX_ACCURACY,
-        )
+        logger.info("  %11s %9s" + " %20s" * len(cells) + "%s", number, value, *cells, mark)

@@ -37,25 +37,20 @@ class TemporalDownsample(nn.Module):
         feature_dim: Dd.
         stride: pixel frames per latent frame.
         causal: see above.
-        repeat_first: frames before the clip are its first frame instead of zeros, so that latent frame 0 starts as
-            frame 0 itself.
     """
 
-    def __init__(self, feature_dim: int, stride: int, causal: bool = False, repeat_first: bool = False):
+    def __init__(self, feature_dim: int, stride: int, causal: bool = False):
         super().__init__()
         self.conv = SafeConv3d(
             feature_dim,
             feature_dim,
             kernel_size=(2 * stride + 1, 1, 1),
             stride=(stride, 1, 1),
-            padding=(0 if causal or repeat_first else stride, 0, 0),
+            padding=(0 if causal else stride, 0, 0),
             groups=feature_dim,
             bias=False,
         )
-        # Frames before and after the clip, besides the convolution's padding.
-        self.past = 2 * stride if causal else stride * repeat_first
-        self.future = 0 if causal else stride * repeat_first
-        self.repeat_first = repeat_first
+        self.past = 2 * stride if causal else 0  # frames before the clip, besides the convolution's padding
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -70,10 +65,7 @@ class TemporalDownsample(nn.Module):
         if not torch.is_autocast_enabled(control_features.device.type):
             control_features = control_features.to(self.conv.weight.dtype)  # DINOv3 may have another dtype
         features = rearrange(control_features, "b f h w d -> b d f h w")
-        if self.repeat_first:
-            features = F.pad(features, (0, 0, 0, 0, self.past, 0), mode="replicate")
-            features = F.pad(features, (0, 0, 0, 0, 0, self.future))
-        elif self.past:
+        if self.past:
             features = F.pad(features, (0, 0, 0, 0, self.past, 0))
         features = self.conv(features)
         return rearrange(features, "b d t h w -> b t h w d")
@@ -93,8 +85,6 @@ class ControlAdapter(nn.Module):
         temporal_stride: pixel frames per latent frame of the VAE.
         gated: multiply the tokens by a trained number, for tokens that are added to the latents as they are.
         causal: a latent frame sees no frame after its own, the last eight instead of four before and four after.
-        scaled: the features have a common scale already: no LayerNorm, and frame 0 is repeated before the clip instead
-            of zeros, so that latent frame 0 has that scale too.
     """
 
     def __init__(
@@ -104,13 +94,12 @@ class ControlAdapter(nn.Module):
         temporal_stride: int = 4,
         gated: bool = False,
         causal: bool = False,
-        scaled: bool = False,
     ):
         super().__init__()
         self.temporal_stride = temporal_stride
-        self.temporal_downsample = TemporalDownsample(feature_dim, temporal_stride, causal, repeat_first=scaled)
+        self.temporal_downsample = TemporalDownsample(feature_dim, temporal_stride, causal)
         # Computes in fp32 with weights of any dtype; maps all-zero features (a blank control) to its bias.
-        self.norm = None if scaled else FP32LayerNorm(feature_dim)
+        self.norm = FP32LayerNorm(feature_dim)
         self.proj = nn.Linear(feature_dim, dim)
         # (1,) instead of a scalar, because engines cannot shard a scalar.
         self.gate = nn.Parameter(torch.full((1,), INITIAL_GATE)) if gated else None
@@ -119,8 +108,7 @@ class ControlAdapter(nn.Module):
     def reset_parameters(self):
         """Draw new initial weights."""
         for module in (self.temporal_downsample, self.norm, self.proj):
-            if module is not None:
-                module.reset_parameters()
+            module.reset_parameters()
         if self.gate is not None:
             nn.init.constant_(self.gate, INITIAL_GATE)
 
@@ -148,7 +136,7 @@ class ControlAdapter(nn.Module):
         if features.shape[2:4] != tuple(token_grid[1:]):
             features = self._resample(features, token_grid[1:])
         features = rearrange(features, "b t h w d -> b (t h w) d")
-        tokens = self.proj(features if self.norm is None else self.norm(features))
+        tokens = self.proj(self.norm(features))
         return tokens if self.gate is None else self.gate.to(tokens.dtype) * tokens
 
     def _resample(self, features, grid):

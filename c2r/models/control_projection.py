@@ -1,9 +1,13 @@
-"""A frozen linear projection of DINOv3's features on the directions that agree between looks of one place.
+"""A frozen orthogonal projection of DINOv3's features on the directions that agree between looks of one place.
 
 DINOv3's features carry layout and look. What the control branch cannot see, it cannot copy: before the adapter the
-features are projected on directions v that solve B v = λ W v, where B is the scatter of places within a frame (of the
-mean over two looks of one place) and W the scatter of looks (of their difference). All v are orthogonal to the
-differences between the looks' means, so that no coordinate tells CG from real by its mean.
+features are projected on the span of directions v that solve B v = λ W v, where B is the scatter of places within a
+frame (of the mean over two looks of one place) and W the scatter of looks (of their difference). All v are orthogonal
+to the differences between the looks' means, so that nothing that is kept tells CG from real by its mean.
+
+What is kept has the features' width and, in all, their variance, so the adapter is the same with and without a
+projection, and learns as fast. All directions have one scale: a variance of 1 for each would make faint differences of
+look as large as those between places.
 """
 
 from dataclasses import dataclass, field
@@ -33,12 +37,14 @@ MAX_ERASED = 5
 RIDGE = 0.05
 #: Smallest length and deviation that count, as a share of the deviation of a feature and of the largest variance.
 RANK_TOLERANCE = 1e-6
+#: Rounding of a file's directions and shares in fp32.
+TOLERANCE = 1e-3
 
 Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
 
 
 class Figure(NamedTuple):
-    """An accuracy and its 90 % interval over files; 0.5 is chance, 1 is always right."""
+    """An accuracy (0.5 is chance, 1 is always right) or a correlation, and its 90 % interval over files."""
 
     mean: Share
     low: Share = 0.0
@@ -46,17 +52,19 @@ class Figure(NamedTuple):
 
 
 class Certificate(TypedDict):
-    """Accuracies of probes on the features of files that neither the fit nor the choice has seen.
+    """Figures of the features of files that neither the fit nor the choice has seen: accuracies, but for the last.
 
     `cg_or_real`: a place of a coarse control from one of a real clip. `cg_or_real_clip`: the same of a whole clip, by
     the means over its places. `look`: two looks of one place, of the kind of looks that a probe tells best. `place`: a
-    place in another look from another place of the same frame.
+    place in another look from another place of the same frame. `agreement`: the correlation between the looks of a
+    place, of the direction in which it is lowest.
     """
 
     cg_or_real: Figure
     cg_or_real_clip: Figure
     look: Figure
     place: Figure
+    agreement: Figure
 
 
 class ProjectionMetadata(TypedDict):
@@ -74,7 +82,8 @@ class FittedProjection:
     """A projection, its directions in the order in which they should be kept."""
 
     mean: torch.Tensor  #: (Dd,) fp32
-    directions: torch.Tensor  #: (n, Dd) fp32, n ≥ `num_directions`; over places and looks a coordinate has variance 1
+    directions: torch.Tensor  #: (n, Dd) fp32, orthonormal, n ≥ `num_directions`
+    shares: torch.Tensor  #: (n,) fp32, share of the features' variance along each direction
     num_directions: int  #: directions to use
     projected: dict[int, Certificate]  #: {number of directions: its figures}, `num_directions` among them
     unprojected: Certificate
@@ -96,25 +105,22 @@ class FittedProjection:
         }
 
 
-def project(features: torch.Tensor, mean: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
-    """Return directions · (features − mean) in fp32; features that are all zero, a blank control, stay zero.
+def coordinates_of(features: torch.Tensor, mean: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """Return directions · (features − mean), (..., K) in fp32.
 
     Args:
         features: (..., Dd).
         mean: (Dd,).
         directions: (K, Dd).
-
-    Returns:
-        (..., K).
     """
     with torch.autocast(features.device.type, enabled=False):
-        coordinates = (features.float() - mean.float()) @ directions.float().T
-    return coordinates * features.any(-1, keepdim=True)
+        return (features.float() - mean.float()) @ directions.float().T
 
 
 class ControlProjection(nn.Module):
-    """The frozen projection in front of the adapter.
+    """Projects features x on the span of the directions V: mean + Vᵀ V (x − mean), in fp32.
 
+    The rows of V are orthogonal and of one length, whose square is the factor by which deviations from the mean grow.
     Its tensors are parameters that need no gradient, not buffers: engines split and send parameters alone.
 
     Args:
@@ -128,36 +134,40 @@ class ControlProjection(nn.Module):
         self.directions = nn.Parameter(torch.zeros(directions, feature_dim), requires_grad=False)
 
     def fill(self, projection: FittedProjection):
-        """Take over the first K directions of a fitted projection."""
+        """Take over the first K directions of a fitted projection, scaled to keep the features' variance."""
+        number = len(self.directions)
+        scale = projection.shares[:number].sum() ** -0.5
         with torch.no_grad():
             self.mean.copy_(projection.mean)
-            self.directions.copy_(projection.directions[: len(self.directions)])
+            self.directions.copy_(scale**0.5 * projection.directions[:number])
 
     def forward(self, control_features: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """Project (B, F, h, w, Dd) to (B, F, h, w, K), see `project`.
+        """Project (B, F, h, w, Dd); features that are all zero, a blank control, stay zero.
 
         Args:
-            control_features: any float dtype.
-            kept: (B,), how many directions each sample keeps; the others are zero. None keeps all.
+            control_features: any float dtype, which the result has too.
+            kept: (B,), how many directions each sample keeps; None keeps all.
         """
         # Frame by frame: in fp32 the features of a whole clip would take gigabytes.
-        frames = [project(frame, self.mean, self.directions) for frame in control_features.unbind(1)]
-        coordinates = torch.stack(frames, 1)
-        if kept is None:
-            return coordinates
-        numbers = torch.arange(coordinates.shape[-1], device=coordinates.device)
-        return coordinates * (numbers < kept[:, None])[:, None, None, None]
+        return torch.stack([self._project(frame, kept) for frame in control_features.unbind(1)], 1)
+
+    def _project(self, features, kept):
+        """Project (B, h, w, Dd)."""
+        coordinates = coordinates_of(features, self.mean, self.directions)
+        if kept is not None:
+            numbers = torch.arange(coordinates.shape[-1], device=coordinates.device)
+            coordinates = coordinates * (numbers < kept[:, None])[:, None, None]
+        with torch.autocast(features.device.type, enabled=False):
+            projected = self.mean.float() + coordinates @ self.directions.float()
+        return projected.to(features.dtype) * features.any(-1, keepdim=True)
 
 
 class ProjectedControlAdapter(ControlAdapter):
     """An adapter that sees the projected features alone.
 
-    It has no LayerNorm: over K coordinates that would remove what two of them or fewer say, and rescale the others
-    when the tail is dropped. The coordinates have variance 1.
-
     Args:
         feature_dim: Dd, DINOv3's width.
-        directions: K, the adapter's own width.
+        directions: K.
         dim, temporal_stride, gated, causal: see `ControlAdapter`.
     """
 
@@ -170,7 +180,7 @@ class ProjectedControlAdapter(ControlAdapter):
         gated: bool = False,
         causal: bool = False,
     ):
-        super().__init__(directions, dim, temporal_stride, gated, causal, scaled=True)
+        super().__init__(feature_dim, dim, temporal_stride, gated, causal)
         self.projection = ControlProjection(feature_dim, directions)
 
     def forward(
@@ -247,15 +257,14 @@ class LookScatter:
         if not self._kinds:
             raise ValueError("no pair of looks was added")
         kinds = self._kinds.values()
-        means = torch.stack([look / sums.pairs for sums in kinds for look in (sums.one, sums.other)])
+        means = self._means()
         mean = means.mean(0)
         looks, places = self._zeros(2), self._zeros(2)
         for sums in kinds:
             half = (sums.one - sums.other) / 2 / sums.pairs
             looks += (sums.looks / sums.pairs - torch.outer(half, half)) / len(kinds)
             places += sums.places / sums.pairs / len(kinds)
-        # Directions that are kept have one mean over all looks, `mean`.
-        total = self._products / (2 * sum(sums.pairs for sums in kinds)) - torch.outer(mean, mean)
+        total = self._total(mean)
         spread = (total.trace() / len(mean)).clamp(min=0).sqrt()
         erased = _span(means - mean, RANK_TOLERANCE * spread)  # (Dd, r)
         allowed = torch.linalg.qr(torch.cat([erased, torch.eye(len(mean), dtype=torch.float64)], 1)).Q
@@ -277,6 +286,19 @@ class LookScatter:
         signs = directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
         return mean, directions * signs
 
+    def shares(self, directions: torch.Tensor) -> torch.Tensor:
+        """Return the share of the features' variance (n,) along each of orthonormal directions (n, Dd)."""
+        total = self._total(self._means().mean(0))
+        return torch.einsum("ni,ij,nj->n", directions.double(), total, directions.double()) / total.trace()
+
+    def _means(self):
+        """Return the means (looks, Dd) of all looks."""
+        return torch.stack([look / sums.pairs for sums in self._kinds.values() for look in (sums.one, sums.other)])
+
+    def _total(self, mean):
+        """Return the scatter (Dd, Dd) of all looks about a mean: directions that are kept have one mean in all."""
+        return self._products / (2 * sum(sums.pairs for sums in self._kinds.values())) - torch.outer(mean, mean)
+
 
 def _span(rows, tolerance):
     """Return an orthonormal basis (Dd, r) of the rows' span; what is not longer than the tolerance is rounding."""
@@ -284,9 +306,15 @@ def _span(rows, tolerance):
     return basis[values > tolerance].T
 
 
+def orthonormal(directions: torch.Tensor) -> torch.Tensor:
+    """Return orthonormal directions (n, Dd), of which each first k span what the first k given ones span."""
+    q, r = torch.linalg.qr(directions.T.double())
+    return (q * r.diagonal().sign()).T.to(directions.dtype).contiguous()
+
+
 # ---------------------------------------------------------------------------------------------------------------- file
 
-MEAN, DIRECTIONS = "mean", "directions"
+MEAN, DIRECTIONS, SHARES = "mean", "directions", "shares"
 
 
 def save_projection(path: Path, projection: FittedProjection) -> None:
@@ -298,7 +326,8 @@ def save_projection(path: Path, projection: FittedProjection) -> None:
         "dinov3": projection.dinov3,
         "datasets": projection.datasets,
     }
-    save_tensors(path, {MEAN: projection.mean, DIRECTIONS: projection.directions}, metadata)
+    tensors = {MEAN: projection.mean, DIRECTIONS: projection.directions, SHARES: projection.shares}
+    save_tensors(path, tensors, metadata)
 
 
 def check_projection(path: str | Path, feature_dim: int, num_directions: int | None = None) -> ProjectionMetadata:
@@ -318,21 +347,22 @@ def check_projection(path: str | Path, feature_dim: int, num_directions: int | N
         raise InputError(f"{path}: no such file; give one that a run with --control_projection fit has written")
     file = SafetensorsFile(path)
     shapes = {key: tuple(file.shape(key)) for key in file.keys()}  # noqa: SIM118, it is no dict
-    fits = shapes.keys() == {MEAN, DIRECTIONS} and len(shapes[DIRECTIONS]) == 2 and shapes[DIRECTIONS][0] > 0
-    if not fits or shapes[MEAN] != shapes[DIRECTIONS][1:] or {file.dtype(key) for key in shapes} != {"F32"}:
+    number, width = (*shapes.get(DIRECTIONS, ()), 0, 0)[:2]
+    expected = {MEAN: (width,), DIRECTIONS: (number, width), SHARES: (number,)}
+    if shapes != expected or number == 0 or {file.dtype(key) for key in shapes} != {"F32"}:
         raise InputError(
-            f"{path}: is no control projection, which has {MEAN} (Dd,) and {DIRECTIONS} (n, Dd) in fp32; give a "
-            "control_projection.safetensors"
+            f"{path}: is no control projection, which has {MEAN} (Dd,), {DIRECTIONS} (n, Dd) and {SHARES} (n,) in "
+            "fp32; give a control_projection.safetensors"
         )
-    if shapes[MEAN] != (feature_dim,):
+    if width != feature_dim:
         raise InputError(
-            f"{path}: projects features of width {shapes[MEAN][0]}, --dinov3 gives {feature_dim}; give the DINOv3 "
+            f"{path}: projects features of width {width}, --dinov3 gives {feature_dim}; give the DINOv3 "
             "that it was fitted with, or fit another"
         )
     metadata = parse_json(file.metadata.get("c2r", "{}"), ProjectionMetadata, path, extra="allow")
-    named, available = {str(metadata["directions"]), *metadata["projected"]}, shapes[DIRECTIONS][0]
-    if not all(name.isdecimal() and 0 < int(name) <= available for name in named):
-        raise InputError(f"{path}: has {available} directions, but names {', '.join(sorted(named))}; copy it again")
+    named = {str(metadata["directions"]), *metadata["projected"]}
+    if not all(name.isdecimal() and 0 < int(name) <= number for name in named):
+        raise InputError(f"{path}: has {number} directions, but names {', '.join(sorted(named))}; copy it again")
     if str(metadata["directions"]) not in metadata["projected"]:
         raise InputError(f"{path}: has no figures of its {metadata['directions']} directions; copy it again")
     if num_directions is not None and str(num_directions) not in metadata["projected"]:
@@ -356,15 +386,20 @@ def load_projection(path: str | Path, feature_dim: int, num_directions: int | No
     """Read a projection's file. For the arguments see `check_projection`.
 
     Raises:
-        InputError: see `check_projection`, or a number in it is not finite.
+        InputError: see `check_projection`, or its numbers are those of no projection.
     """
     metadata = check_projection(path, feature_dim, num_directions)
     file = SafetensorsFile(Path(path))
-    mean, directions = file.tensor(MEAN), file.tensor(DIRECTIONS)
-    if not (mean.isfinite().all() and directions.isfinite().all()):
-        raise InputError(f"{path}: holds a number that is not finite; copy it again, or fit another")
+    mean, directions, shares = (file.tensor(name) for name in (MEAN, DIRECTIONS, SHARES))
+    products = directions @ directions.T - torch.eye(len(directions))
+    plausible = shares.min() >= 0 and shares[0] > 0 and shares.sum() < 1 + TOLERANCE
+    if not (mean.isfinite().all() and plausible and products.abs().max() < TOLERANCE):  # not with NaN either
+        raise InputError(
+            f"{path}: its directions are not orthonormal, its shares of variance are none, or a number is not finite; "
+            "copy it again, or fit another"
+        )
     return FittedProjection(
-        *(mean, directions, num_directions or metadata["directions"]),
+        *(mean, directions, shares, num_directions or metadata["directions"]),
         projected={int(number): figures for number, figures in metadata["projected"].items()},
         unprojected=metadata["unprojected"],
         dinov3=metadata["dinov3"],

@@ -13,7 +13,7 @@ from c2r.data.buckets import Bucket
 from c2r.data.mixture import read_mixture
 from c2r.evaluation.projection_fit import choose_number, fit_projection, numbers_to_try
 from c2r.generate import main
-from c2r.models.control_projection import load_projection
+from c2r.models.control_projection import ControlProjection, load_projection
 from c2r.options import PHASE2
 from c2r.training.batches import Draw
 from c2r.training.step import kept_directions
@@ -37,6 +37,8 @@ def run(tiny_models, datasets, tmp_path_factory):
     folder = tmp_path_factory.mktemp("projection")
 
     def run(name, *options, fails=False, by=fork, **launch):
+        # The looks of a random DINOv3 do not agree enough for a number to be chosen.
+        options = ["--control_directions=3", *options]
         options = ["--max_train_steps=4", "--control_projection=fit", "--num_samples=0", *options]
         command = phase2(tiny_models, datasets, tiny_models / "pipeline", folder / name, *options, **launch)
         command.append(f"--cache_dir={folder / 'cache'}")
@@ -61,8 +63,9 @@ def test_it_is_fitted_printed_and_saved_with_the_controlnet(whole):
     config = json.loads((out / "final/config.json").read_text())
     assert config["control_directions"] == projection.num_directions
     saved = weights(out / "final")
-    chosen = projection.directions[: projection.num_directions]
-    assert torch.equal(saved["control_adapter.projection.directions"], chosen)  # not trained, not averaged
+    module = ControlProjection(FEATURE_DIM, projection.num_directions)
+    module.fill(projection)
+    assert torch.equal(saved["control_adapter.projection.directions"], module.directions)  # not trained, not averaged
     assert torch.equal(saved["control_adapter.projection.mean"], projection.mean)
     assert projection.num_directions in projection.projected
     assert config["control_certificate"] == projection.certificate
@@ -86,13 +89,11 @@ def test_it_resumes_bit_for_bit_without_fitting_again(run, whole):
 
 def test_fitted_again_it_has_the_same_bits_and_its_file_serves_another_run(run, whole):
     out, _ = whole
-    again, _ = run("again", "--max_train_steps=2", "--control_directions=3")
+    again, _ = run("again", "--max_train_steps=2")
     ours, theirs = (load_projection(folder / FILE, FEATURE_DIM) for folder in (out, again))
     assert torch.equal(ours.directions, theirs.directions)
     assert torch.equal(ours.mean, theirs.mean)
-    from_file, output = run(
-        "from-file", "--max_train_steps=2", f"--control_projection={again / FILE}", "--control_directions=3"
-    )
+    from_file, output = run("from-file", "--max_train_steps=2", f"--control_projection={again / FILE}")
     assert "place in the frame" not in output
     assert same(weights(again / "final"), weights(from_file / "final"))
     for folder in (again, from_file):
@@ -101,7 +102,7 @@ def test_fitted_again_it_has_the_same_bits_and_its_file_serves_another_run(run, 
         assert config["control_certificate"]["look_projected"] == theirs.projected[3]["look"].mean
     # In another folder, the file gone: the checkpoint has it.
     shutil.move(again / FILE, again / "moved")
-    options = [f"--control_projection={again / FILE}", "--control_directions=3", "--resume_from_checkpoint=latest"]
+    options = [f"--control_projection={again / FILE}", "--resume_from_checkpoint=latest"]
     _, output = run("from-file", "--max_train_steps=3", *options)
     assert "at step 2" in output
 
@@ -168,14 +169,15 @@ def test_bad_options_are_refused_in_one_line(run, options, message):
 
 
 def test_the_number_is_the_last_before_the_first_that_fails():
-    assert choose_number({2: 0.5, 4: 0.6, 8: 0.61, 16: 0.55}) == 4
-    assert choose_number({2: 0.5, 4: 0.55}) == 4
-    assert choose_number({2: 0.7, 4: 0.5}) == 2
+    assert choose_number([0.9, 0.5, 0.49, 0.9]) == 2
+    assert choose_number([0.9, 0.8]) == 2
+    with pytest.raises(InputError, match=r"have little in common \(the best direction's correlation is 0.40"):
+        choose_number([0.4, 0.9])
 
 
 def test_numbers_that_are_tried():
-    assert numbers_to_try(20, None) == [2, 4, 8, 16, 20]
-    assert numbers_to_try(16, 3) == [2, 3, 4, 8, 16]
+    assert numbers_to_try(20, 4) == [1, 2, 4, 8, 16, 20]
+    assert numbers_to_try(16, 3) == [1, 2, 3, 4, 8, 16]
     with pytest.raises(InputError, match="--control_directions 17: the projection has 16; give at most 16"):
         numbers_to_try(16, 17)
 
@@ -236,6 +238,14 @@ def test_the_fit_removes_a_planted_look(datasets, settings, caplog):
     assert mark[: projection.num_directions].max() < 0.05
     assert projection.datasets == [str(datasets / name) for name in ("real", "cg")]
     assert "place in the frame" in caplog.text
+
+
+def test_features_whose_looks_do_not_agree_are_refused_in_one_line(datasets, settings):
+    generator = torch.Generator().manual_seed(0)
+    noise = lambda frames: torch.randn(len(frames), 6, 8, generator=generator)  # noqa: E731
+    with pytest.raises(InputError, match="have little in common"):
+        fit(read(datasets, settings), settings, noise)
+    assert fit(read(datasets, settings), settings, noise, num_directions=2).num_directions == 2
 
 
 def test_features_that_do_not_vary_are_refused_in_one_line(datasets, settings):

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from c2r import InputError
+from c2r.models.control_adapter import ControlAdapter
 from c2r.models.control_projection import (
     Certificate,
     ControlProjection,
@@ -16,7 +17,7 @@ from c2r.models.control_projection import (
     ProjectedControlAdapter,
     check_projection,
     load_projection,
-    project,
+    orthonormal,
     require_same_dinov3,
     save_projection,
 )
@@ -41,22 +42,27 @@ def two_looks(offset, seed, strength=3.0):
     return places, other
 
 
-def fitted(*pairs):
+def scatter_of(*pairs):
     scatter = LookScatter(WIDTH)
     for kind, (one, other) in enumerate(pairs):
         for part in (slice(None, 1000), slice(1000, None)):
             scatter.add(str(kind), one[part][None], other[part][None])
-    return scatter.solve()
+    return scatter
+
+
+def fitted(*pairs):
+    return scatter_of(*pairs).solve()
 
 
 def example(rows=6, chosen=4, width=FEATURE_DIM):
     """A projection with random directions."""
-    directions = draw(rows, width).float()
+    directions = orthonormal(draw(rows, width).float())
     figures = {name: Figure(*values) for name, values in FIGURES.items()}
     other = figures | {"cg_or_real": Figure(1.0)}
     return FittedProjection(
         draw(width, seed=1).float(),
         directions,
+        torch.full((rows,), 1 / rows),
         chosen,
         {2: other, chosen: figures},
         other,
@@ -149,63 +155,80 @@ def test_all_kinds_of_pairs_weigh_the_same():
 # ---------------------------------------------------------------------------------------------------------- projection
 
 
-def test_it_projects_and_a_blank_control_stays_blank():
-    projection = example()
-    module = ControlProjection(FEATURE_DIM, 4)
+def filled(directions=4):
+    module = ControlProjection(FEATURE_DIM, directions)
+    module.fill(example())
+    return module
+
+
+def test_orthonormal_directions_span_the_same_first_by_first():
+    given = draw(5, WIDTH)
+    found = orthonormal(given)
+    torch.testing.assert_close(found @ found.T, torch.eye(5).double())
+    for k in range(1, 6):
+        torch.testing.assert_close(given[:k] @ found[:k].T @ found[:k], given[:k])
+        assert given[k - 1] @ found[k - 1] > 0  # not turned round
+
+
+def test_it_keeps_what_lies_in_the_span_and_removes_the_rest():
+    projection, mean = filled(), example().mean
+    inside = draw(7, 4).float() @ example().directions[:4]
+    outside = draw(7, FEATURE_DIM, seed=3).float()
+    outside -= outside @ example().directions[:4].T @ example().directions[:4]
+    found = projection((mean + inside + outside)[None, None, None])
+    scale = example().shares[:4].sum() ** -0.5
+    torch.testing.assert_close(found[0, 0, 0], mean + scale * inside, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_kept_has_the_features_variance():
+    pair = two_looks(draw(WIDTH), 10)
+    scatter, (mean, directions) = scatter_of(pair), fitted(pair)
+    kept = orthonormal(directions)[:3]
+    projection = FittedProjection(mean, kept, scatter.shares(kept), 3, {}, {}, "sha", [])
+    module = ControlProjection(WIDTH, 3)
     module.fill(projection)
+    features = torch.cat(pair)
+    variances = [
+        x.var(0, unbiased=False).sum() for x in (features.float(), module(features.float()[None, None])[0, 0])
+    ]
+    torch.testing.assert_close(*variances)
+
+
+def test_a_blank_control_stays_blank():
     features = draw(2, 5, 3, 2, FEATURE_DIM).float()
     features[1] = 0
-    coordinates = module(features)
-    assert coordinates.shape == (2, 5, 3, 2, 4)
-    expected = torch.einsum("kd,fhwd->fhwk", projection.directions[:4], features[0] - projection.mean)
-    torch.testing.assert_close(coordinates[0], expected)
-    assert not coordinates[1].any()
+    projected = filled()(features)
+    assert projected[0].any(-1).all()
+    assert not projected[1].any()
 
 
 def test_it_computes_in_fp32_under_autocast_and_needs_no_gradient():
-    module = ControlProjection(FEATURE_DIM, 4)
-    module.fill(example())
-    features = draw(1, 1, 3, 2, FEATURE_DIM).bfloat16()
+    module, features = filled(), draw(1, 1, 3, 2, FEATURE_DIM).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        coordinates = module(features)
-    assert torch.equal(coordinates, module(features))
-    assert coordinates.dtype == torch.float32
+        projected = module(features)
+    assert torch.equal(projected, module(features.float()).bfloat16())
     assert not any(parameter.requires_grad for parameter in module.parameters())
 
 
-def test_a_dropped_tail_is_zero():
-    module = ControlProjection(FEATURE_DIM, 4)
-    module.fill(example())
+def test_a_dropped_tail_is_that_of_fewer_directions():
     features = draw(3, 1, 3, 2, FEATURE_DIM).float()
-    whole, dropped = module(features), module(features, torch.tensor([4, 1, 3]))
+    dropped = filled()(features, torch.tensor([4, 1, 3]))
+    scales = [example().shares[:kept].sum() ** -0.5 for kept in range(1, 5)]
     for sample, kept in enumerate((4, 1, 3)):
-        assert torch.equal(dropped[sample, ..., :kept], whole[sample, ..., :kept])
-        assert not dropped[sample, ..., kept:].any()
+        fewer = filled(kept)(features)[sample] - example().mean  # at the scale of fewer directions
+        torch.testing.assert_close(dropped[sample] - example().mean, fewer * scales[3] / scales[kept - 1])
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_latent_frames_start_as_the_means_of_their_groups_at_one_scale(causal):
-    adapter = ProjectedControlAdapter(FEATURE_DIM, 3, 8, causal=causal)
-    coordinates = draw(1, 9, 2, 2, 3).float()
-    expected = [coordinates[:, :1], coordinates[:, 1:5], coordinates[:, 5:]]
-    found = adapter.temporal_downsample(coordinates)
-    torch.testing.assert_close(found, torch.stack([group.mean(1) for group in expected], 1))
-
-
-@pytest.mark.parametrize("directions", [1, 2, 4])
-def test_tokens_are_linear_in_the_coordinates(directions):
-    """A LayerNorm over two would leave a sign, over one nothing, and rescale what a tail drop keeps."""
-    adapter = ProjectedControlAdapter(FEATURE_DIM, directions, 8)
-    adapter.projection.fill(example())
-    features, blank = draw(1, 5, 2, 2, FEATURE_DIM).float(), torch.zeros(1, 5, 2, 2, FEATURE_DIM)
-
-    def tokens(frames, kept):
-        return adapter(frames, (2, 2, 2), torch.tensor([kept])) - adapter(blank, (2, 2, 2))
-
-    weight = adapter.proj.weight.T
-    for kept in range(1, directions + 1):
-        coordinates = adapter.temporal_downsample(adapter.projection(features)).flatten(1, 3)
-        torch.testing.assert_close(tokens(features, kept), coordinates[..., :kept] @ weight[:kept])
+def test_the_adapter_sees_what_is_projected():
+    projected = ProjectedControlAdapter(FEATURE_DIM, 4, 8)
+    projected.projection.fill(example())
+    plain = ControlAdapter(FEATURE_DIM, 8)
+    plain.load_state_dict({k: v for k, v in projected.state_dict().items() if not k.startswith("projection.")})
+    features, kept = draw(1, 5, 2, 2, FEATURE_DIM).float(), torch.tensor([2])
+    for given in ((), (kept,)):
+        expected = plain(filled()(features, *given), (2, 2, 2))
+        assert torch.equal(projected(features, (2, 2, 2), *given), expected)
+    assert not torch.equal(projected(features, (2, 2, 2), kept), projected(features, (2, 2, 2)))
 
 
 # --------------------------------------------------------------------------------------------------- in the ControlNet
@@ -220,7 +243,7 @@ def test_a_controlnet_is_saved_and_loaded_with_it(tmp_path, injection):
     trained = {name for name, parameter in controlnet.named_parameters() if parameter.requires_grad}
     frozen = {name for name, _ in controlnet.named_parameters()} - trained
     assert frozen == {"control_adapter.projection.mean", "control_adapter.projection.directions"}
-    assert controlnet.control_adapter.proj.in_features == 4
+    assert controlnet.config.control_directions == 4
     controlnet.save_pretrained(tmp_path)
     loaded = load_controlnet(tmp_path)
     assert {name for name, parameter in loaded.named_parameters() if parameter.requires_grad} == trained
@@ -235,7 +258,9 @@ def test_weights_in_bf16_keep_it_in_fp32(tmp_path):
         tiny_transformer(), 1, feature_dim=FEATURE_DIM, projection=projection
     ).save_pretrained(tmp_path)
     adapter = load_controlnet(tmp_path, torch.bfloat16).control_adapter
-    assert torch.equal(adapter.projection.directions, projection.directions[:4])
+    expected = ControlProjection(FEATURE_DIM, 4)
+    expected.fill(projection)
+    assert torch.equal(adapter.projection.directions, expected.directions)
     assert adapter.proj.weight.dtype == torch.bfloat16
 
 
@@ -325,8 +350,8 @@ def test_one_for_another_dinov3_of_the_same_width_is_refused(tmp_path):
 
 def hostile(**change):
     """The parts of a file, one of them changed."""
-    parts = {"mean": torch.zeros(FEATURE_DIM), "directions": torch.ones(6, FEATURE_DIM), "metadata": metadata()}
-    return parts | change
+    parts = {"mean": torch.zeros(FEATURE_DIM), "directions": torch.eye(6, FEATURE_DIM), "shares": torch.ones(6) / 6}
+    return parts | {"metadata": metadata()} | change
 
 
 def metadata(**change):
@@ -339,9 +364,17 @@ def metadata(**change):
     [
         (hostile(mean=torch.zeros(7)), "is no control projection"),
         (hostile(directions=torch.ones(6, 2, FEATURE_DIM)), "is no control projection"),
-        (hostile(directions=torch.ones(0, FEATURE_DIM)), "is no control projection"),
+        (hostile(directions=torch.ones(0, FEATURE_DIM), shares=torch.ones(0)), "is no control projection"),
+        (hostile(directions=torch.ones(FEATURE_DIM)), "is no control projection"),
+        (hostile(directions=torch.ones(())), "is no control projection"),
+        (hostile(shares=torch.ones(7) / 7), "is no control projection"),
+        (hostile(directions=torch.ones(6, FEATURE_DIM)), "not orthonormal"),
+        (hostile(directions=torch.full((6, FEATURE_DIM), torch.nan)), "not orthonormal"),
+        (hostile(shares=torch.zeros(6)), "shares of variance"),
+        (hostile(shares=torch.ones(6)), "shares of variance"),
+        (hostile(shares=torch.tensor([1.0, -1, 0, 0, 0, 0])), "shares of variance"),
         (hostile(mean=torch.zeros(FEATURE_DIM).double()), "is no control projection"),
-        (hostile(mean=torch.zeros(8), directions=torch.ones(6, 8)), "features of width 8, --dinov3 gives"),
+        (hostile(mean=torch.zeros(8), directions=torch.eye(6, 8)), "features of width 8, --dinov3 gives"),
         (hostile(mean=torch.full((FEATURE_DIM,), torch.nan)), "not finite"),
         (hostile(metadata=metadata(directions=7)), "names 2, 4, 7"),
         (hostile(metadata=metadata(directions=0)), "directions"),
@@ -368,7 +401,3 @@ def test_a_file_that_is_none_is_refused(tmp_path):
     (tmp_path / "text").write_text("text")
     with pytest.raises(InputError, match="cannot be read"):
         load_projection(tmp_path / "text", FEATURE_DIM)
-
-
-def test_zero_directions_of_a_blank_control_do_not_depend_on_the_mean():
-    assert not project(torch.zeros(2, 3), torch.ones(3), torch.ones(4, 3)).any()
