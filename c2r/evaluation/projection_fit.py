@@ -150,6 +150,7 @@ def fit_projection(
         agreements = [figure.mean for figure in agreement(projected(chosen_by, mean, directions))]
         used = num_directions or choose_number(agreements)
         numbers = numbers_to_try(len(directions), used)
+        directions = orthonormal(directions)
         figures = figures_of(mean, directions, numbers, chosen_by, held_out)
         unprojected = figures.pop(None)
         _log_figures(unprojected, figures, agreements, used)
@@ -160,7 +161,6 @@ def fit_projection(
                 "that the look can leak; watch leak_share_coarse, or give a lower --control_directions",
                 held_out_agreement,
             )
-        directions = orthonormal(directions)
         shares = scatter.shares(directions).clamp(min=0).float()
     datasets = [dataset.folder for mixture in (real, cg) for dataset in mixture.datasets]
     return FittedProjection(mean, directions, shares, used, figures, unprojected, dinov3, datasets)

@@ -35,7 +35,7 @@ MAX_ERASED = 5
 #: Added to the scatter of looks, as a share of the mean scatter of a coordinate: directions in which the sample hardly
 #: varies must not come first.
 RIDGE = 0.05
-#: Smallest length and deviation that count, as a share of the deviation of a feature and of the largest variance.
+#: Smallest length that counts, as a share of the deviation of a feature.
 RANK_TOLERANCE = 1e-6
 #: Rounding of a file's directions and shares in fp32.
 TOLERANCE = 1e-3
@@ -247,7 +247,7 @@ class LookScatter:
         self._products.addmm_(one.T, one).addmm_(other.T, other)
 
     def solve(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean (Dd,) and all directions (n, Dd), fp64, by falling λ.
+        """Return the mean (Dd,) and all directions (n, Dd), of length 1, in fp64 by falling λ.
 
         B v = λ (W + ridge) v within {v: vᵀ(μᵢ − μⱼ) = 0 for all looks i, j}, μ being the looks' means.
 
@@ -264,12 +264,11 @@ class LookScatter:
             half = (sums.one - sums.other) / 2 / sums.pairs
             looks += (sums.looks / sums.pairs - torch.outer(half, half)) / len(kinds)
             places += sums.places / sums.pairs / len(kinds)
-        total = self._total(mean)
-        spread = (total.trace() / len(mean)).clamp(min=0).sqrt()
+        spread = (self._total(mean).trace() / len(mean)).clamp(min=0).sqrt()
         erased = _span(means - mean, RANK_TOLERANCE * spread)  # (Dd, r)
         allowed = torch.linalg.qr(torch.cat([erased, torch.eye(len(mean), dtype=torch.float64)], 1)).Q
         allowed = allowed[:, erased.shape[1] : len(mean)]  # (Dd, Dd − r), orthonormal
-        within, between, total = (allowed.T @ matrix @ allowed for matrix in (looks, places, total))
+        within, between = (allowed.T @ matrix @ allowed for matrix in (looks, places))
         size = (within + between).trace() / max(len(within), 1)
         if not size > RANK_TOLERANCE**2 * mean.square().mean():
             raise ValueError("the features do not vary")
@@ -278,10 +277,7 @@ class LookScatter:
         whitened = torch.linalg.solve_triangular(lower, whitened.T.contiguous(), upper=False)
         _, vectors = torch.linalg.eigh((whitened + whitened.T) / 2)
         vectors = torch.linalg.solve_triangular(lower.T.contiguous(), vectors.flip(1), upper=True)  # (Dd − r, n)
-        variance = torch.einsum("ij,ik,kj->j", vectors, total, vectors)
-        # A direction without variance would be noise at variance 1.
-        kept = variance > RANK_TOLERANCE * variance.max()
-        directions = (allowed @ (vectors / variance.clamp(min=1e-300).sqrt())).T[kept]
+        directions = nn.functional.normalize((allowed @ vectors).T)
         # The sign of an eigenvector is arbitrary.
         signs = directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
         return mean, directions * signs
