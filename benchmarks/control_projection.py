@@ -3,19 +3,25 @@
     python -m c2r.quickstart
     python -m benchmarks.control_projection quickstart outputs/control_projection
 
-Phase 2 is trained on the quickstart's phase 1 for 100 steps in each setting: on features that are pixels, a planted
-leak, and on the toy's own; without a projection, and with each number of directions, with and without tail drop. A run
-takes minutes. A continued command skips the runs that are finished; a line of the table is printed after each run.
+Phase 2 is trained on the quickstart's phase 1 for 100 steps in each setting: on features that are pixels or of early
+layers, planted leaks, and on the toy's own; without a projection, and with each number of directions, with and without
+tail drop. A run takes minutes. A continued command skips the runs that are finished; a line of the table is printed
+after each run.
 """
 
 import argparse
 from pathlib import Path
 
 from c2r.models.contract import read_contract
-from c2r.toy.pixel_dinov3 import write_pixel_dinov3
-from c2r.toy.study_runs import StudyRun, run_folder, run_phase2
+from c2r.toy.leaking_dinov3 import write_early_dinov3, write_pixel_dinov3
+from c2r.toy.study_runs import EARLY, PIXELS, StudyRun, run_folder, run_phase2
 
-FEATURES = {"pixels": {"cg_ratio": 0.0}, "own DINOv3": {"cg_ratio": 0.2}}
+#: {title: (folder of the extractor, options)}
+FEATURES = {
+    "pixels": (PIXELS, {"cg_ratio": 0.0}),
+    "early layers": (EARLY, {"cg_ratio": 0.0}),
+    "own DINOv3": ("dinov3", {"cg_ratio": 0.2}),
+}
 MEASURES = {
     "leak (coarse)": "leak_share_coarse",
     "control gain": "control_gain",
@@ -23,16 +29,15 @@ MEASURES = {
     "people, other": "people_other",
     "loss, real": "loss_real",
 }
-#: Held-out accuracies of probes on the features that the control branch sees.
-FIGURES = ("cg_or_real", "look", "place")
+#: Held-out figures of the features that the control branch sees, see `Certificate`.
+FIGURES = ("cg_or_real", "look", "place", "agreement")
 
 
 def settings(numbers: list[int | None], tail_drops: list[float]) -> list[tuple[str, str, str, StudyRun]]:
     """Return (features, directions, tail drop, run) of each setting; None for the number that the fit chooses."""
     found = []
-    for features, options in FEATURES.items():
-        leaking = features == "pixels"
-        found.append((features, "all", "", StudyRun(f"{features} unprojected", options, leaking=leaking)))
+    for features, (dinov3, options) in FEATURES.items():
+        found.append((features, "all", "", StudyRun(f"{features} unprojected", options, dinov3=dinov3)))
         for number in numbers:
             for share in tail_drops:
                 projected = {"control_projection": "fit", "control_tail_drop": share}
@@ -40,9 +45,7 @@ def settings(numbers: list[int | None], tail_drops: list[float]) -> list[tuple[s
                     projected["control_directions"] = number
                 directions = "chosen" if number is None else str(number)
                 name = f"{features} {directions} drop {share:g}"
-                found.append(
-                    (features, directions, f"{share:g}", StudyRun(name, options | projected, leaking=leaking))
-                )
+                found.append((features, directions, f"{share:g}", StudyRun(name, options | projected, dinov3=dinov3)))
     return found
 
 
@@ -71,8 +74,10 @@ def main():
     for name, target in links.items():
         if not (args.out / name).exists():
             (args.out / name).symlink_to(target.resolve(strict=True))
-    if not (args.out / "pixel_dinov3").exists():
-        write_pixel_dinov3(args.out / "pixel_dinov3")
+    if not (args.out / PIXELS).exists():
+        write_pixel_dinov3(args.out / PIXELS)
+    if not (args.out / EARLY).exists():
+        write_early_dinov3(args.out / EARLY, args.out / "toy/dinov3")
 
     titles = ["features", "directions", "tail drop", "seed", *MEASURES, *FIGURES]
     print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|", flush=True)

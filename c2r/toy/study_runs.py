@@ -17,11 +17,13 @@ from c2r.toy import city
 from c2r.toy.commands import LAUNCH, PHASE1, PHASE2, run_command
 from c2r.toy.folder import Toy, read_toy
 from c2r.toy.layout import correlations, edge_map, people_correlations
-from c2r.toy.pixel_dinov3 import write_pixel_dinov3
+from c2r.toy.leaking_dinov3 import write_early_dinov3, write_pixel_dinov3
 from c2r.toy.study_results import MEASURES, Result
 from c2r.training.output_files import SAMPLE_COLUMNS
 
 RATIOS = (0.0, 0.1, 0.2, 0.5, 1.0)
+#: Folders of the extractors with a planted leak, see `c2r.toy.leaking_dinov3`.
+PIXELS, EARLY = LEAKING = "pixel_dinov3", "early_dinov3"
 #: Numbers of directions of the control's projection, for the trade-off between leak and control.
 DIRECTIONS = (4, 16, 64)
 #: Steps of a probe: a run that is cut short, to see if it foretells the whole one.
@@ -47,7 +49,7 @@ class StudyRun:
     options: dict[str, Any] = field(default_factory=dict)  #: of phase 2, over `OPTIONS`
     baseline: str | None = None  #: name of the setting that it is compared with
     adapted: bool = True  #: starts from phase 1; else from the toy's base model
-    leaking: bool = False  #: control features are the pixels themselves
+    dinov3: str = "dinov3"  #: folder of the extractor: the toy's own, or one of `LEAKING`
 
 
 def planned_runs() -> list[StudyRun]:
@@ -84,16 +86,18 @@ def planned_runs() -> list[StudyRun]:
         **projections,
         **{f"{number} directions": _directions(number) for number in DIRECTIONS},
     }
-    ordinary, no_cg, half, leaking = "cg 0.2", "cg 0", "cg 0.5", "leak: pixel features"
+    ordinary, no_cg, half = "cg 0.2", "cg 0", "cg 0.5"
+    leaks = {"leak: pixel features": PIXELS, "leak: early features": EARLY}
     shares: dict[str, dict[str, Any]] = {f"cg {ratio:g}": {"cg_ratio": ratio} for ratio in RATIOS}
     return [
         *(StudyRun(name, options, None if name == ordinary else ordinary) for name, options in shares.items()),
         *(StudyRun(f"{half}, {name}", shares[half] | options, half) for name, options in half_cg.items()),
         *(StudyRun(f"{ordinary}, {name}", shares[ordinary] | options, ordinary) for name, options in fifth_cg.items()),
-        StudyRun(leaking, shares[no_cg], no_cg, leaking=True),
+        *(StudyRun(name, shares[no_cg], no_cg, dinov3=dinov3) for name, dinov3 in leaks.items()),
         *(
-            StudyRun(f"{leaking}, {name}", shares[no_cg] | options, leaking, leaking=True)
-            for name, options in leak.items()
+            StudyRun(f"{name}, {remedy}", shares[no_cg] | options, name, dinov3=dinov3)
+            for name, dinov3 in leaks.items()
+            for remedy, options in leak.items()
         ),
         *(StudyRun(f"{name}, no phase 1", options, name, adapted=False) for name, options in shares.items()),
         # A probe of CG alone is left out: nobody trains on it.
@@ -135,15 +139,17 @@ def select_runs(runs: Sequence[StudyRun], texts: Sequence[str] | None) -> list[S
 
 
 def prepare(out: Path):
-    """Write the toy and the leaking features into the study's folder.
+    """Write the toy and the leaking extractors into the study's folder.
 
     Raises:
         InputError: the toy cannot be written.
     """
     _run(out / "logs/toy.log", ["python", "-m", "c2r.toy", "--output_dir", str(out / "toy")])
     caption_cg_like_real(out / "toy/data/cg")
-    if not (out / "pixel_dinov3").exists():
-        write_pixel_dinov3(out / "pixel_dinov3")
+    if not (out / PIXELS).exists():
+        write_pixel_dinov3(out / PIXELS)
+    if not (out / EARLY).exists():
+        write_early_dinov3(out / EARLY, out / "toy/dinov3")
 
 
 def caption_cg_like_real(dataset: Path):
@@ -211,8 +217,8 @@ def run_phase2(out: Path, run: StudyRun, seed: int) -> Result:
 def _phase2_options(out, run, seed):
     options = yaml.safe_load((out / "toy/phase2.yaml").read_text()) | OPTIONS | run.options
     options["resume_backbone_from"] = str(out / (f"phase1-{seed}/best" if run.adapted else "toy/model"))
-    if run.leaking:
-        options["dinov3"] = str(out / "pixel_dinov3")
+    if run.dinov3 in LEAKING:
+        options["dinov3"] = str(out / run.dinov3)
     return options
 
 

@@ -65,7 +65,7 @@ def test_each_setting_differs_from_its_baseline():
         if run.baseline is not None:
             baseline = runs[run.baseline]
             changed = run.options.items() ^ baseline.options.items()
-            kinds = (run.adapted != baseline.adapted) + (run.leaking != baseline.leaking)
+            kinds = (run.adapted != baseline.adapted) + (run.dinov3 != baseline.dinov3)
             assert kinds + bool(changed) == 1, run.name
 
 
