@@ -13,14 +13,13 @@ import argparse
 from pathlib import Path
 
 from c2r.models.contract import read_contract
-from c2r.toy.leaking_dinov3 import write_early_dinov3, write_pixel_dinov3
-from c2r.toy.study_runs import EARLY, PIXELS, StudyRun, run_folder, run_phase2
+from c2r.toy.study_runs import EARLY, PIXELS, StudyRun, run_folder, run_phase2, write_leaking_extractors
 
 #: {title: (folder of the extractor, options)}
 FEATURES = {
     "pixels": (PIXELS, {"cg_ratio": 0.0}),
     "early layers": (EARLY, {"cg_ratio": 0.0}),
-    "own DINOv3": ("dinov3", {"cg_ratio": 0.2}),
+    "own DINOv3": (None, {"cg_ratio": 0.2}),
 }
 MEASURES = {
     "leak (coarse)": "leak_share_coarse",
@@ -74,10 +73,7 @@ def main():
     for name, target in links.items():
         if not (args.out / name).exists():
             (args.out / name).symlink_to(target.resolve(strict=True))
-    if not (args.out / PIXELS).exists():
-        write_pixel_dinov3(args.out / PIXELS)
-    if not (args.out / EARLY).exists():
-        write_early_dinov3(args.out / EARLY, args.out / "toy/dinov3")
+    write_leaking_extractors(args.out)
 
     titles = ["features", "directions", "tail drop", "seed", *MEASURES, *FIGURES]
     print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|", flush=True)

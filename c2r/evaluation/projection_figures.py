@@ -1,4 +1,4 @@
-"""Figures of the control's projection: what probes tell on held-out files, by features that the branch sees."""
+"""Figures of the control's projection on held-out files: accuracies of probes, and agreement between looks."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from scipy.stats import t as student
 
 from c2r import InputError
 from c2r.evaluation.discriminants import FOLDS, Scorer, fit_probe, fit_probes, folds_of
-from c2r.models.control_projection import FIT, Certificate, Figure, coordinates_of
+from c2r.models.control_projection import FIT, Certificate, Figure, coordinates_of, orthonormal
 
 #: Ridge penalties of the probes, see `fit_probes`, and the features of one more probe, those whose means differ most.
 #: The best probe on folds of files counts: with one penalty for all, a probe of many directions would fit the clips,
@@ -47,20 +47,23 @@ def figures_of(
     """Return the certificate of each number of directions, and of the features as they are as that of None.
 
     Args:
-        mean, directions: (Dd,) and (n, Dd), of the projection.
+        mean, directions: (Dd,) and (n, Dd), see `LookScatter.solve`.
         numbers: of directions, rising.
         chosen_by: pairs that the probes are fitted on.
         held_out: pairs of other files.
     """
-    coordinates = [projected(pairs, mean, directions) for pairs in (chosen_by, held_out)]
+    agreements = agreement(projected(held_out, mean, directions))
+    coordinates = [projected(pairs, mean, orthonormal(directions)) for pairs in (chosen_by, held_out)]
     certificates: dict[int | None, Certificate] = {}
     below: Certificate | None = None
     for number in (*numbers, None):
-        samples = (chosen_by, held_out) if number is None else (_first(pairs, number) for pairs in coordinates)
-        certificate = certificates[number] = certify(*samples)
+        first = (chosen_by, held_out) if number is None else (_first(pairs, number) for pairs in coordinates)
+        probed, probed_held_out = first
+        certificate = certificates[number] = certify(probed, probed_held_out, min(agreements[:number]))
         # Directions hold those of fewer, and the features as they are hold all: what a probe finds there is here too.
-        for name in ("cg_or_real", "cg_or_real_clip", "look") if below is not None else ():
-            certificate[name] = max(certificate[name], below[name])
+        if below is not None:
+            for name in ("cg_or_real", "cg_or_real_clip", "look"):
+                certificate[name] = max(certificate[name], below[name])
         below = certificate
     return certificates
 
@@ -83,9 +86,10 @@ def _first(pairs, number):
 def agreement(pairs: Pairs) -> list[Figure]:
     """Return for each feature the correlation of a place in one look with itself in another, at least 0.
 
-    It is the share of the feature's variance that both looks have in common. Of the kinds of looks the one that agrees
-    least counts. Altered frames are left out: fine detail of a blurred frame does not agree with its original, and no
-    such frame is a look that the model could copy.
+    It is the share of the feature's variance between places of a frame that both looks have in common; what a whole
+    frame has in both looks, such as fog, is no agreement. Of the kinds of looks the one that agrees least counts.
+    Altered frames are left out: fine detail of a blurred frame does not agree with its original, and no such frame is
+    a look that the model could copy.
     """
     of_kinds = [_agreement(of_kind) for kind, of_kind in pairs.items() if kind != ALTERED]
     return [min(figures) for figures in zip(*of_kinds)]
@@ -93,24 +97,29 @@ def agreement(pairs: Pairs) -> list[Figure]:
 
 def _agreement(pairs):
     files, *looks = zip(*pairs)
-    one, other = (_standardised([features.flatten(0, 1).double() for features in look]) for look in looks)
+    one, other = (_standardised([_within_frames(features) for features in look]) for look in looks)
     products = torch.stack([(a * b).mean(0) for a, b in zip(one, other)])  # (clips, k)
     return [_figure([_file_means(of_feature.tolist(), files)]) for of_feature in products.T]
 
 
+def _within_frames(features):
+    """Return features (frames, places, k) less their mean over the frame, as rows."""
+    return (features - features.mean(1, keepdim=True)).flatten(0, 1).double()
+
+
 def _standardised(rows):
-    """Standardise the features of (rows, k) of each clip over all clips; one without variance becomes 0."""
-    everything = torch.cat(rows)
-    mean, deviation = everything.mean(0), everything.std(0, correction=0)
-    return [(x - mean) / deviation.clamp(min=1e-12) for x in rows]
+    """Divide the rows (n, k) of each clip, whose mean is 0, by the deviation over all clips."""
+    deviation = torch.cat(rows).square().mean(0).sqrt()
+    return [x / deviation.clamp(min=1e-12) for x in rows]
 
 
-def certify(chosen_by: Pairs, held_out: Pairs) -> Certificate:
+def certify(chosen_by: Pairs, held_out: Pairs, least_agreement: Figure) -> Certificate:
     """Return the figures of features on held-out files.
 
     Args:
         chosen_by: pairs that the probes are fitted on.
         held_out: pairs of other files.
+        least_agreement: of the directions of the features.
     """
     kinds = [kind for kind, pairs in chosen_by.items() if _num_files(pairs) > 1 and held_out.get(kind)]
     require_pairs(kinds)
@@ -119,7 +128,7 @@ def certify(chosen_by: Pairs, held_out: Pairs) -> Certificate:
         cg_or_real_clip=_probe(*(_domains(pairs, _of_clip) for pairs in (chosen_by, held_out))),
         look=max(_probe(*(_looks(pairs[kind]) for pairs in (chosen_by, held_out))) for kind in kinds),
         place=_place_figure([pair for kind in kinds for pair in held_out[kind]]),
-        agreement=min(agreement({kind: held_out[kind] for kind in kinds})),
+        agreement=least_agreement,
     )
 
 

@@ -54,8 +54,7 @@ NUM_TRAIN, NUM_HELD_OUT, NUM_FRAMES, NUM_PLACES = 96, 32, 4, 64
 NUM_PROBED = 1000
 #: Training files of a domain that are needed, and files of each set below which the figures are worth little.
 MIN_FILES, FEW_FILES = 4, 8
-#: Directions are taken up to the first whose looks of a place agree less than this, as a correlation: of its variance
-#: less is common to both looks than differs between them.
+#: Least correlation between the looks of a place at which a direction is kept: half of its variance is common to both.
 MIN_AGREEMENT = 0.5
 #: (F, 3, H, W) in [0, 1] -> (F, places, Dd)
 Features = Callable[[torch.Tensor], torch.Tensor]
@@ -120,11 +119,12 @@ def fit_projection(
         features: DINOv3 on frames.
         seed: of the alterations and the choice of places.
         dinov3: its fingerprint.
-        num_directions: to use; None: chosen by the figures.
+        num_directions: to use; None: as many as agree between looks.
         watchdog: gets a beat for each clip.
 
     Raises:
-        InputError: a domain has too few files, the features do not vary, or the projection has fewer directions.
+        InputError: a domain has too few files or too few that can be read, the features do not vary, or no direction
+            agrees between looks.
     """
     sets = _split_by_file(real, cg)
     read = _PairReader(settings, features, seed, watchdog)
@@ -150,16 +150,16 @@ def fit_projection(
         agreements = [figure.mean for figure in agreement(projected(chosen_by, mean, directions))]
         used = num_directions or choose_number(agreements)
         numbers = numbers_to_try(len(directions), used)
-        directions = orthonormal(directions)
         figures = figures_of(mean, directions, numbers, chosen_by, held_out)
+        directions = orthonormal(directions)
         unprojected = figures.pop(None)
         _log_figures(unprojected, figures, agreements, used)
-        held_out_agreement = figures[used]["agreement"].mean
-        if held_out_agreement < MIN_AGREEMENT:
+        lowest = figures[used]["agreement"]
+        if lowest.high < MIN_AGREEMENT:
             logger.warning(
-                "the control's projection: on held-out files a direction's correlation between looks is only %.2f, so "
-                "that the look can leak; watch leak_share_coarse, or give a lower --control_directions",
-                held_out_agreement,
+                "the control's projection: on held-out files the looks of a place correlate only by %.2f [%.2f, %.2f] "
+                "in one direction: the look may leak; watch leak_share_coarse, or give a lower --control_directions",
+                *lowest,
             )
         shares = scatter.shares(directions).clamp(min=0).float()
     datasets = [dataset.folder for mixture in (real, cg) for dataset in mixture.datasets]
@@ -254,13 +254,7 @@ def _some_frames(frames):
 
 
 def numbers_to_try(available: int, used: int) -> list[int]:
-    """Return the numbers of directions that figures are computed for: powers of two, all, and the one that is used.
-
-    Raises:
-        InputError: fewer are available.
-    """
-    if used > available:
-        raise InputError(f"--control_directions {used}: the projection has {available}; give at most {available}")
+    """Return the numbers of directions that figures are computed for: powers of two, all, and the one that is used."""
     powers = {2**power for power in range(20) if 2**power < available}
     return sorted(powers | {available, used})
 

@@ -81,7 +81,7 @@ class PhaseContract:
     # Phase 2 only:
     backbone_base: str | None = None  #: the model below `backbone`, where that is a LoRA
     dinov3: str | None = None
-    #: What probes tell by the control's features, see `c2r.models.control_projection.Certificate`.
+    #: Figures of the control's features, see `c2r.models.control_projection.Certificate`.
     control_certificate: dict[str, FiniteFloat] | None = None
     #: In a pipeline's folder, which holds copies: hub names of the models that they are copies of, by MODEL_ENTRIES.
     copied_from: dict[str, str] = field(default_factory=dict)

@@ -5,9 +5,9 @@ features are projected on the span of directions v that solve B v = λ W v, wher
 frame (of the mean over two looks of one place) and W the scatter of looks (of their difference). All v are orthogonal
 to the differences between the looks' means, so that nothing that is kept tells CG from real by its mean.
 
-What is kept has the features' width and, in all, their variance, so the adapter is the same with and without a
-projection, and learns as fast. All directions have one scale: a variance of 1 for each would make faint differences of
-look as large as those between places.
+What is kept has the features' width and, in all, their variance, so the adapter has the same shapes with and without a
+projection, and inputs of the same scale. All directions have one scale: a variance of 1 for each would make faint
+differences of look as large as those between places.
 """
 
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ MAX_ERASED = 5
 RIDGE = 0.05
 #: Smallest length that counts, as a share of the deviation of a feature.
 RANK_TOLERANCE = 1e-6
-#: Rounding of a file's directions and shares in fp32.
+#: Largest error of a file's directions, and of the sum of its shares, for rounding in fp32.
 TOLERANCE = 1e-3
 
 Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
@@ -57,7 +57,7 @@ class Certificate(TypedDict):
     `cg_or_real`: a place of a coarse control from one of a real clip. `cg_or_real_clip`: the same of a whole clip, by
     the means over its places. `look`: two looks of one place, of the kind of looks that a probe tells best. `place`: a
     place in another look from another place of the same frame. `agreement`: the correlation between the looks of a
-    place, of the direction in which it is lowest.
+    place, both less the mean of their frame, of the direction in which it is lowest.
     """
 
     cg_or_real: Figure
@@ -94,7 +94,7 @@ class FittedProjection:
     def certificate(self) -> dict[str, float]:
         """The figures of the number of directions that is used, and of the features as they are, for a contract.
 
-        {figure + "_projected" or "_unprojected", and with "_low" or "_high" the bounds of its interval: accuracy}
+        {figure + "_projected" or "_unprojected", and with "_low" or "_high" the bounds of its interval: value}
         """
         both = {"projected": self.projected[self.num_directions], "unprojected": self.unprojected}
         return {
@@ -136,10 +136,11 @@ class ControlProjection(nn.Module):
     def fill(self, projection: FittedProjection):
         """Take over the first K directions of a fitted projection, scaled to keep the features' variance."""
         number = len(self.directions)
-        scale = projection.shares[:number].sum() ** -0.5
+        scale = projection.shares[:number].sum() ** -0.25
         with torch.no_grad():
             self.mean.copy_(projection.mean)
-            self.directions.copy_(scale**0.5 * projection.directions[:number])
+            # They are applied twice: deviations grow by the root of 1 / share, and the variance by 1 / share.
+            self.directions.copy_(scale * projection.directions[:number])
 
     def forward(self, control_features: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         """Project (B, F, h, w, Dd); features that are all zero, a blank control, stay zero.
@@ -204,6 +205,7 @@ class _KindSums:
     other: torch.Tensor  #: (Dd,)
     looks: torch.Tensor  #: (Dd, Dd), products of half the difference
     places: torch.Tensor  #: (Dd, Dd), products of the middle less its mean over the frame
+    products: torch.Tensor  #: (Dd, Dd), of both looks
     pairs: int = 0
 
 
@@ -218,9 +220,6 @@ class LookScatter:
     feature_dim: int
     _kinds: dict[str, _KindSums] = field(default_factory=dict)
 
-    def __post_init__(self):
-        self._products = self._zeros(2)  # of both looks of all pairs
-
     def _zeros(self, dims):
         return torch.zeros((self.feature_dim,) * dims, dtype=torch.float64)
 
@@ -232,7 +231,7 @@ class LookScatter:
             one, other: in the same order of places.
         """
         one, other = one.double().cpu(), other.double().cpu()
-        zeros = [self._zeros(dims) for dims in (1, 1, 2, 2)] if kind not in self._kinds else []
+        zeros = [self._zeros(dims) for dims in (1, 1, 2, 2, 2)] if kind not in self._kinds else []
         sums = self._kinds[kind] if kind in self._kinds else self._kinds.setdefault(kind, _KindSums(*zeros))
         middle = (one + other) / 2
         # A look of a whole frame that both looks share, such as fog, is no place.
@@ -244,7 +243,7 @@ class LookScatter:
         sums.other += other.sum(0)
         sums.looks.addmm_(half.T, half)
         sums.places.addmm_(middle.T, middle)
-        self._products.addmm_(one.T, one).addmm_(other.T, other)
+        sums.products.addmm_(one.T, one).addmm_(other.T, other)
 
     def solve(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the mean (Dd,) and all directions (n, Dd), of length 1, in fp64 by falling λ.
@@ -292,8 +291,9 @@ class LookScatter:
         return torch.stack([look / sums.pairs for sums in self._kinds.values() for look in (sums.one, sums.other)])
 
     def _total(self, mean):
-        """Return the scatter (Dd, Dd) of all looks about a mean: directions that are kept have one mean in all."""
-        return self._products / (2 * sum(sums.pairs for sums in self._kinds.values())) - torch.outer(mean, mean)
+        """Return the scatter (Dd, Dd) of all looks about their mean."""
+        products = sum(sums.products / (2 * sums.pairs) for sums in self._kinds.values()) / len(self._kinds)
+        return products - torch.outer(mean, mean)
 
 
 def _span(rows, tolerance):
@@ -345,7 +345,7 @@ def check_projection(path: str | Path, feature_dim: int, num_directions: int | N
     shapes = {key: tuple(file.shape(key)) for key in file.keys()}  # noqa: SIM118, it is no dict
     number, width = (*shapes.get(DIRECTIONS, ()), 0, 0)[:2]
     expected = {MEAN: (width,), DIRECTIONS: (number, width), SHARES: (number,)}
-    if shapes != expected or number == 0 or {file.dtype(key) for key in shapes} != {"F32"}:
+    if shapes != expected or not 0 < number <= width or {file.dtype(key) for key in shapes} != {"F32"}:
         raise InputError(
             f"{path}: is no control projection, which has {MEAN} (Dd,), {DIRECTIONS} (n, Dd) and {SHARES} (n,) in "
             "fp32; give a control_projection.safetensors"
@@ -382,7 +382,7 @@ def load_projection(path: str | Path, feature_dim: int, num_directions: int | No
     """Read a projection's file. For the arguments see `check_projection`.
 
     Raises:
-        InputError: see `check_projection`, or its numbers are those of no projection.
+        InputError: see `check_projection`, or its numbers are not those of a projection.
     """
     metadata = check_projection(path, feature_dim, num_directions)
     file = SafetensorsFile(Path(path))
@@ -391,8 +391,8 @@ def load_projection(path: str | Path, feature_dim: int, num_directions: int | No
     plausible = shares.min() >= 0 and shares[0] > 0 and shares.sum() < 1 + TOLERANCE
     if not (mean.isfinite().all() and plausible and products.abs().max() < TOLERANCE):  # not with NaN either
         raise InputError(
-            f"{path}: its directions are not orthonormal, its shares of variance are none, or a number is not finite; "
-            "copy it again, or fit another"
+            f"{path}: its directions are not orthonormal, its shares of variance are not positive or exceed 1 in sum, "
+            "or a number is not finite; copy it again, or fit another"
         )
     return FittedProjection(
         *(mean, directions, shares, num_directions or metadata["directions"]),

@@ -457,7 +457,7 @@ PHASE2 = Command(
             ),
             Option(
                 "control_directions",
-                "directions of --control_projection; default: as many as agree between looks, on files not fitted on",
+                "directions of --control_projection; default: all up to the first that disagrees between looks",
                 COUNT,
                 on_resume=MUST_NOT_CHANGE,
             ),

@@ -52,7 +52,7 @@ def write_pixel_dinov3(folder: str | Path) -> Path:
 
 
 def write_early_dinov3(folder: str | Path, dinov3: str | Path) -> Path:
-    """Write the first layers of a DINOv3ViT.
+    """Write the first NUM_EARLY_LAYERS layers of a DINOv3ViT, with its last LayerNorm.
 
     Args:
         folder: gets config.json, model.safetensors and preprocessor_config.json.
@@ -63,8 +63,8 @@ def write_early_dinov3(folder: str | Path, dinov3: str | Path) -> Path:
     """
     folder = Path(folder)
     whole = DINOv3ViTModel.from_pretrained(dinov3)
-    shape = {name: value for name, value in whole.config.to_dict().items() if not name.startswith(("out_", "stage_"))}
-    model = DINOv3ViTModel(DINOv3ViTConfig(**shape | {"num_hidden_layers": NUM_EARLY_LAYERS}))
+    config = {name: value for name, value in whole.config.to_dict().items() if not name.startswith(("out_", "stage_"))}
+    model = DINOv3ViTModel(DINOv3ViTConfig(**config | {"num_hidden_layers": NUM_EARLY_LAYERS}))
     weights = whole.state_dict()
     model.load_state_dict({name: weights[name] for name in model.state_dict()})
     model.save_pretrained(folder)

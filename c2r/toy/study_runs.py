@@ -23,7 +23,7 @@ from c2r.training.output_files import SAMPLE_COLUMNS
 
 RATIOS = (0.0, 0.1, 0.2, 0.5, 1.0)
 #: Folders of the extractors with a planted leak, see `c2r.toy.leaking_dinov3`.
-PIXELS, EARLY = LEAKING = "pixel_dinov3", "early_dinov3"
+PIXELS, EARLY = "pixel_dinov3", "early_dinov3"
 #: Numbers of directions of the control's projection, for the trade-off between leak and control.
 DIRECTIONS = (4, 16, 64)
 #: Steps of a probe: a run that is cut short, to see if it foretells the whole one.
@@ -49,7 +49,7 @@ class StudyRun:
     options: dict[str, Any] = field(default_factory=dict)  #: of phase 2, over `OPTIONS`
     baseline: str | None = None  #: name of the setting that it is compared with
     adapted: bool = True  #: starts from phase 1; else from the toy's base model
-    dinov3: str = "dinov3"  #: folder of the extractor: the toy's own, or one of `LEAKING`
+    dinov3: str | None = None  #: folder of an extractor with a planted leak; None: the toy's own
 
 
 def planned_runs() -> list[StudyRun]:
@@ -62,7 +62,7 @@ def planned_runs() -> list[StudyRun]:
         "monitor_patience": 1,
         "sample_steps": 20,
     }
-    # As many directions as the held-out figures choose; many of them, with a random tail dropped; both.
+    # As many directions as agree between looks; many of them, with a random tail dropped; the first with that too.
     projections: dict[str, dict[str, Any]] = {
         "projection": {"control_projection": "fit"},
         "64 directions, tail drop 0.5": _directions(64) | {"control_tail_drop": 0.5},
@@ -146,6 +146,11 @@ def prepare(out: Path):
     """
     _run(out / "logs/toy.log", ["python", "-m", "c2r.toy", "--output_dir", str(out / "toy")])
     caption_cg_like_real(out / "toy/data/cg")
+    write_leaking_extractors(out)
+
+
+def write_leaking_extractors(out: Path):
+    """Write the extractors with a planted leak beside the toy, unless they are there."""
     if not (out / PIXELS).exists():
         write_pixel_dinov3(out / PIXELS)
     if not (out / EARLY).exists():
@@ -217,7 +222,7 @@ def run_phase2(out: Path, run: StudyRun, seed: int) -> Result:
 def _phase2_options(out, run, seed):
     options = yaml.safe_load((out / "toy/phase2.yaml").read_text()) | OPTIONS | run.options
     options["resume_backbone_from"] = str(out / (f"phase1-{seed}/best" if run.adapted else "toy/model"))
-    if run.dinov3 in LEAKING:
+    if run.dinov3 is not None:
         options["dinov3"] = str(out / run.dinov3)
     return options
 
