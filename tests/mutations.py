@@ -1891,7 +1891,7 @@ PROJECTIONS = [
     Mutation(
         "what-is-kept-has-less-variance",
         "c2r/models/control_projection.py",
-        "scale**0.5 * projection.directions[:number]",
+        "scale * projection.directions[:number]",
         "projection.directions[:number]",
         f"{PROJECTION}::test_what_is_kept_has_the_features_variance",
     ),
@@ -1945,6 +1945,27 @@ PROJECTIONS = [
         f"{PROJECTION}::test_another_number_of_directions_has_figures_of_its_own",
     ),
     Mutation(
+        "shares-are-weighed-by-pairs",
+        "c2r/models/control_projection.py",
+        "sums.products / (2 * sums.pairs) for sums in",
+        "sums.products / 2000 for sums in",
+        f"{PROJECTION}::test_all_kinds_of_pairs_weigh_the_same",
+    ),
+    Mutation(
+        "a-frame-s-look-is-agreement",
+        "c2r/evaluation/projection_figures.py",
+        "(features - features.mean(1, keepdim=True)).flatten(0, 1)",
+        "(features - features.mean((0, 1))).flatten(0, 1)",
+        f"{PROJECTION_FIGURES}::test_the_agreement_of_a_feature_is_the_correlation_between_looks",
+    ),
+    Mutation(
+        "held-out-looks-that-differ-are-silent",
+        "c2r/evaluation/projection_fit.py",
+        "if lowest.high < MIN_AGREEMENT:",
+        "if lowest.high < 0:",
+        f"{PROJECTION_FIT}::test_looks_that_differ_on_held_out_files_are_warned_of",
+    ),
+    Mutation(
         "directions-of-a-file-may-be-any",
         "c2r/models/control_projection.py",
         "plausible and products.abs().max() < TOLERANCE",
@@ -1968,8 +1989,8 @@ PROJECTIONS = [
     Mutation(
         "the-certificate-has-the-best-direction",
         "c2r/evaluation/projection_figures.py",
-        "agreement=min(agreement(",
-        "agreement=max(agreement(",
+        "min(agreements[:number])",
+        "max(agreements[:number])",
         f"{PROJECTION_FIGURES}::test_the_certificate_has_the_agreement_of_the_direction_that_agrees_least",
     ),
     Mutation(

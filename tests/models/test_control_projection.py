@@ -62,7 +62,7 @@ def example(rows=6, chosen=4, width=FEATURE_DIM):
     return FittedProjection(
         draw(width, seed=1).float(),
         directions,
-        torch.full((rows,), 1 / rows),
+        torch.arange(rows, 0, -1.0) / (rows * (rows + 1) / 2),
         chosen,
         {2: other, chosen: figures},
         other,
@@ -130,20 +130,31 @@ def test_a_look_that_both_looks_of_a_frame_share_is_no_place():
         places[..., 0] = 3 * draw(4, 1, seed=2 * clip + 1) + 0.1 * places[..., 0]
         scatter.add("a", places, places + 0.3 * draw(4, 20, WIDTH, seed=1000 + clip))
     _, directions = scatter.solve()
-    shares = directions[:, 0].abs() / directions.norm(dim=1)
-    assert shares.argmax() == len(directions) - 1
+    assert directions[:, 0].abs().argmax() == len(directions) - 1
 
 
 def test_all_kinds_of_pairs_weigh_the_same():
-    one, other = (look[None] for look in two_looks(0, 10))
-    few, many = draw(1, 100, WIDTH, seed=30), draw(1, 100, WIDTH, seed=31)
+    one, other = (look[None] + 5 for look in two_looks(0, 10))  # another mean than that of the other kind
+    few, many = draw(1, 100, WIDTH, seed=30) - 2, draw(1, 100, WIDTH, seed=31) - 2
     once, often = LookScatter(WIDTH), LookScatter(WIDTH)
     for scatter, times in ((once, 1), (often, 5)):
         scatter.add("b", few, many)
         for _ in range(times):
             scatter.add("a", one, other)
-    unit = [directions / directions.norm(dim=1, keepdim=True) for _, directions in (once.solve(), often.solve())]
-    torch.testing.assert_close(*unit)
+    fits = [scatter.solve() for scatter in (once, often)]
+    for found, expected in zip(*fits):
+        torch.testing.assert_close(found, expected)
+    shares = [scatter.shares(orthonormal(directions)) for scatter, (_, directions) in zip((once, often), fits)]
+    torch.testing.assert_close(*shares)
+
+
+def test_shares_are_those_of_the_variance():
+    pair = two_looks(draw(WIDTH), 10)
+    scatter = scatter_of(pair)
+    directions = orthonormal(scatter.solve()[1])
+    features = torch.cat(pair)
+    expected = (features @ directions.T).var(0, unbiased=False) / features.var(0, unbiased=False).sum()
+    torch.testing.assert_close(scatter.shares(directions), expected)
 
 
 # ---------------------------------------------------------------------------------------------------------- projection
@@ -315,6 +326,7 @@ def test_its_file_holds_it_with_its_figures(tmp_path):
     loaded = load_projection(path, FEATURE_DIM)
     assert torch.equal(loaded.directions, example().directions)
     assert torch.equal(loaded.mean, example().mean)
+    assert torch.equal(loaded.shares, example().shares)
     assert loaded.projected == example().projected
     assert (loaded.num_directions, loaded.dinov3, loaded.datasets) == (4, "sha", ["data/a", "data/b"])
     assert loaded.certificate == example().certificate
@@ -361,10 +373,12 @@ def metadata(**change):
         (hostile(directions=torch.ones(0, FEATURE_DIM), shares=torch.ones(0)), "is no control projection"),
         (hostile(directions=torch.ones(FEATURE_DIM)), "is no control projection"),
         (hostile(directions=torch.ones(())), "is no control projection"),
+        (hostile(directions=torch.zeros(50_000, FEATURE_DIM), shares=torch.zeros(50_000)), "is no control projection"),
         (hostile(shares=torch.ones(7) / 7), "is no control projection"),
         (hostile(directions=torch.ones(6, FEATURE_DIM)), "not orthonormal"),
         (hostile(directions=torch.full((6, FEATURE_DIM), torch.nan)), "not orthonormal"),
         (hostile(shares=torch.zeros(6)), "shares of variance"),
+        (hostile(shares=torch.full((6,), torch.nan)), "shares of variance"),
         (hostile(shares=torch.ones(6)), "shares of variance"),
         (hostile(shares=torch.tensor([1.0, -1, 0, 0, 0, 0])), "shares of variance"),
         (hostile(mean=torch.zeros(FEATURE_DIM).double()), "is no control projection"),

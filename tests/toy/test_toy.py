@@ -10,6 +10,7 @@ import yaml
 from diffusers import AutoencoderKLWan
 from PIL import Image
 from torch.nn import functional as F
+from transformers import DINOv3ViTModel
 
 from c2r import InputError, cli
 from c2r.models.dinov3 import DINOv3FeatureExtractor
@@ -18,6 +19,7 @@ from c2r.toy import city, folder
 from c2r.toy.appearance import gradient_energy, recognise_weather_and_walls
 from c2r.toy.folder import write_toy
 from c2r.toy.layout import WEIGHTS, PeopleFinder, correlation, correlations, edge_map, true_people_map
+from c2r.toy.leaking_dinov3 import write_early_dinov3, write_pixel_dinov3
 from c2r.toy.pretrain import psnr, to_pixel_values
 from tests.helpers.forks import start_warm
 
@@ -201,3 +203,21 @@ def test_quickstart_runs_every_step_and_continues_where_it_was(tmp_path, monkeyp
     with Image.open(tmp_path / "report.webp") as film:
         assert film.n_frames == 9
         assert film.width > 5 * 160
+
+
+def test_extractors_with_a_planted_leak(tmp_path):
+    """Pixel features are the patches' own numbers, early ones those of the whole model's second layer."""
+    dinov3 = WEIGHTS / "dinov3"
+    frames = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    pixels, early, whole = (
+        DINOv3ViTModel.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (write_pixel_dinov3(tmp_path / "p"), write_early_dinov3(tmp_path / "e", dinov3), dinov3)
+    )
+    with torch.no_grad():
+        found = pixels(frames).last_hidden_state[:, 1:]
+        patches = F.unfold(frames, 16, stride=16).transpose(1, 2)
+        torch.testing.assert_close(found, F.layer_norm(patches, patches.shape[-1:]), rtol=1e-3, atol=1e-4)
+        expected = whole(frames, output_hidden_states=True).hidden_states[2]
+        torch.testing.assert_close(early(frames).last_hidden_state, whole.norm(expected))
+    for name in "pe":
+        assert DINOv3FeatureExtractor.from_pretrained(tmp_path / name)(frames[None]).shape[-1] in (768, 96)
