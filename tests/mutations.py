@@ -1870,8 +1870,8 @@ PROJECTIONS = [
     Mutation(
         "the-projection-follows-autocast",
         "c2r/models/control_projection.py",
-        "            projected = self.mean.float() + coordinates @ self.directions.float()",
-        "            projected = self.mean.float() + (coordinates.bfloat16() @ self.directions.bfloat16()).float()",
+        "with torch.autocast(features.device.type, enabled=False):\n            projected",
+        "with torch.autocast(features.device.type, torch.bfloat16):\n            projected",
         f"{PROJECTION}::test_it_computes_in_fp32_under_autocast_and_needs_no_gradient",
     ),
     Mutation(

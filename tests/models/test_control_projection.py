@@ -208,10 +208,13 @@ def test_a_blank_control_stays_blank():
 
 
 def test_it_computes_in_fp32_under_autocast_and_needs_no_gradient():
-    module, features = filled(), draw(1, 1, 3, 2, FEATURE_DIM).bfloat16()
+    module, features = filled(), draw(1, 1, 3, 2, FEATURE_DIM).float()
+    mean, directions = module.mean.double(), module.directions.double()
+    expected = mean + (features.double() - mean) @ directions.T @ directions
     with torch.autocast("cpu", torch.bfloat16):
-        projected = module(features)
-    assert torch.equal(projected, module(features.float()).bfloat16())
+        projected, in_bf16 = module(features), module(features.bfloat16())
+    torch.testing.assert_close(projected, expected.float())
+    assert torch.equal(in_bf16, module(features.bfloat16().float()).bfloat16())
     assert not any(parameter.requires_grad for parameter in module.parameters())
 
 
