@@ -2040,7 +2040,7 @@ PROJECTIONS = [
         "c2r/evaluation/projection_fit.py",
         "[clip for clip in train if _file_of(clip) not in to_choose]",
         "train",
-        PROJECTION_FIT,
+        f"{PROJECTION_FIT}::test_the_fit_removes_a_planted_look",
     ),
     Mutation(
         "each-tail-drop-is-the-same",

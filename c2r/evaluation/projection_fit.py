@@ -272,7 +272,7 @@ def choose_number(agreements: Sequence[float]) -> int:
     if number == 0:
         raise InputError(
             f"--control_projection {FIT}: in two looks DINOv3's features of a place have little in common (the best "
-            f"direction's correlation is {agreements[0]:.2f}, {MIN_AGREEMENT:g} is needed), so that no projection "
+            f"direction's correlation is {agreements[0]:.3f}, {MIN_AGREEMENT:g} is needed), so that no projection "
             "shows the place alone; leave it out, or give --control_directions to try all the same"
         )
     return number

@@ -171,7 +171,7 @@ def test_bad_options_are_refused_in_one_line(run, options, message):
 def test_the_number_is_the_last_before_the_first_that_fails():
     assert choose_number([0.9, 0.5, 0.49, 0.9]) == 2
     assert choose_number([0.9, 0.8]) == 2
-    with pytest.raises(InputError, match=r"have little in common \(the best direction's correlation is 0.40"):
+    with pytest.raises(InputError, match=r"have little in common \(the best direction's correlation is 0.400"):
         choose_number([0.4, 0.9])
 
 
@@ -232,6 +232,7 @@ def test_the_fit_removes_a_planted_look(datasets, settings, caplog):
     watchdog = Quiet()
     projection = fit(read(datasets, settings), settings, marked, watchdog)
     assert len(watchdog.beats) > 20
+    assert len(set(watchdog.beats)) == len(watchdog.beats)  # each clip is in one set: fit, choice or held out
     assert projection.directions[: projection.num_directions, -1].abs().max() < 0.05
     products = projection.directions @ projection.directions.T
     torch.testing.assert_close(products, torch.eye(len(products)), rtol=0, atol=1e-5)

@@ -4,7 +4,6 @@
 launcher starts included, but all of them are forks.
 """
 
-import atexit
 import ctypes
 import functools
 import gc
@@ -21,6 +20,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from multiprocessing.util import Finalize
 from pathlib import Path
 from unittest import mock
 
@@ -116,8 +116,9 @@ def warm_python():
         server = _server.Process(target=_serve, args=(listener,))
         with mock.patch.dict(os.environ, ENVIRONMENT):
             server.start()
-    atexit.register(folder.cleanup)
-    atexit.register(server.terminate)
+    # Not by atexit: where the tests run in a process of multiprocessing, it first waits for the server.
+    Finalize(None, server.terminate, exitpriority=1)
+    Finalize(None, folder.cleanup, exitpriority=0)
     return str(script)
 
 
