@@ -4,6 +4,7 @@
 launcher starts included, but all of them are forks.
 """
 
+import atexit
 import ctypes
 import functools
 import gc
@@ -116,9 +117,9 @@ def warm_python():
         server = _server.Process(target=_serve, args=(listener,))
         with mock.patch.dict(os.environ, ENVIRONMENT):
             server.start()
-    # Not by atexit: where the tests run in a process of multiprocessing, it first waits for the server.
-    Finalize(None, server.terminate, exitpriority=1)
-    Finalize(None, folder.cleanup, exitpriority=0)
+    atexit.register(folder.cleanup)  # forks keep this reference too: without it they would remove the folder
+    # Not by atexit: where the tests run in a process of multiprocessing, that first waits for the server.
+    Finalize(None, server.terminate, exitpriority=0)
     return str(script)
 
 
