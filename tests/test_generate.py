@@ -110,7 +110,7 @@ def test_the_attention_backend_computes_the_same_video(folder, tmp_path):
             # Guidance would enlarge the differences of rounding.
             videos.append(generated(folder, output, attention_backend=backend, guidance_scale=1))
         assert set(calls) == {backend}
-    assert distance(*videos) < 0.2  # 0.12 on some CPUs (measured)
+    assert distance(*videos) < 0.1
 
 
 def test_several_videos_agree_with_single_ones(folder, tmp_path):
@@ -138,7 +138,8 @@ def test_size_options_override_the_models(folder, tmp_path):
 
 
 def test_phase_1_agrees_with_a_stock_pipeline(folder, tmp_path):
-    arguments = {"guidance": "cfg", "guidance_scale": 5, "negative_prompt": "rain", "seed": 3}
+    # A pixel that is rounded otherwise changes its neighbours in the lossy file. At this scale none is, on any CPU tried.
+    arguments = {"guidance": "cfg", "guidance_scale": 3, "negative_prompt": "rain", "seed": 3}
     video = generated(folder, tmp_path / "out.mp4", phase=1, control=False, **arguments)
     stock = WanPipeline.from_pretrained(
         folder / "base", transformer=WanTransformer3DModel.from_pretrained(folder / "phase1/best")
@@ -150,13 +151,13 @@ def test_phase_1_agrees_with_a_stock_pipeline(folder, tmp_path):
         WIDTH,
         FRAMES,
         num_inference_steps=2,
-        guidance_scale=5.0,
+        guidance_scale=3.0,
         generator=torch.Generator().manual_seed(3),
         max_sequence_length=tiny.PROMPT_LENGTH,
     ).frames[0]
     write_video(tmp_path / "stock.mp4", (frames * 255).round().astype(np.uint8), FPS)
     expected = torch.as_tensor(read_window(tmp_path / "stock.mp4", 0.0, FRAMES, FPS, HEIGHT, WIDTH)).float()
-    assert distance(video, expected) < 0.2  # 0.12 on some CPUs (measured)
+    assert distance(video, expected) < 0.1
 
 
 def test_prompts_are_padded_with_zeros(folder):
