@@ -57,9 +57,8 @@ def figures_of(
     certificates: dict[int | None, Certificate] = {}
     below: Certificate | None = None
     for number in (*numbers, None):
-        first = (chosen_by, held_out) if number is None else (_first(pairs, number) for pairs in coordinates)
-        probed, probed_held_out = first
-        certificate = certificates[number] = certify(probed, probed_held_out, min(agreements[:number]))
+        samples = [chosen_by, held_out] if number is None else [_first(pairs, number) for pairs in coordinates]
+        certificate = certificates[number] = certify(samples[0], samples[1], min(agreements[:number]))
         # Directions hold those of fewer, and the features as they are hold all: what a probe finds there is here too.
         if below is not None:
             for name in ("cg_or_real", "cg_or_real_clip", "look"):

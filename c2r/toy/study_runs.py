@@ -24,7 +24,6 @@ from c2r.training.output_files import SAMPLE_COLUMNS
 RATIOS = (0.0, 0.1, 0.2, 0.5, 1.0)
 #: Folders of the extractors with a planted leak, see `c2r.toy.leaking_dinov3`.
 PIXELS, EARLY = "pixel_dinov3", "early_dinov3"
-PIXEL_LEAK = "leak: pixel features"
 #: Numbers of directions of the control's projection, for the trade-off between leak and control.
 DIRECTIONS = (4, 16, 64)
 #: Steps of a probe: a run that is cut short, to see if it foretells the whole one.
@@ -63,11 +62,13 @@ def planned_runs() -> list[StudyRun]:
         "monitor_patience": 1,
         "sample_steps": 20,
     }
-    # As many directions as agree between looks; many of them, with a random tail dropped; the first with that too.
-    projections: dict[str, dict[str, Any]] = {
+    # As many directions as agree between looks, without and with a random tail dropped.
+    chosen: dict[str, dict[str, Any]] = {
         "projection": {"control_projection": "fit"},
-        "64 directions, tail drop 0.5": _directions(64) | {"control_tail_drop": 0.5},
         "projection, tail drop 0.5": {"control_projection": "fit", "control_tail_drop": 0.5},
+    }
+    many: dict[str, dict[str, Any]] = {
+        "64 directions, tail drop 0.5": _directions(64) | {"control_tail_drop": 0.5},
     }
     half_cg: dict[str, dict[str, Any]] = {
         "controller": controller,
@@ -76,7 +77,8 @@ def planned_runs() -> list[StudyRun]:
     }
     fifth_cg: dict[str, dict[str, Any]] = {
         "augmentation 0.5": {"control_augmentation": 0.5},
-        **projections,
+        **chosen,
+        **many,
         "1 control block": {"control_layers": 1},
         "every second block": {"control_stride": 2},
         "latent injection": {"injection": "latent"},
@@ -84,24 +86,22 @@ def planned_runs() -> list[StudyRun]:
     leak: dict[str, dict[str, Any]] = {
         "augmentation 0.5": {"control_augmentation": 0.5},
         "augmentation 1": {"control_augmentation": 1.0},
-        **projections,
+        **many,
         **{f"{number} directions": _directions(number) for number in DIRECTIONS},
     }
-    # Pixels of a place in two looks hardly agree: with some seeds a fit is refused unless the number is given.
-    refused = {f"{PIXEL_LEAK}, {name}" for name, options in projections.items() if "control_directions" not in options}
     ordinary, no_cg, half = "cg 0.2", "cg 0", "cg 0.5"
-    leaks = {PIXEL_LEAK: PIXELS, "leak: early features": EARLY}
+    # Pixels of a place in two looks hardly agree: with some seeds a fit is refused unless the number is given.
+    leaks = {"leak: pixel features": (PIXELS, leak), "leak: early features": (EARLY, leak | chosen)}
     shares: dict[str, dict[str, Any]] = {f"cg {ratio:g}": {"cg_ratio": ratio} for ratio in RATIOS}
     return [
         *(StudyRun(name, options, None if name == ordinary else ordinary) for name, options in shares.items()),
         *(StudyRun(f"{half}, {name}", shares[half] | options, half) for name, options in half_cg.items()),
         *(StudyRun(f"{ordinary}, {name}", shares[ordinary] | options, ordinary) for name, options in fifth_cg.items()),
-        *(StudyRun(name, shares[no_cg], no_cg, dinov3=dinov3) for name, dinov3 in leaks.items()),
+        *(StudyRun(name, shares[no_cg], no_cg, dinov3=dinov3) for name, (dinov3, _) in leaks.items()),
         *(
             StudyRun(f"{name}, {remedy}", shares[no_cg] | options, name, dinov3=dinov3)
-            for name, dinov3 in leaks.items()
-            for remedy, options in leak.items()
-            if f"{name}, {remedy}" not in refused
+            for name, (dinov3, remedies) in leaks.items()
+            for remedy, options in remedies.items()
         ),
         *(StudyRun(f"{name}, no phase 1", options, name, adapted=False) for name, options in shares.items()),
         # A probe of CG alone is left out: nobody trains on it.
