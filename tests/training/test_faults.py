@@ -186,8 +186,10 @@ def test_two_processes_stop_together_and_a_dead_or_hung_one_is_named(resume_comm
 
     def second_one(harmed_by):
         """Send a signal to the second process when training begins; return the errors of the first."""
-        processes = forked_twice(command[len(TORCHRUN) :], tmp_path)
-        output = tmp_path / "0/stderr"
+        folder = tmp_path / harmed_by.name  # of its own: an output of the last time would say that training has begun
+        folder.mkdir()
+        processes = forked_twice(command[len(TORCHRUN) :], folder)
+        output = folder / "0/stderr"
         while not output.exists() or "phase 2: " not in output.read_text():
             assert all(process.is_alive() for process in processes)
             time.sleep(0.1)
