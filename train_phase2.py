@@ -169,8 +169,9 @@ def train(run: Run) -> Plan:
             empty=empty,
             injection=args.injection,
             causal_control=args.causal_control,
-            projection=projection,
         )
+    if projection is not None:
+        controlnet.put_projection(projection)
     num_directions = controlnet.config.control_directions
     # One module, because an engine such as DeepSpeed wraps one.
     joined = C2RTransformer(backbone, controlnet)

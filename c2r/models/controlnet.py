@@ -144,16 +144,39 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         if injection_layers != sorted(set(injection_layers)) or not set(injection_layers) <= set(range(num_layers)):
             raise ValueError(f"injection_layers are {injection_layers}: not ascending indices below {num_layers}")
         dim = num_attention_heads * attention_head_dim
-        shape: dict[str, Any] = {"dim": dim, "temporal_stride": temporal_stride, "causal": causal_control}
-        shape["gated"] = injection == "latent"
-        self.control_adapter = (
-            ControlAdapter(feature_dim, **shape)
-            if control_directions is None
-            else ProjectedControlAdapter(feature_dim, control_directions, **shape)
-        )
+        self.control_adapter = self._build_adapter()
         self.control_blocks = nn.ModuleList(
             C2RControlBlock(dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps) for _ in injection_layers
         )
+
+    def _build_adapter(self):
+        """Return a new adapter as the config describes it."""
+        config = self.config
+        shape = {"dim": config.num_attention_heads * config.attention_head_dim}
+        shape |= {"temporal_stride": config.temporal_stride, "causal": config.causal_control}
+        shape["gated"] = config.injection == "latent"
+        if config.control_directions is None:
+            return ControlAdapter(config.feature_dim, **shape)
+        return ProjectedControlAdapter(config.feature_dim, config.control_directions, **shape)
+
+    def put_projection(self, projection: FittedProjection):
+        """Put a projection before the adapter, in place of one that it may have. The adapter keeps its weights.
+
+        Args:
+            projection: of features of width `feature_dim`, with as many directions as it names.
+        """
+        self.register_to_config(
+            control_directions=projection.num_directions, control_certificate=projection.certificate
+        )
+        weights = {
+            name: tensor
+            for name, tensor in self.control_adapter.state_dict().items()
+            if not name.startswith("projection.")
+        }
+        with torch.device("meta"):  # draws no random numbers
+            self.control_adapter = self._build_adapter()
+        self.control_adapter.load_state_dict(weights, strict=False, assign=True)
+        self.control_adapter.projection.to_empty(device=self.device).fill(projection)
 
     @classmethod
     def from_transformer(
@@ -166,7 +189,6 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         empty: bool = False,
         injection: str = "blocks",
         causal_control: bool = False,
-        projection: FittedProjection | None = None,
     ) -> "C2RControlNet":
         """Create a control branch with zero residuals from clones of the backbone's first blocks.
 
@@ -178,7 +200,6 @@ class C2RControlNet(ModelMixin, ConfigMixin):
             empty: leave all values undefined; see `load_transformer`.
             injection: see the class; "latent" has no blocks, and its adapter's gate starts at 0.01.
             causal_control: see the class.
-            projection: stands before the adapter, with as many directions as it names; None: no projection.
 
         Returns:
             trainable branch in fp32 on the backbone's device. The adapter and the projectors' first layers are drawn
@@ -193,16 +214,12 @@ class C2RControlNet(ModelMixin, ConfigMixin):
         own_config: dict[str, Any] = {"injection_layers": layers, "injection": injection}
         own_config |= {"feature_dim": feature_dim, "temporal_stride": temporal_stride}
         own_config["causal_control"] = causal_control
-        own_config["control_directions"] = None if projection is None else projection.num_directions
-        own_config["control_certificate"] = None if projection is None else projection.certificate
         with torch.device("meta"):  # skips the random weights of the clones, 5 billion at 14B
             controlnet = cls(**own_config, **shared)
         controlnet.to_empty(device=transformer.device)
         if empty:
             return controlnet
         controlnet.control_adapter.reset_parameters()
-        if projection is not None:
-            controlnet.control_adapter.projection.fill(projection)
         for control_block, block in zip(controlnet.control_blocks, transformer.blocks):
             control_block.block.load_state_dict(whole_state_dict(block))
             control_block.reset_projector()

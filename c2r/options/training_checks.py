@@ -33,11 +33,6 @@ def check_phase2_options(args: Namespace):
         for option in ("control_directions", "control_tail_drop"):
             if value := getattr(args, option):
                 raise InputError(f"--{option} {value:g}: needs --control_projection; give it too, or leave this out")
-    if args.control_projection is not None and args.resume_controlnet_from is not None:
-        raise InputError(
-            f"--control_projection {args.control_projection}: --resume_controlnet_from brings its own features or "
-            "projection; leave one of them out"
-        )
     if args.cache_control_features and args.control_augmentation > 0:
         raise InputError(
             f"--control_augmentation {args.control_augmentation:g}: alters the control in each step, which "

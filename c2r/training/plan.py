@@ -113,6 +113,8 @@ def check_phase2(run: Run) -> Plan:
     elif args.resume_controlnet_from is not None:
         directions = _require_control_start(args.resume_controlnet_from, config, backbone_config)
     else:
+        directions = None
+    if run.checkpoint is None and args.control_projection is not None:
         directions = _control_directions(args, feature_dim)
     config["control_directions"] = directions
     real, cg, scenes = _read_mixtures(run)
@@ -140,8 +142,6 @@ def check_phase2(run: Run) -> Plan:
 def _control_directions(args, feature_dim):
     """Return the number of directions of the control's projection, of one that is yet to be fitted the most."""
     given = args.control_directions
-    if args.control_projection is None:
-        return None
     if args.control_projection != FIT:
         chosen = check_projection(args.control_projection, feature_dim, given)
         return given or chosen["directions"]

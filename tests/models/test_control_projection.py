@@ -71,6 +71,13 @@ def example(rows=6, chosen=4, width=FEATURE_DIM):
     )
 
 
+def projected_controlnet(control_layers, **options):
+    """Return the ControlNet of a new tiny transformer, with the projection of `example`."""
+    controlnet = C2RControlNet.from_transformer(tiny_transformer(), control_layers, feature_dim=FEATURE_DIM, **options)
+    controlnet.put_projection(example())
+    return controlnet
+
+
 # ----------------------------------------------------------------------------------------------------------------- fit
 
 
@@ -244,10 +251,7 @@ def test_the_adapter_sees_what_is_projected():
 
 @pytest.mark.parametrize("injection", ["blocks", "latent"])
 def test_a_controlnet_is_saved_and_loaded_with_it(tmp_path, injection):
-    transformer = tiny_transformer()
-    controlnet = C2RControlNet.from_transformer(
-        transformer, 2, feature_dim=FEATURE_DIM, injection=injection, projection=example()
-    )
+    controlnet = projected_controlnet(2, injection=injection)
     trained = {name for name, parameter in controlnet.named_parameters() if parameter.requires_grad}
     frozen = {name for name, _ in controlnet.named_parameters()} - trained
     assert frozen == {"control_adapter.projection.mean", "control_adapter.projection.directions"}
@@ -255,42 +259,34 @@ def test_a_controlnet_is_saved_and_loaded_with_it(tmp_path, injection):
     controlnet.save_pretrained(tmp_path)
     loaded = load_controlnet(tmp_path)
     assert {name for name, parameter in loaded.named_parameters() if parameter.requires_grad} == trained
-    inputs = tiny_inputs()
+    inputs, transformer = tiny_inputs(), tiny_transformer()
     before, after = (C2RTransformer(transformer, net)(*inputs).sample for net in (controlnet.eval(), loaded))
     assert torch.equal(before, after)
 
 
 def test_weights_in_bf16_keep_it_in_fp32(tmp_path):
-    projection = example()
-    C2RControlNet.from_transformer(
-        tiny_transformer(), 1, feature_dim=FEATURE_DIM, projection=projection
-    ).save_pretrained(tmp_path)
+    projected_controlnet(1).save_pretrained(tmp_path)
     adapter = load_controlnet(tmp_path, torch.bfloat16).control_adapter
     expected = ControlProjection(FEATURE_DIM, 4)
-    expected.fill(projection)
+    expected.fill(example())
     assert torch.equal(adapter.projection.directions, expected.directions)
     assert adapter.proj.weight.dtype == torch.bfloat16
 
 
 def test_a_branch_cast_to_bf16_still_projects():
-    controlnet = C2RControlNet.from_transformer(
-        tiny_transformer(), 1, feature_dim=FEATURE_DIM, projection=example()
-    ).bfloat16()
+    controlnet = projected_controlnet(1).bfloat16()
     assert controlnet.control_adapter(tiny_inputs()[-1], (2, 3, 2)).dtype == torch.bfloat16
 
 
 def test_its_certificate_is_saved_with_the_controlnet(tmp_path):
-    controlnet = C2RControlNet.from_transformer(tiny_transformer(), 1, feature_dim=FEATURE_DIM, projection=example())
-    controlnet.save_pretrained(tmp_path)
+    projected_controlnet(1).save_pretrained(tmp_path)
     assert load_controlnet(tmp_path).config.control_certificate == example().certificate
 
 
 @pytest.mark.parametrize("injection", ["blocks", "latent"])
 def test_an_empty_one_has_the_same_modules(tmp_path, injection):
     """Processes that read no weights get them from the main process, parameter by parameter."""
-    C2RControlNet.from_transformer(
-        tiny_transformer(), 2, feature_dim=FEATURE_DIM, injection=injection, projection=example()
-    ).save_pretrained(tmp_path)
+    projected_controlnet(2, injection=injection).save_pretrained(tmp_path)
     shapes = [
         {name: (tuple(p.shape), p.dtype, p.requires_grad, p.device.type) for name, p in net.named_parameters()}
         for net in (
@@ -302,11 +298,35 @@ def test_an_empty_one_has_the_same_modules(tmp_path, injection):
     assert shapes[0] == shapes[1] == shapes[2]
 
 
+@pytest.mark.parametrize("injection", ["blocks", "latent"])
+def test_a_trained_controlnet_takes_one_and_keeps_its_weights(injection):
+    options = {"feature_dim": FEATURE_DIM, "injection": injection, "causal_control": True}
+    controlnet = C2RControlNet.from_transformer(tiny_transformer(), 1, **options)
+    with torch.no_grad():
+        for parameter in controlnet.parameters():
+            parameter.normal_(std=0.1)
+    model, inputs = C2RTransformer(tiny_transformer(), controlnet), tiny_inputs()
+    weights, before = {**controlnet.state_dict()}, model(*inputs).sample
+    state = torch.get_rng_state()
+    controlnet.put_projection(example(rows=FEATURE_DIM, chosen=FEATURE_DIM))  # of all directions: changes nothing
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(model(*inputs).sample, before)
+    for _ in range(2):  # the second takes the place of the first
+        controlnet.put_projection(example())
+        assert controlnet.control_adapter.projection.directions.shape == (4, FEATURE_DIM)
+        assert controlnet.config.control_directions == 4
+        assert controlnet.config.control_certificate == example().certificate
+        assert (model(*inputs).sample - before).abs().max() > 1e-4
+        found = controlnet.state_dict()
+        assert weights.keys() == {name for name in found if ".projection." not in name}
+        assert all(torch.equal(tensor, found[name]) for name, tensor in weights.items())
+    trained = {name for name, parameter in controlnet.named_parameters() if parameter.requires_grad}
+    assert trained == weights.keys()
+
+
 def test_only_what_is_projected_reaches_the_output():
     torch.manual_seed(0)
-    controlnet = C2RControlNet.from_transformer(
-        tiny_transformer(), 1, feature_dim=FEATURE_DIM, projection=example(), injection="latent"
-    )
+    controlnet = projected_controlnet(1, injection="latent")
     model = C2RTransformer(tiny_transformer(), controlnet)
     *others, features = tiny_inputs()
     directions = example().directions[:4].double()
