@@ -1,6 +1,7 @@
 """The runs of the study: phase 2 on the toy city in many settings, and what each run is measured by."""
 
 import csv
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from c2r.training.output_files import SAMPLE_COLUMNS
 RATIOS = (0.0, 0.1, 0.2, 0.5, 1.0)
 #: Folders of the extractors with a planted leak, see `c2r.toy.leaking_dinov3`.
 PIXELS, EARLY = "pixel_dinov3", "early_dinov3"
+#: Folder of the CG pairs whose captions name the CG look.
+NAMED_CG = "named_cg"
 #: Numbers of directions of the control's projection, for the trade-off between leak and control.
 DIRECTIONS = (4, 16, 64)
 #: Steps of a probe: a run that is cut short, to see if it foretells the whole one.
@@ -50,6 +53,7 @@ class StudyRun:
     baseline: str | None = None  #: name of the setting that it is compared with
     adapted: bool = True  #: starts from phase 1; else from the toy's base model
     dinov3: str | None = None  #: folder of an extractor with a planted leak; None: the toy's own
+    named_cg: bool = False  #: captions of CG pairs name their look; else they are like those of real clips
 
 
 def planned_runs() -> list[StudyRun]:
@@ -104,6 +108,7 @@ def planned_runs() -> list[StudyRun]:
             for remedy, options in remedies.items()
         ),
         *(StudyRun(f"{name}, no phase 1", options, name, adapted=False) for name, options in shares.items()),
+        *(StudyRun(f"{name}, named in captions", shares[name], name, named_cg=True) for name in (half, "cg 1")),
         # A probe of CG alone is left out: nobody trains on it.
         *(
             StudyRun(f"probe {name}", options | {"max_train_steps": PROBE_STEPS}, name)
@@ -143,13 +148,16 @@ def select_runs(runs: Sequence[StudyRun], texts: Sequence[str] | None) -> list[S
 
 
 def prepare(out: Path):
-    """Write the toy and the leaking extractors into the study's folder.
+    """Write the toy, its CG pairs with both kinds of captions, and the leaking extractors into the study's folder.
 
     Raises:
         InputError: the toy cannot be written.
     """
     _run(out / "logs/toy.log", ["python", "-m", "c2r.toy", "--output_dir", str(out / "toy")])
-    caption_cg_like_real(out / "toy/data/cg")
+    pairs = out / "toy/data/cg"
+    shutil.copytree(pairs, out / NAMED_CG, ignore=shutil.ignore_patterns(".c2r_cache"), dirs_exist_ok=True)
+    caption_cg(out / NAMED_CG, "cg")
+    caption_cg(pairs, "real")
     write_leaking_extractors(out)
 
 
@@ -161,21 +169,22 @@ def write_leaking_extractors(out: Path):
         write_early_dinov3(out / EARLY, out / "toy/dinov3")
 
 
-def caption_cg_like_real(dataset: Path):
-    """Replace the captions of CG pairs by captions in the style of the real clips.
+def caption_cg(dataset: Path, look: str):
+    """Replace the captions of CG pairs.
 
-    The toy's CG captions say "cg render". A model could use these words to keep the two looks apart, and the study
-    would see no effect of the share of CG.
+    The toy's own say "cg render". A model can use these words to keep the two looks apart, so most of the study uses
+    captions in the style of real clips: with the others it would see little effect of the share of CG.
 
     Args:
         dataset: folder with train/ and validation/.
+        look: of `city.LOOKS`, as `city.caption` takes it.
     """
     for path in sorted(dataset.glob("*/metadata.csv")):
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
         for row in rows:
             seed = int(row["file_name"].partition("_")[0])
-            row["text"] = city.caption(city.make_scene(seed))
+            row["text"] = city.caption(city.make_scene(seed), look)
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
             writer.writeheader()
@@ -228,6 +237,8 @@ def _phase2_options(out, run, seed):
     options["resume_backbone_from"] = str(out / (f"phase1-{seed}/best" if run.adapted else "toy/model"))
     if run.dinov3 is not None:
         options["dinov3"] = str(out / run.dinov3)
+    if run.named_cg:
+        options["cg_dataset"] = str(out / NAMED_CG)
     return options
 
 

@@ -25,7 +25,7 @@ from c2r.toy.study_results import (
     values_of,
     write_results,
 )
-from c2r.toy.study_runs import OPTIONS, RATIOS, caption_cg_like_real, planned_runs, select_runs
+from c2r.toy.study_runs import OPTIONS, RATIOS, caption_cg, planned_runs, select_runs
 
 PUBLISHED = Path(__file__).parents[2] / "docs/study/results.csv"
 
@@ -65,8 +65,8 @@ def test_each_setting_differs_from_its_baseline():
         if run.baseline is not None:
             baseline = runs[run.baseline]
             changed = run.options.items() ^ baseline.options.items()
-            kinds = (run.adapted != baseline.adapted) + (run.dinov3 != baseline.dinov3)
-            assert kinds + bool(changed) == 1, run.name
+            kinds = [getattr(run, name) != getattr(baseline, name) for name in ("adapted", "dinov3", "named_cg")]
+            assert sum(kinds) + bool(changed) == 1, run.name
 
 
 def test_each_setting_has_differences_in_the_published_results():
@@ -163,13 +163,15 @@ def test_the_tables_give_means_and_marked_differences():
     assert "for 1 of 11 intervals; if no setting changed anything, about 1 would" in text
 
 
-def test_cg_captions_describe_the_weather(tmp_path):
+def test_cg_captions_describe_the_weather_or_name_the_look(few_scenes, tmp_path):
     write_toy(tmp_path, num_real=2, num_cg=2)
-    metadata = tmp_path / "data/cg/train/metadata.csv"
-    assert "cg render" in metadata.read_text()
-    for _ in range(2):  # a study that is started again does it again
-        caption_cg_like_real(tmp_path / "data/cg")
-        header, *rows = metadata.read_text().splitlines()
+    pairs = tmp_path / "data/cg"
+    written = (pairs / "train/metadata.csv").read_text()
+    for look in ("real", "real", "cg"):  # a study that is started again does it again
+        caption_cg(pairs, look)
+        header, *rows = (pairs / "train/metadata.csv").read_text().splitlines()
         assert header == "file_name,control_name,text"
-        caption = city.caption(city.make_scene(2_000_001))
+        caption = city.caption(city.make_scene(2_000_001), look)
         assert rows[1] == f'2000001_fine.mp4,2000001_coarse.mp4,"{caption}"'
+    assert (pairs / "train/metadata.csv").read_text().splitlines() == written.splitlines()
+    assert "cg render" in written
