@@ -10,6 +10,7 @@ Modules that take seconds to import are imported inside functions: --help and ba
 """
 
 import logging
+import re
 import shlex
 from argparse import Namespace
 from collections import Counter
@@ -35,6 +36,8 @@ logger = logging.getLogger("c2r.prepare")  # under python -m, __name__ is "__mai
 
 #: Files that are named one by one for one reason.
 MAX_NAMED = 20
+#: Words that tell that a caption is of CG.
+CG_WORDS = re.compile(r"\b(cgi?|3d|computer[ -]generated|render(s|ed|ing|ings)?)\b", re.IGNORECASE)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -78,11 +81,15 @@ def main(argv: list[str] | None = None) -> None:
         row if row.text else replace(row, text=args.default_caption, caption_source="--default_caption")
         for row in rows
     ]
+    if args.caption_prefix is not None:
+        rows = [replace(row, text=with_prefix(row.text, args.caption_prefix)) for row in rows]
 
     report_unusable(damaged)
     if not rows:
         raise InputError(f"{args.dataset}: none of its videos can be used; see the reasons above")
     report_rows(rows)
+    if args.domain == "cg":
+        report_unnamed_look([row.text for row in rows])
     metadata.write(rows)
     logger.info(f"wrote {metadata.path}")
     propose(args, folder, rows)
@@ -184,6 +191,12 @@ def require_captions(args: Namespace, rows: "list[Row]") -> None:
             f"{args.dataset}: {len(missing)} of {len(rows)} videos have no caption, nothing was written; put a .txt "
             "of its name beside each, or give --captions, --caption_model or --default_caption"
         )
+
+
+def with_prefix(caption: str, prefix: str) -> str:
+    """Return a caption that begins with the prefix, once."""
+    prefix = " ".join(prefix.split())
+    return caption if caption.lower().startswith(prefix.lower()) else f"{prefix} {caption}"
 
 
 # ---------------------------------------------------------------------------------------------------------- slow steps
@@ -290,6 +303,16 @@ def report_unusable(rows: "Sequence[DroppedRow]") -> None:
     """Log videos that cannot be used, with their reasons."""
     for row in rows:
         logger.warning(f"not used, {row.reason}: {row.detail or row.file}")
+
+
+def report_unnamed_look(captions: Sequence[str]) -> None:
+    """Log how many captions of CG pairs do not say that they show CG."""
+    unnamed = sum(not CG_WORDS.search(caption) for caption in captions)
+    if unnamed:
+        logger.info(
+            f'{unnamed} of {len(captions)} captions do not name the CG look; with --caption_prefix "cg render of" the '
+            "model can keep it apart from real prompts (docs/control.md, Remedies)"
+        )
 
 
 def report_rows(rows: "Sequence[Row]") -> None:

@@ -153,6 +153,27 @@ def test_pairs_are_cut_together(names, tmp_path, capsys):
         assert scenes[0] == scenes[1] == [int(clip.start > 0)] * 17
 
 
+def test_captions_get_a_prefix_once_and_unnamed_looks_are_counted(tmp_path, capsys):
+    texts = {"a": "CG  render of a street", "b": "a street", "c": "a renderless surrender"}
+    for name, text in texts.items():
+        for look in ("fine", "coarse"):
+            encode_video(tmp_path / f"{name}_{look}.mp4", scene_frames(12), fps=8)
+        (tmp_path / f"{name}_fine.txt").write_text(text)
+    main([str(tmp_path), "--domain=cg"])
+    assert "2 of 3 captions do not name the CG look; with --caption_prefix" in capsys.readouterr().out
+    for _ in range(2):  # the second time all captions have it already
+        main([str(tmp_path), "--domain=cg", "--caption_prefix= cg render  of"])
+        assert [row["text"] for row in metadata(tmp_path)] == [
+            "CG render of a street",
+            "cg render of a street",
+            "cg render of a renderless surrender",
+        ]
+        assert "do not name" not in capsys.readouterr().out
+        (tmp_path / "b_fine.txt").write_text("cg render of a street")
+    main([str(tmp_path), "--default_caption=a street"])
+    assert "do not name" not in capsys.readouterr().out  # real clips have no such look
+
+
 def test_pairs_in_containers_of_other_clocks_are_cut_at_one_frame(tmp_path):
     frames = scene_frames(30, 31, 35, 40)
     for name in ("s_fine.mp4", "s_coarse.mkv"):  # Matroska rounds 24 frames per second to milliseconds
@@ -322,6 +343,7 @@ def test_a_video_whose_only_clip_is_damaged_is_not_used(damaged_video, capsys):
             "--fine_pattern f/*/*: must have a * for each * of --coarse_pattern, at least one; add it",
         ),
         (["{}", "--default_caption= "], "--default_caption ' ': is empty; give a text"),
+        (["{}", "--caption_prefix="], "--caption_prefix '': is empty; give a text"),
         (
             ["{}", "--default_caption=a", "--caption_model=b"],
             "--default_caption a: --caption_model captions all; leave one out",

@@ -444,8 +444,9 @@ def _check_prepare(args):
             raise InputError(f"--{name} {pattern}: must have a * for each * of --{other}, at least one; add it")
     if args.caption_model is not None and args.default_caption is not None:
         raise InputError(f"--default_caption {args.default_caption}: --caption_model captions all; leave one out")
-    if args.default_caption is not None and not args.default_caption.strip():
-        raise InputError(f"--default_caption {args.default_caption!r}: is empty; give a text")
+    for name in ("default_caption", "caption_prefix"):
+        if (text := getattr(args, name)) is not None and not text.strip():
+            raise InputError(f"--{name} {text!r}: is empty; give a text")
 
 
 PREPARE = Command(
@@ -482,6 +483,12 @@ PREPARE = Command(
                 default="Describe this video in one sentence: the place, the weather, the light, and what moves.",
             ),
             Option("default_caption", "caption of videos that have none", metavar="TEXT"),
+            Option(
+                "caption_prefix",
+                'text before each caption that does not begin with it, such as "cg render of": a look that captions '
+                "name stays out of videos of other prompts",
+                metavar="TEXT",
+            ),
             Option(
                 "fine_pattern",
                 "names of fine videos without their ending, such as final/*; default: *_fine, or in a folder fine",
