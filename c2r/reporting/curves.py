@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from html import escape
 from typing import Any
 
@@ -104,83 +105,116 @@ def chart(
     lines = [line for line in lines if any(math.isfinite(y) for _, y in line.points)]
     if not lines:
         return ""
+    scale = _scale(lines, [*include, *(value for value, _ in marks)])
+    parts = [*scale.axes(), *(part for value, label in marks for part in _draw_mark(scale, value, label))]
+    for line in sorted(lines, key=lambda line: not line.faint):
+        parts += _draw_line(scale, line)
+    shown = [line for line in lines if not line.faint]
+    return (
+        f'<figure class="chart"><figcaption><h3>{escape(title)}</h3>'
+        + (f"<p>{escape(note)}</p>" if note else "")
+        + f'</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}" '
+        f'data-chart="{escape(_pointer_data(scale, shown))}">{"".join(parts)}</svg>{_legend(shown)}</figure>'
+    )
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Ranges of the axes, and the left end of the horizontal one in the units of the viewBox."""
+
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+
+    @cached_property
+    def y_labels(self):
+        return axis_labels(ticks(self.y_low, self.y_high))
+
+    @cached_property
+    def left(self):
+        return round(DIGIT * max(len(label) for label in self.y_labels.values())) + 8
+
+    def x_of(self, x):
+        return self.left + (x - self.x_low) / (self.x_high - self.x_low) * (WIDTH - self.left - RIGHT)
+
+    def y_of(self, y):
+        return TOP + (self.y_high - y) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM)
+
+    def axes(self):
+        """Yield the grid, the ticks with their labels, and the axes."""
+        left, bottom = self.left, HEIGHT - BOTTOM
+        for value, label in self.y_labels.items():
+            y = self.y_of(value)
+            yield f'<line class="grid" x1="{left}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            yield f'<text x="{left - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>'
+        for value in ticks(self.x_low, self.x_high):
+            if value != int(value):
+                continue
+            x = self.x_of(value)
+            anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"
+            yield f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>'
+            yield f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{value:,.0f}</text>'
+        yield f'<path class="axis" d="M{left} {TOP}V{bottom}H{WIDTH - RIGHT}"/>'
+
+
+def _scale(lines, include):
+    """Return a scale that holds the lines, their bands, and further values of the vertical axis."""
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points if math.isfinite(y)]
     ys += [y for line in lines for _, low, high in line.band for y in (low, high) if math.isfinite(y)]
-    ys += [*include, *(value for value, _ in marks)]
+    ys += include
     x_low, x_high = min(xs), max(xs)
     if x_low == x_high:
         x_low, x_high = x_low - 1, x_high + 1
     y_low, y_high = min(ys), max(ys)
     margin = 0.06 * (y_high - y_low) or abs(y_high) * 0.1 or 1.0
-    y_low, y_high = y_low - margin, y_high + margin
+    return _Scale(x_low, x_high, y_low - margin, y_high + margin)
 
-    y_ticks = axis_labels(ticks(y_low, y_high))
-    left = round(DIGIT * max(len(label) for label in y_ticks.values())) + 8
 
-    def x_of(x):
-        return left + (x - x_low) / (x_high - x_low) * (WIDTH - left - RIGHT)
+def _draw_mark(scale, value, label):
+    y = scale.y_of(value)
+    yield f'<line class="mark" x1="{scale.left}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    yield f'<text class="mark" x="{WIDTH - RIGHT - 2}" y="{y - 4:.1f}" text-anchor="end">{escape(label)}</text>'
 
-    def y_of(y):
-        return TOP + (y_high - y) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
 
-    parts = []
-    for value, label in y_ticks.items():
-        y = y_of(value)
-        parts.append(f'<line class="grid" x1="{left}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>')
-    x_ticks = [value for value in ticks(x_low, x_high) if value == int(value)]
-    for value in x_ticks:
-        x = x_of(value)
-        anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"
-        parts.append(
-            f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}"/>'
-        )
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{value:,.0f}</text>')
-    axis = f"M{left} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"
-    parts.append(f'<path class="axis" d="{axis}"/>')
-    for value, label in marks:
-        y = y_of(value)
-        parts.append(f'<line class="mark" x1="{left}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(
-            f'<text class="mark" x="{WIDTH - RIGHT - 2}" y="{y - 4:.1f}" text-anchor="end">{escape(label)}</text>'
-        )
-    for line in sorted(lines, key=lambda line: not line.faint):
-        color = f'style="--c:{line.color}"'
-        if line.band:
-            ahead = [f"{x_of(x):.1f},{y_of(high):.1f}" for x, _, high in line.band if math.isfinite(high)]
-            back = [f"{x_of(x):.1f},{y_of(low):.1f}" for x, low, _ in reversed(line.band) if math.isfinite(low)]
-            parts.append(f'<polygon class="band" {color} points="{" ".join(ahead + back)}"/>')
-        path = _path([(x_of(x), y_of(y)) for x, y in line.points])
-        dash = f' stroke-dasharray="{DASHES[line.style]}"' if DASHES[line.style] else ""
-        parts.append(f'<path class="{"faint" if line.faint else "line"}" {color}{dash} d="{path}"/>')
-        if not line.faint and len(line.points) <= 40:
-            parts += [
-                f'<circle {color} cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="2.4"/>'
-                for x, y in line.points
-                if math.isfinite(y)
-            ]
-    shown = [line for line in lines if not line.faint]
-    # The script finds the step under the pointer by these, and writes the values of each line.
+def _draw_line(scale, line):
+    """Yield a line's band, the line, and its points if they are few."""
+    color = f'style="--c:{line.color}"'
+    points = [(scale.x_of(x), scale.y_of(y)) for x, y in line.points]
+    if line.band:
+        ahead = [(x, high) for x, _, high in line.band if math.isfinite(high)]
+        back = [(x, low) for x, low, _ in reversed(line.band) if math.isfinite(low)]
+        corners = " ".join(f"{scale.x_of(x):.1f},{scale.y_of(y):.1f}" for x, y in ahead + back)
+        yield f'<polygon class="band" {color} points="{corners}"/>'
+    dash = f' stroke-dasharray="{DASHES[line.style]}"' if DASHES[line.style] else ""
+    yield f'<path class="{"faint" if line.faint else "line"}" {color}{dash} d="{_path(points)}"/>'
+    if not line.faint and len(points) <= 40:
+        for x, y in points:
+            if math.isfinite(y):
+                yield f'<circle {color} cx="{x:.1f}" cy="{y:.1f}" r="2.4"/>'
+
+
+def _pointer_data(scale, lines):
+    """Return the JSON by which the page's script finds the step under the pointer and writes the lines' values."""
     data = {
-        "x": [x_low, x_high],
-        "box": [left, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM],
+        "x": [scale.x_low, scale.x_high],
+        "box": [scale.left, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM],
         "lines": [
             {"label": line.label, "color": line.color, "points": [(x, y) for x, y in line.points if math.isfinite(y)]}
-            for line in shown
+            for line in lines
         ],
     }
-    legend = "".join(
+    return as_json(data)
+
+
+def _legend(lines):
+    entries = "".join(
         f'<li><svg width="26" height="8" aria-hidden="true"><line x1="1" x2="25" y1="4" y2="4" class="line" '
         f'style="--c:{line.color}" stroke-dasharray="{DASHES[line.style]}"/></svg>{escape(line.label)}</li>'
-        for line in shown
+        for line in lines
     )
-    return (
-        f'<figure class="chart"><figcaption><h3>{escape(title)}</h3>'
-        + (f"<p>{escape(note)}</p>" if note else "")
-        + f'</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}" '
-        f'data-chart="{escape(as_json(data))}">{"".join(parts)}</svg><ul class="legend">{legend}</ul></figure>'
-    )
+    return f'<ul class="legend">{entries}</ul>'
 
 
 def _path(points):
