@@ -77,6 +77,10 @@ class Model:
 def main(argv: list[str] | None = None) -> None:
     """Run the command with these arguments."""
     args = cli.parse(EVALUATE, argv)
+    for option, folders in (("dataset", [args.dataset]), ("videos", args.videos or [])):
+        for folder in folders:
+            if "://" not in folder and not Path(folder).exists():
+                raise InputError(f"--{option} {folder}: no such folder; check the path")
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir {output_dir}: is a file; give a folder")

@@ -444,7 +444,7 @@ BAD_INPUT = [
         "makes 5 frames of 64x48 at 8 fps, but {}/models/phase2/best makes",
     ),
     ({}, "{}/models/base/text_encoder/model.safetensors: cannot be read as safetensors"),
-    ({"dataset": "{}/nowhere"}, "{}/nowhere: no such dataset folder"),
+    ({"dataset": "{}/nowhere"}, "--dataset {}/nowhere: no such folder"),
     ({"dataset": "{}/absent"}, "row 1 of its metadata: missing file (gone.mp4); correct or remove the row"),
     ({"dataset": "{}/outside"}, "row 1 of its metadata: path outside the folder"),
     ({"dataset": "{}/twice"}, "row 2 of its metadata: f0 is the name of an earlier row too"),
