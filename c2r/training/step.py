@@ -202,6 +202,6 @@ def finish_step(run: Run, state: TrainState, log: StepLog, guard: StepGuard, gra
     shown = {"loss": f"{logs['train/loss']:.4f}", "grad_norm": f"{grad_norm:.2f}"}
     if "cg_share" in numbers:
         shown["cg"] = f"{numbers['cg_share']:.3f}"
-    run.bar.set_postfix(shown)
+    run.bar.set_postfix(shown, refresh=False)  # else a log file would get a line for every step
     run.bar.update()
     run.interruption.agree(run.accelerator)

@@ -43,6 +43,8 @@ _server.set_forkserver_preload(
 def forked(command, folder, cwd=ROOT, **environment):
     """Start a command without its launcher; its output goes into the files stdout and stderr in `folder`.
 
+    A variable of the environment that is None is removed.
+
     Returns:
         `multiprocessing.Process`.
     """
@@ -175,7 +177,11 @@ def _attend(connection):
 def _run(command, folder, cwd, environment):
     for descriptor, name in enumerate(("stdout", "stderr"), start=1):
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    os.environ.update(environment)
+    for name, value in environment.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
     _execute(command, cwd)
 
 

@@ -12,6 +12,8 @@ from c2r import cli
 from c2r.options import PHASE2, REPORT
 from c2r.training import run as run_module
 from c2r.training.launched import launch_command, next_commands, phase2_command, resume_command
+from tests.helpers.commands import phase1
+from tests.helpers.forks import fork
 from tests.helpers.options import options, phase2_options
 from tests.helpers.runs import run_of
 
@@ -29,6 +31,13 @@ def test_no_library_complains(phase, request):
     lines = f"{done.stdout}\n{done.stderr}".replace("\r", "\n").splitlines()
     own = re.compile(r"warning: \S+ \(real\): 1 of 5 files lose more than 25% of their picture by cropping")
     assert [line for line in lines if COMPLAINTS.search(line) and not own.match(line)] == []
+
+
+def test_a_log_file_gets_no_line_for_each_step(tiny_models, small_datasets, tmp_path):
+    command = phase1(tiny_models, small_datasets, tmp_path, "--max_train_steps=8", launcher=())
+    done = fork(*command, TQDM_MININTERVAL=None)  # as users have it
+    assert done.returncode == 0
+    assert len(re.findall(r"phase 1: +\d+%", done.stderr)) <= 3  # at the start, after a validation, at the end
 
 
 def last_lines(done):
