@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ from c2r.data.settings import ClipSettings
 from c2r.data.video_info import VideoInfo
 from c2r.data.windows import WindowCutter
 from c2r.files import digest, refuse_linked_folders, write_atomic
+
+#: A file whose rate is below this share of the clips' rate is said to repeat frames: 15 against 16 per second is.
+SLOW = 0.95
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +73,8 @@ class Manifest:
     dropped_windows: list[DroppedRow] = field(default_factory=list)  # of rows with other, good windows
     # Aspect ratio of the file of each row of the clips' table; NaN for rows without clips.
     aspects: np.ndarray = field(default_factory=lambda: np.empty(0))
+    # Frames per second of the same files; infinite for images.
+    rates: np.ndarray = field(default_factory=lambda: np.empty(0))
 
     @property
     def name(self) -> str:
@@ -106,6 +112,7 @@ class Manifest:
             shares = ", ".join(f"{numbers[i]} of {bucket}" for i, bucket in enumerate(self.clips.buckets))
             logger.info(f"{name}: clips by bucket: {shares}")
         self._report_cropping(name)
+        self._report_repeated_frames(name)
         if self.dropped_windows:
             count = len(self.dropped_windows)
             logger.info(f"{name}: dropped {count} single clips: {_count_reasons(self.dropped_windows)}")
@@ -136,6 +143,18 @@ class Manifest:
             f"cropping, {clip.name} the most, {self.cropped[worst]:.0%} in {clip.bucket}; add a bucket to --buckets, "
             f"for this file {clip.bucket.num_frames}x{height}x{width}"
         )
+
+    def _report_repeated_frames(self, name):
+        """Log how many files have clearly fewer frames per second than their clips."""
+        fps, rates = self.clips.tables[0].fps, self.rates[self.clips.entries["row"]]
+        slow = np.flatnonzero(rates < SLOW * fps)
+        if len(slow):
+            slowest = int(np.argmin(rates))
+            logger.warning(
+                f"{name}: {self.clips[slow].file_count} of {self.clips.file_count} files have fewer frames per second "
+                f"than --fps {fps:g}, {self.clips[slowest].name} the fewest, {rates[slowest]:.3g}: frames of their "
+                "clips repeat, and a model learns to stutter; lower --fps, or give videos of a higher rate"
+            )
 
     def write(self, remarks: Mapping[str, str] = MappingProxyType({})) -> Path:
         """Write the clips and dropped rows as a CSV file into the cache, and return its path.
@@ -231,7 +250,7 @@ def read_manifest(
     probes = Probes(cache_dir)
     probes.probe_missing(folder, (file for row in range(len(table)) for file in table.files(row)))
     cutter = WindowCutter(domain, probes, noted_failures(cache_dir, current_encoders), settings)
-    aspects = np.full(len(table), np.nan)
+    aspects, rates = (np.full(len(table), np.nan) for _ in range(2))
     for row in range(len(table)):
         files, part = table.files(row), table.parts[row]
         try:
@@ -244,12 +263,13 @@ def read_manifest(
                 table.control_names[row] = None
                 without_coarse.append(DroppedRow(files[0].name, drop.reason, drop.detail))
             table.add_windows(row, windows)
-            aspects[row] = cast(VideoInfo, probes.of(files[0])).aspect
+            info = cast(VideoInfo, probes.of(files[0]))
+            aspects[row], rates[row] = info.aspect, math.inf if info.is_image else info.rate
         except DropRow as drop:
             dropped.append(DroppedRow(files[0].name, drop.reason, drop.detail))
     clips = table.clips(domain, settings.fps, settings.buckets)
     manifest = Manifest(
-        folder.address, domain, clips, dropped, cache_dir, row_count, without_coarse, cutter.dropped, aspects
+        folder.address, domain, clips, dropped, cache_dir, row_count, without_coarse, cutter.dropped, aspects, rates
     )
     manifest.require_kept(settings.max_dropped)
     _hold_out(folder, clips)

@@ -184,6 +184,22 @@ def test_a_damaged_part_leaves_the_numbers_of_later_windows(tmp_path):
     assert list(after.clips) == [clip for clip in before.clips if clip.text != "part 0"]
 
 
+def test_files_with_fewer_frames_per_second_than_clips_are_named(tmp_path, capsys):
+    for name, fps in {"slow": 8, "slower": 6, "equal": 16, "rounded": 15.985, "fast": 30}.items():
+        encode_video(tmp_path / f"{name}.mp4", counter_frames(25, 48, 64), fps=fps)
+    Image.new("RGB", (64, 48)).save(tmp_path / "picture.png")
+    names = ("slow", "slower", "equal", "rounded", "fast")
+    write_metadata(
+        tmp_path, [{"file_name": name, "text": "a"} for name in (*(f"{n}.mp4" for n in names), "picture.png")]
+    )
+    settings = replace(SETTINGS, buckets=(*SETTINGS.buckets, Bucket(1, 48, 64)))
+    read_manifest(tmp_path, "real", settings).report()
+    line = "2 of 6 files have fewer frames per second than --fps 16, slower.mp4 the fewest, 6: frames of their clips"
+    assert line in capsys.readouterr().out
+    read_manifest(tmp_path, "real", replace(settings, fps=6.0)).report()
+    assert "fewer frames per second" not in capsys.readouterr().out
+
+
 def test_files_that_lose_much_by_cropping_are_named(tmp_path, capsys):
     encode_video(tmp_path / "wide.mp4", counter_frames(9, 48, 64))
     encode_video(tmp_path / "tall.mp4", counter_frames(9, 128, 64))
