@@ -162,6 +162,7 @@ def train(run: Run) -> Plan:
         controlnet = load_controlnet(run.checkpoint / "model", empty=empty)
     elif args.resume_controlnet_from is not None:
         controlnet = load_control_start(args.resume_controlnet_from, backbone.config, empty=empty)
+        run.info(f"the control starts from {args.resume_controlnet_from}")
     else:
         controlnet = C2RControlNet.from_transformer(
             *(backbone, args.control_layers, args.control_stride),
@@ -173,6 +174,8 @@ def train(run: Run) -> Plan:
     if projection is not None:
         controlnet.put_projection(projection)
     num_directions = controlnet.config.control_directions
+    if num_directions is not None:
+        run.info(f"the control is projected on {num_directions} directions of DINOv3's features")
     # One module, because an engine such as DeepSpeed wraps one.
     joined = C2RTransformer(backbone, controlnet)
     if args.offload_backbone or args.fp8_backbone:
@@ -291,7 +294,8 @@ def validate(
         metrics = record_validation(run, losses, conditions, cg_share=cg_share)
         if metrics is None:
             return
-        if warning := leak_warning(metrics, run.args.control_augmentation):
+        projected = state.trainable.config.control_directions is not None
+        if warning := leak_warning(metrics, run.args.control_augmentation, projected):
             run.info(warning)
         if run.progress.record_best(run.args.best_by):
             save(run, state, plan, "best")

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     if not rows:
         raise InputError(f"{args.dataset}: none of its videos can be used; see the reasons above")
     report_rows(rows)
-    if args.domain == "cg":
+    if args.domain == "cg" and args.caption_prefix is None:
         report_unnamed_look([row.text for row in rows])
     metadata.write(rows)
     logger.info(f"wrote {metadata.path}")

@@ -170,6 +170,8 @@ def test_captions_get_a_prefix_once_and_unnamed_looks_are_counted(tmp_path, caps
         ]
         assert "do not name" not in capsys.readouterr().out
         (tmp_path / "b_fine.txt").write_text("cg render of a street")
+    main([str(tmp_path), "--domain=cg", "--caption_prefix=game engine footage of"])
+    assert "do not name" not in capsys.readouterr().out  # in the user's own words
     main([str(tmp_path), "--default_caption=a street"])
     assert "do not name" not in capsys.readouterr().out  # real clips have no such look
 

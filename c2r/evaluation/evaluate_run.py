@@ -76,7 +76,8 @@ def record_validation(
                 record.log_validation(validation_entry(run.progress.global_step, losses, conditions))
             write_history(run.progress.history, run.accelerator, run.args.output_dir)
     gain = f", control gain {metrics['control_gain']:.4f}" if "control_gain" in metrics else ""
-    run.info(f"validation loss {metrics['loss']:.4f}{gain}")
+    leak = f", leak {metrics['leak_share_coarse']:.2f}" if "leak_share_coarse" in metrics else ""
+    run.info(f"validation loss {metrics['loss']:.4f}{gain}{leak}")
     return metrics
 
 

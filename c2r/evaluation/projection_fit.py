@@ -33,10 +33,10 @@ from c2r.evaluation.projection_figures import (
 )
 from c2r.models.control_projection import (
     FIT,
-    MAX_DIRECTIONS,
     FittedProjection,
     LookScatter,
     load_projection,
+    most_directions,
     orthonormal,
     save_projection,
 )
@@ -145,7 +145,7 @@ def fit_projection(
                 f"--control_projection {FIT}: cannot be fitted on the features of {real.name} and {cg.name}: "
                 f"{error}; check --dinov3 and the videos"
             ) from error
-        mean, directions = mean.float(), directions[:MAX_DIRECTIONS].float()
+        mean, directions = mean.float(), directions[: most_directions(len(mean))].float()
         require_pairs(chosen_by)
         agreements = [figure.mean for figure in agreement(projected(chosen_by, mean, directions))]
         used = num_directions or choose_number(agreements)
@@ -189,7 +189,8 @@ def _split_by_file(real: Mixture, cg: Mixture) -> dict[str, dict[str, list[Clip]
         fewest = min(len(set(map(_file_of, clips))) for clips in domains.values())
         if name != "fit" and fewest < FEW_FILES:
             logger.warning(
-                "the control's projection: %d files of a domain are %s, fewer than %d: the figures are uncertain",
+                "the control's projection: %d files of a domain are %s, fewer than %d: the figures are uncertain; "
+                "add some",
                 *(fewest, {"choice": "to choose by", "held out": "held out"}[name], FEW_FILES),
             )
     return sets
@@ -280,14 +281,16 @@ def choose_number(agreements: Sequence[float]) -> int:
 
 def _log_figures(unprojected, figures, agreements, used):
     logger.info(
-        "the control's directions: agreement of the last one (correlation between looks, by which their number is "
-        "chosen), and accuracy on held-out files (0.5 is chance, 90 % intervals):"
+        "the control's directions: correlation of the last one between looks, by which their number is chosen (up to "
+        f"the first below {MIN_AGREEMENT:g}); then, on held-out files with 90 % intervals, the lowest correlation "
+        "(near 1 is good), how often a probe tells CG from real by a place, by a whole clip, and which look it is "
+        "(near 0.5 is good), and the place in the frame (near 1 is good):"
     )
-    titles = ("CG or real", "CG or real clip", "which look", "place in the frame")
-    logger.info("  %11s %9s" + " %20s" * len(titles), "directions", "agreement", *titles)
+    titles = ("lowest correlation", "CG or real: a place", "CG or real: a clip", "which look", "place in the frame")
+    logger.info("  %11s %7s" + " %20s" * len(titles), "directions", "last", *titles)
     for number, row in {"unprojected": unprojected, **figures}.items():
-        shown = [row[name] for name in ("cg_or_real", "cg_or_real_clip", "look", "place")]
+        shown = [row[name] for name in ("agreement", "cg_or_real", "cg_or_real_clip", "look", "place")]
         cells = [f"{figure.mean:.3f} [{figure.low:.2f}, {figure.high:.2f}]" for figure in shown]
         value = f"{agreements[number - 1]:.3f}" if number in figures else ""
         mark = "  <- used" if number == used else ""
-        logger.info("  %11s %9s" + " %20s" * len(cells) + "%s", number, value, *cells, mark)
+        logger.info("  %11s %7s" + " %20s" * len(cells) + "%s", number, value, *cells, mark)

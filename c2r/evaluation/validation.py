@@ -214,10 +214,18 @@ def _leak_metrics(losses, kind):
     return metrics
 
 
-def leak_warning(metrics: dict[str, float], control_augmentation: float) -> str | None:
-    """Return a line with advice if the leak by coarse versions is above LEAK_BOUND, else None."""
+def leak_warning(metrics: dict[str, float], control_augmentation: float, projected: bool) -> str | None:
+    """Return a line with advice if the leak by coarse versions is above LEAK_BOUND, else None.
+
+    Args:
+        metrics: see `validation_metrics`.
+        control_augmentation: the run's.
+        projected: whether its control has a projection.
+    """
     leak = metrics.get("leak_share_coarse", 0.0)
     if leak <= LEAK_BOUND:
         return None
     advice = "consider --control_augmentation 0.5" if control_augmentation < 0.5 else "raise --control_augmentation"
+    if not projected:
+        advice += ", or --control_projection fit in another run (--resume_controlnet_from goes on from these weights)"
     return f"leak {leak:.2f}: real clips follow the look of their own control rather than its layout; {advice}"

@@ -105,6 +105,11 @@ class FittedProjection:
         }
 
 
+def most_directions(feature_dim: int) -> int:
+    """Return how many directions features of a width can have, whatever the means that are erased."""
+    return min(feature_dim - MAX_ERASED, MAX_DIRECTIONS)
+
+
 def coordinates_of(features: torch.Tensor, mean: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     """Return directions · (features − mean), (..., K) in fp32.
 
@@ -340,7 +345,9 @@ def check_projection(path: str | Path, feature_dim: int, num_directions: int | N
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file; give one that a run with --control_projection fit has written")
+        raise InputError(
+            f"--control_projection {path}: no such file; give {FIT}, or the control_projection.safetensors of a run"
+        )
     file = SafetensorsFile(path)
     shapes = {key: tuple(file.shape(key)) for key in file.keys()}  # noqa: SIM118, it is no dict
     number, width = (*shapes.get(DIRECTIONS, ()), 0, 0)[:2]

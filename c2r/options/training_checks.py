@@ -30,8 +30,11 @@ def check_phase2_options(args: Namespace):
     if args.control_projection == "fit" and args.cg_dataset is None:
         raise InputError("--control_projection fit: needs CG pairs; give --cg_dataset, or the file of another run")
     if args.control_projection is None:
-        for option in ("control_directions", "control_tail_drop"):
-            if value := getattr(args, option):
+        needing = {"control_directions": args.control_directions}
+        if args.resume_controlnet_from is None and args.resume_from_checkpoint is None:  # both may bring a projection
+            needing["control_tail_drop"] = args.control_tail_drop
+        for option, value in needing.items():
+            if value:
                 raise InputError(f"--{option} {value:g}: needs --control_projection; give it too, or leave this out")
     if args.cache_control_features and args.control_augmentation > 0:
         raise InputError(

@@ -19,9 +19,8 @@ from c2r.models.attention import try_attention_backend
 from c2r.models.backbone import check_transformer, quantised_types, read_transformer_config
 from c2r.models.control_projection import (
     FIT,
-    MAX_DIRECTIONS,
-    MAX_ERASED,
     check_projection,
+    most_directions,
     require_same_dinov3,
 )
 from c2r.models.controlnet import SHARED_CONFIG, C2RControlNet, layers_of
@@ -116,6 +115,11 @@ def check_phase2(run: Run) -> Plan:
         directions = None
     if run.checkpoint is None and args.control_projection is not None:
         directions = _control_directions(args, feature_dim)
+    if directions is None and args.control_tail_drop > 0:
+        raise InputError(
+            f"--control_tail_drop {args.control_tail_drop:g}: the control has no projection; give "
+            "--control_projection, or leave this out"
+        )
     config["control_directions"] = directions
     real, cg, scenes = _read_mixtures(run)
     plan = Plan(args.resume_backbone_from, C2RControlNet, config, real, cg, scenes, feature_dim=feature_dim)
@@ -145,7 +149,7 @@ def _control_directions(args, feature_dim):
     if args.control_projection != FIT:
         chosen = check_projection(args.control_projection, feature_dim, given)
         return given or chosen["directions"]
-    most = min(feature_dim - MAX_ERASED, MAX_DIRECTIONS)
+    most = most_directions(feature_dim)
     if (given or 1) > most:
         raise InputError(
             f"--control_directions {given or 1}: features of width {feature_dim} have at most {most} directions; give "

@@ -36,10 +36,10 @@ def run(tiny_models, datasets, tmp_path_factory):
     """Run phase 2 with a projection; given a folder's name and options, return the folder and the output."""
     folder = tmp_path_factory.mktemp("projection")
 
-    def run(name, *options, fails=False, by=fork, **launch):
-        # The looks of a random DINOv3 do not agree enough for a number to be chosen.
-        options = ["--control_directions=3", *options]
-        options = ["--max_train_steps=4", "--control_projection=fit", "--num_samples=0", *options]
+    def run(name, *options, fails=False, by=fork, projected=True, **launch):
+        if projected:  # the looks of a random DINOv3 do not agree enough for a number to be chosen
+            options = ["--control_projection=fit", "--control_directions=3", *options]
+        options = ["--max_train_steps=4", "--num_samples=0", *options]
         command = phase2(tiny_models, datasets, tiny_models / "pipeline", folder / name, *options, **launch)
         command.append(f"--cache_dir={folder / 'cache'}")
         if fails:
@@ -121,11 +121,21 @@ def test_a_controlnet_trained_without_one_goes_on_with_one(run, whole, second):
     for name in added:
         assert torch.equal(after[name], weights(whole[0] / "final")[name])
     # From there another one, which takes its place.
+    assert "the control starts from " in output
+    assert "the control is projected on 3 directions" in output
     other, output = run(
         "later-again", "--control_directions=2", f"--resume_controlnet_from={out / 'final'}", "--max_train_steps=1"
     )
     assert "place in the frame" in output
     assert weights(other / "final")["control_adapter.projection.directions"].shape == (2, FEATURE_DIM)
+    # Without the option the one of these weights stays, and its tail can be dropped.
+    options = ["--control_tail_drop=0.5", "--max_train_steps=1"]
+    kept, output = run("kept", *options, f"--resume_controlnet_from={out / 'final'}", projected=False)
+    assert "the control is projected on 3 directions" in output
+    for name in added:
+        assert torch.equal(weights(kept / "final")[name], after[name])
+    error = run("none", *options, f"--resume_controlnet_from={second[0] / 'final'}", projected=False, fails=True)
+    assert "--control_tail_drop 0.5: the control has no projection; give --control_projection" in error
 
 
 @pytest.mark.slow
@@ -177,7 +187,10 @@ def test_it_generates(whole, datasets, tmp_path):
     ("options", "message"),
     [
         (["--control_directions=1000"], "--control_directions 1000: features of width 32 have at most 27 directions"),
-        (["--control_projection=none.safetensors"], "none.safetensors: no such file"),
+        (
+            ["--control_projection=none.safetensors"],
+            "--control_projection none.safetensors: no such file; give fit, or",
+        ),
     ],
 )
 def test_bad_options_are_refused_in_one_line(run, options, message):

@@ -189,11 +189,15 @@ def test_leak_share_is_relative_to_the_control_gain_of_the_same_clips():
     assert metrics["leak_share_augmented"] == pytest.approx(0.25 / 1.5)
     assert metrics["leak_coarse"] == 1.5
     assert metrics["leak_share_coarse"] == 0.75
-    assert leak_warning(metrics, 0.0).startswith("leak 0.75: real clips follow the look of their own control")
-    assert "consider --control_augmentation 0.5" in leak_warning(metrics, 0.0)
-    assert "raise --control_augmentation" in leak_warning(metrics, 0.5)
+    assert leak_warning(metrics, 0.0, projected=True).startswith(
+        "leak 0.75: real clips follow the look of their own control"
+    )
+    assert "consider --control_augmentation 0.5" in leak_warning(metrics, 0.0, projected=True)
+    assert "raise --control_augmentation" in leak_warning(metrics, 0.5, projected=True)
+    assert "--control_projection" not in leak_warning(metrics, 0.5, projected=True)
+    assert ", or --control_projection fit in another run" in leak_warning(metrics, 0.5, projected=False)
     del metrics["leak_share_coarse"]
-    assert leak_warning(metrics, 0.0) is None
+    assert leak_warning(metrics, 0.0, projected=True) is None
 
 
 @pytest.mark.parametrize("gain", [0.0, -0.5, 0.005])
@@ -202,7 +206,7 @@ def test_there_is_no_leak_share_without_a_control_gain(gain):
     metrics = validation_metrics(losses, ["real"], 3.0)
     assert metrics["leak_augmented"] == 0.5
     assert not any(name.startswith("leak_share") for name in metrics)
-    assert leak_warning(metrics, 0.0) is None
+    assert leak_warning(metrics, 0.0, projected=True) is None
 
 
 # --------------------------------------------------------------------------------- training loss and validation loss
