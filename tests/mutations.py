@@ -416,6 +416,13 @@ THE_PIPELINE = [
 
 TRAINING = [
     Mutation(
+        "a-log-file-gets-a-line-for-each-step",
+        "c2r/training/step.py",
+        "run.bar.set_postfix(shown, refresh=False)",
+        "run.bar.set_postfix(shown)",
+        "tests/training/test_output.py::test_a_log_file_gets_no_line_for_each_step",
+    ),
+    Mutation(
         "the-latents-vary-twice-as-much-in-logarithm",
         "c2r/training/step.py",
         "torch.exp(0.5 * logvar)",
@@ -1011,6 +1018,20 @@ MODELS = [
 
 DATA = [
     Mutation(
+        "repeated-frames-are-not-warned-of",
+        "c2r/data/manifest.py",
+        "        self._report_repeated_frames(name)\n",
+        "",
+        f"{MANIFEST}::test_files_with_fewer_frames_per_second_than_clips_are_named",
+    ),
+    Mutation(
+        "an-image-repeats-its-frames",
+        "c2r/data/manifest.py",
+        "math.inf if info.is_image else info.rate",
+        "0.0 if info.is_image else info.rate",
+        f"{MANIFEST}::test_files_with_fewer_frames_per_second_than_clips_are_named",
+    ),
+    Mutation(
         "the-first-latent-frame-is-not-counted",
         "c2r/data/buckets.py",
         "(self.num_frames - 1) // 4 + 1",
@@ -1369,6 +1390,13 @@ EVALUATION = [
 ]
 
 COMMANDS = [
+    Mutation(
+        "a-caption-gets-its-prefix-twice",
+        "c2r/prepare.py",
+        "return caption if caption.lower().startswith(prefix.lower()) else",
+        "return caption if caption.startswith(prefix) else",
+        "tests/test_prepare.py::test_captions_get_a_prefix_once_and_unnamed_looks_are_counted",
+    ),
     Mutation(
         "the-config-wins-over-the-command-line",
         "c2r/cli.py",
@@ -2048,6 +2076,20 @@ PROJECTIONS = [
         'seeded_generator(seed, "tail drop", number)',
         'seeded_generator(seed, "tail drop")',
         f"{PROJECTION_FIT}::test_the_tail_is_dropped_by_the_samples_numbers",
+    ),
+    Mutation(
+        "a-projection-for-trained-weights-is-not-filled",
+        "c2r/models/controlnet.py",
+        "self.control_adapter.projection.to_empty(device=self.device).fill(projection)",
+        "self.control_adapter.projection.to_empty(device=self.device)",
+        f"{PROJECTION}::test_a_trained_controlnet_takes_one_and_keeps_its_weights",
+    ),
+    Mutation(
+        "the-tail-of-no-projection-is-dropped",
+        "c2r/training/plan.py",
+        "if directions is None and args.control_tail_drop > 0:",
+        "if False:",
+        f"{PROJECTION_FIT}::test_a_controlnet_trained_without_one_goes_on_with_one",
     ),
 ]
 
