@@ -162,7 +162,8 @@ def train(run: Run) -> Plan:
         controlnet = load_controlnet(run.checkpoint / "model", empty=empty)
     elif args.resume_controlnet_from is not None:
         controlnet = load_control_start(args.resume_controlnet_from, backbone.config, empty=empty)
-        run.info(f"the control starts from {args.resume_controlnet_from}")
+        replaced = projection is not None and controlnet.config.control_directions is not None
+        run.info(f"the control starts from {args.resume_controlnet_from}{', without its projection' * replaced}")
     else:
         controlnet = C2RControlNet.from_transformer(
             *(backbone, args.control_layers, args.control_stride),
@@ -172,7 +173,7 @@ def train(run: Run) -> Plan:
             causal_control=args.causal_control,
         )
     if projection is not None:
-        controlnet.put_projection(projection)
+        controlnet.set_projection(projection)
     num_directions = controlnet.config.control_directions
     if num_directions is not None:
         run.info(f"the control is projected on {num_directions} directions of DINOv3's features")

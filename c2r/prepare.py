@@ -196,7 +196,8 @@ def require_captions(args: Namespace, rows: "list[Row]") -> None:
 def with_prefix(caption: str, prefix: str) -> str:
     """Return a caption that begins with the prefix, once."""
     prefix = " ".join(prefix.split())
-    return caption if caption.lower().startswith(prefix.lower()) else f"{prefix} {caption}"
+    begins_with_it = re.match(rf"{re.escape(prefix)}(?!\w)", caption, re.IGNORECASE)
+    return caption if begins_with_it else f"{prefix} {caption}"
 
 
 # ---------------------------------------------------------------------------------------------------------- slow steps

@@ -1391,10 +1391,10 @@ EVALUATION = [
 
 COMMANDS = [
     Mutation(
-        "a-caption-gets-its-prefix-twice",
+        "a-prefix-in-other-letters-is-not-seen",
         "c2r/prepare.py",
-        "return caption if caption.lower().startswith(prefix.lower()) else",
-        "return caption if caption.startswith(prefix) else",
+        '{re.escape(prefix)}(?!\\w)", caption, re.IGNORECASE)',
+        '{re.escape(prefix)}(?!\\w)", caption)',
         "tests/test_prepare.py::test_captions_get_a_prefix_once_and_unnamed_looks_are_counted",
     ),
     Mutation(
@@ -2080,8 +2080,8 @@ PROJECTIONS = [
     Mutation(
         "a-projection-for-trained-weights-is-not-filled",
         "c2r/models/controlnet.py",
-        "self.control_adapter.projection.to_empty(device=self.device).fill(projection)",
-        "self.control_adapter.projection.to_empty(device=self.device)",
+        "        filled.fill(projection)\n",
+        "",
         f"{PROJECTION}::test_a_trained_controlnet_takes_one_and_keeps_its_weights",
     ),
     Mutation(

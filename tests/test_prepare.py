@@ -154,19 +154,19 @@ def test_pairs_are_cut_together(names, tmp_path, capsys):
 
 
 def test_captions_get_a_prefix_once_and_unnamed_looks_are_counted(tmp_path, capsys):
-    texts = {"a": "CG  render of a street", "b": "a street", "c": "a renderless surrender"}
+    texts = {"a": "CG  render of a street", "b": "a street", "c": "cg render often"}
     for name, text in texts.items():
         for look in ("fine", "coarse"):
             encode_video(tmp_path / f"{name}_{look}.mp4", scene_frames(12), fps=8)
         (tmp_path / f"{name}_fine.txt").write_text(text)
     main([str(tmp_path), "--domain=cg"])
-    assert "2 of 3 captions do not name the CG look; with --caption_prefix" in capsys.readouterr().out
+    assert "1 of 3 captions do not name the CG look; with --caption_prefix" in capsys.readouterr().out
     for _ in range(2):  # the second time all captions have it already
         main([str(tmp_path), "--domain=cg", "--caption_prefix= cg render  of"])
         assert [row["text"] for row in metadata(tmp_path)] == [
             "CG render of a street",
             "cg render of a street",
-            "cg render of a renderless surrender",
+            "cg render of cg render often",
         ]
         assert "do not name" not in capsys.readouterr().out
         (tmp_path / "b_fine.txt").write_text("cg render of a street")

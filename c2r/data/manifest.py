@@ -29,8 +29,8 @@ from c2r.data.video_info import VideoInfo
 from c2r.data.windows import WindowCutter
 from c2r.files import digest, refuse_linked_folders, write_atomic
 
-#: A file whose rate is below this share of the clips' rate is said to repeat frames: 15 against 16 per second is.
-SLOW = 0.95
+#: Share of the clips' frame rate below which a file is warned of; a rate that was rounded is above it.
+MIN_RATE_SHARE = 0.95
 
 logger = logging.getLogger(__name__)
 
@@ -147,13 +147,14 @@ class Manifest:
     def _report_repeated_frames(self, name):
         """Log how many files have clearly fewer frames per second than their clips."""
         fps, rates = self.clips.tables[0].fps, self.rates[self.clips.entries["row"]]
-        slow = np.flatnonzero(rates < SLOW * fps)
+        moving = np.array([bucket.num_frames > 1 for bucket in self.clips.buckets])[self.clips.bucket_numbers]
+        slow = np.flatnonzero(moving & (rates < MIN_RATE_SHARE * fps))
         if len(slow):
-            slowest = int(np.argmin(rates))
+            slowest = int(slow[np.argmin(rates[slow])])
             logger.warning(
                 f"{name}: {self.clips[slow].file_count} of {self.clips.file_count} files have fewer frames per second "
                 f"than --fps {fps:g}, {self.clips[slowest].name} the fewest, {rates[slowest]:.3g}: frames of their "
-                "clips repeat, and a model learns to stutter; lower --fps, or give videos of a higher rate"
+                "clips repeat, so that they stutter; lower --fps, or give videos of a higher rate"
             )
 
     def write(self, remarks: Mapping[str, str] = MappingProxyType({})) -> Path:

@@ -96,6 +96,8 @@ def obtain_projection(
         if projection is not None:
             save_projection(path, projection)
     with failing_together(accelerator, path):
+        if not path.is_file():
+            raise InputError(f"{path}: was just written, but is not here; put --output_dir on a shared file system")
         return load_projection(path, feature_dim)
 
 
@@ -282,11 +284,11 @@ def choose_number(agreements: Sequence[float]) -> int:
 def _log_figures(unprojected, figures, agreements, used):
     logger.info(
         "the control's directions: correlation of the last one between looks, by which their number is chosen (up to "
-        f"the first below {MIN_AGREEMENT:g}); then, on held-out files with 90 % intervals, the lowest correlation "
-        "(near 1 is good), how often a probe tells CG from real by a place, by a whole clip, and which look it is "
-        "(near 0.5 is good), and the place in the frame (near 1 is good):"
+        f"the first below {MIN_AGREEMENT:g}); then, on held-out files with 90 % intervals: agreement, the lowest "
+        "correlation (near 1 is good); how often a probe tells CG from real by a place and by a whole clip, and which "
+        "look it is (near 0.5 is good); and how often it tells the place in the frame (near 1 is good):"
     )
-    titles = ("lowest correlation", "CG or real: a place", "CG or real: a clip", "which look", "place in the frame")
+    titles = ("agreement", "CG or real: a place", "CG or real: a clip", "which look", "place in the frame")
     logger.info("  %11s %7s" + " %20s" * len(titles), "directions", "last", *titles)
     for number, row in {"unprojected": unprojected, **figures}.items():
         shown = [row[name] for name in ("agreement", "cg_or_real", "cg_or_real_clip", "look", "place")]

@@ -227,5 +227,6 @@ def leak_warning(metrics: dict[str, float], control_augmentation: float, project
         return None
     advice = "consider --control_augmentation 0.5" if control_augmentation < 0.5 else "raise --control_augmentation"
     if not projected:
-        advice += ", or --control_projection fit in another run (--resume_controlnet_from goes on from these weights)"
+        advice += ", or --control_projection fit, which needs CG pairs, in another run that starts from these weights "
+        advice += "(--resume_controlnet_from)"
     return f"leak {leak:.2f}: real clips follow the look of their own control rather than its layout; {advice}"

@@ -106,7 +106,7 @@ class FittedProjection:
 
 
 def most_directions(feature_dim: int) -> int:
-    """Return how many directions features of a width can have, whatever the means that are erased."""
+    """Return how many directions a projection of features of this width can have, with any kinds of pairs."""
     return min(feature_dim - MAX_ERASED, MAX_DIRECTIONS)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from c2r import InputError
 from c2r.models.control_adapter import ControlAdapter
-from c2r.models.control_projection import FittedProjection, ProjectedControlAdapter
+from c2r.models.control_projection import ControlProjection, FittedProjection, ProjectedControlAdapter
 from c2r.models.gguf_weights import whole_state_dict
 from c2r.models.injections import INJECTIONS
 
@@ -159,24 +159,31 @@ class C2RControlNet(ModelMixin, ConfigMixin):
             return ControlAdapter(config.feature_dim, **shape)
         return ProjectedControlAdapter(config.feature_dim, config.control_directions, **shape)
 
-    def put_projection(self, projection: FittedProjection):
+    def set_projection(self, projection: FittedProjection):
         """Put a projection before the adapter, in place of one that it may have. The adapter keeps its weights.
 
         Args:
             projection: of features of width `feature_dim`, with as many directions as it names.
+
+        Raises:
+            ValueError: it is of another width.
         """
-        self.register_to_config(
-            control_directions=projection.num_directions, control_certificate=projection.certificate
-        )
-        weights = {
-            name: tensor
-            for name, tensor in self.control_adapter.state_dict().items()
-            if not name.startswith("projection.")
-        }
+        feature_dim, directions = self.config.feature_dim, projection.num_directions
+        if len(projection.mean) != feature_dim:
+            raise ValueError(f"the projection is of width {len(projection.mean)}: expected {feature_dim}")
+        new = {"control_directions": directions, "control_certificate": projection.certificate}
+        # `from_config` leaves out what Diffusers has noted as a default.
+        defaults = [name for name in self.config.get("_use_default_values", []) if name not in new]
+        self.register_to_config(**new, _use_default_values=defaults)
+        filled = ControlProjection(feature_dim, directions).to(self.device)
+        filled.fill(projection)
+        old, added = (module.state_dict() for module in (self.control_adapter, filled))
+        weights = {name: tensor for name, tensor in old.items() if not name.startswith("projection.")}
         with torch.device("meta"):  # draws no random numbers
-            self.control_adapter = self._build_adapter()
-        self.control_adapter.load_state_dict(weights, strict=False, assign=True)
-        self.control_adapter.projection.to_empty(device=self.device).fill(projection)
+            self.control_adapter = self._build_adapter().train(self.training)
+        self.control_adapter.load_state_dict(
+            weights | {f"projection.{name}": tensor for name, tensor in added.items()}, assign=True
+        )
 
     @classmethod
     def from_transformer(

@@ -450,7 +450,7 @@ PHASE2 = Command(
             Option(
                 "control_projection",
                 "project DINOv3's features on directions that agree between looks of one place: fit, or a "
-                "control_projection.safetensors of another run; default: no projection",
+                "control_projection.safetensors of another run; default: that of --resume_controlnet_from, or none",
                 Text("fit or a file"),
                 metavar="fit|FILE",
                 on_resume=MUST_NOT_CHANGE,
@@ -463,7 +463,7 @@ PHASE2 = Command(
             ),
             Option(
                 "control_tail_drop",
-                "share of samples trained without the last directions of --control_projection, from a random one on",
+                "share of samples trained without the last directions of the projection, from a random one on",
                 SHARE,
                 0.0,
             ),

@@ -116,9 +116,9 @@ def check_phase2(run: Run) -> Plan:
     if run.checkpoint is None and args.control_projection is not None:
         directions = _control_directions(args, feature_dim)
     if directions is None and args.control_tail_drop > 0:
+        remedy = "" if run.checkpoint else "give --control_projection, or "  # a run cannot get one later
         raise InputError(
-            f"--control_tail_drop {args.control_tail_drop:g}: the control has no projection; give "
-            "--control_projection, or leave this out"
+            f"--control_tail_drop {args.control_tail_drop:g}: the control has no projection; {remedy}leave this out"
         )
     config["control_directions"] = directions
     real, cg, scenes = _read_mixtures(run)

@@ -112,7 +112,7 @@ def test_a_controlnet_trained_without_one_goes_on_with_one(run, whole, second):
         "later",
         f"--control_projection={whole[0] / FILE}",
         f"--resume_controlnet_from={second[0] / 'final'}",
-        *("--max_train_steps=2", "--checkpointing_steps=1", "--learning_rate=1e-30"),
+        *("--max_train_steps=2", "--learning_rate=1e-30"),
     )
     before, after = weights(second[0] / "final"), weights(out / "final")
     added = {f"control_adapter.projection.{name}" for name in ("mean", "directions")}
@@ -120,12 +120,13 @@ def test_a_controlnet_trained_without_one_goes_on_with_one(run, whole, second):
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     for name in added:
         assert torch.equal(after[name], weights(whole[0] / "final")[name])
-    # From there another one, which takes its place.
-    assert "the control starts from " in output
+    assert f"the control starts from {second[0] / 'final'}\n" in output
     assert "the control is projected on 3 directions" in output
+    # From there another one, which takes its place.
     other, output = run(
         "later-again", "--control_directions=2", f"--resume_controlnet_from={out / 'final'}", "--max_train_steps=1"
     )
+    assert f"the control starts from {out / 'final'}, without its projection" in output
     assert "place in the frame" in output
     assert weights(other / "final")["control_adapter.projection.directions"].shape == (2, FEATURE_DIM)
     # Without the option the one of these weights stays, and its tail can be dropped.

@@ -195,7 +195,7 @@ def test_leak_share_is_relative_to_the_control_gain_of_the_same_clips():
     assert "consider --control_augmentation 0.5" in leak_warning(metrics, 0.0, projected=True)
     assert "raise --control_augmentation" in leak_warning(metrics, 0.5, projected=True)
     assert "--control_projection" not in leak_warning(metrics, 0.5, projected=True)
-    assert ", or --control_projection fit in another run" in leak_warning(metrics, 0.5, projected=False)
+    assert ", or --control_projection fit, which needs CG pairs," in leak_warning(metrics, 0.5, projected=False)
     del metrics["leak_share_coarse"]
     assert leak_warning(metrics, 0.0, projected=True) is None
 

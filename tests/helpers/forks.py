@@ -179,7 +179,7 @@ def _run(command, folder, cwd, environment):
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     for name, value in environment.items():
         if value is None:
-            del os.environ[name]
+            os.environ.pop(name, None)
         else:
             os.environ[name] = value
     _execute(command, cwd)

@@ -74,7 +74,7 @@ def example(rows=6, chosen=4, width=FEATURE_DIM):
 def projected_controlnet(control_layers, **options):
     """Return the ControlNet of a new tiny transformer, with the projection of `example`."""
     controlnet = C2RControlNet.from_transformer(tiny_transformer(), control_layers, feature_dim=FEATURE_DIM, **options)
-    controlnet.put_projection(example())
+    controlnet.set_projection(example())
     return controlnet
 
 
@@ -286,16 +286,22 @@ def test_its_certificate_is_saved_with_the_controlnet(tmp_path):
 @pytest.mark.parametrize("injection", ["blocks", "latent"])
 def test_an_empty_one_has_the_same_modules(tmp_path, injection):
     """Processes that read no weights get them from the main process, parameter by parameter."""
-    projected_controlnet(2, injection=injection).save_pretrained(tmp_path)
+    projected_controlnet(2, injection=injection).save_pretrained(tmp_path / "projected")
+    plain = C2RControlNet.from_transformer(tiny_transformer(), 2, feature_dim=FEATURE_DIM, injection=injection)
+    plain.save_pretrained(tmp_path / "plain")
+    later = load_control_start(tmp_path / "plain", tiny_transformer().config, empty=True)
+    later.set_projection(example())
+    tmp_path /= "projected"
     shapes = [
         {name: (tuple(p.shape), p.dtype, p.requires_grad, p.device.type) for name, p in net.named_parameters()}
         for net in (
             load_controlnet(tmp_path),
             load_controlnet(tmp_path, empty=True),
             load_control_start(tmp_path, tiny_transformer().config, empty=True),
+            later,
         )
     ]
-    assert shapes[0] == shapes[1] == shapes[2]
+    assert shapes[0] == shapes[1] == shapes[2] == shapes[3]
 
 
 @pytest.mark.parametrize("injection", ["blocks", "latent"])
@@ -308,11 +314,11 @@ def test_a_trained_controlnet_takes_one_and_keeps_its_weights(injection):
     model, inputs = C2RTransformer(tiny_transformer(), controlnet), tiny_inputs()
     weights, before = {**controlnet.state_dict()}, model(*inputs).sample
     state = torch.get_rng_state()
-    controlnet.put_projection(example(rows=FEATURE_DIM, chosen=FEATURE_DIM))  # of all directions: changes nothing
+    controlnet.set_projection(example(rows=FEATURE_DIM, chosen=FEATURE_DIM))  # of all directions: changes nothing
     assert torch.equal(torch.get_rng_state(), state)
     torch.testing.assert_close(model(*inputs).sample, before)
     for _ in range(2):  # the second takes the place of the first
-        controlnet.put_projection(example())
+        controlnet.set_projection(example())
         assert controlnet.control_adapter.projection.directions.shape == (4, FEATURE_DIM)
         assert controlnet.config.control_directions == 4
         assert controlnet.config.control_certificate == example().certificate
@@ -322,6 +328,12 @@ def test_a_trained_controlnet_takes_one_and_keeps_its_weights(injection):
         assert all(torch.equal(tensor, found[name]) for name, tensor in weights.items())
     trained = {name for name, parameter in controlnet.named_parameters() if parameter.requires_grad}
     assert trained == weights.keys()
+    assert C2RControlNet.from_config(controlnet.config).config.control_directions == 4
+    assert not controlnet.eval().control_adapter.training
+    controlnet.set_projection(example())
+    assert not controlnet.control_adapter.training
+    with pytest.raises(ValueError, match=f"of width 3: expected {FEATURE_DIM}"):
+        controlnet.set_projection(example(rows=2, chosen=2, width=3))
 
 
 def test_only_what_is_projected_reaches_the_output():

@@ -35,7 +35,7 @@ def test_no_library_complains(phase, request):
 
 def test_a_log_file_gets_no_line_for_each_step(tiny_models, small_datasets, tmp_path):
     command = phase1(tiny_models, small_datasets, tmp_path, "--max_train_steps=8", launcher=())
-    done = fork(*command, TQDM_MININTERVAL=None)  # as users have it
+    done = fork(*command, TQDM_MININTERVAL=None)
     assert done.returncode == 0
     assert len(re.findall(r"phase 1: +\d+%", done.stderr)) <= 3  # at the start, after a validation, at the end
 
