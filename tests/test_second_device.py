@@ -62,8 +62,9 @@ def test_phase_2_trains_and_samples_as_the_cpu_does(first, second, tiny_models, 
     )
     succeed(*command, by=fork)
     assert_same_training(tmp_path, second[0])
+    # Guidance enlarges the rounding of sums in another order: up to 0.64 was measured, and 63 between two samples.
     for number in range(2):
-        assert difference(*(row_of(out / f"samples/step-4/{number}.mp4") for out in (tmp_path, second[0]))) < 0.5
+        assert difference(*(row_of(out / f"samples/step-4/{number}.mp4") for out in (tmp_path, second[0]))) < 1
 
 
 @pytest.fixture(scope="module")
