@@ -56,15 +56,16 @@ def test_phase_1_trains_to_the_cpus_weights(first, first_on_device):
     assert_same_training(first_on_device, first[0])
 
 
-def test_phase_2_trains_and_samples_as_the_cpu_does(first, second, tiny_models, small_datasets, cache, tmp_path):
-    command = phase2(
-        tiny_models, small_datasets, first[0] / "final", tmp_path, "--max_train_steps=4", cache, launcher=[ON_DEVICE]
-    )
-    succeed(*command, by=fork)
-    assert_same_training(tmp_path, second[0])
-    # Guidance enlarges the rounding of sums in another order: up to 0.64 was measured, and 63 between two samples.
+def test_phase_2_trains_and_samples_as_the_cpu_does(first, tiny_models, small_datasets, cache, tmp_path):
+    # Guidance enlarges the rounding of sums in another order: at the default scale by more than half a level at times.
+    options = ("--max_train_steps=4", "--guidance_scale=3")
+    runs = {tmp_path / "device": ([ON_DEVICE], [cache]), tmp_path / "cpu": ([], [])}
+    for out, (launcher, more) in runs.items():
+        command = phase2(tiny_models, small_datasets, first[0] / "final", out, *options, *more, launcher=launcher)
+        succeed(*command, by=fork)
+    assert_same_training(*runs)
     for number in range(2):
-        assert difference(*(row_of(out / f"samples/step-4/{number}.mp4") for out in (tmp_path, second[0]))) < 1
+        assert difference(*(row_of(out / f"samples/step-4/{number}.mp4") for out in runs)) < 0.5
 
 
 @pytest.fixture(scope="module")

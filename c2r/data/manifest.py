@@ -29,12 +29,11 @@ from c2r.data.video_info import VideoInfo
 from c2r.data.windows import WindowCutter
 from c2r.files import digest, refuse_linked_folders, write_atomic
 
-#: Share of the clips' frame rate below which a file is warned of; a rate that was rounded is above it.
-MIN_RATE_SHARE = 0.95
-
 logger = logging.getLogger(__name__)
 
 HELD_OUT_FRACTION = 0.05
+#: Share of the clips' frame rate below which a file is warned of; a rate that was rounded is above it.
+MIN_RATE_SHARE = 0.95
 
 
 def is_held_out(name: str, fraction: float = HELD_OUT_FRACTION) -> bool:
