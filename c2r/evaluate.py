@@ -79,8 +79,9 @@ def main(argv: list[str] | None = None) -> None:
     args = cli.parse(EVALUATE, argv)
     for option, folders in (("dataset", [args.dataset]), ("videos", args.videos or [])):
         for folder in folders:
-            if "://" not in folder and not Path(folder).exists():
-                raise InputError(f"--{option} {folder}: no such folder; check the path")
+            if "://" not in folder and not Path(folder).is_dir():
+                found = "is a file; give its folder" if Path(folder).exists() else "no such folder; check the path"
+                raise InputError(f"--{option} {folder}: {found}")
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir {output_dir}: is a file; give a folder")

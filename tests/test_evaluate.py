@@ -445,6 +445,7 @@ BAD_INPUT = [
     ),
     ({}, "{}/models/base/text_encoder/model.safetensors: cannot be read as safetensors"),
     ({"dataset": "{}/nowhere"}, "--dataset {}/nowhere: no such folder"),
+    ({"dataset": "{}/scenes/f0.mp4"}, "--dataset {}/scenes/f0.mp4: is a file; give its folder"),
     ({"dataset": "{}/absent"}, "row 1 of its metadata: missing file (gone.mp4); correct or remove the row"),
     ({"dataset": "{}/outside"}, "row 1 of its metadata: path outside the folder"),
     ({"dataset": "{}/twice"}, "row 2 of its metadata: f0 is the name of an earlier row too"),

@@ -76,6 +76,8 @@ def _without_resume(command):
 def phase2_command(command: list[str], args: Namespace) -> str:
     """Return the line that starts phase 2 on the result of a phase 1.
 
+    It takes phase2.yaml, if there is one beside a phase1.yaml.
+
     Args:
         command: the words that started phase 1.
         args: its options.
@@ -91,7 +93,10 @@ def phase2_command(command: list[str], args: Namespace) -> str:
         value = getattr(args, name)
         if value != PHASE2.options[name].default:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    words += ["--cg_dataset", "data/cg", "--output_dir", str(out.parent / "phase2")]
+    words += ["--output_dir", str(out.parent / "phase2")]
+    config = Path(args.config or "")
+    beside = config.with_name("phase2.yaml") if config.name == "phase1.yaml" else None
+    words += ["--config", str(beside)] if beside and beside.exists() else ["--cg_dataset", "data/cg"]
     return shlex.join([*words, *RESUME])
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from c2r import cli
-from c2r.options import PHASE2, REPORT
+from c2r.options import PHASE1, PHASE2, REPORT
 from c2r.training import run as run_module
 from c2r.training.launched import launch_command, next_commands, phase2_command, resume_command
 from tests.helpers.commands import phase1
@@ -106,10 +106,27 @@ def test_the_command_of_phase_2_keeps_what_both_phases_need():
     assert line == (
         f"accelerate launch train_phase2.py --resume_backbone_from {Path.cwd()}/out/best "
         "--real_dataset 'a b:2' c --height 64 --report_to none "
-        f"--cg_dataset data/cg --output_dir {Path.cwd()}/phase2 --resume_from_checkpoint latest"
+        f"--output_dir {Path.cwd()}/phase2 --cg_dataset data/cg --resume_from_checkpoint latest"
     )
     assert phase2_command(["python", "-m", "pytest"], args) == line  # called from another program
     assert len(next_commands(["python", "train_phase2.py"], phase2_options())) == 2
+
+
+def test_phase_2_takes_its_config_from_beside_that_of_phase_1(tmp_path):
+    typed = ["--height", "64", "--output_dir", str(tmp_path / "out")]
+    (tmp_path / "phase1.yaml").write_text("real_dataset: data/real\n")
+    (tmp_path / "phase2.yaml").write_text("cg_dataset: data/pairs\nreal_dataset: data/other\ndinov3: small\n")
+    configured = ["--config", str(tmp_path / "phase1.yaml"), *typed]
+    words = shlex.split(phase2_command(["train_phase1.py", *configured], cli.parse(PHASE1, configured)))
+    args = cli.parse(PHASE2, words[words.index("train_phase2.py") + 1 :])
+    assert (args.dinov3, args.cg_dataset, args.height) == ("small", ["data/pairs"], 64)
+    assert args.real_dataset == ["data/real"]  # that of phase 1
+
+    (tmp_path / "phase1.yaml").rename(tmp_path / "mine.yaml")
+    configured = ["--config", str(tmp_path / "mine.yaml"), *typed]
+    line = phase2_command(["train_phase1.py", *configured], cli.parse(PHASE1, configured))
+    assert "--config" not in line
+    assert "--cg_dataset data/cg" in line
 
 
 @pytest.mark.parametrize("command", [["python", ""], ["python", "-c"], ["renamed.py", "/"], ["train_phase1.py"]])
