@@ -7,9 +7,10 @@ from pathlib import Path
 
 from c2r.files import write_atomic
 from c2r.metrics.catalogue import question_of
+from c2r.reporting.colors import RUN_COLORS, STYLES
 from c2r.reporting.curves import Line, chart, four_decimals
 from c2r.reporting.html import data_address, html_page, table
-from c2r.reporting.page import MAX_VIDEO_BYTES, RUN_COLORS, STYLES
+from c2r.reporting.sample_videos import MAX_VIDEO_BYTES
 from c2r.scoring.measuring import Source
 from c2r.scoring.picture import draw_scores
 from c2r.scoring.results import PAGE, PICTURE, TOO_FEW, Evaluation, interval_text, is_beyond_chance

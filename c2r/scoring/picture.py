@@ -3,7 +3,7 @@
 import io
 import math
 
-from c2r.reporting.page import RUN_COLORS
+from c2r.reporting.colors import RUN_COLORS
 from c2r.scoring.measuring import Scores
 
 #: Measures in a row of the picture.

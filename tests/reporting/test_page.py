@@ -13,10 +13,11 @@ import pytest
 
 from c2r import InputError
 from c2r.evaluation.validation import LEAK_BOUND
-from c2r.reporting import page, run_folder
-from c2r.reporting.page import chosen_videos, report_page
+from c2r.reporting import comparison, run_curves, run_folder
+from c2r.reporting.page import report_page
 from c2r.reporting.pairs import Difference, common_steps, difference
 from c2r.reporting.run_folder import RunFolder, run_names
+from c2r.reporting.sample_videos import chosen_videos
 from tests.helpers.browser import needs_chromium, started_browser
 from tests.helpers.commands import succeed
 from tests.helpers.forks import fork
@@ -168,7 +169,7 @@ def test_equal_runs_are_called_equal(runs):
     assert "again and a are equal at step 4, the last at which both validated (4 clips)." in "".join(
         Elements(report_page([a, again])).text
     )
-    verdict = page._verdict(a, again, Difference(0.5, float("nan"), 1), 4)
+    verdict = comparison._verdict(a, again, Difference(0.5, float("nan"), 1), 4)
     assert "(1 clip)" in verdict
 
 
@@ -208,8 +209,8 @@ def test_wrong_conditions_are_compared_where_both_runs_have_the_same(runs):
         found = difference(first, second, **arguments)
         assert (found.mean, found.clips) == (0, 3)
     assert difference(first, second).clips == difference(first, second, "other_prompt").clips == 4
-    assert "differ: rows with such a condition" in page._wrong_conditions_note(first, second)
-    assert page._wrong_conditions_note(first, first) == ""
+    assert "differ: rows with such a condition" in comparison._wrong_conditions_note(first, second)
+    assert comparison._wrong_conditions_note(first, first) == ""
 
 
 def test_a_folder_with_little_in_it_says_what_is_missing(runs, tmp_path):
@@ -335,7 +336,7 @@ def test_the_page_works_in_a_browser_without_a_network(runs, tmp_path, width):
 
 
 def test_the_bound_of_the_leak_is_that_of_the_warning():
-    assert page.LEAK_BOUND == LEAK_BOUND
+    assert run_curves.LEAK_BOUND == LEAK_BOUND
 
 
 def test_the_command_writes_the_page(first, second, tmp_path):

@@ -1,6 +1,6 @@
 """The page of an evaluation."""
 
-from c2r.reporting.page import MAX_VIDEO_BYTES
+from c2r.reporting.sample_videos import MAX_VIDEO_BYTES
 from c2r.scoring.measuring import Scores
 from c2r.scoring.page import evaluation_page
 from c2r.scoring.results import Evaluation
