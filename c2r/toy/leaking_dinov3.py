@@ -1,20 +1,30 @@
-"""Two DINOv3 whose features show the look: planted leaks.
+"""Three DINOv3 whose features show the look: planted leaks.
 
 With pixels as features the control of a real clip is a copy of its target: phase 2 can copy the look and need not
 learn the layout. Features of early layers show the look beside the layout, as features of another extractor may. The
-study uses both to test that validation reports a leak, and what a projection of the features does to it.
+third adds the look to features that hide it, in one direction of their mean over a frame. The study uses them to test
+that validation reports a leak, and what a projection of the features does to it.
 """
 
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import nn
+from torch.nn import functional as F
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+from c2r.toy import city
 
 PATCH_SIZE = 16
 #: Layers of the toy's DINOv3, of four, whose features show the look.
 NUM_EARLY_LAYERS = 2
+#: Scenes on which the look is added to features; in no other part of the toy.
+LOOK_SCENES = range(9_000_000, 9_000_048)
+#: Price of a squared distance between the new features' mean and the old one.
+PRICE = 10
 
 
 def write_pixel_dinov3(folder: str | Path) -> Path:
@@ -68,5 +78,52 @@ def write_early_dinov3(folder: str | Path, dinov3: str | Path) -> Path:
     weights = whole.state_dict()
     model.load_state_dict({name: weights[name] for name in model.state_dict()})
     model.save_pretrained(folder)
+    shutil.copy(Path(dinov3, "preprocessor_config.json"), folder)
+    return folder
+
+
+def write_look_dinov3(folder: str | Path, dinov3: str | Path, steps: int = 200) -> Path:
+    """Write a DINOv3ViT that differs from another one by what the mean of its features over a frame tells: the look.
+
+    It is trained from the other one: its features' deviations from their mean stay, and a linear map of the mean tells
+    the CG look from the real one.
+
+    Args:
+        folder: gets config.json, model.safetensors and preprocessor_config.json.
+        dinov3: folder of the other model.
+        steps: of the training.
+
+    Returns:
+        the folder.
+    """
+    folder = Path(folder)
+    teacher, model = (DINOv3ViTModel.from_pretrained(dinov3, dtype=torch.float32) for _ in range(2))
+    preprocessor = json.loads(Path(dinov3, "preprocessor_config.json").read_text())
+    mean, std = (torch.tensor(preprocessor[f"image_{name}"]).view(3, 1, 1) for name in ("mean", "std"))
+    scenes = [city.render(city.make_scene(seed)) for seed in LOOK_SCENES]
+    torch.manual_seed(0)
+    head = nn.Linear(model.config.hidden_size, len(city.LOOKS))
+    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=1e-3)
+
+    def features(network, pixel_values):
+        patches = network(pixel_values).last_hidden_state[:, 1 + network.config.num_register_tokens :]
+        means = patches.mean(1)
+        return patches - means[:, None], means
+
+    for step in range(steps):
+        rng = np.random.default_rng((0, step))
+        looks = np.arange(18) % len(city.LOOKS)
+        frames = np.stack([rng.choice(rng.choice(scenes)[city.LOOKS[look]]) for look in looks])
+        pixel_values = (torch.from_numpy(frames).permute(0, 3, 1, 2) / 255 - mean) / std
+        with torch.no_grad():
+            places, old_means = features(teacher, pixel_values)
+        new_places, means = features(model, pixel_values)
+        # Without a price the looks would move apart without end.
+        loss = F.mse_loss(new_places, places) / places.square().mean() + PRICE * F.mse_loss(means, old_means)
+        loss = loss + F.cross_entropy(head(means), torch.from_numpy(looks))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.half().save_pretrained(folder)
     shutil.copy(Path(dinov3, "preprocessor_config.json"), folder)
     return folder
