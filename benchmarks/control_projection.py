@@ -3,22 +3,23 @@
     python -m c2r.quickstart
     python -m benchmarks.control_projection quickstart outputs/control_projection
 
-Phase 2 is trained on the quickstart's phase 1 for 100 steps in each setting: on features that are pixels or of early
-layers, planted leaks, and on the toy's own; without a projection, and with each number of directions, with and without
-tail drop. A run takes minutes. A continued command skips the runs that are finished; a line of the table is printed
-after each run.
+Phase 2 is trained on the quickstart's phase 1 for 100 steps in each setting: on features with planted leaks, which are
+pixels, of early layers, or have a direction of the look, and on the toy's own; without a projection, and with each
+number of directions, with and without tail drop. A run takes minutes. A continued command skips the runs that are
+finished; a line of the table is printed after each run.
 """
 
 import argparse
 from pathlib import Path
 
 from c2r.models.contract import read_contract
-from c2r.toy.study_runs import EARLY, PIXELS, StudyRun, run_folder, run_phase2, write_leaking_extractors
+from c2r.toy.study_runs import EARLY, LOOK, PIXELS, StudyRun, run_folder, run_phase2, write_leaking_extractors
 
 #: {title: (folder of the extractor, options)}
 FEATURES = {
     "pixels": (PIXELS, {"cg_ratio": 0.0}),
     "early layers": (EARLY, {"cg_ratio": 0.0}),
+    "look direction": (LOOK, {"cg_ratio": 0.2}),
     "own DINOv3": (None, {"cg_ratio": 0.2}),
 }
 MEASURES = {

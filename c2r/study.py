@@ -41,8 +41,9 @@ def main(argv: list[str] | None = None):
             write_results(table, results)
             print(f"{result.run}, seed {result.seed}: {result.seconds} s", flush=True)
     draw_control(out / "control.png", results, RATIOS)
-    draw_remedies(out / "remedies.png", results, [run.name for run in planned])
-    text = study_tables(results, {run.name: run.baseline for run in planned})
+    baselines = {run.name: run.baseline for run in planned}
+    draw_remedies(out / "remedies.png", results, baselines)
+    text = study_tables(results, baselines)
     if probes := probe_table(results, RATIOS):
         text += f"\nWhole runs predicted from probes of {PROBE_STEPS} steps, root mean square errors:\n\n{probes}"
     write_atomic(out / "table.md", text.encode())

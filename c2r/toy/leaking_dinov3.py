@@ -83,10 +83,10 @@ def write_early_dinov3(folder: str | Path, dinov3: str | Path) -> Path:
 
 
 def write_look_dinov3(folder: str | Path, dinov3: str | Path, steps: int = 200) -> Path:
-    """Write a DINOv3ViT that differs from another one by what the mean of its features over a frame tells: the look.
+    """Write a DINOv3ViT that differs from another one in the mean of its features over a frame, which tells the look.
 
-    It is trained from the other one: its features' deviations from their mean stay, and a linear map of the mean tells
-    the CG look from the real one.
+    It is trained from the other one: what tells places of a frame apart stays, and a linear map of the mean tells the
+    three looks apart.
 
     Args:
         folder: gets config.json, model.safetensors and preprocessor_config.json.
@@ -100,7 +100,8 @@ def write_look_dinov3(folder: str | Path, dinov3: str | Path, steps: int = 200) 
     teacher, model = (DINOv3ViTModel.from_pretrained(dinov3, dtype=torch.float32) for _ in range(2))
     preprocessor = json.loads(Path(dinov3, "preprocessor_config.json").read_text())
     mean, std = (torch.tensor(preprocessor[f"image_{name}"]).view(3, 1, 1) for name in ("mean", "std"))
-    scenes = [city.render(city.make_scene(seed)) for seed in LOOK_SCENES]
+    renderings = (city.render(city.make_scene(seed)) for seed in LOOK_SCENES)
+    clips = np.stack([[rendering[look] for look in city.LOOKS] for rendering in renderings])  # (n, 3, F, H, W, 3)
     torch.manual_seed(0)
     head = nn.Linear(model.config.hidden_size, len(city.LOOKS))
     optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=1e-3)
@@ -113,7 +114,7 @@ def write_look_dinov3(folder: str | Path, dinov3: str | Path, steps: int = 200) 
     for step in range(steps):
         rng = np.random.default_rng((0, step))
         looks = np.arange(18) % len(city.LOOKS)
-        frames = np.stack([rng.choice(rng.choice(scenes)[city.LOOKS[look]]) for look in looks])
+        frames = np.stack([clips[rng.integers(len(clips)), look, rng.integers(clips.shape[2])] for look in looks])
         pixel_values = (torch.from_numpy(frames).permute(0, 3, 1, 2) / 255 - mean) / std
         with torch.no_grad():
             places, old_means = features(teacher, pixel_values)

@@ -128,20 +128,20 @@ def _plot_seeds(axes: Axes, values: dict[float, list[float]], label: str, colour
         axes.plot([ratio] * len(seeds), seeds, ".", color=colour)
 
 
-def draw_remedies(path: Path, results: Sequence[Result], runs: Sequence[str]):
+def draw_remedies(path: Path, results: Sequence[Result], baselines: Mapping[str, str | None]):
     """Draw control gain over CG look, and people correlation over leak for each planted leak: the upper left is best.
 
     Args:
         path: the PNG to write.
         results: of the finished runs.
-        runs: names of the settings; probes and those without phase 1 are left out.
+        baselines: {setting: its baseline}; probes and settings without phase 1 are left out.
     """
-    whole = [name for name in runs if "no phase 1" not in name and "probe" not in name]
+    whole = [name for name in baselines if "no phase 1" not in name and "probe" not in name]
     honest = [name for name in whole if not name.startswith("leak")]
     panels = [(honest, ("cg_look", CG_LOOK_LABEL), ("control_gain", "control gain"))]
     leak_share, people = ("leak_share_coarse", "leak (coarse)"), ("people_own", "people correlation, own scene")
     for leak in dict.fromkeys(name.partition(",")[0] for name in whole if name.startswith("leak")):
-        leaking = [name for name in whole if name.partition(",")[0] in (leak, "cg 0")]
+        leaking = [name for name in whole if name == baselines[leak] or name.partition(",")[0] == leak]
         panels.append((leaking, leak_share, people))
     figure = Figure(figsize=(9, 3.75 * len(panels)), layout="constrained")
     markers = "os^vD<>ph*XPd"

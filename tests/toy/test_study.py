@@ -105,7 +105,7 @@ def test_results_are_read_as_they_were_written(tmp_path):
 def test_an_unfinished_study_is_drawn_and_printed(tmp_path):
     results = some_results("cg 0.1", "cg 0.5", "cg 0.5, no phase 1")
     draw_control(tmp_path / "control.png", results, RATIOS)
-    draw_remedies(tmp_path / "remedies.png", results, [run.name for run in planned_runs()])
+    draw_remedies(tmp_path / "remedies.png", results, {run.name: run.baseline for run in planned_runs()})
     for picture in ("control.png", "remedies.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     table = study_tables(results, {run.name: run.baseline for run in planned_runs()})

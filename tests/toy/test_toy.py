@@ -19,7 +19,7 @@ from c2r.toy import city
 from c2r.toy.appearance import gradient_energy, recognise_weather_and_walls
 from c2r.toy.folder import write_toy
 from c2r.toy.layout import WEIGHTS, PeopleFinder, correlation, correlations, edge_map, true_people_map
-from c2r.toy.leaking_dinov3 import write_early_dinov3, write_pixel_dinov3
+from c2r.toy.leaking_dinov3 import write_early_dinov3, write_look_dinov3, write_pixel_dinov3
 from c2r.toy.pretrain import psnr, to_pixel_values
 from tests.helpers.forks import start_warm
 
@@ -219,3 +219,24 @@ def test_extractors_with_a_planted_leak(tmp_path):
         torch.testing.assert_close(early(frames).last_hidden_state, whole.norm(expected))
     for name in "pe":
         assert DINOv3FeatureExtractor.from_pretrained(tmp_path / name)(frames[None]).shape[-1] in (768, 96)
+
+
+def test_a_direction_of_the_look_is_added_to_features_that_hide_it(tmp_path):
+    """The looks of a scene lie far apart in the mean over a frame alone: places differ as before."""
+    write_look_dinov3(tmp_path, WEIGHTS / "dinov3")
+    old, new = (DINOv3FeatureExtractor.from_pretrained(path).float() for path in (WEIGHTS / "dinov3", tmp_path))
+    clips = [city.render(city.make_scene(seed), num_frames=1) for seed in range(16)]
+    frames = {look: torch.from_numpy(np.stack([clip[look] for clip in clips])) for look in city.LOOKS}
+    with torch.no_grad():
+        found = [
+            torch.stack([model(video.movedim(-1, 2) / 255)[:, 0] for video in frames.values()]) for model in (old, new)
+        ]  # (3 looks, 16 scenes, h, w, C) each
+    old_means, new_means = (features.mean((2, 3)) for features in found)
+
+    def distance_of_looks(means):
+        return (means[:, None] - means).norm(dim=-1).mean(-1)[~torch.eye(3, dtype=torch.bool)]
+
+    assert (distance_of_looks(new_means) > 1.5).all()
+    assert (distance_of_looks(old_means) < 0.5).all()
+    old_places, new_places = (features - features.mean((2, 3), keepdim=True) for features in found)
+    assert (new_places - old_places).square().mean() < 0.1 * old_places.square().mean()
