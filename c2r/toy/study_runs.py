@@ -90,7 +90,6 @@ def planned_runs() -> list[StudyRun]:
     leak: dict[str, dict[str, Any]] = {
         "augmentation 0.5": {"control_augmentation": 0.5},
         "augmentation 1": {"control_augmentation": 1.0},
-        **many,
         **{f"{number} directions": _directions(number) for number in DIRECTIONS},
     }
     ordinary, no_cg, half = "cg 0.2", "cg 0", "cg 0.5"
@@ -98,9 +97,9 @@ def planned_runs() -> list[StudyRun]:
     # {name: (extractor, baseline, remedies)}. Pixels of a place in two looks hardly agree: with some seeds a fit is
     # refused unless the number is given. A direction that tells the look alone is of no use to a run without CG.
     leaks = {
-        "leak: pixel features": (PIXELS, no_cg, leak),
-        "leak: early features": (EARLY, no_cg, leak | chosen),
-        "leak: look direction": (LOOK, ordinary, leak | chosen),
+        "leak: pixel features": (PIXELS, no_cg, leak | many),
+        "leak: early features": (EARLY, no_cg, leak | many | chosen),
+        "leak: look direction": (LOOK, ordinary, {"projection": chosen["projection"]}),
     }
     return [
         *(StudyRun(name, options, None if name == ordinary else ordinary) for name, options in shares.items()),
