@@ -99,7 +99,7 @@ def planned_runs() -> list[StudyRun]:
     leaks = {
         "leak: pixel features": (PIXELS, no_cg, leak | many),
         "leak: early features": (EARLY, no_cg, leak | many | chosen),
-        "leak: look direction": (LOOK, ordinary, {"projection": chosen["projection"]}),
+        "leak: look direction": (LOOK, ordinary, leak | chosen),
     }
     return [
         *(StudyRun(name, options, None if name == ordinary else ordinary) for name, options in shares.items()),
