@@ -23,8 +23,9 @@ PATCH_SIZE = 16
 NUM_EARLY_LAYERS = 2
 #: Scenes on which the look is added to features; in no other part of the toy.
 LOOK_SCENES = range(9_000_000, 9_000_048)
-#: Price of a squared distance between the new features' mean and the old one.
-PRICE = 10
+LOOK_STEPS = 200
+#: Weight of the squared distance that a frame's mean feature has moved; without it the looks move apart without end.
+MEAN_WEIGHT = 10
 
 
 def write_pixel_dinov3(folder: str | Path) -> Path:
@@ -82,7 +83,7 @@ def write_early_dinov3(folder: str | Path, dinov3: str | Path) -> Path:
     return folder
 
 
-def write_look_dinov3(folder: str | Path, dinov3: str | Path, steps: int = 200) -> Path:
+def write_look_dinov3(folder: str | Path, dinov3: str | Path) -> Path:
     """Write a DINOv3ViT that differs from another one in the mean of its features over a frame, which tells the look.
 
     It is trained from the other one: what tells places of a frame apart stays, and a linear map of the mean tells the
@@ -91,7 +92,6 @@ def write_look_dinov3(folder: str | Path, dinov3: str | Path, steps: int = 200) 
     Args:
         folder: gets config.json, model.safetensors and preprocessor_config.json.
         dinov3: folder of the other model.
-        steps: of the training.
 
     Returns:
         the folder.
@@ -111,7 +111,7 @@ def write_look_dinov3(folder: str | Path, dinov3: str | Path, steps: int = 200) 
         means = patches.mean(1)
         return patches - means[:, None], means
 
-    for step in range(steps):
+    for step in range(LOOK_STEPS):
         rng = np.random.default_rng((0, step))
         looks = np.arange(18) % len(city.LOOKS)
         frames = np.stack([clips[rng.integers(len(clips)), look, rng.integers(clips.shape[2])] for look in looks])
@@ -119,8 +119,7 @@ def write_look_dinov3(folder: str | Path, dinov3: str | Path, steps: int = 200) 
         with torch.no_grad():
             places, old_means = features(teacher, pixel_values)
         new_places, means = features(model, pixel_values)
-        # Without a price the looks would move apart without end.
-        loss = F.mse_loss(new_places, places) / places.square().mean() + PRICE * F.mse_loss(means, old_means)
+        loss = F.mse_loss(new_places, places) / places.square().mean() + MEAN_WEIGHT * F.mse_loss(means, old_means)
         loss = loss + F.cross_entropy(head(means), torch.from_numpy(looks))
         optimizer.zero_grad()
         loss.backward()
