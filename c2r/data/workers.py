@@ -1,6 +1,7 @@
 """Number and signal handling of data loader workers, and the part of the watchdog that data and encoding use."""
 
 import logging
+import multiprocessing
 import os
 import resource
 import signal
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 FILES_PER_WORKER = 16
 #: Open files for everything else that is opened after a data loader: models, logs, connections.
 OTHER_FILES = 64
+#: Seconds between two looks of a worker at whether its parent process is there.
+PARENT_INTERVAL = 5.0
 
 
 class Heartbeat(Protocol):
@@ -82,16 +85,21 @@ def shield_worker(worker_id: int) -> None:
     """Make a data loader's worker ignore SIGINT, and SIGTERM unless its parent process sends it; a `worker_init_fn`.
 
     A terminal sends SIGINT to the workers too, and Slurm SIGTERM. If they ended, the training loop could not finish
-    its step and save.
+    its step and save. The worker ends with its parent.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform != "linux":
+    parent = multiprocessing.parent_process()
+    if sys.platform != "linux" or parent is None:
         return
 
-    def end_when_the_parent_asks():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
+    def end_with_the_parent():
+        # torch's worker notes its parent's id too late: if that was killed while the worker started, it would wait
+        # without end, and hold open the output and the memory that it shares.
+        while os.getppid() == parent.pid:
+            signalled = signal.sigtimedwait({signal.SIGTERM}, PARENT_INTERVAL)
+            if signalled is not None and signalled.si_pid == parent.pid:
+                break
         os._exit(0)
 
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=end_when_the_parent_asks, daemon=True).start()
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
