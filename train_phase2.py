@@ -343,6 +343,9 @@ def save(run: Run, state: TrainState, plan: Plan, name: str):
         backbone_base=lora.backbone if (lora := find_lora(plan.backbone)) else None,
         dinov3=run.args.dinov3,
         conditioning_scale=run.args.conditioning_scale,
+        guidance=run.args.guidance,
+        guidance_scale=run.args.guidance_scale,
+        control_guidance_scale=run.args.control_guidance_scale,
         control_certificate=state.trainable.config.control_certificate,
     )
 

@@ -52,9 +52,8 @@ def main():
     config = yaml.safe_load((quickstart / "toy/phase2.yaml").read_text())
     words = ["--model", quickstart / "outputs/phase2/best", "--dataset", out / "scenes", "--output_dir", out]
     words += ["--control", "own", "shuffled", "none", "--num_inference_steps", STEPS]
-    for name in ("real_dataset", "cg_dataset", "num_validation_clips", "guidance", "guidance_scale"):
+    for name in ("real_dataset", "cg_dataset", "num_validation_clips"):
         words += [f"--{name}", config[name]]
-    words += ["--control_guidance_scale", config["control_guidance_scale"]]
     evaluate.main([*map(str, words)])
     print("\n".join(markdown(json.loads((out / RESULTS).read_text()))))
 

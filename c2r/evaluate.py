@@ -57,7 +57,18 @@ class Model:
     def description(self) -> dict[str, Any]:
         """Folder, step and fingerprints."""
         entries = ("phase", "step", "weights_sha256", "backbone_sha256")
-        return {"folder": self.args.model} | {name: getattr(self.contract, name) for name in entries}
+        trained = {name: getattr(self.contract, name) for name in entries}
+        return {"folder": self.args.model} | trained | self.guidance
+
+    @property
+    def guidance(self) -> dict[str, Any]:
+        """Its guidance, by the options of c2r.generate."""
+        return {name: getattr(self.args, name) for name in ("guidance", "guidance_scale", "control_guidance_scale")}
+
+    @property
+    def guidance_text(self) -> str:
+        """Its folder and guidance, for messages."""
+        return f"{self.args.model} has {', '.join(f'{name} {value}' for name, value in self.guidance.items())}"
 
     @property
     def form(self) -> "ClipFormat":
@@ -102,6 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     scenes = read_scenes(args.dataset, output_dir / ".cache", args.sequence_fps, args.max_clips)
     names = source_names([*(args.model or []), *(args.videos or [])])
     models = [find_model_to_evaluate(args, path, names[path], device) for path in args.model or []]
+    agree_on_guidance(models)
     given = find_given_videos({folder: names[folder] for folder in args.videos or []}, scenes)
     form = common_format(
         {model.args.model: model.form for model in models},
@@ -196,6 +208,25 @@ def find_model_to_evaluate(args: Namespace, path: str, name: str, device: str) -
         other = None if other == contract.backbone_sha256 else other
     controls = tuple(args.control) if contract.phase == 2 else ("none",)
     return Model(name, own, contract, dtype, other, controls)
+
+
+def agree_on_guidance(models: Sequence[Model]) -> None:
+    """Give a model whose contract names no guidance that of the others, so that the models alone differ.
+
+    Raises:
+        InputError: two models have different ones, from their training.
+    """
+    named = [model for model in models if model.contract.guidance is not None]
+    for model in named:
+        if model.guidance != named[0].guidance:
+            both = f"{named[0].guidance_text}; {model.guidance_text}"
+            raise InputError(
+                f"--guidance: that of the samples in training differs: {both}; give --guidance, --guidance_scale "
+                "and --control_guidance_scale"
+            )
+    for model in models:
+        for name, value in named[0].guidance.items() if named else ():
+            setattr(model.args, name, value)
 
 
 def check_models(args: Namespace, models: Sequence[Model], scenes: "Sequence[Scene]", form: "ClipFormat") -> None:

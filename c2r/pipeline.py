@@ -253,9 +253,9 @@ class C2RPipeline(WanPipeline):
         window_frames: int | None = None,
         window_overlap: int | None = None,
         num_inference_steps: int = 50,
-        guidance: str = "apg",
+        guidance: str | None = None,
         guidance_scale: float | None = None,
-        control_guidance_scale: float = 1.0,
+        control_guidance_scale: float | None = None,
         conditioning_scale: float | None = None,
         control_guidance_start: float = 0.0,
         control_guidance_end: float = 1.0,
@@ -288,10 +288,13 @@ class C2RPipeline(WanPipeline):
                 trained on single pictures.
             window_overlap: pixel frames (4k + 1) that neighbouring windows share; None: about a quarter of a window.
             num_inference_steps: steps of the scheduler.
-            guidance: "apg" or "cfg", see `c2r.guidance.guided_velocity`.
-            guidance_scale: s_t ≥ 0; 1 turns text guidance off, None is DEFAULT_GUIDANCE_SCALE[guidance].
-            control_guidance_scale: s_c ≥ 0; 1 turns control guidance off and saves a forward pass per step.
-            conditioning_scale: factor of the control residuals; None: as trained.
+            guidance: "apg" or "cfg", see `c2r.guidance.guided_velocity`; None: that of the samples of training, else
+                "apg".
+            guidance_scale: s_t ≥ 0; 1 turns text guidance off. None: that of the samples of training if they have
+                this guidance, else DEFAULT_GUIDANCE_SCALE[guidance].
+            control_guidance_scale: s_c ≥ 0; 1 turns control guidance off and saves a forward pass per step. None:
+                that of the samples of training, else 1.
+            conditioning_scale: factor of the control residuals; None: as trained, else 1.
             control_guidance_start, control_guidance_end: fractions of the steps between which control is on; outside,
                 the backbone runs alone.
             num_videos_per_prompt: n, videos of each prompt; those of one prompt follow each other.
@@ -317,9 +320,12 @@ class C2RPipeline(WanPipeline):
         control_frames, num_frames, height, width = self._read_control(
             control_video, num_frames=num_frames, height=height, width=width, fps=fps
         )
+        if guidance is None:
+            guidance = self._as_trained("guidance", "apg")
+        if control_guidance_scale is None:
+            control_guidance_scale = self._as_trained("control_guidance_scale", 1.0)
         if conditioning_scale is None:
-            trained = None if self.contract is None else self.contract.conditioning_scale
-            conditioning_scale = 1.0 if trained is None else trained
+            conditioning_scale = self._as_trained("conditioning_scale", 1.0)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
@@ -331,6 +337,8 @@ class C2RPipeline(WanPipeline):
         self._check_guidance(guidance, control_guidance_start, control_guidance_end)
         if guidance_scale is None:
             guidance_scale = DEFAULT_GUIDANCE_SCALE[guidance]
+            if guidance == self._as_trained("guidance", None):
+                guidance_scale = self._as_trained("guidance_scale", guidance_scale)
         if isinstance(prompt, str):
             prompt = [prompt]
         if num_videos_per_prompt < 1:
@@ -496,6 +504,11 @@ class C2RPipeline(WanPipeline):
         for name, size, patch in zip(("height", "width"), (height, width), self.transformer.config.patch_size[1:]):
             if size < 1 or size % (self.vae_scale_factor_spatial * patch):
                 raise ValueError(f"{name} is {size}: it must be a multiple of {self.vae_scale_factor_spatial * patch}")
+
+    def _as_trained(self, name, default):
+        """Return an entry of the contract; the default without a contract, or if it lacks the entry."""
+        value = None if self.contract is None else getattr(self.contract, name)
+        return default if value is None else value
 
     @staticmethod
     def _check_guidance(guidance, control_guidance_start, control_guidance_end):

@@ -16,9 +16,8 @@ from c2r import InputError, cli, options
 from c2r.toy.commands import LAUNCH, PHASE1, PHASE2, require_clone, run_command
 
 RESUME = ["--resume_from_checkpoint", "latest"]
-# Options of phase 2's sample videos, which c2r.generate has too.
-SAMPLING = ("num_inference_steps", "guidance", "guidance_scale")
-CONTROL_SAMPLING = ("control_guidance_scale",)
+# Options of phase 2's samples and of c2r.generate. Phase 1 has no samples, so its contract names no guidance.
+STEPS, GUIDANCE = ("num_inference_steps",), ("guidance", "guidance_scale")
 
 
 def main(argv: list[str] | None = None):
@@ -66,9 +65,16 @@ def main(argv: list[str] | None = None):
     ):
         path = out / f"videos/{name.replace(' ', '-')}.mp4"
         videos[name] = [path.with_stem(f"{path.stem}-{i}") for i in range(len(texts))]
-        generate = ["python", "-m", "c2r.generate", "--model", str(model), *given(SAMPLING, trained), "--seed=0"]
+        generate = [
+            "python",
+            "-m",
+            "c2r.generate",
+            "--model",
+            str(model),
+            *given(STEPS if coarse else STEPS + GUIDANCE, trained),
+            "--seed=0",
+        ]
         generate += [f"--prompt={text}" for text in texts] + [f"--control_video={video}" for video in coarse]
-        generate += given(CONTROL_SAMPLING, trained) if coarse else []
         run_step(title, [*generate, "--output", str(path)], videos[name][-1])
 
     print("\n== report", flush=True)

@@ -373,8 +373,8 @@ THE_PIPELINE = [
     Mutation(
         "generate-ignores-the-shift-of-training",
         "c2r/generation/options.py",
-        '(*DEFAULT_FORMAT, "flow_shift", "conditioning_scale")',
-        '(*DEFAULT_FORMAT, "conditioning_scale")',
+        "getattr(contract, name) for name in (*DEFAULT_FORMAT, *SAMPLING)",
+        "getattr(contract, name) for name in DEFAULT_FORMAT",
         f"{GENERATE_OPTIONS}::test_options_not_given_are_those_of_training",
     ),
     Mutation(

@@ -12,7 +12,7 @@ from benchmarks.evaluate_toy import markdown
 from c2r import InputError, cli
 from c2r.data.video_writer import write_video
 from c2r.encoding.cache import encoder_fingerprint
-from c2r.evaluate import find_model_to_evaluate, main, plan_videos
+from c2r.evaluate import agree_on_guidance, find_model_to_evaluate, main, plan_videos
 from c2r.models.contract import read_contract, save_phase
 from c2r.models.controlnet import C2RControlNet
 from c2r.options import EVALUATE
@@ -292,6 +292,34 @@ def test_another_model_in_the_same_folder_is_noticed(models, scenes, tmp_path):
     after = files(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(before[name] != after[name] for name in before)
+
+
+def test_models_are_compared_with_one_guidance(models, scenes, tmp_path):
+    """That of the samples of training, unless options name one."""
+    other = tmp_path / "models/phase2/best"
+    shutil.copytree(models, tmp_path / "models")
+
+    def change(folder, **entries):
+        path = folder / "c2r.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+    def found(*folders, **options):
+        args = cli.parse(EVALUATE, command(tmp_path, scenes, model=[*folders], **options))
+        found = [find_model_to_evaluate(args, path, path, "cpu") for path in args.model]
+        agree_on_guidance(found)
+        return [[*model.guidance.values()] for model in found]
+
+    first, second = shutil.copytree(other, other.with_name("first")), shutil.copytree(other, other.with_name("second"))
+    change(first, guidance="cfg", guidance_scale=2.0, control_guidance_scale=1.5)
+    change(second, guidance="cfg", guidance_scale=3.0)
+    assert found(other) == [["apg", None, 1.0]]
+    assert found(other, first, tmp_path / "models/phase1/best") == [["cfg", 2.0, 1.5]] * 3
+    with pytest.raises(
+        InputError, match=r"samples in training differs: .*first has guidance cfg, .*; .*second has .*; give --"
+    ):
+        found(first, second)
+    given = {"guidance_scale": 2.5, "control_guidance_scale": 1.0}
+    assert found(first, other, second, **given) == [["cfg", 2.5, 1.0]] * 3
 
 
 def test_videos_from_elsewhere_are_found_by_name_and_measured(scenes, tmp_path):

@@ -90,6 +90,17 @@ def equal_weights(first, second):
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
+def test_guidance_is_that_of_the_samples_of_training(loaded, monkeypatch):
+    default = generate(loaded, guidance="cfg")
+    expected = generate(loaded, guidance="cfg", guidance_scale=2.0, control_guidance_scale=1.5)
+    trained = {"guidance": "cfg", "guidance_scale": 2.0, "control_guidance_scale": 1.5}
+    monkeypatch.setattr(loaded, "contract", replace(loaded.contract, **trained))
+    assert torch.equal(generate(loaded), expected)
+    assert torch.equal(generate(loaded, guidance_scale=5.0, control_guidance_scale=1.0), default)
+    monkeypatch.setattr(loaded, "contract", replace(loaded.contract, guidance="apg", control_guidance_scale=None))
+    assert torch.equal(generate(loaded, guidance="cfg"), default)
+
+
 def test_a_phase_2_folder_loads_whole_and_as_trained(folder, loaded):
     assert all(part is not None for name, part in loaded.components.items() if name != "transformer_2")
     assert not any(p.requires_grad for name in MODELS for p in getattr(loaded, name).parameters())

@@ -1,13 +1,16 @@
 """Options of `c2r.generate`: checks of those that must fit each other, and defaults from the contract of a model."""
 
 from argparse import Namespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from c2r import InputError
 from c2r.options import GENERATE
 
 if TYPE_CHECKING:
     from c2r.models.contract import PhaseContract
+
+#: Options of sampling that a contract may name, and their values where it does not.
+SAMPLING = {"flow_shift": 3.0, "conditioning_scale": 1.0, "guidance": "apg", "control_guidance_scale": 1.0}
 
 
 def check_options(args: Namespace):
@@ -30,17 +33,27 @@ def check_options(args: Namespace):
         )
 
 
+def default_options(contract: "PhaseContract") -> dict[str, Any]:
+    """Return {option: its value where it is not given}: that of the model's training, or a general one."""
+    from c2r.models.contract import DEFAULT_FORMAT
+
+    trained = {name: getattr(contract, name) for name in (*DEFAULT_FORMAT, *SAMPLING)}
+    return DEFAULT_FORMAT | SAMPLING | {name: value for name, value in trained.items() if value is not None}
+
+
 def complete_options(args: Namespace, contract: "PhaseContract"):
     """Take options that were not given from the model's contract. Changes `args` in place.
 
     Raises:
         InputError: the contract has a value that the option would refuse, or windows would not overlap.
     """
-    from c2r.models.contract import DEFAULT_FORMAT
     from c2r.windows import trained_window
 
-    for name in (*DEFAULT_FORMAT, "flow_shift", "conditioning_scale"):
-        value, is_given = getattr(contract, name), getattr(args, name) is not None
+    defaults = default_options(contract)
+    if args.guidance in (None, contract.guidance):  # the scale of one kind says nothing about the other
+        defaults["guidance_scale"] = contract.guidance_scale
+    for name, value in defaults.items():
+        is_given = getattr(args, name) is not None
         is_window = name == "num_frames" and args.window_frames is None
         if value is None or (is_given and not is_window):
             continue
@@ -50,9 +63,6 @@ def complete_options(args: Namespace, contract: "PhaseContract"):
             raise InputError(f"--model {args.model}: its contract has {name} {value}: {error}") from None
         if not is_given:
             setattr(args, name, value)
-    for name, default in (DEFAULT_FORMAT | {"flow_shift": 3.0, "conditioning_scale": 1.0}).items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
     args.window_frames = args.window_frames or trained_window(contract.format["num_frames"])
     if args.window_frames == 1 != args.num_frames:
         raise InputError("--window_frames 1: windows of a longer video overlap; give at least 5, or leave it out")

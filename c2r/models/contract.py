@@ -72,7 +72,11 @@ class PhaseContract:
     num_frames: PositiveInt | None = None
     fps: FiniteFloat | None = None
     flow_shift: FiniteFloat | None = None
-    conditioning_scale: FiniteFloat | None = None  #: phase 2 only
+    # Phase 2 only, of the sample videos of training: generation uses the same where nothing else is asked for.
+    conditioning_scale: FiniteFloat | None = None
+    guidance: str | None = None
+    guidance_scale: FiniteFloat | None = None  #: None: the default of `guidance`
+    control_guidance_scale: FiniteFloat | None = None
     weights_sha256: str | None = None  #: fingerprint of this folder's weights, filled in by `save_phase`
     lora_rank: PositiveInt | None = None  #: of a phase 1 that trained a LoRA
     # Phase 2, and a LoRA of phase 1:

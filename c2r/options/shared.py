@@ -152,29 +152,34 @@ def clip_settings(args: Namespace) -> ClipSettings:
 GUIDANCE_SCALES = {"apg": 10.0, "cfg": 5.0}
 
 
-def sampling_options(num_inference_steps, common=False):
+def sampling_options(num_inference_steps, as_trained=False):
+    """Return the options of sampling; as_trained: of a trained model, whose samples in training give the defaults."""
+
+    def trained(otherwise):
+        return f"; default: as the samples of training, else {otherwise}" if as_trained else ""
+
+    scales = ", ".join(f"{scale:g} with {name}" for name, scale in GUIDANCE_SCALES.items())
     return [
-        Option("num_inference_steps", "denoising steps of each video", COUNT, num_inference_steps, common=common),
+        Option("num_inference_steps", "denoising steps of each video", COUNT, num_inference_steps, common=as_trained),
         Option(
             "guidance",
-            "apg: adaptive projected guidance; cfg: classifier-free guidance",
+            "apg: adaptive projected guidance; cfg: classifier-free guidance" + trained("apg"),
             Choice(tuple(GUIDANCE_SCALES)),
-            "apg",
-            common=common,
+            None if as_trained else "apg",
+            common=as_trained,
         ),
         Option(
             "guidance_scale",
-            "text guidance scale, 1 is no guidance; default: "
-            + ", ".join(f"{scale:g} with {name}" for name, scale in GUIDANCE_SCALES.items()),
+            "text guidance scale, 1 is no guidance" + (trained(scales) or f"; default: {scales}"),
             NOT_NEGATIVE,
-            common=common,
+            common=as_trained,
         ),
         Option(
             "control_guidance_scale",
-            "control guidance scale; any value but 1 costs one more forward pass per step",
+            "control guidance scale; any value but 1 costs one more forward pass per step" + trained("1"),
             NOT_NEGATIVE,
-            1.0,
-            common=common,
+            None if as_trained else 1.0,
+            common=as_trained,
         ),
     ]
 

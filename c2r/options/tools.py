@@ -167,7 +167,7 @@ GENERATE = Command(
             Option("seed", "seed of the noise of each video", SEED, 0),
         ),
         "sampling": [
-            *sampling_options(num_inference_steps=50, common=True),
+            *sampling_options(num_inference_steps=50, as_trained=True),
             *_all_common(
                 Option("conditioning_scale", "factor of the control residuals; default: as trained", NOT_NEGATIVE),
                 Option("control_guidance_start", "fraction of the steps at which control starts", SHARE, 0.0),

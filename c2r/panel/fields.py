@@ -44,7 +44,8 @@ def lay_out_fields(panel: Panel) -> Fields:
     add(gr.Textbox, "negative_prompt", max_length=2000, placeholder="Optional: what to keep away from.")
     if control:
         note = "Strength of the control; 0 ignores the coarse video."
-        add(gr.Slider, "conditioning_scale", 0, 2, args.conditioning_scale, step=0.05, info=note)
+        scale = args.conditioning_scale
+        add(gr.Slider, "conditioning_scale", 0, max(2, scale), scale, step=0.05, info=note)
     steps, note = defaults["num_inference_steps"].default, "Fewer are faster, more are finer."
     add(gr.Slider, "num_inference_steps", 1, MAX_STEPS, steps, step=1, info=note)
     with gr.Row():
@@ -54,13 +55,13 @@ def lay_out_fields(panel: Panel) -> Fields:
         add(gr.Number, "seed", 0, precision=0, minimum=0, info=note, **half)
     with gr.Accordion("Guidance", open=False):
         note = "apg: adaptive projected guidance; cfg: classifier-free guidance."
-        kind = defaults["guidance"].default
-        add(gr.Radio, "guidance", list(GUIDANCE_SCALES), value=kind, info=note)
-        note = "How strictly to follow the prompt; 1 is off."
-        add(gr.Slider, "guidance_scale", 0, 20, GUIDANCE_SCALES[kind], step=0.5, info=note)
+        add(gr.Radio, "guidance", list(GUIDANCE_SCALES), value=args.guidance, info=note)
+        note, scale = "How strictly to follow the prompt; 1 is off.", panel.guidance_scale(args.guidance)
+        add(gr.Slider, "guidance_scale", 0, max(20, scale), scale, step=0.5, info=note)
         if control:
             note = "How strictly to follow the coarse video; 1 is off, and faster."
-            add(gr.Slider, "control_guidance_scale", 0, 5, 1, step=0.1, info=note)
+            scale = args.control_guidance_scale
+            add(gr.Slider, "control_guidance_scale", 0, max(5, scale), scale, step=0.1, info=note)
             note = "Share of the steps."
             with gr.Row():
                 add(gr.Slider, "control_guidance_start", 0, 1, 0, step=0.05, info=note, **half)

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from c2r import InputError, cli
 from c2r.generation.control import Length, follow_control, length_of, name_controls, read_padded
 from c2r.generation.models import check_files
-from c2r.generation.options import check_options, complete_options
+from c2r.generation.options import check_options, complete_options, default_options
 from c2r.options import GENERATE
-from c2r.options.shared import GUIDANCE_SCALES
 from c2r.panel.model import Panel
 from c2r.panel.uploads import place_upload, require_within_limits
 
@@ -50,13 +49,13 @@ def prepare_job(
     from c2r.models.lora_file import LoraFile
 
     options = panel.given | fields
-    if options["guidance_scale"] == GUIDANCE_SCALES.get(options["guidance"]):
-        options["guidance_scale"] = None  # the default, which depends on the kind of guidance
     if options.get("sequence_fps") == panel.args.fps:
         options["sequence_fps"] = None
     if lora is not None:
         options["lora"] = [*(options["lora"] or []), lora]
-    options = {name: value for name, value in options.items() if value != getattr(panel.contract, name, None)}
+    defaults = vars(panel.contract) | default_options(panel.contract)
+    defaults["guidance_scale"] = panel.guidance_scale(options["guidance"])
+    options = {name: value for name, value in options.items() if value != defaults.get(name)}
     shown = options | {"output": "out.mp4"}
     with tempfile.TemporaryDirectory(dir=panel.folder) as folder:
         if panel.has_control:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from c2r import InputError
 from c2r.generation.models import check_files, find_model, load_models
+from c2r.options.shared import GUIDANCE_SCALES
 from c2r.panel.loras import find_loras
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ class Panel:
     @property
     def has_control(self) -> bool:
         return self.contract.phase == 2
+
+    def guidance_scale(self, guidance: str) -> float:
+        """Return the text scale that a kind of guidance has where none is given."""
+        trained = self.contract.guidance_scale if guidance == self.contract.guidance else None
+        return GUIDANCE_SCALES[guidance] if trained is None else trained
 
     @contextmanager
     def job(self, session: str) -> Iterator[threading.Event]:
@@ -79,7 +85,8 @@ def check_model(args: Namespace, device: str) -> "tuple[PhaseContract, torch.dty
     from c2r.models.lora import require_peft
     from c2r.models.lora_file import LoraFile
 
-    args.conditioning_scale = args.control_video = None
+    for name in ("conditioning_scale", "guidance", "guidance_scale", "control_guidance_scale", "control_video"):
+        setattr(args, name, None)
     contract, dtype = find_model(args, device, with_control=True)
     check_files(args, contract, [LoraFile(path, scale) for path, scale in args.lora or []])
     if args.lora_dir is not None:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from c2r import InputError
-from c2r.options.shared import GUIDANCE_SCALES
 from c2r.panel.fields import Fields, lay_out_fields
 from c2r.panel.generation import Cancelled, Report
 from c2r.panel.jobs import prepare_job
@@ -88,7 +87,7 @@ def connect(panel: Panel, page: "gradio.Blocks", fields: Fields, results: Result
     results.cancel_button.click(on_cancel, outputs=results.status, cancels=[one, grid], queue=False, **private)
     page.unload(on_close)
     kind, scale = of_options["guidance"], of_options["guidance_scale"]
-    kind.change(GUIDANCE_SCALES.get, kind, scale, queue=False, **private)
+    kind.change(panel.guidance_scale, kind, scale, queue=False, **private)
 
 
 def answer(panel: Panel, fields: Fields, function: Callable, values: dict, *details: Any) -> tuple:

@@ -45,6 +45,22 @@ def test_an_old_contract_without_a_format_has_that_of_wan():
     assert vars(completed(contract=old)).items() >= expected.items()
 
 
+def guidance(*words, contract):
+    args = completed(*words, contract=contract)
+    return args.guidance, args.guidance_scale, args.control_guidance_scale
+
+
+def test_guidance_is_that_of_the_samples_of_training():
+    contract = replace(CONTRACT, guidance="cfg", guidance_scale=2.0, control_guidance_scale=1.5)
+    assert guidance(contract=contract) == guidance("--guidance=cfg", contract=contract) == ("cfg", 2.0, 1.5)
+    assert guidance("--guidance_scale=4", "--control_guidance_scale=1", contract=contract) == ("cfg", 4.0, 1.0)
+    # The scale of one kind says nothing about the other.
+    assert guidance("--guidance=apg", contract=contract) == ("apg", None, 1.5)
+    assert guidance(contract=CONTRACT) == ("apg", None, 1.0)
+    with pytest.raises(InputError, match="--model phase2/best: its contract has guidance sag: "):
+        guidance(contract=replace(contract, guidance="sag"))
+
+
 def test_the_contracts_length_is_checked_as_a_window_too():
     contract = replace(CONTRACT, num_frames=6)
     with pytest.raises(InputError, match=r"its contract has num_frames 6: .*4k \+ 1"):

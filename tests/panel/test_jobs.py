@@ -1,6 +1,8 @@
 """Jobs: commands, pictures and videos that are uploaded, limits, messages of one line."""
 
 import shutil
+from argparse import Namespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from c2r import InputError
 from c2r.data.video_writer import write_video
 from c2r.panel import uploads as limits
 from c2r.panel.jobs import command_words, control_pixels, prepare_job
-from c2r.panel.messages import collected_warnings, plain_message
+from c2r.panel.messages import LABELS, collected_warnings, plain_message
+from c2r.panel.page import build_page
 from tests.helpers.panel import FIELDS, noise
 from tests.helpers.trained import FPS, HEIGHT, WIDTH
 from tests.helpers.videos import encode_video
@@ -50,6 +53,24 @@ def test_the_shape_of_a_control_can_be_kept(panel, tmp_path):
     with collected_warnings() as warnings:
         assert prepare_job(panel, FIELDS | {"follow_control": True}, [str(tall)]).control.shape[2:] == (64, 16)
     assert warnings == []
+
+
+def test_the_guidance_of_training_is_at_first_in_the_fields_and_not_in_the_command(panel, models, monkeypatch):
+    def command(**changed):
+        return prepare_job(panel, FIELDS | changed, [f"{models}/coarse.mp4"]).command
+
+    as_trained = {"guidance": "cfg", "guidance_scale": 2.0, "control_guidance_scale": 1.5}
+    monkeypatch.setattr(panel, "contract", replace(panel.contract, **as_trained))
+    assert "guidance" not in command(**as_trained)
+    assert panel.guidance_scale("cfg") == 2.0
+    assert panel.guidance_scale("apg") == 10.0
+    assert "--guidance apg --control_guidance_scale 1.0" in command()
+    assert "--guidance apg --guidance_scale 2.0" in command(guidance="apg", guidance_scale=2.0)
+    assert "--guidance_scale 10.0" in command(guidance="cfg", guidance_scale=10.0)
+    monkeypatch.setattr(panel, "args", Namespace(**vars(panel.args) | as_trained))
+    components = build_page(panel).blocks.values()
+    shown = {getattr(component, "label", None): getattr(component, "value", None) for component in components}
+    assert {name: shown[LABELS[name]] for name in as_trained} == as_trained
 
 
 @pytest.fixture

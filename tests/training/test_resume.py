@@ -139,6 +139,12 @@ def test_samples_are_made_with_the_scales_of_the_options(whole):
     assert all(control_features.any() and scale == 0.8 for *_, control_features, scale in passes)
 
 
+def test_the_contract_keeps_the_guidance_of_the_samples(whole):
+    expected = {"guidance": "apg", "guidance_scale": 3, "control_guidance_scale": 1, "conditioning_scale": 0.8}
+    for name in ("best", "final"):
+        assert json.loads((whole.out / name / "c2r.json").read_text()).items() >= expected.items()
+
+
 def test_the_number_of_a_sample_is_the_seed_of_its_noise(whole):
     for number, (noise, *_) in enumerate(inputs for _, inputs in whole.evaluated[3][::2]):
         generator = torch.Generator().manual_seed(number)
