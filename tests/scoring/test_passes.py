@@ -167,3 +167,20 @@ def test_a_damaged_pass_is_one_line(tmp_path, ids):
     (tmp_path / "ids/p_0001.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match=r"is damaged at 0\.12 s; render the pass again"):
         window(name, "ids")
+
+
+@pytest.mark.parametrize("size", [(160, 240), (96, 144), (320, 480)])
+@pytest.mark.parametrize("grey", [True, False])
+def test_ids_that_a_filter_has_mixed_are_warned_of(tmp_path, caplog, size, grey):
+    rng, (y, x) = np.random.default_rng(0), np.mgrid[:160, :240]
+    picture = np.zeros((160, 240) if grey else (160, 240, 3), np.uint8)
+    for i in range(12):
+        inside = ((x - rng.integers(240)) / rng.integers(5, 30)) ** 2 + ((y - rng.integers(160)) / 25) ** 2 < 1
+        picture[inside] = 20 * i + 15 if grey else rng.integers(0, 256, 3)
+    for name, filtering in (("exact", Image.Resampling.NEAREST), ("mixed", Image.Resampling.BILINEAR)):
+        resized = Image.fromarray(picture).resize(size[::-1], filtering)
+        check_pass(sequence(tmp_path / name, [np.asarray(resized)] * 2), "ids")
+        if size != (160, 240) and name == "mixed":
+            assert "of the pixels at borders of its ids have an id of their own" in caplog.text
+        else:
+            assert caplog.text == ""

@@ -1,16 +1,18 @@
 """Videos of each scene side by side."""
 
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from c2r.data.clips import DatasetFile
 from c2r.data.video import read_window
 from c2r.data.video_writer import write_video
 from c2r.scoring.measuring import Source
 from c2r.scoring.scenes import ClipFormat, Scene
-from c2r.scoring.side_by_side import write_side_by_side
+from c2r.scoring.side_by_side import greys_of, write_side_by_side
 
 FORM = ClipFormat(9, 64, 96, 8.0)
 
@@ -43,3 +45,31 @@ def test_control_generated_videos_and_truth_stand_in_order(scenes, tmp_path):
         expected = [[grey + frame * (grey > 0) for grey in greys] for frame in range(9)]
         np.testing.assert_allclose(found, expected, atol=3)
     assert peak < 4 * 9 * 64 * 4 * 96 * 3  # bytes of the frames, of which floats would take four each
+
+
+def test_passes_of_the_renderer_are_shown_beside_the_truth(scenes, tmp_path):
+    ids, depth = np.zeros((64, 96), np.uint16), np.full((64, 96), 60_000, np.uint16)
+    ids[:, 32:64], ids[:, 64:] = 1, 2
+    depth[:, 32:64], depth[:, 64:] = 1000, 30_000
+    files = {}
+    for kind, values in (("ids", ids), ("depth", depth)):
+        (tmp_path / kind).mkdir()
+        for number in range(9):
+            Image.fromarray(values).save(tmp_path / kind / f"p_{number:04d}.png")
+        files[kind] = DatasetFile(str(tmp_path), f"{kind}/p_%04d.png@8", 0, 0)
+    scenes = replace(scenes[0], **files), scenes[1]
+    sources = [Source("one", {scene.name: [tmp_path / "one.mp4"] for scene in scenes})]
+    names, videos = write_side_by_side(sources, scenes, FORM, tmp_path / "clips")
+    assert names == ["control", "one", "truth", "ids", "depth"]
+    frames = read_window(videos["whole"], 0.0, 9, 8.0, 64, 5 * 96).float().unflatten(-1, (5, 3, 32))
+    shown = frames[..., 4:-4].mean((0, 2, 5))  # (colour, column, third of its width)
+    assert shown[:, 3, 0].max() < 5  # the background
+    assert (shown[:, 3, 1] - shown[:, 3, 2]).abs().max() > 30
+    np.testing.assert_allclose(shown[:, 4], [[55, 255, 158]] * 3, atol=6)
+    assert read_window(videos["without"], 0.0, 9, 8.0, 64, 5 * 96)[..., 3 * 96 + 4 :].max() < 8
+
+
+def test_depth_without_a_surface_is_black():
+    greys = greys_of(np.array([[[1.0, 3.0, np.inf]]], np.float32))
+    assert greys[0, 0, :, 0].tolist() == [255, 55, 0]
+    assert greys_of(np.full((1, 1, 2), np.inf)).max() == 0
