@@ -20,7 +20,8 @@ from c2r.models.vae import decode_frames, encode_frames
 from c2r.toy import city
 from c2r.toy.appearance import gradient_energy
 from c2r.toy.layout import WEIGHTS, PeopleFinder, correlation, people_map, true_people_map
-from c2r.toy.pretrain import HEIGHT, NUM_FRAMES, WIDTH, psnr
+from c2r.toy.pretraining.scenes import HEIGHT, NUM_FRAMES, WIDTH
+from c2r.toy.pretraining.stage import psnr
 
 #: Scenes of these seeds are in no stage's training, and in no toy folder.
 FIRST_SEED = 4_000_000

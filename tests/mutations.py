@@ -1479,10 +1479,10 @@ THE_TOY = [
     ),
     Mutation(
         "an-interrupted-stage-repeats-its-first-steps",
-        "c2r/toy/pretrain.py",
+        "c2r/toy/pretraining/stage.py",
         'first = state["step"]',
         "first = 0",
-        "tests/toy/test_pretrain.py::test_an_interrupted_stage_ends_with_the_same_weights",
+        "tests/toy/pretraining/test_stage.py::test_an_interrupted_stage_ends_with_the_same_weights",
     ),
     Mutation(
         "a-folder-of-another-toy-is-continued",

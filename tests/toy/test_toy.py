@@ -20,7 +20,7 @@ from c2r.toy.appearance import gradient_energy, recognise_weather_and_walls
 from c2r.toy.folder import write_toy
 from c2r.toy.layout import WEIGHTS, PeopleFinder, correlation, correlations, edge_map, true_people_map
 from c2r.toy.leaking_dinov3 import write_early_dinov3, write_look_dinov3, write_pixel_dinov3
-from c2r.toy.pretrain import psnr, to_pixel_values
+from c2r.toy.pretraining.stage import psnr, to_pixel_values
 from tests.helpers.forks import start_warm
 
 

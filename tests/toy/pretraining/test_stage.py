@@ -1,11 +1,11 @@
-"""Training of the toy's base models: its schedule, interruptions and states."""
+"""The training loop of the stages: its schedule, interruptions and states."""
 
 import pytest
 import torch
 from torch import nn
 
 from c2r import InputError
-from c2r.toy.pretrain import fit
+from c2r.toy.pretraining.stage import fit
 
 
 class Interrupted(Exception):

@@ -1,0 +1,1 @@
+"""The stages in which the toy's base models are trained."""
