@@ -378,6 +378,20 @@ THE_PIPELINE = [
         f"{GENERATE_OPTIONS}::test_options_not_given_are_those_of_training",
     ),
     Mutation(
+        "generate-ignores-the-guidance-scale-of-training",
+        "c2r/generation/options.py",
+        'defaults["guidance_scale"] = contract.guidance_scale',
+        'defaults["guidance_scale"] = None',
+        f"{GENERATE_OPTIONS}::test_guidance_is_that_of_the_samples_of_training",
+    ),
+    Mutation(
+        "the-pipeline-ignores-the-guidance-of-training",
+        "c2r/pipeline.py",
+        'self._as_trained("guidance", "apg")',
+        '"apg"',
+        "tests/test_pipeline_as_diffusers.py::test_guidance_is_that_of_the_samples_of_training",
+    ),
+    Mutation(
         "generate-ignores-the-negative-prompt",
         "c2r/generate.py",
         '[args.negative_prompt or "", *args.prompt]',
@@ -1017,6 +1031,13 @@ MODELS = [
 ]
 
 DATA = [
+    Mutation(
+        "a-worker-takes-any-process-for-its-parent",
+        "c2r/data/workers.py",
+        "while os.getppid() == parent.pid:",
+        "while True:",
+        "tests/data/test_workers.py",
+    ),
     Mutation(
         "repeated-frames-are-not-warned-of",
         "c2r/data/manifest.py",
@@ -1807,6 +1828,27 @@ EVALUATIONS = [
         'FLOATS = re.compile(r"(gray|ya|gbrp|gbrap)f(16|32)[lb]e")',
         'FLOATS = re.compile(r"(gray|gbrp)f32le")',
         PASSES,
+    ),
+    Mutation(
+        "models-with-different-guidance-are-compared",
+        "c2r/evaluate.py",
+        "if model.guidance != named[0].guidance:",
+        "if False:",
+        f"{EVALUATE}::test_models_are_compared_with_one_guidance",
+    ),
+    Mutation(
+        "mixed-ids-are-not-noticed",
+        "c2r/scoring/passes.py",
+        "(unlike == 4)",
+        "(unlike == 5)",
+        PASSES,
+    ),
+    Mutation(
+        "near-surfaces-are-dark",
+        "c2r/scoring/side_by_side.py",
+        "nearness = 1 - (",
+        "nearness = (",
+        "tests/scoring/test_side_by_side.py",
     ),
     Mutation(
         "red-and-blue-are-swapped-in-ids",
