@@ -55,7 +55,7 @@ class Model:
 
     @property
     def description(self) -> dict[str, Any]:
-        """Folder, step and fingerprints."""
+        """Folder, step, fingerprints and guidance."""
         entries = ("phase", "step", "weights_sha256", "backbone_sha256")
         trained = {name: getattr(self.contract, name) for name in entries}
         return {"folder": self.args.model} | trained | self.guidance

@@ -106,9 +106,9 @@ def _training(contract):
         "frames per second": f"{size['fps']:g}",
         "shift of the noise levels": contract.flow_shift,
         "conditioning scale": contract.conditioning_scale,
-        "guidance of samples": contract.guidance,
-        "its scale": contract.guidance_scale,
-        "control guidance scale": contract.control_guidance_scale,
+        "guidance of the samples": contract.guidance,
+        "its text scale": contract.guidance_scale,
+        "its control scale": contract.control_guidance_scale,
         "share of CG samples": contract.metrics.get("cg_share"),
         "SHA-256 of the weights": f"`{contract.weights_sha256}`",
     }
