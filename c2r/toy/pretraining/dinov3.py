@@ -1,4 +1,4 @@
-"""The toy's DINOv3."""
+"""Train the toy's DINOv3."""
 
 import json
 from pathlib import Path
@@ -20,6 +20,12 @@ def train_dinov3(folder: Path, clips: np.ndarray, kinds: np.ndarray, work_dir: P
     """Train a small DINOv3ViT whose features agree between the three looks of a frame and distinguish people.
 
     This replaces the invariance to the domain that real DINOv3 has from its own pretraining.
+
+    Args:
+        folder: gets the model.
+        clips, kinds: see `render_scenes`.
+        work_dir: gets the state of the stage.
+        steps: number of optimizer steps.
     """
     torch.manual_seed(0)
     model = DINOv3ViTModel(

@@ -1,4 +1,4 @@
-"""The network by which the quickstart measures control."""
+"""Train the network by which the quickstart measures control."""
 
 from pathlib import Path
 
@@ -16,7 +16,15 @@ from c2r.toy.pretraining.stage import HELD_OUT, fit, to_pixel_values
 def train_people_finder(
     folder: Path, clips: np.ndarray, kinds: np.ndarray, vae: AutoencoderKLWan, work_dir: Path, steps: int
 ):
-    """Train the network by which the quickstart measures control: it finds people in pixels."""
+    """Train the network by which the quickstart measures control: it finds people in pixels.
+
+    Args:
+        folder: gets the model.
+        clips, kinds: see `render_scenes`.
+        vae: a trained one in fp32.
+        work_dir: gets the state of the stage.
+        steps: number of optimizer steps.
+    """
     torch.manual_seed(0)
     finder = PeopleFinder()
     train = len(clips) - HELD_OUT

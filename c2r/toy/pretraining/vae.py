@@ -1,4 +1,4 @@
-"""The toy's VAE: Wan's, but small."""
+"""Train the toy's VAE, a small one of Wan's kind."""
 
 from pathlib import Path
 
@@ -14,7 +14,14 @@ LATENT_CHANNELS = 16
 
 
 def train_vae(folder: Path, clips: np.ndarray, kinds: np.ndarray, work_dir: Path, steps: int):
-    """Train a small AutoencoderKLWan with Wan's factors: 8x in space, 4x in time, 16 channels."""
+    """Train a small AutoencoderKLWan with Wan's factors: 8x in space, 4x in time, 16 channels.
+
+    Args:
+        folder: gets the model.
+        clips, kinds: see `render_scenes`.
+        work_dir: gets the state of the stage.
+        steps: number of optimizer steps.
+    """
     torch.manual_seed(0)
     vae = AutoencoderKLWan(
         base_dim=32,
