@@ -134,9 +134,9 @@ def draw_remedies(path: Path, results: Sequence[Result], baselines: Mapping[str,
     Args:
         path: the PNG to write.
         results: of the finished runs.
-        baselines: {setting: its baseline}; probes and settings without phase 1 are left out.
+        baselines: {setting: its baseline}; settings without phase 1 or of another length are left out.
     """
-    whole = [name for name in baselines if "no phase 1" not in name and "probe" not in name]
+    whole = [name for name in baselines if not any(text in name for text in ("no phase 1", "probe", "steps"))]
     honest = [name for name in whole if not name.startswith("leak")]
     panels = [(honest, ("cg_look", CG_LOOK_LABEL), ("control_gain", "control gain"))]
     leak_share, people = ("leak_share_coarse", "leak (coarse)"), ("people_own", "people correlation, own scene")

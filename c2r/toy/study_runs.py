@@ -31,6 +31,8 @@ NAMED_CG = "named_cg"
 DIRECTIONS = (4, 16, 64)
 #: Steps of a probe: a run that is cut short, to see if it foretells the whole one.
 PROBE_STEPS = 30
+#: Steps of longer runs, to see if a remedy costs control or only slows its start.
+LONG_STEPS = 300
 #: Options of every run, over those of the toy's phase2.yaml.
 OPTIONS = {
     "max_train_steps": 100,
@@ -92,8 +94,10 @@ def planned_runs() -> list[StudyRun]:
         "augmentation 1": {"control_augmentation": 1.0},
         **{f"{number} directions": _directions(number) for number in DIRECTIONS},
     }
-    ordinary, no_cg, half = "cg 0.2", "cg 0", "cg 0.5"
+    ordinary, no_cg, half, longer = "cg 0.2", "cg 0", "cg 0.5", f"cg 0.2, {LONG_STEPS} steps"
     shares: dict[str, dict[str, Any]] = {f"cg {ratio:g}": {"cg_ratio": ratio} for ratio in RATIOS}
+    steps = ("max_train_steps", "checkpointing_steps", "validation_steps", "sample_steps")
+    long = shares[ordinary] | dict.fromkeys(steps, LONG_STEPS)
     # {name: (extractor, baseline, remedies)}. Pixels of a place in two looks hardly agree: with some seeds a fit is
     # refused unless the number is given. A direction that tells the look alone is of no use to a run without CG.
     leaks = {
@@ -105,6 +109,8 @@ def planned_runs() -> list[StudyRun]:
         *(StudyRun(name, options, None if name == ordinary else ordinary) for name, options in shares.items()),
         *(StudyRun(f"{half}, {name}", shares[half] | options, half) for name, options in half_cg.items()),
         *(StudyRun(f"{ordinary}, {name}", shares[ordinary] | options, ordinary) for name, options in fifth_cg.items()),
+        StudyRun(longer, long, ordinary),
+        *(StudyRun(f"{longer}, {name}", long | options, longer) for name, options in chosen.items()),
         *(StudyRun(name, shares[base], base, dinov3=dinov3) for name, (dinov3, base, _) in leaks.items()),
         *(
             StudyRun(f"{name}, {remedy}", shares[base] | options, name, dinov3=dinov3)
