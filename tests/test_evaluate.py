@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import CLIPModel
 
 from benchmarks.evaluate_toy import markdown
 from c2r import InputError, cli
@@ -22,6 +23,7 @@ from tests.helpers.browser import needs_chromium, started_browser
 from tests.helpers.commands import SIZE, succeed
 from tests.helpers.datasets import flat_video, noise_video, write_dataset
 from tests.helpers.forks import fork
+from tests.helpers.metric_networks import save_clip
 from tests.helpers.trained import save_trained_models
 
 #: Measures that need no network and no package of an extra.
@@ -340,6 +342,17 @@ def test_videos_from_elsewhere_are_found_by_name_and_measured(scenes, tmp_path):
         ("copies", "f1", ""),
     ]
     assert results(tmp_path / "out")["format"] == {**SIZE, "num_frames": 10}
+
+
+def test_a_network_is_loaded_once(scenes, tmp_path, monkeypatch):
+    loaded, load = [], CLIPModel.from_pretrained
+    monkeypatch.setattr(
+        CLIPModel, "from_pretrained", lambda *args, **options: loaded.append(1) or load(*args, **options)
+    )
+    words = {"videos": scenes, "networks": f"clip={save_clip(tmp_path / 'clip')}", "metrics": "clip_similarity"}
+    main(command(tmp_path / "out", scenes, **words))
+    assert "clip_similarity" in results(tmp_path / "out")["measures"]
+    assert loaded == [1]
 
 
 def test_the_cg_look_stands_beside_measures_against_the_control(models, scenes, tmp_path, capsys):

@@ -17,7 +17,12 @@ from c2r import InputError
 from c2r.files import library_errors_as_input, read_json
 from c2r.metrics.structure import to_bytes
 from c2r.models.hub import refuse_entries, require_complete, resolve_model_folder
-from c2r.models.parts import check_transformers_weights, freeze, load_transformers_model
+from c2r.models.parts import (
+    check_transformers_weights,
+    freeze,
+    load_transformers_model,
+    model_without_weights,
+)
 
 #: Frames per forward pass; bounds the memory.
 CHUNK = 8
@@ -53,7 +58,7 @@ def load_network(
     Args:
         name_or_path: a folder or hub name.
         kinds: {model_type of config.json: its class}.
-        device: where it runs.
+        device: where it runs; "meta": it is checked by its config and the headers of its files, and no weight is read.
 
     Returns:
         the model, its folder.
@@ -69,6 +74,8 @@ def load_network(
         raise InputError(f"{folder}: model type is {kind}, not one of {', '.join(kinds)}; give such a model")
     _check_entries(path, config)
     check_transformers_weights(kinds[kind], folder, config)
+    if torch.device(device).type == "meta":
+        return model_without_weights(kinds[kind], folder, config), folder
     model, info = load_transformers_model(kinds[kind], folder)
     # Not buffers: files of older versions lack some that the model computes.
     missing = dict(model.named_parameters()).keys() & set(info["missing_keys"])

@@ -34,20 +34,28 @@ class LPIPSNetwork(nn.Module):
         self.weights = nn.ParameterList(torch.empty(1, width, 1, 1) for width in WIDTHS)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str) -> "LPIPSNetwork":
+    def from_pretrained(cls, name_or_path: str, device: torch.device | str = "cpu") -> "LPIPSNetwork":
         """Load VGG16 from a folder or hub name with torchvision's weights in safetensors, such as timm/vgg16.tv_in1k.
 
         The weights of the channels are those that torchmetrics contains.
+
+        Args:
+            name_or_path: the folder or hub name.
+            device: where it runs; "meta": names and shapes are checked, and no weight is read.
 
         Raises:
             InputError: not found, or weights are missing or of another shape.
         """
         folder = resolve_model_folder(name_or_path)
-        index, network = WeightIndex(folder), freeze(cls())
+        index = WeightIndex(folder)
+        with torch.device(device):
+            network = freeze(cls())
         needed = {f"features.{name}": parameter for name, parameter in network.convolutions.named_parameters()}
         found = index.shapes()
         unfit = [name for name, tensor in needed.items() if found.get(name, tensor.shape) != tuple(tensor.shape)]
         require_complete(folder, needed.keys() - found.keys(), unfit)
+        if torch.device(device).type == "meta":
+            return network
         for name, tensor in index.tensors():  # the classifier is in the file too
             if name in needed:
                 needed[name].copy_(tensor)
@@ -96,7 +104,7 @@ class LPIPS:
     bounds = (0.0, inf)
 
     def __init__(self, name_or_path: str, device: torch.device | str):
-        self.network, self.device = LPIPSNetwork.from_pretrained(name_or_path).to(device), device
+        self.network, self.device = LPIPSNetwork.from_pretrained(name_or_path, device), device
 
     @torch.no_grad()
     def __call__(self, clip: EvaluatedClip) -> float | None:

@@ -17,7 +17,7 @@ class Quality:
 
     Args:
         measure: its name in pyiqa.
-        device: where it runs.
+        device: where it runs; "meta": it is loaded to the CPU.
 
     Raises:
         InputError: pyiqa cannot be imported, has no such measure or not its weights, or it needs a reference.
@@ -35,6 +35,8 @@ class Quality:
             ) from error
         if measure not in pyiqa.list_models(metric_mode="NR"):
             raise InputError(f"{measure}: pyiqa has no such measure without a reference; see pyiqa.list_models()")
+        if torch.device(device).type == "meta":  # pyiqa has no check without loading, and may have to download first
+            device = "cpu"
         try:
             self.model, self.device = pyiqa.create_metric(measure, device=torch.device(device)), device
         except OSError as error:

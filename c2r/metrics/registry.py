@@ -30,7 +30,7 @@ def make_metrics(
         names: of `c2r.metrics.catalogue.MEASURES`.
         models: {role: folder or hub name} of the networks, by the roles of `c2r.metrics.catalogue.ROLES`. A measure
             whose network is not named is skipped, and so is one whose package is not installed.
-        device: on which the networks run.
+        device: on which the networks run; "meta": they are checked by configs and headers of files and cannot measure.
 
     Returns:
         measures of a clip, measures of a set, and those that are skipped, each in the order of `names`.

@@ -284,12 +284,20 @@ def check_transformers_weights(
     Raises:
         InputError: it has too few, or the config is damaged.
     """
-    with library_errors_as_input(folder), torch.device("meta"):
-        model = model_class(model_class.config_class.from_dict(dict(config)))
     index = WeightIndex(folder)
     index.require_whole()
-    index.require_enough_for(model)
+    index.require_enough_for(model_without_weights(model_class, folder, config))
     return index
+
+
+def model_without_weights(model_class: type[PreTrainedModel], folder: Path, config: dict[str, Any]) -> PreTrainedModel:
+    """Return the model of transformers that a config describes, frozen and on the device "meta".
+
+    Raises:
+        InputError: the config, which is that of `folder`, is damaged.
+    """
+    with library_errors_as_input(folder), torch.device("meta"):
+        return freeze(model_class(model_class.config_class.from_dict(dict(config))))
 
 
 def load_transformers_model(

@@ -17,6 +17,10 @@ logger = logging.getLogger(__name__)
 def make_measures(args: Namespace, device: str) -> tuple[list[Metric], list[SetMetric], dict[str, str]]:
     """Make the measures that the options name.
 
+    Args:
+        args: options of c2r.evaluate.
+        device: see `c2r.metrics.registry.make_metrics`.
+
     Returns:
         measures of clips, of sets, and {names: why they are missing}.
 
@@ -35,12 +39,12 @@ def make_measures(args: Namespace, device: str) -> tuple[list[Metric], list[SetM
 
 
 def require_measurable(args: Namespace, scenes: Sequence[Scene]) -> None:
-    """Find out which measures will have no value, before a video is made.
+    """Find out which measures will have no value, before a video is made and without reading weights.
 
     Raises:
-        InputError: a network cannot be loaded, or none of --metrics can be computed.
+        InputError: a network is missing, damaged or of another kind, or none of --metrics can be computed.
     """
-    metrics, set_metrics, skipped = make_measures(args, "cpu")
+    metrics, set_metrics, skipped = make_measures(args, "meta")
     if args.metrics is None:
         return
     there = {

@@ -41,5 +41,7 @@ def test_equal_videos_have_no_distance_and_own_scenes_a_smaller_one(folder, scen
 
 
 def test_missing_weights_are_named(features, tmp_path):
-    with pytest.raises(InputError, match=r"missing: features\.28\.bias, features\.28\.weight"):
-        LPIPSNetwork.from_pretrained(save_vgg16(tmp_path / "short", features[:28]))
+    short = save_vgg16(tmp_path / "short", features[:28])
+    for device in ("cpu", "meta"):  # the second one reads no weights
+        with pytest.raises(InputError, match=r"missing: features\.28\.bias, features\.28\.weight"):
+            LPIPSNetwork.from_pretrained(short, device)

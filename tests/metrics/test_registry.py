@@ -4,11 +4,13 @@ import json
 import shutil
 
 import pytest
+from transformers import PreTrainedModel
 
 from c2r import InputError
 from c2r.metrics import registry
 from c2r.metrics.catalogue import MEASURES, QUESTIONS, ROLES, question_of
 from c2r.metrics.networks import Remembering
+from c2r.models.hub import SafetensorsFile
 
 NAMES = [measure.name for measure in MEASURES]
 
@@ -28,6 +30,14 @@ def test_every_measure_is_made_and_measures_a_clip(networks, small_clips):
         for one in small_clips[:2]:
             metric.update(one)
         assert isinstance(metric.compute(), float)
+
+
+def test_networks_are_checked_on_the_device_meta_without_reading_a_weight(networks, monkeypatch):
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
+    monkeypatch.setattr(SafetensorsFile, "tensor", None)
+    metrics, set_metrics, _ = registry.make_metrics(NAMES, networks, "meta")
+    assert [metric.name for metric in metrics] == [m.name for m in MEASURES if not m.of_set and m.name != "quality"]
+    assert [metric.name for metric in set_metrics] == ["fd_dinov2", "kd_dinov2", "kd_vjepa2"]
 
 
 def test_measures_of_one_network_share_it(networks):
@@ -78,13 +88,15 @@ def change(path, **entries):
     ],
 )
 def test_hostile_and_unfit_folders_are_refused_in_one_line(name, entries, message, networks, tmp_path):
+    """Also by the check that reads no weights."""
     folder = tmp_path / "model"
     shutil.copytree(networks["image_features"], folder)
     change(folder / name, **entries)
-    with pytest.raises(InputError) as caught:
-        registry.make_metrics(["fd"], {"image_features": str(folder)}, "cpu")
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    for device in ("cpu", "meta"):
+        with pytest.raises(InputError) as caught:
+            registry.make_metrics(["fd"], {"image_features": str(folder)}, device)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_pickles_and_missing_folders_are_refused(networks, tmp_path):
@@ -92,8 +104,9 @@ def test_pickles_and_missing_folders_are_refused(networks, tmp_path):
     shutil.copytree(networks["image_features"], folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     for given, message in ((folder, "has no safetensors weights"), (tmp_path / "none", "no such model folder")):
-        with pytest.raises(InputError, match=message):
-            registry.make_metrics(["fd"], {"image_features": str(given)}, "cpu")
+        for device in ("cpu", "meta"):
+            with pytest.raises(InputError, match=message):
+                registry.make_metrics(["fd"], {"image_features": str(given)}, device)
 
 
 def test_results_of_three_videos_are_remembered(clips):
