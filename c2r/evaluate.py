@@ -103,14 +103,16 @@ def main(argv: list[str] | None = None) -> None:
     from c2r.scoring.chosen_measures import make_measures, require_measurable
     from c2r.scoring.measuring import measure_videos
     from c2r.scoring.page import write_results
-    from c2r.scoring.results import Evaluation
+    from c2r.scoring.results import Evaluation, earlier_scenes
     from c2r.scoring.run_datasets import CGLooks
     from c2r.scoring.scenes import check_scenes, common_format, read_scenes
+    from c2r.scoring.side_by_side import require_own_files
     from c2r.scoring.videos import check_given_videos, find_given_videos, followed_scenes, sources_of
 
     # 1. Refuse early: nothing is loaded to the device yet.
     device = get_device()
     scenes = read_scenes(args.dataset, output_dir / ".cache", args.sequence_fps, args.max_clips)
+    require_own_files(output_dir, scenes, earlier_scenes(output_dir))
     names = source_names([*(args.model or []), *(args.videos or [])])
     models = [find_model_to_evaluate(args, path, names[path], device) for path in args.model or []]
     agree_on_guidance(models)

@@ -344,6 +344,18 @@ def test_videos_from_elsewhere_are_found_by_name_and_measured(scenes, tmp_path):
     assert results(tmp_path / "out")["format"] == {**SIZE, "num_frames": 10}
 
 
+def test_another_evaluation_in_the_folder_leaves_no_clips_of_the_first(scenes, tmp_path):
+    """Nor does it remove or replace files of others."""
+    out, words = tmp_path / "out", {"videos": scenes}
+    main(command(out, scenes, **words))
+    (out / "clips/mine.mp4").write_bytes(b"video")
+    main(command(out, scenes, **words, max_clips=1))
+    assert {path.name for path in (out / "clips").iterdir()} == {"f0.mp4", "mine.mp4"}
+    (out / "clips/f1.mp4").write_bytes(b"video")
+    with pytest.raises(InputError, match=r"out: clips/f1\.mp4 is there, but no results\.json names it"):
+        main(command(out, scenes, **words))
+
+
 def test_a_network_is_loaded_once(scenes, tmp_path, monkeypatch):
     loaded, load = [], CLIPModel.from_pretrained
     monkeypatch.setattr(

@@ -13,9 +13,9 @@ from c2r.reporting.html import data_address, html_page, table
 from c2r.reporting.sample_videos import MAX_VIDEO_BYTES
 from c2r.scoring.measuring import Source
 from c2r.scoring.picture import draw_scores
-from c2r.scoring.results import PAGE, PICTURE, TOO_FEW, Evaluation, interval_text, is_beyond_chance
+from c2r.scoring.results import PAGE, PICTURE, TOO_FEW, Evaluation, earlier_scenes, interval_text, is_beyond_chance
 from c2r.scoring.scenes import Scene
-from c2r.scoring.side_by_side import write_side_by_side
+from c2r.scoring.side_by_side import remove_earlier_files, write_side_by_side
 from c2r.units import size_text
 
 #: A click stops a video, and starts it again: a player's buttons would cover the street.
@@ -41,11 +41,12 @@ VALIDATION = {
 def write_results(
     evaluation: Evaluation, sources: Sequence[Source], scenes: Sequence[Scene], output_dir: Path
 ) -> None:
-    """Write results.json, clips.csv, plot.png, report.html and a video of each scene."""
+    """Write results.json, clips.csv, plot.png, report.html and a video of each scene, in place of earlier ones."""
+    remove_earlier_files(output_dir, scenes, earlier_scenes(output_dir))
     evaluation.write(output_dir)
     picture = draw_scores(evaluation.scores)
     write_atomic(output_dir / PICTURE, picture)
-    columns, videos = write_side_by_side(sources, scenes, evaluation.form, output_dir / "clips")
+    columns, videos = write_side_by_side(sources, scenes, evaluation.form, output_dir)
     prompts = {scene.name: scene.prompt for scene in scenes}
     page = evaluation_page(evaluation, picture, videos, columns, prompts)
     write_atomic(output_dir / PAGE, page.encode())

@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from c2r import __version__
+from typing_extensions import TypedDict
+
+from c2r import InputError, __version__
 from c2r.evaluation.monitor import CGLook
-from c2r.files import write_atomic
+from c2r.files import read_json, write_atomic
 from c2r.scoring.measuring import CG_LOOK, Difference, Scores
 from c2r.scoring.run_datasets import ModelLosses
 from c2r.scoring.scenes import ClipFormat
@@ -21,6 +23,20 @@ RESULTS, CLIPS, PICTURE, PAGE = "results.json", "clips.csv", "plot.png", "report
 
 #: The verdict on a difference whose clips could not show it: no sign that two sources are alike.
 TOO_FEW = "too few clips to tell"
+
+
+class _Results(TypedDict):
+    """The checked entries of results.json."""
+
+    clips: list[str]
+
+
+def earlier_scenes(output_dir: Path) -> set[str]:
+    """Return the scenes that the results.json of a folder names; none if there is no such file, or a damaged one."""
+    try:
+        return {*read_json(output_dir / RESULTS, _Results, extra="allow")["clips"]}
+    except InputError:
+        return set()
 
 
 @dataclass

@@ -1,10 +1,11 @@
 """Videos that show a scene's control, generated videos, truth and the renderer's passes side by side."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from c2r import InputError
 from c2r.data.clips import DatasetFile
 from c2r.data.video import read_window
 from c2r.data.video_writer import write_video
@@ -12,12 +13,51 @@ from c2r.scoring.measuring import Source
 from c2r.scoring.passes import read_pass
 from c2r.scoring.scenes import ClipFormat, Scene
 
+#: Folder of these videos in --output_dir.
+FOLDER = "clips"
+
 #: Gives a scene's frames (F, H, W, 3) uint8; None if it has none.
 Column = Callable[[Scene], np.ndarray | None]
 
 
+def require_own_files(output_dir: Path, scenes: Iterable[Scene], earlier: Collection[str]) -> None:
+    """Check that the videos of the scenes replace no file but those of an earlier evaluation.
+
+    Args:
+        output_dir: of the command.
+        scenes: of the dataset.
+        earlier: names of the scenes of the evaluation that is in the folder.
+
+    Raises:
+        InputError: a file has the name of one of the videos.
+    """
+    for scene in scenes:
+        path = _path(output_dir, scene.name)
+        if scene.name not in earlier and path.exists():
+            raise InputError(
+                f"--output_dir {output_dir}: {path.relative_to(output_dir)} is there, but no results.json names it, "
+                "so it may be yours; move it away, or give another folder"
+            )
+
+
+def remove_earlier_files(output_dir: Path, scenes: Iterable[Scene], earlier: Collection[str]) -> None:
+    """Remove videos of an earlier evaluation that those of the scenes do not replace.
+
+    Its arguments are those of `require_own_files`.
+    """
+    folder = (output_dir / FOLDER).resolve()
+    for name in {*earlier}.difference(scene.name for scene in scenes):
+        path = _path(output_dir, name)
+        if path.is_file() and path.parent.resolve().is_relative_to(folder):  # else "..", or a link, leads out of it
+            path.unlink()
+
+
+def _path(output_dir, scene_name):
+    return output_dir / FOLDER / f"{scene_name}.mp4"
+
+
 def write_side_by_side(
-    sources: Sequence[Source], scenes: Sequence[Scene], form: ClipFormat, folder: Path
+    sources: Sequence[Source], scenes: Sequence[Scene], form: ClipFormat, output_dir: Path
 ) -> tuple[list[str], dict[str, Path]]:
     """Write a video of each scene.
 
@@ -25,7 +65,7 @@ def write_side_by_side(
         sources: the first video of each scene is shown.
         scenes: of the dataset.
         form: of all videos.
-        folder: gets an mp4 of each scene.
+        output_dir: gets a folder with an mp4 of each scene.
 
     Returns:
         the names of the columns, and {scene: file}.
@@ -39,7 +79,7 @@ def write_side_by_side(
             shown = column(scene)
             if shown is not None:  # else it stays black
                 frames[:, :, number * form.width : (number + 1) * form.width] = shown
-        written[scene.name] = folder / f"{scene.name}.mp4"
+        written[scene.name] = _path(output_dir, scene.name)
         write_video(written[scene.name], frames, form.fps)
     return [*columns], written
 

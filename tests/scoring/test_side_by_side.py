@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from c2r import InputError
 from c2r.data.clips import DatasetFile
 from c2r.data.video import read_window
 from c2r.data.video_writer import write_video
 from c2r.scoring.measuring import Source
 from c2r.scoring.scenes import ClipFormat, Scene
-from c2r.scoring.side_by_side import greys_of, write_side_by_side
+from c2r.scoring.side_by_side import greys_of, remove_earlier_files, require_own_files, write_side_by_side
 
 FORM = ClipFormat(9, 64, 96, 8.0)
 
@@ -35,7 +36,7 @@ def scenes(tmp_path):
 def test_control_generated_videos_and_truth_stand_in_order(scenes, tmp_path):
     sources = [Source(name, {scene.name: [tmp_path / f"{name}.mp4"] for scene in scenes}) for name in ("one", "two")]
     tracemalloc.start()
-    names, files = write_side_by_side(sources, scenes, FORM, tmp_path / "clips")
+    names, files = write_side_by_side(sources, scenes, FORM, tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert names == ["control", "one", "two", "truth"]
@@ -45,6 +46,23 @@ def test_control_generated_videos_and_truth_stand_in_order(scenes, tmp_path):
         expected = [[grey + frame * (grey > 0) for grey in greys] for frame in range(9)]
         np.testing.assert_allclose(found, expected, atol=3)
     assert peak < 4 * 9 * 64 * 4 * 96 * 3  # bytes of the frames, of which floats would take four each
+
+
+def test_files_of_an_earlier_evaluation_are_replaced_or_removed_and_no_others(scenes, tmp_path):
+    outside, clips = tmp_path / "elsewhere.mp4", tmp_path / "out/clips"
+    for path in (outside, *(clips / f"{name}.mp4" for name in ("whole", "gone", "street/gone", "mine"))):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"video")
+    (clips / "linked").symlink_to(tmp_path)
+    with pytest.raises(
+        InputError, match=r"out: clips/whole\.mp4 is there, but no results\.json names it, .*; move it"
+    ):
+        require_own_files(tmp_path / "out", scenes, {"gone"})
+    earlier = {"whole", "gone", "street/gone", "linked/elsewhere", "../../elsewhere", "removed"}
+    require_own_files(tmp_path / "out", scenes, earlier)
+    remove_earlier_files(tmp_path / "out", scenes, earlier)
+    assert {path.stem for path in clips.rglob("*.mp4")} == {"whole", "mine"}
+    assert outside.exists()
 
 
 def test_passes_of_the_renderer_are_shown_beside_the_truth(scenes, tmp_path):
@@ -59,7 +77,7 @@ def test_passes_of_the_renderer_are_shown_beside_the_truth(scenes, tmp_path):
         files[kind] = DatasetFile(str(tmp_path), f"{kind}/p_%04d.png@8", 0, 0)
     scenes = replace(scenes[0], **files), scenes[1]
     sources = [Source("one", {scene.name: [tmp_path / "one.mp4"] for scene in scenes})]
-    names, videos = write_side_by_side(sources, scenes, FORM, tmp_path / "clips")
+    names, videos = write_side_by_side(sources, scenes, FORM, tmp_path)
     assert names == ["control", "one", "truth", "ids", "depth"]
     frames = read_window(videos["whole"], 0.0, 9, 8.0, 64, 5 * 96).float().unflatten(-1, (5, 3, 32))
     shown = frames[..., 4:-4].mean((0, 2, 5))  # (colour, column, third of its width)
