@@ -24,8 +24,11 @@ logger = logging.getLogger(__name__)
 Kind = Literal["ids", "depth"]
 
 #: Share of the pixels at borders of ids from which on a pass counts as filtered, see `_mixed_share`. Drawn scenes have
-#: up to 0.03; halved or enlarged with a filter they have 0.06 to 0.55.
+#: up to 0.03; halved or enlarged with a filter they have 0.06 to 0.55, and decoded from lossy video 0.1 to 0.5.
 FILTERED = 0.05
+
+#: Pictures that always lose values. Low ids become those of other objects, which `_mixed_share` cannot tell.
+JPEG = re.compile(r"\.jpe?g(@|$)", re.IGNORECASE)
 
 #: Seconds after its time for which the last frame of a pass counts, in frames of the clip.
 REACH = Fraction(1, 2)
@@ -80,7 +83,8 @@ def check_pass(path: str | Path, kind: Kind) -> None:
     if kind == "ids" and (share := _mixed_share(values)) > FILTERED:
         logger.warning(
             "%s: %.0f %% of the pixels at borders of its ids have an id of their own, as if ids had been mixed, and "
-            "count as objects; render the pass without antialiasing, and resize it by the nearest pixel",
+            "count as objects; render the pass without antialiasing, keep it as PNG pictures or lossless video "
+            "(FFV1), and resize it by the nearest pixel",
             *(path, 100 * share),
         )
 
@@ -97,6 +101,8 @@ def _values(path, frame: av.VideoFrame, kind: Kind) -> np.ndarray:
     """Return the values of a frame, (h, w)."""
     require_shape(path, frame.width, frame.height)
     pixels, bits = frame.format, frame.format.components[0].bits
+    if kind == "ids" and JPEG.search(str(path)):
+        raise _inexact(path, "JPEG pictures, whose values")
     if FLOATS.fullmatch(pixels.name):
         values = _first_component(frame, "f").astype(np.float32)
         return values if kind == "depth" else _as_ids(path, values)
@@ -118,11 +124,14 @@ def _values(path, frame: av.VideoFrame, kind: Kind) -> np.ndarray:
             raise InputError(f"{path}: colours instead of depth; give grey pictures of 16 bits, or EXR")
         return red.astype(np.float32)
     if kind == "ids":
-        raise InputError(
-            f"{path}: a video of {pixels.name}, whose colours are not kept exactly; give ids as PNG pictures, or as a "
-            "lossless video of RGB or grey"
-        )
+        raise _inexact(path, f"a video of {pixels.name}, whose colours")
     return frame.to_ndarray(format="gray").astype(np.float32)
+
+
+def _inexact(path, found):
+    return InputError(
+        f"{path}: {found} are not kept exactly; give ids as PNG pictures, or as a lossless video of RGB or grey"
+    )
 
 
 def _first_component(frame, kind):

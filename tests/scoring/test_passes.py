@@ -155,6 +155,11 @@ def test_values_that_cannot_be_ids_or_depth_are_refused(tmp_path, ids):
     with pytest.raises(InputError, match="colours are not kept exactly; give ids as PNG"):
         check_pass(lossy, "ids")
     check_pass(lossy, "depth")
+    for suffix in ("jpg", "JPEG"):
+        pictures = sequence(tmp_path / suffix, (ids & 3).astype(np.uint8), suffix)
+        with pytest.raises(InputError, match=r"JPEG pictures, whose values are not kept exactly; give ids as PNG"):
+            check_pass(pictures, "ids")
+        check_pass(pictures, "depth")
     colours = np.stack([ids & 255, ids % 7, ids % 5], -1).astype(np.uint8)
     with pytest.raises(InputError, match="colours instead of depth"):
         check_pass(sequence(tmp_path / "colours", colours), "depth")
