@@ -120,8 +120,9 @@ def _columns(sources: Sequence[Source], scenes: Sequence[Scene], form: ClipForma
 
 def colours_of(ids: np.ndarray) -> np.ndarray:
     """Return ids (F, H, W) as colours (F, H, W, 3) uint8; 0, the background, is black."""
-    # Multiples of odd numbers spread ids that follow each other over all colours.
-    return np.stack([ids.astype(np.int64) * factor % 256 for factor in (97, 57, 159)], -1).astype(np.uint8)
+    # The upper bytes of products depend on all bits of an id, which may be a colour, and differ for neighbouring ids.
+    spread = ids.astype(np.int64)[..., None] * np.array([0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35]) >> 24 & 255
+    return np.where(ids[..., None] == 0, 0, spread | 64).astype(np.uint8)
 
 
 def greys_of(depth: np.ndarray) -> np.ndarray:

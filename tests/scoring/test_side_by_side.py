@@ -13,7 +13,7 @@ from c2r.data.video import read_window
 from c2r.data.video_writer import write_video
 from c2r.scoring.measuring import Source
 from c2r.scoring.scenes import ClipFormat, Scene
-from c2r.scoring.side_by_side import greys_of, remove_earlier_files, require_own_files, write_side_by_side
+from c2r.scoring.side_by_side import colours_of, greys_of, remove_earlier_files, require_own_files, write_side_by_side
 
 FORM = ClipFormat(9, 64, 96, 8.0)
 
@@ -85,6 +85,15 @@ def test_passes_of_the_renderer_are_shown_beside_the_truth(scenes, tmp_path):
     assert (shown[:, 3, 1] - shown[:, 3, 2]).abs().max() > 30
     np.testing.assert_allclose(shown[:, 4], [[55, 255, 158]] * 3, atol=6)
     assert read_window(videos["without"], 0.0, 9, 8.0, 64, 5 * 96)[..., 3 * 96 + 4 :].max() < 8
+
+
+def test_ids_have_colours_apart_and_the_background_is_black():
+    ids = np.array([0, 1, 2, 3, 256, 1 << 16, 0xFF, 0xFF00, 0xFF0000, 0x800000])  # also those that are colours
+    colours = colours_of(ids.reshape(1, 1, -1))[0, 0].astype(int)
+    assert colours.shape == (10, 3)
+    assert colours[0].max() == 0
+    apart = np.abs(colours[:, None] - colours).max(-1) + 255 * np.eye(10, dtype=int)
+    assert apart.min() >= 30
 
 
 def test_depth_without_a_surface_is_black():
