@@ -4,8 +4,9 @@
     python -m c2r.evaluate --model outputs/phase2/best outputs/other/best --dataset data/test \
         --real_dataset data/real --cg_dataset data/cg --control own shuffled none
 
-Videos are kept as they are made: the same command continues after an interruption, and makes a video again only if
-its model, prompt, control or settings have changed. --videos takes videos that were made elsewhere.
+Videos, and the validation of each model, are kept as they are made: the same command continues after an interruption,
+and makes a video again only if its model, prompt, control or settings have changed. --videos takes videos that were
+made elsewhere.
 
 Modules that take seconds to import are imported inside functions: --help and bad options are then answered at once.
 """
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from c2r.models.contract import PhaseContract
+    from c2r.scoring.losses_file import LossesFile
     from c2r.scoring.measuring import Source
     from c2r.scoring.run_datasets import ModelLosses, RunDatasets
     from c2r.scoring.scenes import ClipFormat, Scene
@@ -76,6 +78,13 @@ class Model:
         from c2r.scoring.scenes import ClipFormat
 
         return ClipFormat(self.args.num_frames, self.args.height, self.args.width, float(self.args.fps))
+
+    @property
+    def trained_with(self) -> tuple[float, float]:
+        """Shift of the noise levels and scale of the control, of its training: its validation has these."""
+        contract = self.contract
+        shift = 3.0 if contract.flow_shift is None else contract.flow_shift
+        return shift, 1.0 if contract.conditioning_scale is None else contract.conditioning_scale
 
     @property
     def source_names(self) -> dict[str, str]:
@@ -291,6 +300,15 @@ def how_validated(model: Model, datasets: "RunDatasets | None") -> tuple[str | N
     return datasets.not_validated(model.contract.phase), model.contract.phase in datasets.phases
 
 
+def losses_file_of(model: Model, datasets: "RunDatasets") -> "LossesFile":
+    """Return the file that keeps a model's validation on datasets."""
+    from c2r.scoring.losses_file import losses_file
+
+    return losses_file(
+        model.args, model.contract.phase, model.dtype, model.other_backbone, datasets, *model.trained_with
+    )
+
+
 def run_model(
     model: Model,
     tasks: "Mapping[str, Sequence[Task]]",
@@ -299,7 +317,7 @@ def run_model(
     datasets: "RunDatasets | None",
     losses: "dict[str, ModelLosses]",
 ) -> None:
-    """Generate a model's videos that are not there yet, and validate it.
+    """Generate a model's videos and validate it, unless they are there already.
 
     Args:
         model: from `find_model_to_evaluate`.
@@ -323,6 +341,9 @@ def run_model(
             f"{outdated}",
             flush=True,
         )
+    if datasets is not None and (found := losses_file_of(model, datasets).read()) is not None:
+        print(f"{model.name}: its validation is there", flush=True)
+        losses[model.name], datasets = found, None
     if not missing and datasets is None:
         return
     args, embeds = model.args, {}
@@ -333,6 +354,7 @@ def run_model(
         make_videos(pipeline, model, missing, form, embeds)
         if datasets is not None:
             losses[model.name] = validate(model, pipeline, datasets)
+            losses_file_of(model, datasets).write(losses[model.name])
 
 
 @contextmanager
@@ -384,10 +406,7 @@ def validate(model: Model, pipeline: Any, datasets: "RunDatasets") -> "ModelLoss
     """Validate a model as its training did: --flow_shift and --conditioning_scale are about videos alone."""
     from c2r.scoring.run_datasets import model_losses
 
-    contract = model.contract
-    shift = 3.0 if contract.flow_shift is None else contract.flow_shift
-    scale = 1.0 if contract.conditioning_scale is None else contract.conditioning_scale
-    return model_losses(pipeline, contract.phase, datasets, shift, scale, model.dtype)
+    return model_losses(pipeline, model.contract.phase, datasets, *model.trained_with, model.dtype)
 
 
 # ------------------------------------------------------------------------------------------- datasets of the training

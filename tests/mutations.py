@@ -1910,7 +1910,7 @@ EVALUATIONS = [
         "validation-uses-the-shift-of-the-videos",
         "c2r/evaluate.py",
         "shift = 3.0 if contract.flow_shift is None else contract.flow_shift",
-        "shift = model.args.flow_shift",
+        "shift = self.args.flow_shift",
         f"{EVALUATE}::test_a_model_has_the_validation_numbers_of_its_run",
     ),
     Mutation(

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from accelerate import Accelerator
 from PIL import Image
 from transformers import CLIPModel
 
@@ -13,10 +14,18 @@ from benchmarks.evaluate_toy import markdown
 from c2r import InputError, cli
 from c2r.data.video_writer import write_video
 from c2r.encoding.cache import encoder_fingerprint
-from c2r.evaluate import agree_on_guidance, find_model_to_evaluate, main, plan_videos
+from c2r.evaluate import (
+    agree_on_guidance,
+    find_model_to_evaluate,
+    losses_file_of,
+    main,
+    plan_videos,
+    read_run_datasets,
+)
 from c2r.models.contract import read_contract, save_phase
 from c2r.models.controlnet import C2RControlNet
 from c2r.options import EVALUATE
+from c2r.pipeline import C2RPipeline
 from c2r.scoring.scenes import ClipFormat, common_format, read_scenes
 from c2r.scoring.videos import followed_scenes
 from tests.helpers.browser import needs_chromium, started_browser
@@ -165,6 +174,44 @@ def test_a_model_that_is_not_validated_as_in_its_training_is_named(models, small
     line = next(line for line in found["remarks"] if line.startswith("validation of phase2/best: left out"))
     assert line.endswith("5 frames of 32x48 at 4 fps, but it was trained on 5 frames of 32x48 at 8 fps")
     assert found["validation"] == {}
+
+
+def validation_key(models, out, **options):
+    """Return the key of the validation of phase 2's model."""
+    args = cli.parse(EVALUATE, command(out, options["cg_dataset"], model=models / "phase2/best", **options))
+    model = find_model_to_evaluate(args, args.model[0], "best", "cpu")
+    return losses_file_of(model, read_run_datasets(args, [model], model.form, Accelerator(cpu=True))).key
+
+
+def test_a_finished_validation_is_kept_until_what_it_depends_on_has_changed(models, tmp_path, capsys, monkeypatch):
+    cg, out, copy = write_scenes(tmp_path / "cg", 3), tmp_path / "out", shutil.copytree(models, tmp_path / "models")
+    options = {"cg_dataset": cg, "num_validation_clips": 1, "max_clips": 1}
+    main(command(out, cg, model=copy / "phase2/best", **options))
+    before = results(out)["validation"]
+    assert "its validation is there" not in capsys.readouterr().out
+    monkeypatch.setattr(C2RPipeline, "from_pretrained", None)  # a second command loads no model
+    main(command(out, cg, model=copy / "phase2/best", **options, metrics="edge_f1"))
+    assert "best: its validation is there" in capsys.readouterr().out
+    assert results(out)["validation"] == before
+
+    keys = [validation_key(copy, out, **options)]
+    assert keys == [validation_key(copy, out, **options, conditioning_scale=0.5, flow_shift=3.5)]  # of videos alone
+    keys += [validation_key(copy, out, **options | changed) for changed in ({"dtype": "bf16"}, {"real_dataset": cg})]
+    keys.append(
+        validation_key(copy, out, **options | {"real_dataset": cg, "cg_dataset": write_scenes(tmp_path / "b")})
+    )
+    metadata = cg / "metadata.csv"
+    metadata.write_text(metadata.read_text().replace("rain", "red brick"))
+    keys.append(validation_key(copy, out, **options))
+    for changed, name, value in (
+        ("dinov3/config.json", "layer_norm_eps", 1e-3),
+        ("phase2/best/c2r.json", "conditioning_scale", 0.7),
+    ):
+        path = copy / changed
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+        encoder_fingerprint.cache_clear()  # a command of its own has not read it before
+        keys.append(validation_key(copy, out, **options))
+    assert len({*keys}) == 7
 
 
 def test_videos_are_made_again_only_if_what_they_depend_on_has_changed(models, scenes, tmp_path, capsys):

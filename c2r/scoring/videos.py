@@ -89,7 +89,7 @@ def tasks_of(
     common += [encoder_fingerprint(base / part) for part in parts]
     common += [getattr(args, option.name) for option in EVALUATE.groups["sampling"]]
     common += [args.negative_prompt, args.window_frames, args.window_overlap, args.attention_backend, args.vae_tiling]
-    folder = output_dir / "videos" / _folder_name(args.model)
+    folder = videos_folder(output_dir, args.model)
     tasks: dict[str, list[Task]] = {}
     for control in controls:
         followed: list[Scene | None] = [None] * len(scenes)
@@ -110,10 +110,11 @@ def tasks_of(
     return tasks
 
 
-def _folder_name(model: str) -> str:
-    """Return a folder for a model's videos: the end of its path, to read, and a digest of the whole path."""
+def videos_folder(output_dir: Path, model: str) -> Path:
+    """Return the folder for a model's videos: the end of the model's path, to read, and a digest of the whole path."""
     path = Path(model).resolve()
-    return f"{re.sub(r'[^A-Za-z0-9.-]+', '_', '_'.join(path.parts[-2:]))}-{digest(str(path))[:8]}"
+    name = re.sub(r"[^A-Za-z0-9.-]+", "_", "_".join(path.parts[-2:]))
+    return output_dir / "videos" / f"{name}-{digest(str(path))[:8]}"
 
 
 def sources_of(
