@@ -17,7 +17,7 @@ from c2r.scoring.videos import videos_folder
 
 
 class _Content(TypedDict):
-    """What the file holds."""
+    """The entries of the file."""
 
     key: str
     losses: ModelLosses
