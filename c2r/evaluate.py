@@ -173,7 +173,8 @@ def main(argv: list[str] | None = None) -> None:
     scores.skipped = skipped | scores.skipped | remarks
 
     # 5. Write.
-    settings = {name: value for name, value in vars(args).items() if value is not None and value is not False}
+    settings = vars(args) | (models[0].guidance if models else {})  # which all of them have
+    settings = {name: value for name, value in settings.items() if value is not None and value is not False}
     if args.networks:
         settings["networks"] = [f"{role}={network}" for role, network in args.networks]
     described = {model.name: model.description for model in models}

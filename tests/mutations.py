@@ -1844,6 +1844,27 @@ EVALUATIONS = [
         PASSES,
     ),
     Mutation(
+        "a-validation-of-another-model-is-kept",
+        "c2r/scoring/losses_file.py",
+        'content["key"] == self.key',
+        "True",
+        "tests/scoring/test_losses_file.py",
+    ),
+    Mutation(
+        "clips-of-an-earlier-evaluation-stay",
+        "c2r/scoring/side_by_side.py",
+        "path.unlink()",
+        "pass",
+        "tests/scoring/test_side_by_side.py",
+    ),
+    Mutation(
+        "networks-are-read-to-check-them",
+        "c2r/metrics/networks.py",
+        'if torch.device(device).type == "meta":',
+        "if False:",
+        "tests/metrics/test_registry.py",
+    ),
+    Mutation(
         "near-surfaces-are-dark",
         "c2r/scoring/side_by_side.py",
         "nearness = 1 - (",

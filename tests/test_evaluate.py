@@ -101,6 +101,7 @@ def test_the_command_writes_numbers_clips_picture_page_and_videos(evaluated):
     out, done = evaluated
     found = results(out)
     assert found["settings"]["networks"] == ["clip=openai/clip-vit-base-patch32"]
+    assert found["settings"]["guidance"] == "apg"  # of the sample videos of phase 2, which no option names
     own, shuffled, none = (f"phase2/final, {kind} control" for kind in ("own", "another scene's", "no"))
     sources = [own, shuffled, none, "phase1/final, no control"]
     for name in ("edge_f1", "warp_error"):
