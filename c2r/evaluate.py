@@ -14,7 +14,6 @@ Modules that take seconds to import are imported inside functions: --help and ba
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,74 +23,11 @@ from c2r.options import EVALUATE
 if TYPE_CHECKING:
     import torch
 
-    from c2r.models.contract import PhaseContract
-    from c2r.scoring.losses_file import LossesFile
     from c2r.scoring.measuring import Source
+    from c2r.scoring.models import Model
     from c2r.scoring.run_datasets import ModelLosses, RunDatasets
     from c2r.scoring.scenes import ClipFormat, Scene
     from c2r.scoring.videos import Task
-
-#: Kinds of control in names of sources.
-CONTROL_NAMES = {"own": "own control", "shuffled": "another scene's control", "none": "no control"}
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model that generates videos.
-
-    Attributes:
-        name: for tables.
-        args: options of c2r.generate, completed from the contract.
-        contract: of the model.
-        dtype: of its weights.
-        other_backbone: fingerprint of --backbone, if it is not that of the training.
-        controls: kinds of control that it generates with; a model of phase 1 takes none.
-    """
-
-    name: str
-    args: Namespace
-    contract: "PhaseContract"
-    dtype: "torch.dtype"
-    other_backbone: str | None
-    controls: tuple[str, ...]
-
-    @property
-    def description(self) -> dict[str, Any]:
-        """Folder, step, fingerprints and guidance."""
-        entries = ("phase", "step", "weights_sha256", "backbone_sha256")
-        trained = {name: getattr(self.contract, name) for name in entries}
-        return {"folder": self.args.model} | trained | self.guidance
-
-    @property
-    def guidance(self) -> dict[str, Any]:
-        """Its guidance, by the options of c2r.generate."""
-        return {name: getattr(self.args, name) for name in ("guidance", "guidance_scale", "control_guidance_scale")}
-
-    @property
-    def guidance_text(self) -> str:
-        """Its folder and guidance, for messages."""
-        return f"{self.args.model} has {', '.join(f'{name} {value}' for name, value in self.guidance.items())}"
-
-    @property
-    def form(self) -> "ClipFormat":
-        """The format of its videos."""
-        from c2r.scoring.scenes import ClipFormat
-
-        return ClipFormat(self.args.num_frames, self.args.height, self.args.width, float(self.args.fps))
-
-    @property
-    def trained_with(self) -> tuple[float, float]:
-        """Shift of the noise levels and scale of the control, of its training: its validation has these."""
-        contract = self.contract
-        shift = 3.0 if contract.flow_shift is None else contract.flow_shift
-        return shift, 1.0 if contract.conditioning_scale is None else contract.conditioning_scale
-
-    @property
-    def source_names(self) -> dict[str, str]:
-        """{kind of control: name of its videos, for tables}."""
-        if self.controls == ("own",):
-            return {"own": self.name}
-        return {control: f"{self.name}, {CONTROL_NAMES[control]}" for control in self.controls}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -111,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from c2r.scoring.chosen_measures import make_measures, require_measurable
     from c2r.scoring.measuring import measure_videos
+    from c2r.scoring.models import agree_on_guidance, check_models, find_model_to_evaluate, source_names
     from c2r.scoring.page import write_results
     from c2r.scoring.results import Evaluation, earlier_scenes
     from c2r.scoring.run_datasets import CGLooks
@@ -185,103 +122,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{output_dir / 'report.html'}: open it in a browser", flush=True)
 
 
-# --------------------------------------------------------------------------------------------------- models and videos
-
-
-def source_names(paths: Sequence[str]) -> dict[str, str]:
-    """Return a short name for each model and folder of videos."""
-    from c2r.reporting.run_folder import run_names
-
-    names = run_names([*paths])
-    # "best" alone tells a reader nothing.
-    names = [
-        "/".join(Path(path).parts[-2:]) if name in ("best", "final") else name for path, name in zip(paths, names)
-    ]
-    return dict(zip(paths, names))
-
-
-def find_model_to_evaluate(args: Namespace, path: str, name: str, device: str) -> Model:
-    """Find a model and complete its options from its contract.
-
-    Raises:
-        InputError: see `c2r.generation.models.find_model`; or --backbone cannot be read.
-    """
-    from c2r.generation.models import find_model
-    from c2r.models.backbone import fingerprint_transformer
-    from c2r.models.contract import fetch_model, read_contract
-
-    # A whole model of phase 1 has no other backbone.
-    backbone = args.backbone if read_contract(fetch_model(path)).has_backbone else None
-    own = Namespace(**vars(args) | {"model": path, "backbone": backbone, "control_video": None})
-    contract, dtype = find_model(own, device, with_control=True)
-    other = None
-    if backbone is not None:
-        other = fingerprint_transformer(backbone, contract.base_model)
-        other = None if other == contract.backbone_sha256 else other
-    controls = tuple(args.control) if contract.phase == 2 else ("none",)
-    return Model(name, own, contract, dtype, other, controls)
-
-
-def agree_on_guidance(models: Sequence[Model]) -> None:
-    """Give a model whose contract names no guidance that of the others, so that the models alone differ.
-
-    Raises:
-        InputError: two models have different ones, from their training.
-    """
-    named = [model for model in models if model.contract.guidance is not None]
-    for model in named:
-        if model.guidance != named[0].guidance:
-            both = f"{named[0].guidance_text}; {model.guidance_text}"
-            raise InputError(
-                f"--guidance: that of the samples in training differs: {both}; give --guidance, --guidance_scale "
-                "and --control_guidance_scale"
-            )
-    for model in models:
-        for name, value in named[0].guidance.items() if named else ():
-            setattr(model.args, name, value)
-
-
-def check_models(args: Namespace, models: Sequence[Model], scenes: "Sequence[Scene]", form: "ClipFormat") -> None:
-    """Check the weights that the models need by their headers, and that the scenes have what they need.
-
-    Raises:
-        InputError: a model is incomplete, or a scene lacks its prompt or control.
-    """
-    from c2r.models.assembly import check_model
-    from c2r.models.dinov3 import check_dinov3
-    from c2r.models.parts import ENCODERS, check_pipeline_parts
-    from c2r.scoring.scenes import other_controls
-
-    controls = {control for model in models for control in model.controls}
-    for scene in scenes if models else []:
-        if not scene.prompt.strip():
-            raise InputError(f"--dataset {args.dataset}: {scene.name} has no text to generate from; add its prompt")
-        if scene.control is None and controls - {"none"}:
-            raise InputError(
-                f"--dataset {args.dataset}: {scene.name} has no control_name; name its coarse video, or give "
-                "--control none"
-            )
-    if "shuffled" in controls:
-        other_controls(scenes)
-    if args.backbone is not None:
-        trained_on = {model.contract.backbone_sha256 for model in models if model.contract.has_backbone}
-        if len(trained_on) != 1:
-            raise InputError(
-                f"--backbone {args.backbone}: the models were trained on {len(trained_on) or 'no'} other backbones; "
-                "evaluate those of each backbone by a command of their own"
-            )
-    for model in models:
-        check_model(model.args.model, model.contract)
-        if model.contract.phase == 2:
-            check_dinov3(model.args.dinov3, [(form.height, form.width)])
-        check_pipeline_parts(model.args.pretrained_model_name_or_path, [*ENCODERS, "scheduler"])
-
-
 # ------------------------------------------------------------------------------------------------------------ generate
 
 
 def plan_videos(
-    model: Model, scenes: "Sequence[Scene]", form: "ClipFormat", output_dir: Path
+    model: "Model", scenes: "Sequence[Scene]", form: "ClipFormat", output_dir: Path
 ) -> "dict[str, list[Task]]":
     """Return the videos that a model is to generate, by kind of control."""
     from c2r.scoring.videos import tasks_of
@@ -289,7 +134,7 @@ def plan_videos(
     return tasks_of(model.args, model.dtype, model.other_backbone, model.controls, scenes, form, output_dir)
 
 
-def how_validated(model: Model, datasets: "RunDatasets | None") -> tuple[str | None, bool]:
+def how_validated(model: "Model", datasets: "RunDatasets | None") -> tuple[str | None, bool]:
     """Return why a model's validation is not that of its training, or None; and whether it is validated at all."""
     from c2r.scoring.scenes import ClipFormat
 
@@ -301,17 +146,8 @@ def how_validated(model: Model, datasets: "RunDatasets | None") -> tuple[str | N
     return datasets.not_validated(model.contract.phase), model.contract.phase in datasets.phases
 
 
-def losses_file_of(model: Model, datasets: "RunDatasets") -> "LossesFile":
-    """Return the file that keeps a model's validation on datasets."""
-    from c2r.scoring.losses_file import losses_file
-
-    return losses_file(
-        model.args, model.contract.phase, model.dtype, model.other_backbone, datasets, *model.trained_with
-    )
-
-
 def run_model(
-    model: Model,
+    model: "Model",
     tasks: "Mapping[str, Sequence[Task]]",
     form: "ClipFormat",
     device: str,
@@ -332,6 +168,7 @@ def run_model(
         InputError: a model cannot be loaded, or a video or loss is not finite.
     """
     from c2r.pipeline import encode_prompts
+    from c2r.scoring.losses_file import losses_file
 
     every = [task for of_control in tasks.values() for task in of_control]
     missing = [task for task in every if not task.is_done()]
@@ -342,7 +179,8 @@ def run_model(
             f"{outdated}",
             flush=True,
         )
-    if datasets is not None and (found := losses_file_of(model, datasets).read()) is not None:
+    kept = None if datasets is None else losses_file(model, datasets)
+    if kept is not None and (found := kept.read()) is not None:
         print(f"{model.name}: its validation is there", flush=True)
         losses[model.name], datasets = found, None
     if not missing and datasets is None:
@@ -355,11 +193,11 @@ def run_model(
         make_videos(pipeline, model, missing, form, embeds)
         if datasets is not None:
             losses[model.name] = validate(model, pipeline, datasets)
-            losses_file_of(model, datasets).write(losses[model.name])
+            kept.write(losses[model.name])
 
 
 @contextmanager
-def loaded_pipeline(model: Model, device: str) -> Iterator[Any]:
+def loaded_pipeline(model: "Model", device: str) -> Iterator[Any]:
     """Yield the pipeline of a model without its text encoder, and free the device's memory at the end."""
     from accelerate.utils.memory import clear_device_cache
 
@@ -376,7 +214,7 @@ def loaded_pipeline(model: Model, device: str) -> Iterator[Any]:
 
 
 def make_videos(
-    pipeline: Any, model: Model, tasks: "Sequence[Task]", form: "ClipFormat", embeds: "Mapping[str, torch.Tensor]"
+    pipeline: Any, model: "Model", tasks: "Sequence[Task]", form: "ClipFormat", embeds: "Mapping[str, torch.Tensor]"
 ) -> None:
     """Generate videos and write each as soon as it is finished.
 
@@ -403,7 +241,7 @@ def make_videos(
             bar.update()
 
 
-def validate(model: Model, pipeline: Any, datasets: "RunDatasets") -> "ModelLosses":
+def validate(model: "Model", pipeline: Any, datasets: "RunDatasets") -> "ModelLosses":
     """Validate a model as its training did: --flow_shift and --conditioning_scale are about videos alone."""
     from c2r.scoring.run_datasets import model_losses
 
@@ -414,7 +252,7 @@ def validate(model: Model, pipeline: Any, datasets: "RunDatasets") -> "ModelLoss
 
 
 def read_run_datasets(
-    args: Namespace, models: Sequence[Model], form: "ClipFormat", accelerator: Any
+    args: Namespace, models: "Sequence[Model]", form: "ClipFormat", accelerator: Any
 ) -> "RunDatasets | None":
     """Read --real_dataset and --cg_dataset; None if neither is given.
 
@@ -450,7 +288,7 @@ def read_run_datasets(
     return RunDatasets.read(args.real_dataset, args.cg_dataset, args.num_validation_clips, settings[0], accelerator)
 
 
-def dinov3_of(args: Namespace, models: Sequence[Model], device: str) -> "tuple[str | None, torch.dtype]":
+def dinov3_of(args: Namespace, models: "Sequence[Model]", device: str) -> "tuple[str | None, torch.dtype]":
     """Return the DINOv3 that measures the CG look, that of the first model that has one, and its dtype."""
     from c2r.generation.models import weight_dtype
 

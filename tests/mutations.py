@@ -380,8 +380,8 @@ THE_PIPELINE = [
     Mutation(
         "generate-ignores-the-guidance-scale-of-training",
         "c2r/generation/options.py",
-        'defaults["guidance_scale"] = contract.guidance_scale',
-        'defaults["guidance_scale"] = None',
+        "contract.guidance_scale if kind == contract.guidance else None",
+        "None",
         f"{GENERATE_OPTIONS}::test_guidance_is_that_of_the_samples_of_training",
     ),
     Mutation(
@@ -1831,7 +1831,7 @@ EVALUATIONS = [
     ),
     Mutation(
         "models-with-different-guidance-are-compared",
-        "c2r/evaluate.py",
+        "c2r/scoring/models.py",
         "if model.guidance != named[0].guidance:",
         "if False:",
         f"{EVALUATE}::test_models_are_compared_with_one_guidance",
@@ -1929,9 +1929,9 @@ EVALUATIONS = [
     ),
     Mutation(
         "validation-uses-the-shift-of-the-videos",
-        "c2r/evaluate.py",
-        "shift = 3.0 if contract.flow_shift is None else contract.flow_shift",
-        "shift = self.args.flow_shift",
+        "c2r/scoring/models.py",
+        'return trained["flow_shift"], ',
+        "return self.args.flow_shift, ",
         f"{EVALUATE}::test_a_model_has_the_validation_numbers_of_its_run",
     ),
     Mutation(

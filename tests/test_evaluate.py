@@ -14,18 +14,13 @@ from benchmarks.evaluate_toy import markdown
 from c2r import InputError, cli
 from c2r.data.video_writer import write_video
 from c2r.encoding.cache import encoder_fingerprint
-from c2r.evaluate import (
-    agree_on_guidance,
-    find_model_to_evaluate,
-    losses_file_of,
-    main,
-    plan_videos,
-    read_run_datasets,
-)
+from c2r.evaluate import main, plan_videos, read_run_datasets
 from c2r.models.contract import read_contract, save_phase
 from c2r.models.controlnet import C2RControlNet
 from c2r.options import EVALUATE
 from c2r.pipeline import C2RPipeline
+from c2r.scoring.losses_file import losses_file
+from c2r.scoring.models import agree_on_guidance, find_model_to_evaluate
 from c2r.scoring.scenes import ClipFormat, common_format, read_scenes
 from c2r.scoring.videos import followed_scenes
 from tests.helpers.browser import needs_chromium, started_browser
@@ -181,7 +176,7 @@ def validation_key(models, out, **options):
     """Return the key of the validation of phase 2's model."""
     args = cli.parse(EVALUATE, command(out, options["cg_dataset"], model=models / "phase2/best", **options))
     model = find_model_to_evaluate(args, args.model[0], "best", "cpu")
-    return losses_file_of(model, read_run_datasets(args, [model], model.form, Accelerator(cpu=True))).key
+    return losses_file(model, read_run_datasets(args, [model], model.form, Accelerator(cpu=True))).key
 
 
 def test_a_finished_validation_is_kept_until_what_it_depends_on_has_changed(models, tmp_path, capsys, monkeypatch):
@@ -362,12 +357,17 @@ def test_models_are_compared_with_one_guidance(models, scenes, tmp_path):
     first, second = shutil.copytree(other, other.with_name("first")), shutil.copytree(other, other.with_name("second"))
     change(first, guidance="cfg", guidance_scale=2.0, control_guidance_scale=1.5)
     change(second, guidance="cfg", guidance_scale=3.0)
-    assert found(other) == [["apg", None, 1.0]]
+    assert found(other) == [["apg", 10.0, 1.0]]
     assert found(other, first, tmp_path / "models/phase1/best") == [["cfg", 2.0, 1.5]] * 3
     with pytest.raises(
         InputError, match=r"samples in training differs: .*first has guidance cfg, .*; .*second has .*; give --"
     ):
         found(first, second)
+    change(first, guidance="apg", guidance_scale=None, control_guidance_scale=None)
+    change(second, guidance="apg", guidance_scale=10.0)  # the default of apg, as the first has
+    assert found(first, second) == [["apg", 10.0, 1.0]] * 2
+    change(first, guidance="cfg", guidance_scale=2.0)
+    change(second, guidance="cfg", guidance_scale=3.0)
     given = {"guidance_scale": 2.5, "control_guidance_scale": 1.0}
     assert found(first, other, second, **given) == [["cfg", 2.5, 1.0]] * 3
 

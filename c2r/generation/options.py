@@ -5,12 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 from c2r import InputError
 from c2r.options import GENERATE
+from c2r.options.shared import GUIDANCE_SCALES
 
 if TYPE_CHECKING:
     from c2r.models.contract import PhaseContract
 
 #: Options of sampling that a contract may name, and their values where it does not.
-SAMPLING = {"flow_shift": 3.0, "conditioning_scale": 1.0, "guidance": "apg", "control_guidance_scale": 1.0}
+SAMPLING: dict[str, Any] = {
+    "flow_shift": 3.0,
+    "conditioning_scale": 1.0,
+    "guidance": "apg",
+    "control_guidance_scale": 1.0,
+}
 
 
 def check_options(args: Namespace):
@@ -33,12 +39,20 @@ def check_options(args: Namespace):
         )
 
 
-def default_options(contract: "PhaseContract") -> dict[str, Any]:
-    """Return {option: its value where it is not given}: that of the model's training, or a general one."""
+def default_options(contract: "PhaseContract", guidance: str | None = None) -> dict[str, Any]:
+    """Return {option: its value where it is not given}: that of the model's training, or a general one.
+
+    Args:
+        contract: of the model.
+        guidance: the kind that is given, if one is; the scale of training counts for its own kind alone.
+    """
     from c2r.models.contract import DEFAULT_FORMAT
 
     trained = {name: getattr(contract, name) for name in (*DEFAULT_FORMAT, *SAMPLING)}
-    return DEFAULT_FORMAT | SAMPLING | {name: value for name, value in trained.items() if value is not None}
+    defaults = DEFAULT_FORMAT | SAMPLING | {name: value for name, value in trained.items() if value is not None}
+    kind = guidance or defaults["guidance"]
+    scale = contract.guidance_scale if kind == contract.guidance else None
+    return defaults | {"guidance_scale": GUIDANCE_SCALES.get(kind) if scale is None else scale}
 
 
 def complete_options(args: Namespace, contract: "PhaseContract"):
@@ -49,13 +63,10 @@ def complete_options(args: Namespace, contract: "PhaseContract"):
     """
     from c2r.windows import trained_window
 
-    defaults = default_options(contract)
-    if args.guidance in (None, contract.guidance):  # the scale of one kind says nothing about the other
-        defaults["guidance_scale"] = contract.guidance_scale
-    for name, value in defaults.items():
+    for name, value in default_options(contract, args.guidance).items():
         is_given = getattr(args, name) is not None
         is_window = name == "num_frames" and args.window_frames is None
-        if value is None or (is_given and not is_window):
+        if is_given and not is_window:
             continue
         try:
             value = GENERATE.options[name].type(str(value))

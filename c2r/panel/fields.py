@@ -56,7 +56,7 @@ def lay_out_fields(panel: Panel) -> Fields:
     with gr.Accordion("Guidance", open=False):
         note = "apg: adaptive projected guidance; cfg: classifier-free guidance."
         add(gr.Radio, "guidance", list(GUIDANCE_SCALES), value=args.guidance, info=note)
-        note, scale = "How strictly to follow the prompt; 1 is off.", panel.guidance_scale(args.guidance)
+        note, scale = "How strictly to follow the prompt; 1 is off.", args.guidance_scale
         add(gr.Slider, "guidance_scale", 0, max(20, scale), scale, step=0.5, info=note)
         if control:
             note = "How strictly to follow the coarse video; 1 is off, and faster."

@@ -53,8 +53,7 @@ def prepare_job(
         options["sequence_fps"] = None
     if lora is not None:
         options["lora"] = [*(options["lora"] or []), lora]
-    defaults = vars(panel.contract) | default_options(panel.contract)
-    defaults["guidance_scale"] = panel.guidance_scale(options["guidance"])
+    defaults = vars(panel.contract) | default_options(panel.contract, options["guidance"])
     options = {name: value for name, value in options.items() if value != defaults.get(name)}
     shown = options | {"output": "out.mp4"}
     with tempfile.TemporaryDirectory(dir=panel.folder) as folder:

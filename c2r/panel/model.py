@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from c2r import InputError
 from c2r.generation.models import check_files, find_model, load_models
-from c2r.options.shared import GUIDANCE_SCALES
 from c2r.panel.loras import find_loras
 
 if TYPE_CHECKING:
@@ -35,11 +34,6 @@ class Panel:
     @property
     def has_control(self) -> bool:
         return self.contract.phase == 2
-
-    def guidance_scale(self, guidance: str) -> float:
-        """Return the text scale that a kind of guidance has where none is given."""
-        trained = self.contract.guidance_scale if guidance == self.contract.guidance else None
-        return GUIDANCE_SCALES[guidance] if trained is None else trained
 
     @contextmanager
     def job(self, session: str) -> Iterator[threading.Event]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from c2r import InputError
+from c2r.generation.options import default_options
 from c2r.panel.fields import Fields, lay_out_fields
 from c2r.panel.generation import Cancelled, Report
 from c2r.panel.jobs import prepare_job
@@ -60,6 +61,9 @@ def connect(panel: Panel, page: "gradio.Blocks", fields: Fields, results: Result
             scales = values[results.scales]
             return answer(panel, fields, generate_grid, values, scales, reporter(progress, cancelled))
 
+    def on_guidance(kind):
+        return default_options(panel.contract, kind)["guidance_scale"]
+
     def on_close(request: gr.Request):
         panel.cancel(request.session_hash)
 
@@ -87,7 +91,7 @@ def connect(panel: Panel, page: "gradio.Blocks", fields: Fields, results: Result
     results.cancel_button.click(on_cancel, outputs=results.status, cancels=[one, grid], queue=False, **private)
     page.unload(on_close)
     kind, scale = of_options["guidance"], of_options["guidance_scale"]
-    kind.change(panel.guidance_scale, kind, scale, queue=False, **private)
+    kind.change(on_guidance, kind, scale, queue=False, **private)
 
 
 def answer(panel: Panel, fields: Fields, function: Callable, values: dict, *details: Any) -> tuple:

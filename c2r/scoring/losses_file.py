@@ -1,17 +1,16 @@
 """A model's validation, kept beside its videos: a command that continues need not validate again."""
 
 import json
-from argparse import Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from typing_extensions import TypedDict
 
 from c2r import InputError, __version__
 from c2r.encoding.cache import CacheSettings, encoder_fingerprint
 from c2r.files import digest, read_json, write_atomic
 from c2r.models.hub import resolve_model_folder
+from c2r.scoring.models import Model
 from c2r.scoring.run_datasets import ModelLosses, RunDatasets
 from c2r.scoring.videos import videos_folder
 
@@ -48,28 +47,12 @@ class LossesFile:
         write_atomic(self.path, json.dumps({"key": self.key, "losses": asdict(losses)}).encode())
 
 
-def losses_file(
-    args: Namespace,
-    phase: int,
-    dtype: torch.dtype,
-    other_backbone: str | None,
-    datasets: RunDatasets,
-    flow_shift: float,
-    conditioning_scale: float,
-) -> LossesFile:
-    """Return the file that keeps the validation of a model.
-
-    Args:
-        args: options of c2r.evaluate, completed from the model's contract.
-        phase: of the model.
-        dtype: of its weights.
-        other_backbone: fingerprint of a backbone that replaces the one of training; None if none does.
-        datasets: those that it is validated on.
-        flow_shift, conditioning_scale: those of its training.
-    """
-    conditions = datasets.conditions(phase, flow_shift, conditioning_scale)
+def losses_file(model: Model, datasets: RunDatasets) -> LossesFile:
+    """Return the file that keeps the validation of a model on datasets."""
+    args, phase = model.args, model.contract.phase
+    conditions = datasets.conditions(phase, *model.trained_with)
     # The contract is in the model's fingerprint, and names those of the weights and of the backbone.
-    models = [encoder_fingerprint(Path(args.model)), other_backbone, str(dtype), args.attention_backend]
+    models = [encoder_fingerprint(Path(args.model)), model.other_backbone, str(model.dtype), args.attention_backend]
     if phase == 2:
         models.append(encoder_fingerprint(resolve_model_folder(args.dinov3)))
     clips = [conditions.setting, conditions.domains, asdict(CacheSettings.of(datasets.settings))]

@@ -55,8 +55,8 @@ def test_guidance_is_that_of_the_samples_of_training():
     assert guidance(contract=contract) == guidance("--guidance=cfg", contract=contract) == ("cfg", 2.0, 1.5)
     assert guidance("--guidance_scale=4", "--control_guidance_scale=1", contract=contract) == ("cfg", 4.0, 1.0)
     # The scale of one kind says nothing about the other.
-    assert guidance("--guidance=apg", contract=contract) == ("apg", None, 1.5)
-    assert guidance(contract=CONTRACT) == ("apg", None, 1.0)
+    assert guidance("--guidance=apg", contract=contract) == ("apg", 10.0, 1.5)
+    assert guidance(contract=CONTRACT) == ("apg", 10.0, 1.0)
     with pytest.raises(InputError, match="--model phase2/best: its contract has guidance sag: "):
         guidance(contract=replace(contract, guidance="sag"))
 
